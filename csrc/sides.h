@@ -1,0 +1,200 @@
+// The two sides of an interaction, packed for the kernels: only real tokens, in rows or in lanes.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "token_interaction.h"
+
+namespace drl_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    default: STD_TORCH_CHECK(false, "drl_fast::token_interaction: features must be float32, float64, float16 or bfloat16");
+  }
+}
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+template <class T>
+constexpr ScalarType scalar_type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+// One side's real tokens, and the memory that Tokens<T> points into.
+template <class T>
+class Side {
+ public:
+  Side(const Tensor& features, const OptionalTensor& weight, const OptionalTensor& mask, bool normalize,
+       bool zero_competes)
+      : features_(features.stride(2) == 1 || features.size(2) == 1 ? features : torch::stable::contiguous(features)),
+        start_(features.size(0) + 1),
+        zero_competes_(features.size(0)),
+        token_at_(features.size(0) * features.size(1), -1) {
+    const int64_t items = features.size(0), length = features.size(1);
+    const Dtype dtype = dtype_of(features);
+    STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "drl_fast::token_interaction: masks must be bool");
+    STD_TORCH_CHECK(!weight || weight->scalar_type() == scalar_type<T>,
+                "drl_fast::token_interaction: weights must be float32 (float64 with float64 features)");
+    const char* data = static_cast<const char*>(features_.const_data_ptr());
+    const bool* real = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
+    const T* given = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr;
+    position_.reserve(items * length);
+    row_.reserve(items * length);
+    if (weight) weight_.reserve(items * length);
+    for (int64_t item = 0; item < items; item++) {
+      start_[item] = static_cast<int64_t>(row_.size());
+      for (int64_t p = 0; p < length; p++) {
+        if (real && !real[item * mask->stride(0) + p * mask->stride(1)]) {
+          zero_competes_[item] = zero_competes;
+          continue;
+        }
+        token_at_[item * length + p] = static_cast<int32_t>(row_.size());
+        position_.push_back(static_cast<int32_t>(p));
+        row_.push_back(data + (item * features_.stride(0) + p * features_.stride(1)) * size_of(dtype));
+        if (given) weight_.push_back(given[item * weight->stride(0) + p * weight->stride(1)]);
+      }
+    }
+    start_[items] = static_cast<int64_t>(row_.size());
+    STD_TORCH_CHECK(row_.size() < (size_t(1) << 31), "drl_fast::token_interaction: at most 2^31 tokens a side");
+    tokens = {dtype,           items,       length,         features.size(2),           normalize,
+              start_.data(),   position_.data(), row_.data(), weight ? weight_data() : nullptr,
+              zero_competes_.data(), token_at_.data()};
+  }
+  Side(const Side&) = delete;
+
+  int64_t count() const { return start_.back(); }
+
+  Tokens<T> tokens;
+
+ private:
+  // Never null for a side that is summed, even when it has no token.
+  const T* weight_data() {
+    if (weight_.empty()) weight_.push_back(0);
+    return weight_.data();
+  }
+
+  Tensor features_;
+  std::vector<int64_t> start_;
+  std::vector<uint8_t> zero_competes_;
+  std::vector<int32_t> token_at_;
+  std::vector<int32_t> position_;
+  std::vector<const char*> row_;
+  std::vector<T> weight_;
+};
+
+// Cut items into runs of about `rows` tokens, never inside an item.
+template <class T>
+std::vector<int64_t> cut(const Tokens<T>& side, int64_t rows, int64_t* max_rows) {
+  std::vector<int64_t> block = {0};
+  *max_rows = 1;
+  for (int64_t item = 0; item < side.items; item++) {
+    const int64_t first = side.start[block.back()];
+    if (item > block.back() && side.start[item + 1] - first > rows) block.push_back(item);
+    *max_rows = std::max(*max_rows, side.start[item + 1] - side.start[block.back()]);
+  }
+  if (side.items > 0) block.push_back(side.items);
+  return block;
+}
+
+// The lane side, sorted by length so that lanes of one group have about the same number of slots.
+template <class T>
+class Lanes {
+ public:
+  Lanes(const Tokens<T>& side, int vector) : side_(side), vector_(vector) {
+    for (int64_t item = 0; item < side.items; item++)
+      if (length(item) > 0) order_.push_back(item);
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
+    for (size_t first = 0; first < order_.size(); first += 2 * vector) {
+      const int64_t left = static_cast<int64_t>(order_.size() - first);
+      Group<T> group = {};
+      group.width = left > vector ? 2 * vector : vector;
+      group.slots = static_cast<int>(length(order_[first]));
+      groups.push_back(group);
+      steps += int64_t(group.slots) * group.width;
+      max_slots = std::max<int64_t>(max_slots, group.slots);
+    }
+  }
+
+  // Lay out the panels; every (group, slot) is a task.
+  void pack(const Kernels<T>& kernels) {
+    const int64_t dim = side_.dim;
+    panel_ = std::make_unique<Buffer<T>>(steps * dim);
+    weight_.resize(steps);
+    position_.resize(steps);
+    const int64_t columns = static_cast<int64_t>(groups.size()) * 2 * vector_;
+    count_.resize(columns);
+    zero_competes_.resize(columns);
+    item_.resize(columns);
+    std::vector<int64_t> task;  // first step of every group
+    int64_t step = 0;
+    for (size_t g = 0; g < groups.size(); g++) {
+      task.push_back(step);
+      describe(g, step);
+      step += int64_t(groups[g].slots) * groups[g].width;
+    }
+    std::vector<std::pair<int32_t, int32_t>> slots;
+    for (size_t g = 0; g < groups.size(); g++)
+      for (int s = 0; s < groups[g].slots; s++) slots.emplace_back(g, s);
+    const int64_t scratch_size = 2 * vector_ * padded(dim);
+    const int64_t tasks = static_cast<int64_t>(slots.size()), threads = threads_for(tasks, 8 * steps * dim);
+    Buffer<T> scratch(scratch_size * threads);
+    parallel(tasks, threads, [&](int64_t t, int64_t thread) {
+      kernels.pack_slot(side_, groups[slots[t].first], slots[t].second, scratch.get() + thread * scratch_size);
+    });
+  }
+
+  std::vector<Group<T>> groups;
+  int64_t steps = 0;  // lane tokens, padding included
+  int64_t max_slots = 0;
+
+ private:
+  int64_t length(int64_t item) const { return side_.start[item + 1] - side_.start[item]; }
+
+  void describe(size_t g, int64_t step) {
+    Group<T>& group = groups[g];
+    const size_t column = g * 2 * vector_;
+    group.panel = panel_->get() + step * side_.dim;
+    group.weight = weight_.data() + step;
+    group.position = position_.data() + step;
+    group.count = count_.data() + column;
+    group.zero_competes = zero_competes_.data() + column;
+    group.item = item_.data() + column;
+    for (int l = 0; l < group.width && column + l < order_.size(); l++) {
+      const int64_t item = order_[column + l], first = side_.start[item];
+      item_[column + l] = item;
+      count_[column + l] = static_cast<IntOf<T>>(length(item));
+      zero_competes_[column + l] = side_.zero_competes[item];
+      for (int slot = 0; slot < group.slots; slot++) {
+        const int64_t token = slot < length(item) ? first + slot : first;
+        position_[step + slot * group.width + l] = side_.position[token];
+        weight_[step + slot * group.width + l] = side_.weight ? side_.weight[token] : T(0);
+      }
+    }
+  }
+
+  const Tokens<T>& side_;
+  int vector_;
+  std::vector<int64_t> order_, item_;
+  std::vector<T> weight_;
+  std::vector<int32_t> position_;
+  std::vector<IntOf<T>> count_, zero_competes_;
+  std::unique_ptr<Buffer<T>> panel_;
+};
+
+}  // namespace drl_fast

@@ -1,0 +1,265 @@
+// Operator drl_fast::token_interaction on the CPU: packs real tokens, plans blocks, hands tasks to threads.
+// The mathematics and the tile picture are in token_interaction_kernel.h.
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "sides.h"
+
+namespace drl_fast {
+namespace {
+
+// The same variable that PyTorch's own kernels obey.
+const Capability& capability() {
+  static const Capability& chosen = []() -> const Capability& {
+    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string limit = wanted ? wanted : "";
+    if (limit == "default") return portable;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (has_avx512 && limit != "avx2") return avx512;
+    if (has_avx2) return avx2;
+#endif
+    return portable;
+  }();
+  return chosen;
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  if constexpr (sizeof(T) == 8)
+    return capability().f64;
+  else
+    return capability().f32;
+}
+
+Tensor make(std::vector<int64_t> size, ScalarType dtype) { return torch::stable::empty(size, dtype); }
+
+// Bytes of source rows and of target gradients that the backward works on at a time.
+constexpr int64_t kChunkBytes = 512 << 10, kBlockBytes = 256 << 10;
+
+// Matches of one side as the kernels see it: `other_last` when the tensor is (item, position, other).
+Matches view(const Tensor& index, bool other_last) {
+  if (index.numel() == 0) return {nullptr, false, 0, 0, 0};
+  const bool wide = index.scalar_type() == ScalarType::Short;
+  if (other_last) return {index.mutable_data_ptr(), wide, index.stride(0), index.stride(1), index.stride(2)};
+  return {index.mutable_data_ptr(), wide, index.stride(2), index.stride(1), index.stride(0)};
+}
+
+template <class T>
+void run_forward(const Side<T>& rows, const Side<T>& lanes_side, Lanes<T>& lanes, ForwardJob<T> job) {
+  const Kernels<T>& k = kernels<T>();
+  if (lanes.groups.empty() || rows.count() == 0) return;
+  lanes.pack(k);
+  // Enough tasks to keep every thread busy to the end, blocks long enough to reuse a panel from cache.
+  const int64_t threads = torch::stable::get_num_threads(), groups = static_cast<int64_t>(lanes.groups.size());
+  const int64_t rows_wanted = std::clamp<int64_t>(rows.count() * groups / (8 * threads), 64, 256);
+  int64_t max_rows = 0, max_items = 1;
+  const std::vector<int64_t> block = cut(rows.tokens, rows_wanted, &max_rows);
+  for (size_t b = 0; b + 1 < block.size(); b++) max_items = std::max(max_items, block[b + 1] - block[b]);
+  job.rows = rows.tokens;
+  job.lanes = lanes_side.tokens;
+  job.groups = lanes.groups.data();
+  job.group_count = groups;
+  job.block = block.data();
+  const int64_t blocks = static_cast<int64_t>(block.size()) - 1;
+  const int64_t width = 2 * k.vector, dim = padded(rows.tokens.dim);
+  // With blocks to spare a thread takes one with all its groups, and loads its rows once.
+  const int64_t at_once = blocks >= 8 * threads ? groups : 1, claims = blocks * groups / at_once;
+  const int64_t workers = threads_for(claims, rows.count() * lanes.steps * dim);
+  Buffer<T> rows_buffer(workers * max_rows * dim), similarity(workers * max_rows * width);
+  Buffer<T> best(workers * max_rows * width), sum(workers * max_items * width);
+  Buffer<IntOf<T>> slot(workers * max_rows * width);
+  std::vector<ForwardScratch<T>> scratch;
+  for (int64_t w = 0; w < workers; w++)
+    scratch.push_back({rows_buffer.get() + w * max_rows * dim, similarity.get() + w * max_rows * width,
+                       best.get() + w * max_rows * width, slot.get() + w * max_rows * width,
+                       sum.get() + w * max_items * width, -1});
+  parallel(claims, workers, [&](int64_t claim, int64_t worker) {
+    for (int64_t task = claim * at_once; task < (claim + 1) * at_once; task++) k.forward(job, task, scratch[worker]);
+  });
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& text, const Tensor& video, const Tensor& text_weight,
+                                           const OptionalTensor& video_weight, const OptionalTensor& text_mask,
+                                           const OptionalTensor& video_mask, bool normalize, bool zero_competes,
+                                           bool keep_matches) {
+  const bool both = video_weight.has_value();
+  const int64_t a = text.size(0), b = video.size(0);
+  Side<T> t(text, text_weight, text_mask, normalize, zero_competes);
+  Side<T> v(video, video_weight, video_mask, normalize, zero_competes);
+  Tensor logits = make({a, b}, scalar_type<T>);
+  auto matches = [](bool keep, int64_t items, int64_t length, int64_t others, int64_t indexed) {
+    Tensor index = make(keep ? std::vector<int64_t>{items, length, others} : std::vector<int64_t>{0},
+                        indexed <= 255 ? ScalarType::Byte : ScalarType::Short);
+    // All bits set is "none chosen" in uint8 and int16 alike.
+    std::memset(index.mutable_data_ptr(), 0xff, index.numel() * (indexed <= 255 ? 1 : 2));
+    return index;
+  };
+  Tensor video_index = matches(keep_matches, a, text.size(1), b, video.size(1));
+  Tensor text_index = matches(keep_matches && both, a, video.size(1), b, text.size(1));
+  T* scores = static_cast<T*>(logits.mutable_data_ptr());
+  std::memset(scores, 0, logits.numel() * sizeof(T));
+
+  ForwardJob<T> job = {};
+  job.scale = both ? T(0.5) : T(1);
+  job.logits = scores;
+  const int vector = kernels<T>().vector;
+  Lanes<T> video_lanes(v.tokens, vector), text_lanes(t.tokens, vector);
+  // Few videos leave lanes empty, many lengths leave slots empty: put the side in lanes that wastes less.
+  if (t.count() * video_lanes.steps <= v.count() * text_lanes.steps * 1.1) {
+    job.logits_stride_row = b, job.logits_stride_lane = 1;
+    job.row_matches = view(video_index, true), job.lane_matches = view(text_index, false);
+    run_forward(t, v, video_lanes, job);
+  } else {
+    job.logits_stride_row = 1, job.logits_stride_lane = b;
+    job.row_matches = view(text_index, false), job.lane_matches = view(video_index, true);
+    run_forward(v, t, text_lanes, job);
+  }
+  return {logits, video_index, text_index};
+}
+
+// A source's rows for the gather: as they lie where they are whole vectors of T, with the normalisation left to the
+// coefficients; else a normalised copy.
+template <class T>
+class SourceRows {
+ public:
+  explicit SourceRows(const Side<T>& side) : row_(side.count()), scale_(side.count()) {
+    const Tokens<T>& tokens = side.tokens;
+    const int64_t width = padded(tokens.dim), count = side.count();
+    const bool in_place = size_of(tokens.dtype) == sizeof(T) && width == tokens.dim;
+    if (!in_place) copy_ = std::make_unique<Buffer<T>>(count * width);
+    constexpr int64_t kRowsAtOnce = 64;
+    const int64_t tasks = (count + kRowsAtOnce - 1) / kRowsAtOnce, threads = threads_for(tasks, 4 * count * width);
+    Buffer<T> unused(threads * width);
+    parallel(tasks, threads, [&](int64_t task, int64_t thread) {
+      for (int64_t r = task * kRowsAtOnce; r < std::min(count, (task + 1) * kRowsAtOnce); r++) {
+        T* out = in_place ? unused.get() + thread * width : copy_->get() + r * width;
+        kernels<T>().load_row(tokens, r, out, &scale_[r]);
+        row_[r] = in_place ? reinterpret_cast<const T*>(tokens.row[r]) : out;
+      }
+    });
+    scale = in_place && tokens.normalize ? scale_.data() : nullptr;
+  }
+  const T* const* row() const { return row_.data(); }
+  const T* scale;
+
+ private:
+  std::vector<const T*> row_;
+  std::vector<T> scale_;
+  std::unique_ptr<Buffer<T>> copy_;
+};
+
+// Gradients of one side's features and weights.
+template <class T>
+std::tuple<Tensor, Tensor> gradient(const Tensor& features, const Side<T>& target, const Side<T>& source,
+                                    const Tensor& grad_logits, const Matches& target_matches,
+                                    const Matches& source_matches, bool text_side) {
+  const int64_t items = features.size(0), length = features.size(1), width = padded(target.tokens.dim);
+  Tensor grad = make({items, length, features.size(2)}, features.scalar_type());
+  Tensor grad_weight = make({items, length}, scalar_type<T>);
+  const SourceRows<T> source_rows(source);
+
+  // A chunk of source rows and a block of target gradients share a core's L2.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t chunk_rows = std::max<int64_t>(1, kChunkBytes / (width * sizeof(T)));
+  const int64_t block_limit = std::max<int64_t>(17, kBlockBytes / (width * sizeof(T)));
+  const int64_t block_rows = std::clamp<int64_t>(target.count() / (4 * threads), 16, block_limit);
+  int64_t max_rows = 0, max_chunk = 0;
+  const std::vector<int64_t> block = cut(target.tokens, block_rows, &max_rows);
+  const std::vector<int64_t> chunk = cut(source.tokens, chunk_rows, &max_chunk);
+  int64_t max_items = 1;
+  for (size_t c = 0; c + 1 < chunk.size(); c++) max_items = std::max(max_items, chunk[c + 1] - chunk[c]);
+
+  BackwardJob<T> job = {};
+  job.target = target.tokens, job.source = source.tokens;
+  job.source_row = source_rows.row(), job.source_scale = source_rows.scale;
+  job.block = block.data(), job.chunk = chunk.data();
+  job.chunk_count = static_cast<int64_t>(chunk.size()) - 1;
+  job.scale = target.tokens.weight && source.tokens.weight ? T(0.5) : T(1);
+  job.grad_logits = static_cast<const T*>(grad_logits.const_data_ptr());
+  job.grad_stride_target = grad_logits.stride(text_side ? 0 : 1);
+  job.grad_stride_source = grad_logits.stride(text_side ? 1 : 0);
+  job.target_matches = target_matches, job.source_matches = source_matches;
+  job.grad_features = static_cast<char*>(grad.mutable_data_ptr());
+  job.grad_weight = static_cast<T*>(grad_weight.mutable_data_ptr());
+
+  const int64_t tasks = static_cast<int64_t>(block.size()) - 1;
+  const int64_t pairs = target.count() * source.tokens.items + source.count() * target.tokens.items;
+  const int64_t workers = threads_for(tasks, pairs * width);
+  Buffer<T> gradients(workers * max_rows * width), rows(workers * max_rows * width);
+  Buffer<T> weights(workers * max_rows), norms(workers * max_rows), logits(workers * max_items);
+  Buffer<const T*> own_row(workers * max_items), other_row(workers * max_chunk);
+  Buffer<T> own(workers * max_items), other(workers * max_chunk);
+  Buffer<int32_t> begin(workers * (length + 1)), chooser_of(workers * max_chunk);
+  std::vector<BackwardScratch<T>> scratch;
+  for (int64_t w = 0; w < workers; w++)
+    scratch.push_back({gradients.get() + w * max_rows * width, weights.get() + w * max_rows,
+                       rows.get() + w * max_rows * width, norms.get() + w * max_rows, logits.get() + w * max_items,
+                       own_row.get() + w * max_items, own.get() + w * max_items, begin.get() + w * (length + 1),
+                       other_row.get() + w * max_chunk, other.get() + w * max_chunk,
+                       chooser_of.get() + w * max_chunk});
+  parallel(tasks, workers, [&](int64_t task, int64_t worker) { kernels<T>().backward(job, task, scratch[worker]); });
+  return {grad, grad_weight};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_logits, const Tensor& text, const Tensor& video, const Tensor& text_weight,
+    const OptionalTensor& video_weight, const OptionalTensor& text_mask, const OptionalTensor& video_mask,
+    const Tensor& video_index, const Tensor& text_index, bool normalize, bool need_text, bool need_video) {
+  STD_TORCH_CHECK(grad_logits.scalar_type() == scalar_type<T>,
+              "drl_fast::token_interaction_backward: grad_logits must have the logits' dtype");
+  Side<T> t(text, text_weight, text_mask, normalize, false);
+  Side<T> v(video, video_weight, video_mask, normalize, false);
+  Tensor grad_text = make({0}, text.scalar_type()), grad_video = make({0}, video.scalar_type());
+  Tensor grad_text_weight = make({0}, scalar_type<T>), grad_video_weight = make({0}, scalar_type<T>);
+  const Matches chosen_frames = view(video_index, true), chosen_words = view(text_index, false);
+  if (need_text)
+    std::tie(grad_text, grad_text_weight) = gradient(text, t, v, grad_logits, chosen_frames, chosen_words, true);
+  if (need_video) {
+    Tensor unused = make({0}, scalar_type<T>);
+    std::tie(grad_video, video_weight ? grad_video_weight : unused) =
+        gradient(video, v, t, grad_logits, chosen_words, chosen_frames, false);
+  }
+  return {grad_text, grad_video, grad_text_weight, grad_video_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_interaction(Tensor text, Tensor video, Tensor text_weight,
+                                                     OptionalTensor video_weight, OptionalTensor text_mask,
+                                                     OptionalTensor video_mask, bool normalize, bool zero_competes,
+                                                     bool keep_matches) {
+  auto run = text.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return run(text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(
+    Tensor grad_logits, Tensor text, Tensor video, Tensor text_weight, OptionalTensor video_weight,
+    OptionalTensor text_mask, OptionalTensor video_mask, Tensor video_index, Tensor text_index, bool normalize,
+    bool need_text, bool need_video) {
+  auto run = text.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return run(grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,
+             normalize, need_text, need_video);
+}
+
+std::string cpu_capability() { return capability().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(drl_fast, CPU, m) {
+  m.impl("token_interaction", TORCH_BOX(&token_interaction));
+  m.impl("token_interaction_backward", TORCH_BOX(&token_interaction_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(drl_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+}  // namespace drl_fast

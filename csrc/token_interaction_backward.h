@@ -1,0 +1,193 @@
+// Backward of the token interaction, from the matches alone.
+//
+//   own[t]   = sum over the tokens s that t chose of g * s            grad weight of t = <t, own[t]>
+//   grad[t]  = weight of t * own[t] + sum over the tokens s that chose t of g * weight of s * s
+//
+// Two gathers with the sum held in registers, one target token at a time: DRL_FAST_GATHER_VECTORS vectors of D. Source
+// tokens are taken in chunks that stay in L2 beside the block of target gradients. FLOP: 2 D for every match and side,
+// about (Nt + Nv) / (Nt Nv) of the forward's a side; one vector load a multiply-add, so L2's bandwidth is the limit.
+// No atomics and a fixed order: the same bits run after run, on any number of threads.
+
+// The position that was chosen, -1 for none.
+template <class Index>
+int get(const Matches& m, int64_t at) {
+  const Index v = static_cast<const Index*>(m.data)[at];
+  return sizeof(Index) == 1 && v == Index(255) ? -1 : int(v);
+}
+
+template <class T>
+struct List {
+  const T* const* row;
+  const T* coefficient;
+  int64_t count;
+};
+
+// grad[0..NV) += weight * own + other, with own = sum over `own`, likewise `other`; returns <token, own>.
+template <class T, int NV>
+T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
+  using S = Simd<T>;
+  using V = typename S::V;
+  V acc[NV];
+#pragma GCC unroll 16
+  for (int j = 0; j < NV; j++) acc[j] = V{};
+  for (int64_t n = 0; n < own.count; n++) {
+    const T* from = own.row[n] + at;
+    const V c = S::broadcast(own.coefficient[n]);
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
+  }
+  V product = {};
+#pragma GCC unroll 16
+  for (int j = 0; j < NV; j++) {
+    product += acc[j] * S::load(token + j * S::N);
+    acc[j] = S::load(grad + j * S::N) + S::broadcast(weight) * acc[j];
+  }
+  for (int64_t n = 0; n < other.count; n++) {
+    const T* from = other.row[n] + at;
+    const V c = S::broadcast(other.coefficient[n]);
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, acc[j]);
+  return S::sum(product);
+}
+
+template <class T>
+T gather_row(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
+  constexpr int N = Simd<T>::N, WIDE = DRL_FAST_GATHER_VECTORS;
+  T product = 0;
+  int64_t k = 0;
+  for (; k + WIDE * N <= width; k += WIDE * N) product += gather<T, WIDE>(k, own, other, weight, token + k, grad + k);
+  for (; k + 4 * N <= width; k += 4 * N) product += gather<T, 4>(k, own, other, weight, token + k, grad + k);
+  for (; k < width; k += N) product += gather<T, 1>(k, own, other, weight, token + k, grad + k);
+  return product;
+}
+
+// Source tokens of one chunk that chose a token of `item`, sorted by that token: a counting sort over the matches.
+template <class T, class Index>
+void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int64_t source1,
+                   BackwardScratch<T>& scratch) {
+  const Tokens<T>&target = job.target, &source = job.source;
+  const int64_t first = target.start[item], count = target.start[item + 1] - first;
+  for (int64_t p = 0; p <= count; p++) scratch.begin[p] = 0;
+  if (!source.weight) return;
+  const Matches& m = job.source_matches;
+  const int32_t* token_at = target.token_at + item * target.length;
+  const int64_t q0 = source.start[source0];
+  for (int64_t s = source0; s < source1; s++) {
+    const int64_t at = s * m.stride_item + item * m.stride_other;
+    for (int64_t q = source.start[s]; q < source.start[s + 1]; q++) {
+      const int position = get<Index>(m, at + source.position[q] * m.stride_position);
+      const int32_t p = position < 0 ? -1 : int32_t(token_at[position] - first);
+      scratch.chooser_of[q - q0] = p;
+      if (p >= 0) scratch.begin[p + 1]++;
+    }
+  }
+  for (int64_t p = 0; p < count; p++) scratch.begin[p + 1] += scratch.begin[p];
+  const int32_t total = scratch.begin[count];
+  for (int64_t s = source1; s-- > source0;) {
+    const T g = scratch.grad_logit[s - source0];
+    for (int64_t q = source.start[s + 1]; q-- > source.start[s];) {
+      const int32_t p = scratch.chooser_of[q - q0];
+      if (p < 0) continue;
+      const int32_t at = --scratch.begin[p + 1];
+      scratch.other_row[at] = job.source_row[q];
+      scratch.other_coefficient[at] = g * source.weight[q] * (job.source_scale ? job.source_scale[q] : T(1));
+    }
+  }
+  // Filling moved begin[p + 1] from the end of p's entries to their start.
+  for (int64_t p = 0; p < count; p++) scratch.begin[p] = scratch.begin[p + 1];
+  scratch.begin[count] = total;
+}
+
+// Source tokens of one chunk that token p of `item` chose.
+template <class T, class Index>
+int64_t list_chosen(const BackwardJob<T>& job, int64_t item, int64_t p, int64_t source0, int64_t source1,
+                    BackwardScratch<T>& scratch) {
+  if (!job.target.weight) return 0;
+  const Matches& m = job.target_matches;
+  const int64_t length = job.source.length;
+  const int64_t at = item * m.stride_item + job.target.position[p] * m.stride_position;
+  int64_t count = 0;
+  for (int64_t s = source0; s < source1; s++) {
+    const int position = get<Index>(m, at + s * m.stride_other);
+    if (position < 0) continue;
+    const int32_t q = job.source.token_at[s * length + position];
+    scratch.own_row[count] = job.source_row[q];
+    scratch.own_coefficient[count++] =
+        scratch.grad_logit[s - source0] * (job.source_scale ? job.source_scale[q] : T(1));
+  }
+  return count;
+}
+
+// Add what one chunk of source items gives to one target item.
+template <class T>
+void accumulate_item(const BackwardJob<T>& job, int64_t item, int64_t row0, int64_t source0, int64_t source1,
+                     BackwardScratch<T>& scratch) {
+  const Tokens<T>& target = job.target;
+  const int64_t first = target.start[item], last = target.start[item + 1], width = padded(target.dim);
+  if (first == last) return;
+  const T* grad_logits = job.grad_logits + item * job.grad_stride_target;
+  for (int64_t s = source0; s < source1; s++)
+    scratch.grad_logit[s - source0] = job.scale * grad_logits[s * job.grad_stride_source];
+  (job.source_matches.wide ? sort_choosers<T, int16_t> : sort_choosers<T, uint8_t>)(job, item, source0, source1,
+                                                                                    scratch);
+  const auto list = job.target_matches.wide ? list_chosen<T, int16_t> : list_chosen<T, uint8_t>;
+  for (int64_t p = first; p < last; p++) {
+    const int32_t begin = scratch.begin[p - first], end = scratch.begin[p - first + 1];
+    const List<T> own = {scratch.own_row, scratch.own_coefficient, list(job, item, p, source0, source1, scratch)};
+    const List<T> other = {scratch.other_row + begin, scratch.other_coefficient + begin, end - begin};
+    scratch.grad_weight[p - row0] += gather_row(width, own, other, target.weight ? target.weight[p] : T(0),
+                                                scratch.row + (p - row0) * width, scratch.grad + (p - row0) * width);
+  }
+}
+
+// Through the normalisation, and out in the features' dtype. Masked tokens get zeros.
+template <class T>
+void write_item(const BackwardJob<T>& job, int64_t item, int64_t row0, BackwardScratch<T>& scratch) {
+  const Tokens<T>& target = job.target;
+  const int64_t width = padded(target.dim);
+  const int64_t size = target.dtype == Dtype::f64 ? 8 : target.dtype == Dtype::f32 ? 4 : 2;
+  for (int64_t position = 0; position < target.length; position++) {
+    char* out = job.grad_features + (item * target.length + position) * target.dim * size;
+    T& out_weight = job.grad_weight[item * target.length + position];
+    const int64_t token = target.token_at[item * target.length + position];
+    if (token < 0) {
+      __builtin_memset(out, 0, target.dim * size);
+      out_weight = 0;
+      continue;
+    }
+    T* grad = scratch.grad + (token - row0) * width;
+    const T* row = scratch.row + (token - row0) * width;
+    const T inverse = scratch.inverse_norm[token - row0];
+    if (target.normalize) {
+      const T along = inverse == 0 ? T(0) : dot(row, grad, width);
+      for (int64_t k = 0; k < width; k++) grad[k] = inverse == 0 ? T(0) : (grad[k] - row[k] * along) * inverse;
+    }
+    switch (target.dtype) {
+      case Dtype::f32: store_row<T, float>(grad, out, target.dim); break;
+      case Dtype::f64: store_row<T, double>(grad, out, target.dim); break;
+      case Dtype::f16: store_row<T, Half>(grad, out, target.dim); break;
+      case Dtype::bf16: store_row<T, BFloat16>(grad, out, target.dim); break;
+    }
+    out_weight = scratch.grad_weight[token - row0];
+  }
+}
+
+// One task: the gradients of one block of target items, chunk of source items after chunk.
+template <class T>
+void backward(const BackwardJob<T>& job, int64_t task, BackwardScratch<T>& scratch) {
+  const Tokens<T>& target = job.target;
+  const int64_t item0 = job.block[task], item1 = job.block[task + 1], width = padded(target.dim);
+  const int64_t row0 = target.start[item0], row1 = target.start[item1];
+  for (int64_t p = row0; p < row1; p++) {
+    load_row(target, p, scratch.row + (p - row0) * width, scratch.inverse_norm + (p - row0));
+    for (int64_t k = 0; k < width; k++) scratch.grad[(p - row0) * width + k] = 0;
+    scratch.grad_weight[p - row0] = 0;
+  }
+  for (int64_t c = 0; c < job.chunk_count; c++)
+    for (int64_t item = item0; item < item1; item++)
+      accumulate_item(job, item, row0, job.chunk[c], job.chunk[c + 1], scratch);
+  for (int64_t item = item0; item < item1; item++) write_item(job, item, row0, scratch);
+}

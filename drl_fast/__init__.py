@@ -1,0 +1,27 @@
+"""drl-fast: weighted token-wise interaction for text-video retrieval, fused.
+
+>>> import torch, drl_fast
+>>> layer = drl_fast.WTI(dim=512)
+>>> logits = layer(torch.randn(4, 32, 512), torch.randn(6, 12, 512))  # texts x words, videos x frames
+>>> logits.shape
+torch.Size([4, 6])
+"""
+
+from . import functional, metrics, modules
+from .functional import Matches, info_nce, maxsim, token_interaction
+from .modules import DP, TI, WTI
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DP",
+    "TI",
+    "WTI",
+    "Matches",
+    "functional",
+    "info_nce",
+    "maxsim",
+    "metrics",
+    "modules",
+    "token_interaction",
+]

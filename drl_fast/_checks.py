@@ -1,0 +1,126 @@
+"""Argument errors, in one voice: the argument, what it must be, what it was, and what to do about it."""
+
+from __future__ import annotations
+
+import reprlib
+
+import torch
+from torch import Tensor
+
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MASKINGS = ("drl", "exclude", "none")
+
+
+def describe(value: object) -> str:
+    """Name a value the way an error message should: a tensor by shape and dtype, anything else by type and value."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    # Shortened: nobody wants to read a whole array.
+    return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {describe(value)}; convert it with torch.as_tensor({name})"
+        )
+    return value
+
+
+def tokens(name: str, value: object, letters: str) -> Tensor:
+    """Check one side's token features: rank 3, at least one token and one channel, a floating dtype we serve."""
+    x = tensor(name, value)
+    if x.dim() != 3:
+        hint = f"; add the missing dimension with {name}.unsqueeze(...)" if x.dim() == 2 else ""
+        raise ValueError(f"{name} must be ({letters}), got shape {tuple(x.shape)}{hint}")
+    if x.dtype not in FEATURE_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it with {name}.float()"
+        )
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(
+            f"{name} must be ({letters}) with at least one token and one channel, got shape {tuple(x.shape)}"
+        )
+    if x.shape[1] > 32767:
+        raise ValueError(f"{name} must have at most 32767 tokens a row, got {x.shape[1]}; split the rows")
+    return x
+
+
+def same_features(text: Tensor, video: Tensor, text_name: str, video_name: str) -> None:
+    """Check that two sides can be compared: one device, one dtype, one D."""
+    if video.device != text.device:
+        raise ValueError(
+            f"{video_name} must be on {text_name}'s device {text.device}, got {video.device}; "
+            f"move it with {video_name}.to({text_name}.device)"
+        )
+    if video.dtype != text.dtype:
+        raise TypeError(
+            f"{video_name} must have {text_name}'s dtype {text.dtype}, got {video.dtype}; "
+            f"convert it with {video_name}.to({text_name}.dtype)"
+        )
+    if video.shape[2] != text.shape[2]:
+        raise ValueError(
+            f"{video_name} must have D = {text.shape[2]} channels to match {text_name}, got {video.shape[2]}; "
+            "project one side to the other's width"
+        )
+
+
+def per_token(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:
+    """Check a (rows, tokens) companion of features: shape and device."""
+    x = tensor(name, value)
+    want = tuple(features.shape[:2])
+    if tuple(x.shape) != want:
+        raise ValueError(f"{name} must be ({letters}) = {want} to match {features_name}, got {tuple(x.shape)}")
+    if x.device != features.device:
+        raise ValueError(
+            f"{name} must be on {features_name}'s device {features.device}, got {x.device}; "
+            f"move it with {name}.to({features_name}.device)"
+        )
+    return x
+
+
+def mask(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor | None:
+    """Return the mask as bool (True = real token), or None where every token is real."""
+    if value is None:
+        return None
+    x = per_token(name, value, features, letters, features_name)
+    if x.dtype == torch.bool:
+        return x
+    if x.is_complex():
+        raise TypeError(f"{name} must be a boolean, integer or real mask, got {x.dtype}")
+    # Looking at values costs a synchronisation on an accelerator and breaks a compiled graph.
+    if x.is_floating_point() and x.device.type == "cpu" and not torch.compiler.is_compiling() and _has_nan(x):
+        raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
+    return x != 0
+
+
+def _has_nan(x: Tensor) -> bool:
+    # A fake tensor has no values to look at.
+    return type(x) in (Tensor, torch.nn.Parameter) and bool(torch.isnan(x).any())
+
+
+def weight(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:
+    """Check token weights and return them in the dtype that sums are kept in."""
+    x = per_token(name, value, features, letters, features_name)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}; convert it with {name}.float()")
+    return x.to(accumulation_dtype(features.dtype))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that similarities, sums and logits are kept in: float64 for float64, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive integer, got {describe(value)}")
+    if value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+    return value

@@ -1,0 +1,97 @@
+"""Frames of a video file: one a second (or another rate), at most so many, as uint8 tensors with a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import torch
+from av.video.reformatter import VideoReformatter
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as image_ops  # type: ignore[import-untyped]
+
+REMEDY = "re-encode it (ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4) or leave it out"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames are taken, and how large they come out.
+
+    Args:
+        rate: frames a second; every ``round(fps / rate)``-th frame from the first on is a candidate.
+        max_frames: more candidates than this are thinned by ``linspace(0, n - 1, max_frames)`` cut to integers.
+        size: pixels; the short side is resized to it (bicubic), then the centre ``size x size`` is cut out.
+
+    Raises:
+        ValueError: a value that is not positive.
+    """
+
+    rate: float = 1.0
+    max_frames: int = 12
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        for name, value in (("rate", self.rate), ("max_frames", self.max_frames), ("size", self.size)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}; DRL uses rate 1, max_frames 12, size 224")
+
+
+def read_video(path: str | Path, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Decode one video file.
+
+    Returns:
+        frames (max_frames, 3, size, size) uint8 RGB, zeros behind the last real one, and mask (max_frames,) bool.
+
+    Raises:
+        ValueError: a file that is missing, cannot be decoded or holds no frame; the path and a remedy are named.
+    """
+    candidates = list(_candidates(Path(path), sampling))
+    if not candidates:
+        raise ValueError(f"{path} must hold at least one video frame, got none; {REMEDY}")
+    chosen = thin(len(candidates), sampling.max_frames)
+    frames = torch.zeros((sampling.max_frames, 3, sampling.size, sampling.size), dtype=torch.uint8)
+    frames[: len(chosen)] = torch.stack([candidates[i] for i in chosen])
+    return frames, torch.arange(sampling.max_frames) < len(chosen)
+
+
+def thin(count: int, limit: int) -> list[int]:
+    """Indices of at most ``limit`` of ``count`` frames, evenly spread with both ends kept."""
+    if count <= limit:
+        return list(range(count))
+    return torch.linspace(0, count - 1, limit, dtype=torch.float64).to(torch.int64).tolist()
+
+
+def _candidates(path: Path, sampling: Sampling) -> Iterator[Tensor]:
+    """Every stride-th frame, already cut to size: an hour of full frames would not fit in memory."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a video file, found none there; check the path")
+    # One for all frames, and without threads: starting them costs more than converting a small frame.
+    to_rgb = VideoReformatter()
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} must hold a video stream, got {len(container.streams)} others; {REMEDY}")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            fps = stream.average_rate or stream.guessed_rate
+            if not fps:
+                raise ValueError(f"{path} must state a frame rate, got none; {REMEDY}")
+            stride = max(round(float(fps) / sampling.rate), 1)
+            for index, frame in enumerate(container.decode(stream)):
+                if index % stride == 0:
+                    picture = Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                    # Phones store pictures lying down, and how to turn them in the stream's metadata.
+                    yield fit(picture.rotate(frame.rotation, expand=True) if frame.rotation else picture, sampling.size)
+    except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"{path} must be a readable video, got: {reason}; {REMEDY}") from error
+
+
+def fit(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) uint8: CLIP's own preprocessing up to the scaling of values."""
+    if min(image.size) != size:
+        image = image_ops.resize(image, [size], interpolation=image_ops.InterpolationMode.BICUBIC)
+    return image_ops.pil_to_tensor(image_ops.center_crop(image, [size, size]))

@@ -1,0 +1,1 @@
+"""Loops over a model and data: training and evaluation."""

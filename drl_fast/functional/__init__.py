@@ -1,0 +1,8 @@
+"""One file a public function: it checks its arguments and calls an operator."""
+
+from .dot_product import dot_product
+from .info_nce import info_nce
+from .maxsim import maxsim
+from .token_interaction import Matches, token_interaction
+
+__all__ = ["Matches", "dot_product", "info_nce", "maxsim", "token_interaction"]

@@ -1,0 +1,60 @@
+"""DP: one dot product of pooled vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ._inputs import check_sides, uniform_weight
+
+NORM_EPS = 1e-12
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2-normalise the last axis in float32 (float64 for float64); norm <= 1e-12 maps to 0 with gradient 0."""
+    x = x.to(_checks.accumulation_dtype(x.dtype))
+    dead = (x * x).sum(-1, keepdim=True) <= NORM_EPS**2
+    # Replaced before the norm, not after: a gradient through norm(0) is NaN even where a later `where` drops it.
+    x = x.masked_fill(dead, 1.0)
+    return (x / x.norm(dim=-1, keepdim=True)).masked_fill(dead, 0.0)
+
+
+def dot_product(
+    text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+) -> Tensor:
+    """Cosine of a text's end token and a video's mean frame.
+
+    The text vector is the last real token (largest index with a non-zero mask), normalised; the video vector is the
+    masked mean of the normalised frames, normalised again. A side without a real token scores 0.
+
+    Args:
+        text: (A, Nt, D) token features; float32, float16, bfloat16 or float64.
+        video: (B, Nv, D), the same dtype and device.
+        text_mask: (A, Nt), non-zero = real, holes allowed; None: all real.
+        video_mask: (B, Nv), likewise.
+
+    Returns:
+        (A, B) logits, float32 (float64 for float64 input), not scaled by temperature.
+
+    Raises:
+        ValueError, TypeError: as :func:`token_interaction`.
+
+    Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3 (mean pooling); arXiv 2203.07111, table 1, "DP".
+    """
+    text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+    with torch.autocast(text.device.type, enabled=False):
+        end_token = unit(last_real_token(text, t_mask))
+        frames = video if v_mask is None else torch.where(v_mask[..., None], video, 0)
+        pooled = unit((unit(frames) * uniform_weight(v_mask, video)[..., None]).sum(dim=1))
+        return end_token @ pooled.T
+
+
+def last_real_token(text: Tensor, mask: Tensor | None) -> Tensor:
+    """(A, D): the token with the largest real index; zeros for a row without one."""
+    if mask is None:
+        return text[:, -1]
+    position = torch.arange(text.shape[1], device=text.device)
+    last = torch.where(mask, position, -1).amax(dim=1)
+    chosen = text.gather(1, last.clamp(min=0)[:, None, None].expand(-1, 1, text.shape[2])).squeeze(1)
+    return torch.where(last[:, None] >= 0, chosen, 0)

@@ -1,0 +1,56 @@
+"""The two-way contrastive loss over a square logit matrix."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks
+
+
+def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
+    """Mean of the text-to-video and video-to-text cross-entropies, with the positives on the diagonal.
+
+    Args:
+        logits: (B, B), row a, column b: text a against video b, not scaled by temperature.
+        logit_scale: the factor itself (exp already taken, open_clip's ClipLoss convention): a positive float, or a
+            0-dim tensor that gets a gradient.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input). B = 1 gives 0.
+
+    Raises:
+        ValueError: logits not square, B = 0, a float ``logit_scale`` that is not positive and finite.
+        TypeError: logits not a floating-point tensor, or a ``logit_scale`` that is neither number nor tensor.
+
+    Source: arXiv 2203.07111, section 3.4; Radford et al., arXiv 2103.00020, figure 3.
+    """
+    x = _checks.tensor("logits", logits)
+    if x.dim() != 2 or x.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"logits must be square (B, B) with positives on the diagonal, got {tuple(x.shape)}; "
+            "score as many texts as videos"
+        )
+    if x.shape[0] == 0:
+        raise ValueError("logits must hold at least one pair, got shape (0, 0); skip empty batches")
+    if not x.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {x.dtype}; convert them with logits.float()")
+    scaled = x.to(_checks.accumulation_dtype(x.dtype)) * check_scale(logit_scale)
+    target = torch.arange(scaled.shape[0], device=scaled.device)
+    return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
+
+
+def check_scale(logit_scale: float | Tensor) -> float | Tensor:
+    """Accept a positive finite number or a one-element tensor, as a factor that broadcasts over logits."""
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"logit_scale must be a scalar, got shape {tuple(logit_scale.shape)}")
+        return logit_scale.reshape(())
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, int | float):
+        raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {_checks.describe(logit_scale)}")
+    if not 0 < logit_scale < float("inf"):
+        raise ValueError(
+            f"logit_scale must be positive and finite, got {logit_scale}; pass the factor itself, exp already taken"
+        )
+    return logit_scale

@@ -1,0 +1,124 @@
+"""Weighted token-wise interaction (WTI, TI): logits from tokens and token weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _checks
+from ..ops import token_interaction as op
+from ._inputs import check_sides, uniform_weight
+
+
+class Matches(NamedTuple):
+    """Which token each token chose. Indices are into the padded rows; -1 where no real token was chosen."""
+
+    video_index: Tensor
+    """(A, B, Nt) int64: the frame of video b that word i of text a chose."""
+    text_index: Tensor | None
+    """(A, B, Nv) int64: the word of text a that frame j of video b chose; None when not bidirectional."""
+
+
+def token_interaction(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None = None,
+    video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    masking: str = "drl",
+    bidirectional: bool = True,
+    return_matches: bool = False,
+) -> Tensor | tuple[Tensor, Matches]:
+    r"""Score every text against every video by their tokens' best matches.
+
+    .. math:: logits_{ab} = \tfrac12\Big[\sum_i w^t_{ai} \max_j \langle t_{ai}, v_{bj}\rangle
+                                       + \sum_j w^v_{bj} \max_i \langle t_{ai}, v_{bj}\rangle\Big]
+
+    The A x B x Nt x Nv similarities never exist in memory. Differentiable once in features and weights; a second
+    derivative or forward-mode AD raises.
+
+    Args:
+        text: (A, Nt, D) token features, raw; float32, float16, bfloat16 or float64.
+        video: (B, Nv, D) frame features of the same dtype and device.
+        text_weight: (A, Nt) weights, any float dtype, used as given; None is uniform over real tokens (TI).
+        video_weight: (B, Nv), likewise. Must be None when ``bidirectional=False``.
+        text_mask: (A, Nt), non-zero = real token, any dtype, holes allowed; None: all real.
+        video_mask: (B, Nv), likewise.
+        normalize: L2-normalise tokens first, in float32 (float64 for float64). A token of norm <= 1e-12 maps to 0.
+        masking: ``"drl"``: a masked token's similarity is 0 and competes for the maximum, as in the public code;
+            ``"exclude"``: it never takes part; ``"none"``: every token competes and counts with its given weight, and
+            masks only shape uniform weights. Except under ``"none"`` masked features are never read, and a masked
+            token's own maximum is 0 whatever its weight.
+        bidirectional: False keeps the first sum alone, not halved.
+        return_matches: also return :class:`Matches`.
+
+    Returns:
+        (A, B) logits, float32 (float64 for float64 input), not scaled by temperature; with ``return_matches`` a pair
+        ``(logits, Matches)``. A score has the same bits whatever else is in the batch.
+
+    Raises:
+        ValueError: wrong rank, sizes that do not match, another device, an unknown ``masking``, NaN in a float mask
+            (CPU, eager only).
+        TypeError: not a tensor, or a dtype that is not served.
+
+    Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction".
+    """
+    _checks.option("masking", masking, _checks.MASKINGS)
+    text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+    if text_weight is None:
+        text_weight = uniform_weight(t_mask, text)
+    text_weight = _checks.weight("text_weight", text_weight, text, "A, Nt", "text")
+    if not bidirectional:
+        if video_weight is not None:
+            raise ValueError(
+                "video_weight must be None when bidirectional=False (only the text side is summed), "
+                f"got {_checks.describe(video_weight)}"
+            )
+    else:
+        if video_weight is None:
+            video_weight = uniform_weight(v_mask, video)
+        video_weight = _checks.weight("video_weight", video_weight, video, "B, Nv", "video")
+    if masking == "none":
+        t_mask = v_mask = None
+    return interact(text, video, text_weight, video_weight, t_mask, v_mask, normalize, masking == "drl", return_matches)
+
+
+def interact(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    normalize: bool,
+    zero_competes: bool,
+    return_matches: bool,
+) -> Tensor | tuple[Tensor, Matches]:
+    """Call the operator on checked arguments; matches are kept only where a backward or the caller needs them."""
+    inputs = (text, video, text_weight, video_weight)
+    _refuse_forward_mode(inputs)
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    logits, video_index, text_index = op.token_interaction(
+        *inputs, text_mask, video_mask, normalize, zero_competes, train or return_matches
+    )
+    if not return_matches:
+        return logits
+    by_video = None if video_weight is None else op.public_index(text_index)
+    return logits, Matches(op.public_index(video_index), by_video)
+
+
+def _refuse_forward_mode(inputs: tuple[Tensor | None, ...]) -> None:
+    """Raise where an input carries a tangent: without requires_grad the operator would drop it in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "drl_fast: the token interaction has no forward-mode derivative; use backward(), or "
+            "drl_fast.reference.token_interaction"
+        )

@@ -1,0 +1,20 @@
+"""DP: the dot product of pooled vectors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..functional import dot_product
+
+
+class DP(nn.Module):
+    """Dot-product interaction: a text's end token against a video's mean frame. No parameters.
+
+    ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)``; see
+    :func:`drl_fast.functional.dot_product`. Source: arXiv 2203.07111, table 1, "DP"; CLIP4Clip's mean pooling.
+    """
+
+    def forward(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> Tensor:
+        return dot_product(text, video, text_mask, video_mask)

@@ -1,0 +1,51 @@
+"""TI: token-wise interaction with uniform weights."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import _checks
+from ..functional import Matches, token_interaction
+
+
+class TI(nn.Module):
+    """Token-wise interaction (FILIP-style): every real token counts alike. No parameters.
+
+    ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None, *, return_matches=False)`` returns
+    (A, B) logits in float32 (float64 for float64 input); see :func:`drl_fast.token_interaction`, also for the errors.
+
+    Args:
+        masking: ``"drl"``, ``"exclude"`` or ``"none"``.
+        normalize: L2-normalise tokens first.
+        bidirectional: False: the text side's sum alone, not halved.
+
+    Raises:
+        ValueError: an unknown ``masking``.
+
+    Source: arXiv 2203.07111, section 3.2; Yao et al., "FILIP", arXiv 2111.07783, section 3.1.
+    """
+
+    def __init__(self, *, masking: str = "drl", normalize: bool = True, bidirectional: bool = True) -> None:
+        super().__init__()
+        _checks.option("masking", masking, _checks.MASKINGS)
+        self.masking = masking
+        self.normalize = normalize
+        self.bidirectional = bidirectional
+
+    def extra_repr(self) -> str:
+        return f"masking={self.masking!r}, normalize={self.normalize}, bidirectional={self.bidirectional}"
+
+    def forward(
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        *,
+        return_matches: bool = False,
+    ) -> Tensor | tuple[Tensor, Matches]:
+        return token_interaction(
+            text, video, None, None, text_mask, video_mask,
+            normalize=self.normalize, masking=self.masking, bidirectional=self.bidirectional,
+            return_matches=return_matches,
+        )  # fmt: skip

@@ -1,0 +1,218 @@
+"""The token interaction in blocks of a fixed shape.
+
+One block is C captions x V videos, its similarities (C, Nt, V, Nv) the only large temporary. Every block has the same
+shape, the last one padded, and weighted sums run in token order: that makes a pair's score independent of the batch
+around it, which a matrix product of varying shape or ``torch.sum`` would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._checks import accumulation_dtype
+
+NORM_EPS = 1e-12
+# Tokens along one edge of a block: small on a CPU, where a block should stay in cache and little batches are common.
+BLOCK_TOKENS = {"cpu": 288}
+BLOCK_TOKENS_ELSEWHERE = 2304
+# A product's last rows and columns run through remainder code with other bits unless they fill a whole tile, and a
+# token's score would depend on where in the block it stands. 48 is a multiple of the usual tile edges.
+TILE = 48
+
+
+class Side(NamedTuple):
+    """One side's tokens, ready for products, padded to whole blocks of rows."""
+
+    tokens: Tensor  # (rows, N, D) float32 or float64; masked and padding tokens are 0
+    inverse_norm: Tensor | None  # (rows, N, 1), None where tokens are used as they are
+    real: Tensor  # (rows, N) bool
+    has_masked: Tensor  # (rows,) bool
+    block: int  # rows a block
+
+
+def prepare(features: Tensor, mask: Tensor | None, normalize: bool) -> Side:
+    rows, length, _ = features.shape
+    edge = BLOCK_TOKENS.get(features.device.type, BLOCK_TOKENS_ELSEWHERE)
+    block = max(1, edge // length)
+    pad = -rows % block
+    real = torch.ones(rows, length, dtype=torch.bool, device=features.device) if mask is None else mask
+    tokens = features.to(accumulation_dtype(features.dtype))
+    if mask is not None:
+        tokens = torch.where(real[..., None], tokens, 0)
+    inverse = None
+    if normalize:
+        norm = tokens.norm(dim=-1, keepdim=True)
+        inverse = torch.where(norm <= NORM_EPS, 0, 1 / norm)
+        # where, not a product: Inf * 0 would turn a finite but overflowing row into NaN
+        tokens = torch.where(norm <= NORM_EPS, 0, tokens * inverse)
+    has_masked = ~real.all(dim=1)
+    if pad:
+        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, pad))
+        real = torch.nn.functional.pad(real, (0, 0, 0, pad))
+        has_masked = torch.nn.functional.pad(has_masked, (0, pad))
+    return Side(tokens, inverse, real, has_masked, block)
+
+
+def blocks(text: Side, video: Side, a: int, b: int) -> Iterator[tuple[slice, slice]]:
+    for a0 in range(0, a, text.block):
+        for b0 in range(0, b, video.block):
+            yield slice(a0, a0 + text.block), slice(b0, b0 + video.block)
+
+
+def similarities(text: Side, video: Side, sa: slice, sb: slice) -> Tensor:
+    """One block's (C, Nt, V, Nv) similarities."""
+    t, v = text.tokens[sa], video.tokens[sb]
+    product = whole_tiles(t.flatten(0, 1)) @ whole_tiles(v.flatten(0, 1)).T
+    product = product[: t.shape[0] * t.shape[1], : v.shape[0] * v.shape[1]]
+    return product.unflatten(1, v.shape[:2]).unflatten(0, t.shape[:2])
+
+
+def whole_tiles(tokens: Tensor) -> Tensor:
+    missing = -len(tokens) % TILE
+    return torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
+
+
+def best(similarity: Tensor, dim: int, competes: Tensor, zero: Tensor, counts: Tensor, none: int) -> tuple[Tensor, ...]:
+    """Maximum and lowest argmax over ``dim``: ``competes`` of its tokens take part, ``zero`` adds a candidate 0.
+
+    ``counts`` marks the tokens that choose; where nothing was chosen the value is 0 and the index ``none``.
+    """
+    similarity = similarity.masked_fill(~competes, -torch.inf)
+    value = similarity.amax(dim)
+    shape = [1] * similarity.dim()
+    shape[dim] = -1
+    position = torch.arange(similarity.shape[dim], device=similarity.device).view(shape)
+    # Written out because argmax promises no order among ties on every device; NaN differs from itself.
+    hit = (similarity == value.unsqueeze(dim)) | similarity.isnan()
+    index = torch.where(hit & competes, position, none).amin(dim)
+    index = torch.where((index == none) | ~counts | (zero & (value < 0)), none, index)
+    return torch.where(index == none, 0, value), index
+
+
+def weighted_sum(value: Tensor, weight: Tensor) -> Tensor:
+    """Sum over dim 1 of value (C, N, V) with weight, one token after the other."""
+    total = torch.zeros_like(value[:, 0])
+    for n in range(value.shape[1]):
+        total = total + weight[:, n] * value[:, n]
+    return total
+
+
+def forward(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    normalize: bool,
+    zero_competes: bool,
+    keep_matches: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, nt, _ = text.shape
+    b, nv, _ = video.shape
+    both = video_weight is not None
+    dtype = accumulation_dtype(text.dtype)
+    logits = text.new_empty((a, b), dtype=dtype)
+    video_index = text.new_empty((a, nt, b) if keep_matches else (0,), dtype=_index_dtype(nv))
+    text_index = text.new_empty((a, nv, b) if keep_matches and both else (0,), dtype=_index_dtype(nt))
+    none_v, none_t = _none(video_index), _none(text_index)
+    # Inside autocast a product would silently run in half precision.
+    with torch.autocast(text.device.type, enabled=False):
+        t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
+        wt = _pad_rows(text_weight, t)
+        wv = None if video_weight is None else _pad_rows(video_weight, v)
+        for sa, sb in blocks(t, v, a, b):
+            s = similarities(t, v, sa, sb)
+            t_real, v_real = t.real[sa][:, :, None, None], v.real[sb][None, None]
+            zero_v = zero_competes & v.has_masked[sb][None, None]
+            value, index = best(s, 3, v_real, zero_v, t_real[..., 0], LARGEST)
+            total = weighted_sum(value, wt[sa][:, :, None])
+            na, nb = logits[sa, sb].shape
+            if keep_matches:
+                video_index[sa, :, sb] = index.masked_fill(index == LARGEST, none_v)[:na, :, :nb].to(video_index.dtype)
+            if wv is not None:
+                zero_t = zero_competes & t.has_masked[sa][:, None, None]
+                value, index = best(s, 1, t_real, zero_t, v_real[0], LARGEST)
+                total = (total + weighted_sum(value.transpose(1, 2), wv[sb].T[None, :, :])) / 2
+                if keep_matches:
+                    index = index.masked_fill(index == LARGEST, none_t).transpose(1, 2)[:na, :, :nb]
+                    text_index[sa, :, sb] = index.to(text_index.dtype)
+            logits[sa, sb] = total[:na, :nb]
+    return logits, video_index, text_index
+
+
+def backward(
+    grad_logits: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    normalize: bool,
+    need_text: bool,
+    need_video: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, nt, _ = text.shape
+    b, nv, _ = video.shape
+    words = torch.arange(nt, device=text.device)[None, :, None, None]
+    frames = torch.arange(nv, device=text.device)
+    with torch.autocast(text.device.type, enabled=False):
+        t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
+        grad_t, grad_v = torch.zeros_like(t.tokens), torch.zeros_like(v.tokens)
+        grad_wt, grad_wv = torch.zeros_like(t.tokens[..., 0]), torch.zeros_like(v.tokens[..., 0])
+        for sa, sb in blocks(t, v, a, b):
+            s = similarities(t, v, sa, sb)[: len(text[sa]), :, : len(video[sb])]
+            g = grad_logits[sa, sb].to(s.dtype)[:, None, :, None]
+            if video_weight is not None:
+                g = g / 2
+            na, nb = g.shape[0], g.shape[2]
+            # d loss / d S is sparse: one entry a word and video, one a frame and text.
+            hit = video_index[sa, :, sb, None] == frames
+            grad_wt[sa][:na] += torch.where(hit, s * g, 0).sum((2, 3))
+            coefficient = torch.where(hit, g * text_weight[sa][:, :, None, None], 0)
+            if video_weight is not None:
+                hit = text_index[sa, :, sb].transpose(1, 2)[:, None] == words
+                grad_wv[sb][:nb] += torch.where(hit, s * g, 0).sum((0, 1))
+                coefficient = coefficient + torch.where(hit, g * video_weight[sb][None, None], 0)
+            flat = coefficient.reshape(na * nt, nb * nv)
+            if need_text:
+                grad_t[sa][:na] += (flat @ v.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
+            if need_video:
+                grad_v[sb][:nb] += (flat.T @ t.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
+        return (
+            _unnormalize(grad_t, t, text) if need_text else text.new_empty(0),
+            _unnormalize(grad_v, v, video) if need_video else video.new_empty(0),
+            grad_wt[:a].clone() if need_text else text_weight.new_empty(0),
+            grad_wv[:b].clone() if need_video and video_weight is not None else text_weight.new_empty(0),
+        )
+
+
+def _unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
+    """Gradient of the raw features from that of the normalised tokens."""
+    grad, tokens = grad[: len(features)], side.tokens[: len(features)]
+    if side.inverse_norm is not None:
+        grad = (grad - tokens * (tokens * grad).sum(-1, keepdim=True)) * side.inverse_norm
+        grad = torch.where(side.inverse_norm == 0, 0, grad)
+    return torch.where(side.real[: len(features), :, None], grad, 0).to(features.dtype).contiguous()
+
+
+def _pad_rows(weight: Tensor, side: Side) -> Tensor:
+    return torch.nn.functional.pad(weight, (0, 0, 0, len(side.tokens) - len(weight)))
+
+
+LARGEST = 1 << 30
+
+
+def _index_dtype(length: int) -> torch.dtype:
+    return torch.uint8 if length <= 255 else torch.int16
+
+
+def _none(index: Tensor) -> int:
+    return 255 if index.dtype == torch.uint8 else -1

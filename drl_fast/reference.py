@@ -1,0 +1,128 @@
+"""The oracle: every public function in plain, dense PyTorch, to be read beside the paper and compared against.
+
+Nothing here is fast or bounded in memory: :func:`token_interaction` builds the A x B x Nt x Nv tensor that the library
+exists to avoid. Product code never imports this module; tests and benchmarks do. Gradients come from autograd, and
+everything also runs in float64.
+
+Source: Wang et al., "Disentangled Representation Learning for Text-Video Retrieval", arXiv 2203.07111, section 3.2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12
+
+
+def unit(tokens: Tensor) -> Tensor:
+    """L2-normalise the last axis in float32 or better; a token of norm <= 1e-12 maps to 0 with gradient 0."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    alive = tokens.detach().norm(dim=-1, keepdim=True).nan_to_num(1.0) > NORM_EPS
+    safe = torch.where(alive, tokens, 1.0)
+    return torch.where(alive, safe / safe.norm(dim=-1, keepdim=True), 0.0)
+
+
+def real_mask(mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """A boolean (rows, tokens) mask, all real where none is given."""
+    if mask is None:
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    return mask != 0
+
+
+def uniform_weight(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / (number of real tokens) on real tokens; a row without any has weights 0."""
+    count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    return mask.to(dtype) / count
+
+
+def best_match(similarity: Tensor, competes: Tensor, zero: Tensor, dim: int) -> Tensor:
+    """Maximum of ``similarity`` over ``dim`` among the tokens that compete.
+
+    Where ``zero`` holds, a masked token's similarity of 0 is one of the candidates; a maximum over nothing is 0.
+    """
+    best = similarity.masked_fill(~competes, -torch.inf).max(dim).values
+    best = torch.where(zero & (best < 0), 0.0, best)
+    return torch.where(competes.any(dim).expand_as(best) | zero, best, 0.0)
+
+
+def token_interaction(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None = None,
+    video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    masking: str = "drl",
+    bidirectional: bool = True,
+) -> Tensor:
+    """Weighted token-wise interaction, logits (A, B); arguments as in :func:`drl_fast.functional.token_interaction`."""
+    t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
+    dtype = torch.promote_types(text.dtype, torch.float32)
+    wt = uniform_weight(t_real, dtype) if text_weight is None else text_weight.to(dtype)
+    wv = uniform_weight(v_real, dtype) if video_weight is None else video_weight.to(dtype)
+    if masking == "none":
+        t_real, v_real = torch.ones_like(t_real), torch.ones_like(v_real)
+
+    # Masked tokens are never read: whatever stands there, NaN included, is replaced before any arithmetic.
+    t = torch.where(t_real[..., None], text, 0).to(dtype)
+    v = torch.where(v_real[..., None], video, 0).to(dtype)
+    if normalize:
+        t, v = unit(t), unit(v)
+
+    similarity = torch.einsum("aid,bjd->abij", t, v)
+    drl = masking == "drl"
+    zero_v = drl & (~v_real).any(-1)[None, :, None]  # video b's row has a masked token
+    zero_t = drl & (~t_real).any(-1)[:, None, None]
+    m_t = best_match(similarity, v_real[None, :, None, :], zero_v, dim=3)
+    m_v = best_match(similarity, t_real[:, None, :, None], zero_t, dim=2)
+    # A masked token's own maximum is 0 whatever its weight.
+    m_t = torch.where(t_real[:, None, :], m_t, 0)
+    m_v = torch.where(v_real[None, :, :], m_v, 0)
+    by_text = torch.einsum("abi,ai->ab", m_t, torch.where(t_real, wt, 0))
+    if not bidirectional:
+        return by_text
+    by_video = torch.einsum("abj,bj->ab", m_v, torch.where(v_real, wv, 0))
+    return (by_text + by_video) / 2
+
+
+def maxsim(
+    query: Tensor,
+    document: Tensor,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    *,
+    query_weight: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """ColBERT's late interaction (Khattab & Zaharia 2020, section 3.3), logits (A, B)."""
+    if query_weight is None:
+        query_weight = torch.ones(query.shape[:2], dtype=query.dtype, device=query.device)
+    return token_interaction(
+        query, document, query_weight, None, query_mask, document_mask,
+        normalize=normalize, masking="exclude", bidirectional=False,
+    )  # fmt: skip
+
+
+def dot_product(
+    text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+) -> Tensor:
+    """DP: last real token against the mean-pooled frames (CLIP4Clip), logits (A, B)."""
+    t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
+    dtype = torch.promote_types(text.dtype, torch.float32)
+    t = torch.where(t_real[..., None], text, 0).to(dtype)
+    v = unit(torch.where(v_real[..., None], video, 0).to(dtype))
+    last = t_real.shape[1] - 1 - t_real.int().flip(1).argmax(dim=1)
+    end_token = unit(t[torch.arange(len(t)), last])
+    pooled = unit((v * uniform_weight(v_real, dtype)[..., None]).sum(1))
+    return end_token @ pooled.T
+
+
+def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
+    """Mean of the row-wise and column-wise cross-entropies with the diagonal as targets."""
+    scaled = logits * logit_scale
+    target = torch.arange(len(scaled), device=scaled.device)
+    return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2

@@ -1,0 +1,57 @@
+"""The C++ extension; everything else is in pyproject.toml.
+
+Built on PyTorch's stable ABI and Python's limited API: one wheel serves every torch >= 2.10 and Python >= 3.10.
+Optional: without a compiler the package installs all the same and runs on chunked PyTorch.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+TORCH_2_10 = "0x020a000000000000"
+PYTHON_3_10 = "0x030a0000"
+
+
+class LimitedApiWheel(bdist_wheel):
+    """Tag the wheel cp310-abi3: it is not tied to the Python that built it."""
+
+    def finalize_options(self) -> None:
+        self.py_limited_api = "cp310"
+        super().finalize_options()
+
+
+class OptionalBuild(BuildExtension):
+    """A failed build leaves a working package behind, and says what is missing."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            print(f"drl-fast: the C++ extension was not built ({error}).")
+            print("drl-fast: CPU tensors will run on the slower chunked PyTorch path.")
+
+
+setup(
+    packages=[*find_packages(include=["drl_fast", "drl_fast.*"]), "drl_fast.kernels"],
+    package_dir={"drl_fast.kernels": "kernels"},
+    ext_modules=[
+        CppExtension(
+            "drl_fast._C",
+            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                f"-DTORCH_TARGET_VERSION={TORCH_2_10}",
+                f"-DPy_LIMITED_API={PYTHON_3_10}",
+            ],
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": OptionalBuild, "bdist_wheel": LimitedApiWheel},
+)

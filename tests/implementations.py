@@ -1,0 +1,56 @@
+"""The implementations that one set of cases runs through, by the public functions alone.
+
+Each row says on which device its tensors live, how to make it serve them, and why it may be absent. A further one
+(Triton's interpreter, say) is one more row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from drl_fast.ops import _registry
+from drl_fast.ops.chunked import token_interaction as chunked
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute the operators."""
+
+    name: str
+    device: str
+    install: Callable[[], AbstractContextManager[object]]
+    missing: Callable[[], str | None]
+
+
+@contextmanager
+def chunked_on_cpu(forward: Callable = chunked.forward, backward: Callable = chunked.backward) -> Iterator[None]:
+    """Let chunked PyTorch serve CPU tensors for a while, in front of the C++ extension."""
+    # Scoped: the registration is taken back at the end, and the extension's kernel stands again.
+    with torch.library._scoped_library("drl_fast", "IMPL") as library:
+        library.impl("token_interaction", forward, "CPU", allow_override=True)
+        library.impl("token_interaction_backward", backward, "CPU", allow_override=True)
+        yield
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+IMPLEMENTATIONS = {
+    row.name: row
+    for row in (
+        Implementation("cpp", "cpu", nullcontext, lambda: _registry.EXTENSION_ERROR),
+        Implementation("chunked", "cpu", chunked_on_cpu, lambda: None),
+        Implementation("cuda", "cuda", nullcontext, _no_gpu),
+    )
+}
+
+
+def must_exist(name: str) -> bool:
+    """Where CI builds the extension, its absence is a failure and not a reason to skip."""
+    return name == "cpp" and os.environ.get("CI", "").lower() in ("1", "true")

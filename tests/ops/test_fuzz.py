@@ -1,0 +1,100 @@
+"""Random shapes, masks, dtypes, strides and options against the float64 oracle.
+
+`make test` takes a short walk; `make fuzz` (DRL_FAST_FUZZ=1) a long one, different each time.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+import drl_fast
+from tests.implementations import Implementation
+from tests.oracle import NEAR, Problem, choices, judge, make
+
+LONG = os.environ.get("DRL_FAST_FUZZ") == "1"
+FUZZ = settings(
+    max_examples=3000 if LONG else 60,
+    # The short walk takes the same steps every time: a red run must be the change's fault.
+    derandomize=not LONG,
+    deadline=None,
+    # The fixture only puts an implementation in charge; nothing of it is used up by an example.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+LENGTH = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 64, 100]), st.sampled_from([255, 256, 257, 300]))
+ROWS = st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65]))
+DIM = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 128, 257, 512]))
+MASK = st.sampled_from([None, "prefix", "holes", "empty"])
+LAYOUT = st.sampled_from(["contiguous", "rows apart", "transposed", "channels first", "offset", "reversed batch"])
+# Elements of the dense similarities that the oracle may build.
+BUDGET = 400_000
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values, elsewhere in memory."""
+    if layout == "rows apart":
+        return torch.stack([x, torch.full_like(x, 7)], dim=1)[:, 0]
+    if layout == "transposed":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "channels first":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "offset":
+        return torch.cat([x.flatten()[:0], x.new_ones(3), x.flatten()])[3:].view(x.shape)
+    if layout == "reversed batch":
+        return x.flip(0)
+    return x
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    a, nt, b, nv = draw(ROWS), draw(LENGTH), draw(ROWS), draw(LENGTH)
+    while a * nt * b * nv > BUDGET:
+        a, b = (a // 2, b) if a > b else (a, b // 2)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    options: dict[str, Any] = {
+        "masking": draw(st.sampled_from(["drl", "exclude", "none"])),
+        "normalize": draw(st.booleans()),
+        "bidirectional": draw(st.booleans()),
+    }
+    problem = make(
+        (a, nt, b, nv), draw(DIM), dtype,
+        masks=(draw(MASK), draw(MASK)),
+        mask_dtype=draw(st.sampled_from([torch.bool, torch.int64, torch.float32, torch.uint8])),
+        weights=draw(st.sampled_from([None, torch.float16, torch.float32, torch.float64])),
+        seed=draw(st.integers(0, 2**31)), **options,
+    )  # fmt: skip
+    if draw(st.booleans()):
+        problem.text[:, draw(st.integers(0, nt - 1))] = 0
+    scale = draw(st.sampled_from([1.0, 2.0**-6, 2.0**6]))
+    problem.video = problem.video * scale
+    layout = draw(LAYOUT)
+    return problem.map(lambda x: lay_out(x, layout))
+
+
+@FUZZ
+@given(problem=problems())
+def test_against_the_oracle(impl: Implementation, problem: Problem) -> None:
+    # Under one channel a unit token is a sign, and its true gradient is nothing but rounding.
+    one_channel = problem.text.shape[2] == 1
+    result = judge(problem, impl.device, floor=1.0 if one_channel else 1e-3)
+    assert bool(result.logits.isfinite().all())
+
+
+@FUZZ
+@given(problem=problems())
+def test_matches_against_the_oracle(impl: Implementation, problem: Problem) -> None:
+    args = problem.map(lambda x: x.to(impl.device)).args()
+    _, found = drl_fast.token_interaction(*args, **problem.options, return_matches=True)
+    want = choices(problem)
+    near = NEAR[problem.text.dtype] * (
+        1.0 if problem.options["normalize"] else max(1.0, float(problem.video.double().abs().amax() * 40) if problem.video.numel() else 1.0)
+    )
+    assert bool(((found.video_index.cpu() == want.video_index) | (want.video_gap < near)).all())
+    if problem.options["bidirectional"]:
+        assert bool(((found.text_index.cpu() == want.text_index) | (want.text_gap < near)).all())
