@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +111,6 @@ def weight_head(dim: int, hidden: int, arch: int) -> nn.Module:
         return nn.Linear(dim, 1)
     widths = [dim] + [hidden] * (arch - 1)
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1))

@@ -128,7 +128,5 @@ def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(
-    "drl_fast::token_interaction", _differentiate, setup_context=_save, lib=LIBRARY
-)
+torch.library.register_autograd("drl_fast::token_interaction", _differentiate, setup_context=_save, lib=LIBRARY)
 torch.library.register_autograd("drl_fast::token_interaction_backward", _no_second_derivative, lib=LIBRARY)
