@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional import dot_product
+from ..functional.dot_product import dot_product
 
 
 class DP(nn.Module):
