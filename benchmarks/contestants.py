@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 import drl_fast
@@ -88,6 +89,19 @@ def _compiled(problem: Problem) -> Call:
     return lambda: function(*problem.inputs())
 
 
+def other_blas(problem: Problem) -> tuple[Call, list[dict[str, Any]]]:
+    """The yardstick's product by numpy's BLAS, and which one that is.
+
+    No contestant: its threads spin on after a call, and would share the cores with whoever is measured next.
+    """
+    controller = ThreadpoolController()
+    controller.limit(limits=torch.get_num_threads(), user_api="blas")
+    words, frames = (x.detach().flatten(0, 1).numpy() for x in (problem.text, problem.video))
+    kept = ("internal_api", "version", "architecture")
+    about = [{k: row[k] for k in kept if k in row} for row in controller.info() if row["user_api"] == "blas"]
+    return lambda: words @ frames.T, about
+
+
 # --- one direction ----------------------------------------------------------------------------------------------------
 def _our_maxsim(problem: Problem) -> Call:
     query, document = problem.unit()
@@ -139,13 +153,6 @@ def _late_interaction_kernels(problem: Problem) -> Call:
     return lambda: scorer.score(query, document, q_mask=mask)
 
 
-def _pylate(problem: Problem) -> Call:
-    from pylate.scores import colbert_scores
-
-    query, document = problem.unit()
-    return lambda: colbert_scores(query, document, queries_mask=problem.text_mask)
-
-
 def _flash_maxsim(problem: Problem) -> Call:
     from flash_maxsim import flash_maxsim_batched
 
@@ -180,7 +187,6 @@ MAXSIMS = (
         "late-interaction-kernels", "late-interaction-kernels", _late_interaction_kernels,
         "on a CPU its plain PyTorch fallback", "late-interaction-kernels", "late_interaction_kernels",
     ),
-    Contestant("pylate", "PyLate", _pylate, "on a CPU plain PyTorch", "pylate", "pylate"),
     Contestant(
         "flash-maxsim", "flash-maxsim", _flash_maxsim, "Triton kernel",
         "flash-maxsim", "flash_maxsim", ("cuda",), ("float32", "float16", "bfloat16"),

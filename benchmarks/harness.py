@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MB = 1e6
 # A sample shorter than this is mostly timer and dispatch jitter, so short calls are repeated within a sample.
 SAMPLE_SECONDS = 2e-3
-MAX_ROUNDS = 40
+MAX_ROUNDS = 200
 WORKER_TIMEOUT = 900
 
 Call = Callable[[], Any]
