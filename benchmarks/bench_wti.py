@@ -110,8 +110,9 @@ def measure_memory(contestant: str, shape: Shape, device: str, threads: int) -> 
     """Peak of one training step beyond its inputs, in a process of its own."""
     by_name = {c.name: c for c in who.INTERACTIONS}
     refused = by_name[contestant].refusal(shape, device, "train")
-    found = {"status": refused} if refused else harness.measure_memory(
-        "benchmarks.contestants:memory_step", contestant=contestant, shape=asdict(shape), device=device, threads=threads
+    found = {"status": refused} if refused else harness.measure_apart(
+        "memory", "benchmarks.contestants:memory_step",
+        contestant=contestant, shape=asdict(shape), device=device, threads=threads,
     )  # fmt: skip
     return {"contestant": contestant, "shape": shape.as_dict(), **found}
 
@@ -187,20 +188,17 @@ def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, 
                 result["budget"].append(largest_batch(name, budget, known, device, threads))
             bars.done()
     if device == "cpu":
-        result["yardstick"] = measure_yardstick(Shape(256))
+        result["yardstick"] = measure_yardstick(Shape(256), threads)
     return result
 
 
-def measure_yardstick(shape: Shape) -> dict[str, Any]:
-    """How good a yardstick torch.mm is: the same product by numpy's BLAS, one block of calls after the other."""
-    problem = make_problem(shape)
-    other, about = who.other_blas(problem)
-    mm = who.make_call(who.INTERACTIONS[0], problem, "forward")
-    ms = {}
-    for name, call in (("mm", mm), ("numpy", other)):
-        call()
-        ms[name] = harness.spread([harness.seconds(call, 1, "cpu") * 1e3 for _ in range(9)])
-    return {"shape": shape.as_dict(), "ms": ms, "blas": about}
+def measure_yardstick(shape: Shape, threads: int) -> dict[str, Any]:
+    """How good a yardstick torch.mm is: the same product by numpy's BLAS."""
+    times = {
+        by: harness.measure_apart("time", "benchmarks.contestants:product", by=by, shape=asdict(shape), threads=threads)
+        for by in ("mm", "numpy")
+    }
+    return {"shape": shape.as_dict(), "products": times, "blas": who.other_blas()}
 
 
 def main(

@@ -89,17 +89,26 @@ def _compiled(problem: Problem) -> Call:
     return lambda: function(*problem.inputs())
 
 
-def other_blas(problem: Problem) -> tuple[Call, list[dict[str, Any]]]:
-    """The yardstick's product by numpy's BLAS, and which one that is.
-
-    No contestant: its threads spin on after a call, and would share the cores with whoever is measured next.
-    """
-    controller = ThreadpoolController()
-    controller.limit(limits=torch.get_num_threads(), user_api="blas")
+def _other_blas(problem: Problem) -> Call:
     words, frames = (x.detach().flatten(0, 1).numpy() for x in (problem.text, problem.video))
-    kept = ("internal_api", "version", "architecture")
-    about = [{k: row[k] for k in kept if k in row} for row in controller.info() if row["user_api"] == "blas"]
-    return lambda: words @ frames.T, about
+    return lambda: words @ frames.T
+
+
+def product(by: str, shape: dict[str, Any], threads: int) -> tuple[Call, Call, str]:
+    """Factory for a worker: the yardstick's product by torch ("mm") or by numpy's BLAS ("numpy").
+
+    Each alone in its process: OpenBLAS lets its threads spin after a call, on the cores of whoever is measured next.
+    """
+    torch.set_num_threads(threads)
+    ThreadpoolController().limit(limits=threads, user_api="blas")
+    make = {"mm": _mm, "numpy": _other_blas}[by]
+    return make(make_problem(Shape(4))), make(make_problem(Shape(**shape))), "cpu"
+
+
+def other_blas() -> dict[str, Any]:
+    """Which BLAS numpy uses here, and for which processor's kernels it decided."""
+    found = [row for row in ThreadpoolController().info() if row["user_api"] == "blas"]
+    return {key: found[0].get(key) for key in ("internal_api", "version", "architecture")} if found else {}
 
 
 # --- one direction ----------------------------------------------------------------------------------------------------
@@ -219,7 +228,7 @@ def make_call(contestant: Contestant, problem: Problem, mode: str) -> Call:
 
 
 def memory_step(contestant: str, shape: dict[str, Any], device: str, threads: int) -> tuple[Call, Call, str]:
-    """Factory for the harness' memory worker: a training step. Inputs count as inputs, gradients as results.
+    """Factory for a worker: a training step. Inputs count as inputs, gradients as results.
 
     Compiled code is warmed up at the very shape, since compiling for it takes memory of its own.
     """

@@ -102,15 +102,13 @@ ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
 
 
 def yardstick_line(result: dict[str, Any]) -> str:
-    """What another matrix product makes of the yardstick."""
+    """What another library's matrix product makes of the yardstick."""
     found = result["yardstick"]
-    blas = found["blas"][0] if found["blas"] else {"internal_api": "BLAS"}
-    share = found["ms"]["numpy"]["median"] / found["ms"]["mm"]["median"]
-    return (
-        f"torch.mm is no upper bound: on this machine numpy's {blas['internal_api']} "
-        f"({blas.get('architecture', 'kernels unknown')}) computes the same product at {_label(found['shape'])} in "
-        f"{share:.2f} of its time."
+    mm, other = (found["products"][by]["ms"]["median"] for by in ("mm", "numpy"))
+    name = (
+        f"numpy's {found['blas'].get('internal_api', 'BLAS')} ({found['blas'].get('architecture', 'unknown')} kernels)"
     )
+    return f"The product of {_label(found['shape'])} alone: torch.mm {mm:.3g} ms, {name} {other:.3g} ms."
 
 
 def machine_line(result: dict[str, Any]) -> str:
