@@ -120,28 +120,28 @@ def measure_memory(contestant: str, shape: Shape, device: str, threads: int) -> 
 def largest_batch(contestant: str, budget: int, known: dict[int, float], device: str, threads: int) -> dict[str, Any]:
     """The largest batch, to about two percent, whose training step adds at most ``budget`` MB to its inputs.
 
-    Memory is a quadratic in the batch; two measured points predict where it meets the budget, and batches around it
-    are then measured until one fits and the next does not.
+    Memory is a quadratic in the batch; two measured points predict where it meets the budget. From there on in strides
+    that double until one batch fits and another does not, then halving what is between.
     """
     (b1, m1), (b2, m2) = sorted(known.items())[-2:]
     square = (m2 / b2 - m1 / b1) / (b2 - b1)
     linear = m1 / b1 - square * b1
     guess = (-linear + math.sqrt(linear * linear + 4 * square * budget)) / (2 * square)
     step = 8 * max(1, round(guess / 400))
-    batch = step * max(1, int(guess / step))
+    batch, stride = step * max(1, int(guess / step)), step
     fits: dict[str, Any] | None = None
     fails: dict[str, Any] | None = None
-    for _ in range(12):
+    while not (fits and fails and fails["batch"] - fits["batch"] <= step) and batch > 0:
         found = {"batch": batch, **measure_memory(contestant, Shape(batch), device, threads)}
         if found["status"] == "ok" and found["mb"] <= budget:
             fits = found
         else:
             fails = found
-        if fits and fails and fails["batch"] - fits["batch"] <= step:
-            break
-        batch += step if found is fits else -step
-        if batch <= 0:
-            break
+        if fits and fails:
+            batch = (fits["batch"] + fails["batch"]) // (2 * step) * step
+        else:
+            batch += stride if fits else -stride
+            stride *= 2
     keys = ("batch", "status", "mb")
     return {
         "contestant": contestant,
