@@ -17,7 +17,7 @@ import rich.table
 from benchmarks import harness
 
 PAGES = ("README.md", "docs/performance.md")
-MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(<!-- end of table -->)", re.S)
+MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 NOTHING = "-"
 # (column title, contestant) of the interaction's tables, and of the one-way table.
 INTERACTIONS = (("drl-fast", "drl_fast"), ("eager", "eager"), ("torch.compile", "compile"))
@@ -163,7 +163,7 @@ def render(text: str) -> str:
         result = harness.load(harness.ROOT / match["file"])
         line = {"machine": machine_line, "yardstick": yardstick_line}.get(match["name"])
         body = line(result) + "\n" if line else markdown({**ALL, "profile": profile}[match["name"]](result))
-        return f"{match[1]}\n{body}\n{match[3]}"
+        return f"{match[1]}\n{body}\n{match['end']}"
 
     return MARK.sub(fill, text)
 
