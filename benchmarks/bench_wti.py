@@ -60,7 +60,7 @@ FULL = Plan(
         "eager": (128, 256, 512, 1024),
         "compile": (128, 256, 512, 1024),
     },
-    (500, 2000), 2.0, 3,
+    (500, 2000), 2.0, 7,
 )  # fmt: skip
 
 
@@ -124,14 +124,14 @@ def largest_batch(contestant: str, budget: int, known: dict[int, float], device:
     that double until one batch fits and another does not, then halving what is between.
     """
     (b1, m1), (b2, m2) = sorted(known.items())[-2:]
-    square = (m2 / b2 - m1 / b1) / (b2 - b1)
-    linear = m1 / b1 - square * b1
+    square = max((m2 / b2 - m1 / b1) / (b2 - b1), 1e-9)  # noise alone could make it negative
+    linear = max(m1 / b1 - square * b1, 0.0)
     guess = (-linear + math.sqrt(linear * linear + 4 * square * budget)) / (2 * square)
     step = 8 * max(1, round(guess / 400))
     batch, stride = step * max(1, int(guess / step)), step
     fits: dict[str, Any] | None = None
     fails: dict[str, Any] | None = None
-    while not (fits and fails and fails["batch"] - fits["batch"] <= step) and batch > 0:
+    while not (fits and fails and fails["batch"] - fits["batch"] <= step) and not (fails and fails["batch"] == step):
         found = {"batch": batch, **measure_memory(contestant, Shape(batch), device, threads)}
         if found["status"] == "ok" and found["mb"] <= budget:
             fits = found
@@ -140,7 +140,7 @@ def largest_batch(contestant: str, budget: int, known: dict[int, float], device:
         if fits and fails:
             batch = (fits["batch"] + fails["batch"]) // (2 * step) * step
         else:
-            batch += stride if fits else -stride
+            batch = max(batch + (stride if fits else -stride), step)
             stride *= 2
     keys = ("batch", "status", "mb")
     return {

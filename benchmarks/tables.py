@@ -20,7 +20,9 @@ PAGES = ("README.md", "docs/performance.md")
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 NOTHING = "-"
 # (column title, contestant) of the interaction's tables, and of the one-way table.
-INTERACTIONS = (("drl-fast", "drl_fast"), ("eager", "eager"), ("torch.compile", "compile"))
+INTERACTIONS = (
+    ("mm, out=", "mm_out"), ("drl-fast", "drl_fast"), ("eager", "eager"), ("torch.compile", "compile"),
+)  # fmt: skip
 MAXSIMS = (
     ("drl-fast", "drl_fast"), ("eager", "eager"), ("maxsim-cpu", "maxsim-cpu"), ("NumKong", "numkong"),
     ("late-interaction-kernels", "late-interaction-kernels"), ("flash-maxsim", "flash-maxsim"),
@@ -41,7 +43,7 @@ def forward(result: dict[str, Any]) -> Table:
 
 def train(result: dict[str, Any]) -> Table:
     title = "Forward + backward, as a multiple of one dense torch.mm of all tokens"
-    return _times(result, "train", title, INTERACTIONS)
+    return _times(result, "train", title, INTERACTIONS[1:])
 
 
 def maxsim(result: dict[str, Any]) -> Table:
@@ -55,7 +57,7 @@ def _times(result: dict[str, Any], mode: str, title: str, columns: tuple[tuple[s
     taking_part = [(head, name) for head, name in columns if any(name in r["results"] for r in records)]
     for record in records:
         times = record["results"]
-        cells = [f"{times[name]['ratio']['median']:.2f}" if name in times else NOTHING for _, name in taking_part]
+        cells = [_ratio(times[name]) if name in times else NOTHING for _, name in taking_part]
         # Of ratios, not of milliseconds: each was taken within a round.
         gain = times["eager"]["ratio"]["median"] / times["drl_fast"]["ratio"]["median"] if "eager" in times else None
         rows.append([
@@ -64,6 +66,12 @@ def _times(result: dict[str, Any], mode: str, title: str, columns: tuple[tuple[s
         ])  # fmt: skip
     heads = ["batch, words, frames", "torch.mm", *(head for head, _ in taking_part), "gain over eager"]
     return Table(title, heads, rows)
+
+
+def _ratio(times: dict[str, Any]) -> str:
+    """The median, and the quartiles where they are wider than the digits shown."""
+    median, q1, q3 = (f"{times['ratio'][key]:.2f}" for key in ("median", "q1", "q3"))
+    return median if q1 == q3 else f"{median} ({q1} to {q3})"
 
 
 def memory(result: dict[str, Any]) -> Table:
@@ -109,6 +117,24 @@ def yardstick_line(result: dict[str, Any]) -> str:
         f"numpy's {found['blas'].get('internal_api', 'BLAS')} ({found['blas'].get('architecture', 'unknown')} kernels)"
     )
     return f"The product of {_label(found['shape'])} alone: torch.mm {mm:.3g} ms, {name} {other:.3g} ms."
+
+
+def notes(result: dict[str, Any]) -> str:
+    """What each contestant is and how it was called, one a line."""
+    names = dict.fromkeys(name for record in result["time"] for name in record["results"])
+    lines = []
+    for name in names:
+        about = result["contestants"][name]
+        version = f" {about['version']}" if about.get("version") else ""
+        lines.append(f"- {about['label']}{version}: {about['note']}")
+    absent = dict.fromkeys(
+        (name, reason)
+        for record in result["time"]
+        for name, reason in record["absent"].items()
+        if not any(name in other["results"] for other in result["time"])
+    )
+    lines += [f"- {result['contestants'][name]['label']}: not measured, {reason}" for name, reason in absent]
+    return "\n".join(lines)
 
 
 def machine_line(result: dict[str, Any]) -> str:
@@ -161,7 +187,7 @@ def render(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         result = harness.load(harness.ROOT / match["file"])
-        line = {"machine": machine_line, "yardstick": yardstick_line}.get(match["name"])
+        line = {"machine": machine_line, "yardstick": yardstick_line, "notes": notes}.get(match["name"])
         body = line(result) + "\n" if line else markdown({**ALL, "profile": profile}[match["name"]](result))
         return f"{match[1]}\n{body}\n{match['end']}"
 

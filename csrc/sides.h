@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -36,21 +37,37 @@ inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == 
 template <class T>
 constexpr ScalarType scalar_type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
+// Whether a tensor has these sizes: what a kernel does not ask it reads beyond.
+inline bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  if (x.dim() != int64_t(sizes.size())) return false;
+  int64_t at = 0;
+  for (int64_t size : sizes)
+    if (x.size(at++) != size) return false;
+  return true;
+}
+
+// (rows, tokens, D) features; the functions above give better errors, but a graph calls the operator directly.
+inline const Tensor& checked(const Tensor& features) {
+  STD_TORCH_CHECK(features.dim() == 3, "drl_fast::token_interaction: features must be (rows, tokens, D)");
+  return features;
+}
+
 // One side's real tokens, and the memory that Tokens<T> points into.
 template <class T>
 class Side {
  public:
   Side(const Tensor& features, const OptionalTensor& weight, const OptionalTensor& mask, bool normalize,
        bool zero_competes)
-      : features_(features.stride(2) == 1 || features.size(2) == 1 ? features : torch::stable::contiguous(features)),
+      : features_(checked(features).stride(2) == 1 || features.size(2) == 1 ? features : torch::stable::contiguous(features)),
         start_(features.size(0) + 1),
         zero_competes_(features.size(0)),
         token_at_(features.size(0) * features.size(1), -1) {
     const int64_t items = features.size(0), length = features.size(1);
     const Dtype dtype = dtype_of(features);
-    STD_TORCH_CHECK(!mask || mask->scalar_type() == ScalarType::Bool, "drl_fast::token_interaction: masks must be bool");
-    STD_TORCH_CHECK(!weight || weight->scalar_type() == scalar_type<T>,
-                "drl_fast::token_interaction: weights must be float32 (float64 with float64 features)");
+    STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && has_sizes(*mask, {items, length})),
+                    "drl_fast::token_interaction: masks must be bool (rows, tokens)");
+    STD_TORCH_CHECK(!weight || (weight->scalar_type() == scalar_type<T> && has_sizes(*weight, {items, length})),
+                    "drl_fast::token_interaction: weights must be (rows, tokens), float32 (float64 with float64)");
     const char* data = static_cast<const char*>(features_.const_data_ptr());
     const bool* real = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
     const T* given = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr;

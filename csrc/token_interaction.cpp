@@ -86,6 +86,19 @@ void run_forward(const Side<T>& rows, const Side<T>& lanes_side, Lanes<T>& lanes
   });
 }
 
+void check_pair(const Tensor& text, const Tensor& video) {
+  STD_TORCH_CHECK(text.size(2) == video.size(2) && text.scalar_type() == video.scalar_type(),
+                  "drl_fast::token_interaction: text and video must have one D and one dtype");
+}
+
+// Matches' dtype, by the length of the rows that they index.
+ScalarType index_type(int64_t indexed) { return indexed <= 255 ? ScalarType::Byte : ScalarType::Short; }
+
+void check_index(const Tensor& index, std::initializer_list<int64_t> sizes, int64_t indexed) {
+  STD_TORCH_CHECK(has_sizes(index, sizes) && index.scalar_type() == index_type(indexed),
+                  "drl_fast::token_interaction_backward: matches must be those that the forward kept");
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& text, const Tensor& video, const Tensor& text_weight,
                                            const OptionalTensor& video_weight, const OptionalTensor& text_mask,
@@ -95,10 +108,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& text, const Tensor& vid
   const int64_t a = text.size(0), b = video.size(0);
   Side<T> t(text, text_weight, text_mask, normalize, zero_competes);
   Side<T> v(video, video_weight, video_mask, normalize, zero_competes);
+  check_pair(text, video);
   Tensor logits = make({a, b}, scalar_type<T>);
   auto matches = [](bool keep, int64_t items, int64_t length, int64_t others, int64_t indexed) {
-    Tensor index = make(keep ? std::vector<int64_t>{items, length, others} : std::vector<int64_t>{0},
-                        indexed <= 255 ? ScalarType::Byte : ScalarType::Short);
+    Tensor index =
+        make(keep ? std::vector<int64_t>{items, length, others} : std::vector<int64_t>{0}, index_type(indexed));
     // All bits set is "none chosen" in uint8 and int16 alike.
     std::memset(index.mutable_data_ptr(), 0xff, index.numel() * (indexed <= 255 ? 1 : 2));
     return index;
@@ -215,10 +229,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_logits, const Tensor& text, const Tensor& video, const Tensor& text_weight,
     const OptionalTensor& video_weight, const OptionalTensor& text_mask, const OptionalTensor& video_mask,
     const Tensor& video_index, const Tensor& text_index, bool normalize, bool need_text, bool need_video) {
-  STD_TORCH_CHECK(grad_logits.scalar_type() == scalar_type<T>,
-              "drl_fast::token_interaction_backward: grad_logits must have the logits' dtype");
   Side<T> t(text, text_weight, text_mask, normalize, false);
   Side<T> v(video, video_weight, video_mask, normalize, false);
+  check_pair(text, video);
+  const int64_t a = text.size(0), b = video.size(0);
+  STD_TORCH_CHECK(grad_logits.scalar_type() == scalar_type<T> && has_sizes(grad_logits, {a, b}),
+                  "drl_fast::token_interaction_backward: grad_logits must be (A, B), of the logits' dtype");
+  check_index(video_index, {a, text.size(1), b}, video.size(1));
+  if (video_weight) check_index(text_index, {a, video.size(1), b}, text.size(1));
   Tensor grad_text = make({0}, text.scalar_type()), grad_video = make({0}, video.scalar_type());
   Tensor grad_text_weight = make({0}, scalar_type<T>), grad_video_weight = make({0}, scalar_type<T>);
   const Matches chosen_frames = view(video_index, true), chosen_words = view(text_index, false);

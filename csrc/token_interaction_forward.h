@@ -87,7 +87,8 @@ inline void put(const Matches& m, int64_t item, int64_t position, int64_t other,
     static_cast<uint8_t*>(m.data)[at] = static_cast<uint8_t>(value);
 }
 
-// Both maxima over one slot's S, [rows][stride]. ROWS, LANES: which directions are wanted.
+// Both maxima over one slot's S, [rows][stride]; a NaN wins, and of several the first. ROWS, LANES: which directions are
+// wanted.
 template <class T, int NV, bool ROWS, bool LANES>
 void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, const T* similarity, int64_t stride,
                  int64_t item0, int64_t item1, ForwardScratch<T>& scratch) {
@@ -108,12 +109,12 @@ void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, cons
         if constexpr (ROWS) {
           const V best = S::load(scratch.best + r * W + j);
           const I at = S::load(scratch.best_slot + r * W + j);
-          const I better = slot == 0 ? I{} == I{} : (s > best) | (s != s);
+          const I better = slot == 0 ? I{} == I{} : (s > best) | ((s != s) & (best == best));
           S::store(scratch.best + r * W + j, better ? s : best);
           S::store(scratch.best_slot + r * W + j, better ? S::broadcast_int(slot) : at);
         }
         if constexpr (LANES) {
-          const I better = r == begin ? I{} == I{} : (s > top) | (s != s);
+          const I better = r == begin ? I{} == I{} : (s > top) | ((s != s) & (top == top));
           top = better ? s : top;
           top_row = better ? S::broadcast_int(IntOf<T>(r - begin)) : top_row;
         }

@@ -25,3 +25,12 @@ __all__ = [
     "modules",
     "token_interaction",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """``drl_fast.reference``, the oracle, is there for whoever asks: nothing in the package does."""
+    if name == "reference":
+        import importlib
+
+        return importlib.import_module("drl_fast.reference")
+    raise AttributeError(f"module 'drl_fast' has no attribute {name!r}")

@@ -24,6 +24,9 @@ def tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name} must be a torch.Tensor, got {describe(value)}; convert it with torch.as_tensor({name})"
         )
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got {kind}; convert it with {name}.to_dense() or pad it")
     return value
 
 
@@ -86,17 +89,18 @@ def mask(name: str, value: object, features: Tensor, letters: str, features_name
     x = per_token(name, value, features, letters, features_name)
     if x.dtype == torch.bool:
         return x
-    if x.is_complex():
-        raise TypeError(f"{name} must be a boolean, integer or real mask, got {x.dtype}")
     # Looking at values costs a synchronisation on an accelerator and breaks a compiled graph.
-    if x.is_floating_point() and x.device.type == "cpu" and not torch.compiler.is_compiling() and _has_nan(x):
+    visible = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and (x.is_floating_point() or x.is_complex()) and _has_nan(x):
         raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
     return x != 0
 
 
 def _has_nan(x: Tensor) -> bool:
-    # A fake tensor has no values to look at.
-    return type(x) in (Tensor, torch.nn.Parameter) and bool(torch.isnan(x).any())
+    # Fake tensors and those that vmap or a tracer wraps have no values to look at.
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is None and bool(torch.isnan(x).any())
 
 
 def weight(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:
@@ -113,9 +117,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str | int) or value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
 def positive_int(name: str, value: object) -> int:

@@ -27,13 +27,15 @@ def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dic
     Raises:
         ValueError: an empty or non-matrix ``sim``, NaN in it, no ``owner`` and A != B, an ``owner`` out of range or
             with a video that no text describes.
-        TypeError: not a tensor, or an ``owner`` that is not integer.
+        TypeError: not a floating-point tensor, or an ``owner`` that is not integer.
 
     Source: arXiv 2203.07111, section 4.1; several captions a video as in the public code's MSVD evaluation.
     """
     sim = _checks.tensor("sim", sim).detach()
     if sim.dim() != 2 or sim.numel() == 0:
         raise ValueError(f"sim must be a non-empty (A, B) matrix, got shape {tuple(sim.shape)}")
+    if not sim.is_floating_point():
+        raise TypeError(f"sim must be floating point, got {sim.dtype}; convert it with sim.float()")
     if bool(sim.isnan().any()):
         raise ValueError("sim must not hold NaN; look for a diverged model or a masked score")
     texts, videos = sim.shape
@@ -54,15 +56,16 @@ def _check_owner(owner: Tensor, texts: int, videos: int) -> Tensor:
         raise TypeError(f"owner must be integer video indices, got {owner.dtype}")
     if tuple(owner.shape) != (texts,):
         raise ValueError(f"owner must be (A,) = ({texts},) to match sim, got {tuple(owner.shape)}")
+    owner = owner.to(torch.int64)
     if int(owner.min()) < 0 or int(owner.max()) >= videos:
         raise ValueError(
             f"owner must lie in 0..{videos - 1}, sim's columns, got {int(owner.min())}..{int(owner.max())}"
         )
-    described = torch.bincount(owner.to(torch.int64), minlength=videos)
+    described = torch.bincount(owner, minlength=videos)
     if bool((described == 0).any()):
         missing = int((described == 0).nonzero()[0])
         raise ValueError(f"owner must name every video at least once, got none for video {missing}; drop its column")
-    return owner.to(torch.int64)
+    return owner
 
 
 def _ranks(sim: Tensor, target: Tensor) -> Tensor:

@@ -37,14 +37,15 @@ def uniform_weight(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype) / count
 
 
-def best_match(similarity: Tensor, competes: Tensor, zero: Tensor, dim: int) -> Tensor:
-    """Maximum of ``similarity`` over ``dim`` among the tokens that compete.
+def best_match(similarity: Tensor, competes: Tensor, zero: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Maximum of ``similarity`` over ``dim`` among the tokens that compete, and the first one that has it.
 
-    Where ``zero`` holds, a masked token's similarity of 0 is one of the candidates; a maximum over nothing is 0.
+    Where ``zero`` holds, a masked token's similarity of 0 is one of the candidates; a maximum over nothing is 0. In
+    both cases the index is -1.
     """
-    best = similarity.masked_fill(~competes, -torch.inf).max(dim).values
-    best = torch.where(zero & (best < 0), 0.0, best)
-    return torch.where(competes.any(dim).expand_as(best) | zero, best, 0.0)
+    best, index = similarity.masked_fill(~competes, -torch.inf).max(dim)
+    nobody = (zero & (best < 0)) | ~competes.any(dim).expand_as(best)
+    return torch.where(nobody, 0.0, best), torch.where(nobody, -1, index)
 
 
 def token_interaction(
@@ -58,7 +59,8 @@ def token_interaction(
     normalize: bool = True,
     masking: str = "drl",
     bidirectional: bool = True,
-) -> Tensor:
+    return_matches: bool = False,
+) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """Weighted token-wise interaction, logits (A, B); arguments as in :func:`drl_fast.functional.token_interaction`."""
     t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
     dtype = torch.promote_types(text.dtype, torch.float32)
@@ -77,16 +79,17 @@ def token_interaction(
     drl = masking == "drl"
     zero_v = drl & (~v_real).any(-1)[None, :, None]  # video b's row has a masked token
     zero_t = drl & (~t_real).any(-1)[:, None, None]
-    m_t = best_match(similarity, v_real[None, :, None, :], zero_v, dim=3)
-    m_v = best_match(similarity, t_real[:, None, :, None], zero_t, dim=2)
-    # A masked token's own maximum is 0 whatever its weight.
-    m_t = torch.where(t_real[:, None, :], m_t, 0)
-    m_v = torch.where(v_real[None, :, :], m_v, 0)
+    m_t, frame = best_match(similarity, v_real[None, :, None, :], zero_v, dim=3)
+    m_v, word = best_match(similarity, t_real[:, None, :, None], zero_t, dim=2)
+    # A masked token's own maximum is 0 whatever its weight, and it chooses nobody.
+    m_t, frame = torch.where(t_real[:, None, :], m_t, 0), torch.where(t_real[:, None, :], frame, -1)
+    m_v, word = torch.where(v_real[None, :, :], m_v, 0), torch.where(v_real[None, :, :], word, -1)
     by_text = torch.einsum("abi,ai->ab", m_t, torch.where(t_real, wt, 0))
-    if not bidirectional:
-        return by_text
     by_video = torch.einsum("abj,bj->ab", m_v, torch.where(v_real, wv, 0))
-    return (by_text + by_video) / 2
+    logits = (by_text + by_video) / 2 if bidirectional else by_text
+    # A pair with an empty side scores 0, infinite weights on the other side or not.
+    logits = torch.where(t_real.any(-1)[:, None] & v_real.any(-1)[None, :], logits, 0)
+    return (logits, (frame, word if bidirectional else None)) if return_matches else logits
 
 
 def maxsim(
@@ -101,10 +104,12 @@ def maxsim(
     """ColBERT's late interaction (Khattab & Zaharia 2020, section 3.3), logits (A, B)."""
     if query_weight is None:
         query_weight = torch.ones(query.shape[:2], dtype=query.dtype, device=query.device)
-    return token_interaction(
+    scores = token_interaction(
         query, document, query_weight, None, query_mask, document_mask,
         normalize=normalize, masking="exclude", bidirectional=False,
     )  # fmt: skip
+    assert isinstance(scores, Tensor)
+    return scores
 
 
 def dot_product(

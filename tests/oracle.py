@@ -140,8 +140,8 @@ def plain(
     s = torch.einsum("aid,bjd->abij", t, v)
     zero_v = (masking == "drl") & (~v_real).any(-1)[None, :, None]
     zero_t = (masking == "drl") & (~t_real).any(-1)[:, None, None]
-    m_t = reference.best_match(s, v_real[None, :, None, :], zero_v, dim=3)
-    m_v = reference.best_match(s, t_real[:, None, :, None], zero_t, dim=2)
+    m_t = reference.best_match(s, v_real[None, :, None, :], zero_v, dim=3)[0]
+    m_v = reference.best_match(s, t_real[:, None, :, None], zero_t, dim=2)[0]
     by_text = torch.einsum("abi,ai->ab", m_t, torch.where(t_real, wt, 0))
     by_video = torch.einsum("abj,bj->ab", m_v, torch.where(v_real, wv, 0))
     return ((by_text + by_video) / 2 if bidirectional else by_text).to(torch.promote_types(dtype, torch.float32))

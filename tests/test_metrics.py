@@ -97,3 +97,15 @@ def test_gradient_and_integer_input() -> None:
 def test_bad_input(sim: object, owner: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         retrieval_metrics(sim, owner)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.cfloat], ids=str)
+def test_similarities_of_another_kind(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"sim must be floating point, got {dtype}.*sim\.float\(\)"):
+        retrieval_metrics(torch.eye(3).to(dtype))
+
+
+def test_owner_of_any_integer_type() -> None:
+    want = retrieval_metrics(torch.eye(3), torch.arange(3))
+    for dtype in (torch.uint8, torch.uint16, torch.int16):
+        assert retrieval_metrics(torch.eye(3), torch.arange(3).to(dtype)) == want

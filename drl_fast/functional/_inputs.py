@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _autocast, _checks
 
 
 class Sides(NamedTuple):
@@ -28,8 +28,8 @@ def check_sides(
 ) -> Sides:
     """Check two sides of an interaction (ValueError, TypeError) and bring them to one dtype under autocast."""
     t, v = names
-    text = autocast(_checks.tokens(t, text, "A, Nt, D"))
-    video = autocast(_checks.tokens(v, video, "B, Nv, D"))
+    text = _autocast.cast(_checks.tokens(t, text, "A, Nt, D"))
+    video = _autocast.cast(_checks.tokens(v, video, "B, Nv, D"))
     _checks.same_features(text, video, t, v)
     return Sides(
         text,
@@ -37,20 +37,6 @@ def check_sides(
         _checks.mask(f"{t}_mask", text_mask, text, "A, Nt", t),
         _checks.mask(f"{v}_mask", video_mask, video, "B, Nv", v),
     )
-
-
-def has_autocast(device: str) -> bool:
-    """Say whether torch has an autocast for this device type at all; without one, asking if it is on raises."""
-    # torch.compile of torch 2.11 cannot trace the question; of what it compiles for, only meta has none.
-    return device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """Cast to the active autocast dtype, by torch's own rule: float64 and inactive devices are left alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not has_autocast(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def uniform_weight(mask: Tensor | None, features: Tensor) -> Tensor:

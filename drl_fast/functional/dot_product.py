@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _autocast, _checks
 from ._inputs import check_sides, uniform_weight
 
 NORM_EPS = 1e-12
@@ -43,7 +43,7 @@ def dot_product(
     Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3 (mean pooling); arXiv 2203.07111, table 1, "DP".
     """
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-    with torch.autocast(text.device.type, enabled=False):
+    with _autocast.off(text.device.type):
         end_token = unit(last_real_token(text, t_mask))
         frames = video if v_mask is None else torch.where(v_mask[..., None], video, 0)
         pooled = unit((unit(frames) * uniform_weight(v_mask, video)[..., None]).sum(dim=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,11 +48,13 @@ def check_scale(logit_scale: float | Tensor) -> float | Tensor:
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be a scalar, got shape {tuple(logit_scale.shape)}")
+        if logit_scale.is_complex():
+            raise TypeError(f"logit_scale must be real, got {logit_scale.dtype}")
         return logit_scale.reshape(())
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, int | float):
+    if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real):
         raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {_checks.describe(logit_scale)}")
     if not 0 < logit_scale < float("inf"):
         raise ValueError(
             f"logit_scale must be positive and finite, got {logit_scale}; pass the factor itself, exp already taken"
         )
-    return logit_scale
+    return float(logit_scale)

@@ -37,6 +37,7 @@ def maxsim(
 
     Source: Khattab & Zaharia, "ColBERT", arXiv 2004.12832, section 3.3.
     """
+    _checks.flag("normalize", normalize)
     names = ("query", "document")
     query, document, q_mask, d_mask = check_sides(query, document, query_mask, document_mask, names)
     if query_weight is None:

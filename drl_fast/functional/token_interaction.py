@@ -70,6 +70,8 @@ def token_interaction(
     Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction".
     """
     _checks.option("masking", masking, _checks.MASKINGS)
+    for name, value in (("normalize", normalize), ("bidirectional", bidirectional), ("return_matches", return_matches)):
+        _checks.flag(name, value)
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
     if text_weight is None:
         text_weight = uniform_weight(t_mask, text)

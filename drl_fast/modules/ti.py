@@ -28,6 +28,8 @@ class TI(nn.Module):
     def __init__(self, *, masking: str = "drl", normalize: bool = True, bidirectional: bool = True) -> None:
         super().__init__()
         _checks.option("masking", masking, _checks.MASKINGS)
+        _checks.flag("normalize", normalize)
+        _checks.flag("bidirectional", bidirectional)
         self.masking = masking
         self.normalize = normalize
         self.bidirectional = bidirectional

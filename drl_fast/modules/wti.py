@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _autocast, _checks
 from ..functional import Matches, token_interaction
 from ..functional._inputs import check_sides
 from ..functional.dot_product import unit
@@ -31,7 +31,8 @@ class WTI(nn.Module):
 
     Raises:
         ValueError: ``arch`` outside 1..3, an unknown ``masking`` or ``weight_input``, a size below 1.
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, an option that is no bool; in the call, tokens wider than the parameters
+            (float64 into a float32 layer), which would lose precision in silence.
 
     Source: arXiv 2203.07111, section 3.2, equations 5-7.
     """
@@ -51,6 +52,8 @@ class WTI(nn.Module):
         _checks.positive_int("dim", dim)
         _checks.option("arch", _checks.positive_int("arch", arch), (1, 2, 3))
         _checks.option("masking", masking, _checks.MASKINGS)
+        _checks.flag("normalize", normalize)
+        _checks.flag("bidirectional", bidirectional)
         _checks.option("weight_input", weight_input, ("raw", "normalized"))
         hidden = dim if hidden_dim is None else _checks.positive_int("hidden_dim", hidden_dim)
         self.dim = dim
@@ -90,6 +93,17 @@ class WTI(nn.Module):
             return_matches=return_matches,
         )  # fmt: skip
 
+    def _head_dtype(self, head: nn.Module, tokens: Tensor) -> torch.dtype:
+        """The dtype of a head's parameters, which is to hold the tokens without loss."""
+        # A quantised head has no parameters and says itself what it takes.
+        dtype = next((p.dtype for p in head.parameters()), tokens.dtype)
+        if torch.promote_types(dtype, tokens.dtype) != dtype and not _autocast.is_on(tokens.device.type):
+            raise TypeError(
+                f"text and video must be no wider than the layer's {dtype}, got {tokens.dtype}; convert the layer with "
+                f"layer.to({tokens.dtype}), or the tokens"
+            )
+        return dtype
+
     def _weights(self, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over a row's real tokens, in float32 or better; a row without one has weights 0."""
         if mask is not None:
@@ -97,7 +111,7 @@ class WTI(nn.Module):
             tokens = torch.where(mask[..., None], tokens, 0)
         if self.weight_input == "normalized":
             tokens = unit(tokens)
-        score = head(tokens.to(next(head.parameters()).dtype)).squeeze(-1)
+        score = head(tokens.to(self._head_dtype(head, tokens))).squeeze(-1)
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         if mask is None:
             return score.softmax(dim=-1)

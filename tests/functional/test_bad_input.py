@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -69,7 +70,18 @@ INTERACTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "video_mask must be zero .* or non-zero .*got NaN.*token lengths",
     ),
-    "complex mask": ({"text_mask": torch.ones(2, 3).cfloat()}, TypeError, "text_mask must be a boolean.*complex64"),
+    "sparse text": ({"text": T.to_sparse()}, TypeError, r"text must be a dense tensor, got torch.sparse_coo.*to_dense"),
+    "sparse mask": ({"text_mask": torch.ones(2, 3).to_sparse()}, TypeError, "text_mask must be a dense tensor"),
+    "nested video": (
+        {"video": torch.nested.nested_tensor([V[0], V[1, :2]], layout=torch.jagged)},
+        TypeError,
+        "video must be a dense tensor, got a nested tensor.*pad it",
+    ),
+    "NaN in a complex mask": (
+        {"text_mask": torch.full((2, 3), torch.nan, dtype=torch.cfloat)},
+        ValueError,
+        "text_mask must be zero .*got NaN",
+    ),
     "weight of another shape": (
         {"text_weight": torch.ones(2, 3, 1)},
         ValueError,
@@ -143,6 +155,32 @@ def test_dot_product(case: str) -> None:
 def test_constructors(build: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", ["normalize", "bidirectional", "return_matches"])
+@pytest.mark.parametrize("value", [None, "no", 1])
+def test_flags(name: str, value: object) -> None:
+    message = f"{name} must be True or False, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=message):
+        interact(**{name: value})
+    if name != "return_matches":
+        for layer in (drl_fast.TI, drl_fast.WTI):
+            with pytest.raises(TypeError, match=message):
+                layer(**{name: value})
+
+
+def test_an_option_that_is_an_array() -> None:
+    with pytest.raises(ValueError, match="masking must be one of 'drl'"):
+        interact(masking=numpy.array(["drl", "none"]))
+
+
+def test_tokens_wider_than_the_layer() -> None:
+    with pytest.raises(TypeError, match=r"no wider than the layer's torch.float32, got torch.float64.*layer\.to\("):
+        drl_fast.WTI(8)(T.double(), V.double())
+    with pytest.raises(TypeError, match=r"no wider than the layer's torch.bfloat16, got torch.float16"):
+        drl_fast.WTI(8).bfloat16()(T.half(), V.half())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert drl_fast.WTI(8).bfloat16()(T, V).dtype == torch.float32
 
 
 def test_another_width_than_the_layer_was_built_for() -> None:

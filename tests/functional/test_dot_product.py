@@ -88,6 +88,11 @@ def test_compiles_and_ignores_autocast() -> None:
     assert torch.equal(got, want)
 
 
+def test_a_device_without_autocast() -> None:
+    p = make((5, 9, 6, 4), 16).map(lambda x: x.to("meta"))
+    assert dot_product(p.text, p.video).shape == (5, 6)
+
+
 def test_gradcheck() -> None:
     p = make((3, 4, 2, 5), 6, torch.float64, masks=("holes", "prefix"))
     leaves = (p.text.requires_grad_(), p.video.requires_grad_())

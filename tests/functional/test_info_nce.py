@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +50,11 @@ def test_scale_tensor_gets_a_gradient(shape: tuple[int, ...]) -> None:
     assert scale.grad.item() == pytest.approx(slope.item(), rel=1e-6)
 
 
+def test_numpy_scales_are_numbers() -> None:
+    logits = torch.randn(3, 3)
+    assert torch.equal(info_nce(logits, np.float32(7.0)), info_nce(logits, 7.0))
+
+
 def test_gradcheck() -> None:
     logits = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
@@ -87,6 +93,7 @@ def test_compiles() -> None:
         (torch.zeros(2, 2), math.nan, ValueError, "logit_scale must be positive and finite.*nan"),
         (torch.zeros(2, 2), math.inf, ValueError, "logit_scale must be positive and finite.*inf"),
         (torch.zeros(2, 2), torch.zeros(2), ValueError, r"logit_scale must be a scalar.*\(2,\)"),
+        (torch.zeros(2, 2), torch.ones((), dtype=torch.cfloat), TypeError, "logit_scale must be real.*complex64"),
         (torch.zeros(2, 2), "100", TypeError, "logit_scale must be a number.*'100'"),
         (torch.zeros(2, 2), True, TypeError, "logit_scale must be a number.*True"),
     ],

@@ -171,3 +171,21 @@ def test_it_learns() -> None:
         optimizer.step()
     metrics = drl_fast.metrics.retrieval_metrics(layer(text, video))
     assert metrics["t2v"]["R1"] == metrics["v2t"]["R1"] == 100
+
+
+def test_quantised_heads() -> None:
+    """They hold no parameters, and dynamic quantisation is how people shrink a model for a CPU."""
+    layer = drl_fast.WTI(16)
+    small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    p = make((5, 9, 6, 4), 16)
+    torch.testing.assert_close(small(p.text, p.video), layer(p.text, p.video), atol=2e-2, rtol=0)
+
+
+def test_vmap_with_a_float_mask() -> None:
+    p = make((5, 9, 6, 4), 16)
+    text, masks = torch.randn(3, 5, 9, 16), torch.ones(3, 5, 9)
+    masks[1, :, 4:] = 0
+    layer = drl_fast.TI()
+    got = torch.func.vmap(lambda t, m: layer(t, p.video, m))(text, masks)
+    want = torch.stack([layer(t, p.video, m) for t, m in zip(text, masks, strict=True)])
+    assert torch.equal(got, want)

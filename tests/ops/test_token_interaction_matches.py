@@ -118,6 +118,35 @@ def test_the_first_real_one_of_equal_tokens_wins(impl: Implementation) -> None:
     assert bool((found.video_index == first).any())
 
 
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_the_first_of_several_nans_wins(impl: Implementation, masking: str) -> None:
+    """As torch.max does, whatever else is in the batch: a video of other length shares its group of lanes."""
+    if impl.device == "cuda":
+        pytest.skip("a GPU's kernels mark such a score as NaN and keep no choice for it")
+    problem = make((2, 6, 3, 9), 24, masking=masking)
+    problem.video[1, 3], problem.video[1, 7] = torch.nan, torch.nan
+    problem.text[1, 2], problem.text[1, 4] = torch.nan, torch.nan
+    problem.video_mask = torch.ones(3, 9)
+    problem.video_mask[1, 8] = 0
+    _, found = matches(impl, problem)
+    assert found.video_index[0, 1].tolist() == [3] * 6
+    assert found.text_index[1, 0].tolist() == [2] * 9
+    alone = Problem(problem.text, problem.video[1:2], video_mask=problem.video_mask[1:2], options=problem.options)
+    assert torch.equal(matches(impl, alone)[1].video_index[:, 0], found.video_index[:, 1])
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_reference_has_matches_too(masking: str, bidirectional: bool) -> None:
+    problem = make(
+        (9, 11, 8, 6), 16, torch.float64, masks=("empty", "empty"), masking=masking, bidirectional=bidirectional
+    )
+    _, (frame, word) = reference.token_interaction(*problem.args(), **problem.options, return_matches=True)
+    want = choices(problem)
+    assert torch.equal(frame, want.video_index)
+    assert word is None if not bidirectional else torch.equal(word, want.text_index)
+
+
 def test_zero_tokens_tie_with_everything(impl: Implementation) -> None:
     problem = make((3, 6, 2, 9), 24)
     problem.text[1, 3] = 0

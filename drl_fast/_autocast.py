@@ -1,0 +1,31 @@
+"""torch's autocast, on devices that have none as well."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def available(device: str) -> bool:
+    """Say whether torch has an autocast for this device type at all; without one, asking if it is on raises."""
+    # torch.compile of torch 2.11 cannot trace the question; of what it compiles for, only meta has none.
+    return device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+
+
+def cast(x: Tensor) -> Tensor:
+    """Cast to the active autocast dtype, by torch's own rule: float64 and inactive devices are left alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not is_on(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def is_on(device: str) -> bool:
+    return available(device) and torch.is_autocast_enabled(device)
+
+
+def off(device: str) -> AbstractContextManager[object]:
+    """Compute in the dtypes that tensors have: inside autocast a product would silently run in half precision."""
+    return torch.autocast(device, enabled=False) if available(device) else nullcontext()

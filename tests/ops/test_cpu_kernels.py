@@ -1,0 +1,85 @@
+"""The C++ kernels of every instruction set, and what they say to arguments that no public function lets through."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from drl_fast.ops import _registry
+from tests.conftest import use
+from tests.implementations import Implementation
+
+ROOT = Path(__file__).parents[2]
+# The suites in which a kernel's arithmetic, masks and matches are compared with the oracle and with recorded numbers.
+SUITES = (
+    "tests/ops/test_fuzz.py", "tests/ops/test_token_interaction.py", "tests/ops/test_token_interaction_masks.py",
+    "tests/ops/test_token_interaction_matches.py", "tests/ops/test_token_interaction_bits.py", "tests/test_golden.py",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def extension() -> Implementation:
+    with use("cpp") as row:
+        yield row
+
+
+@pytest.mark.parametrize(("limit", "name"), [("avx2", "avx2"), ("default", "portable")])
+def test_conformance_of_lesser_instruction_sets(limit: str, name: str) -> None:
+    """A process of its own: kernels are chosen once, as PyTorch's are."""
+    if _registry.cpu_capability() == "portable" or (name == "avx2" and _registry.cpu_capability() != "avx512"):
+        pytest.skip(f"this CPU's best kernels, {_registry.cpu_capability()}, are those that every test runs")
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit, "DRL_FAST_FUZZ": "0"}
+    ask = "from drl_fast.ops import _registry; print(_registry.cpu_capability())"
+    asked = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == name
+    run = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp", "-p", "no:cacheprovider", *SUITES]
+    done = subprocess.run(run, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+FORWARD = {
+    "text": torch.zeros(4, 3, 8), "video": torch.zeros(2, 5, 8), "text_weight": torch.ones(4, 3),
+    "video_weight": torch.ones(2, 5), "text_mask": torch.ones(4, 3, dtype=torch.bool), "video_mask": None,
+    "normalize": True, "zero_competes": True, "keep_matches": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("video", torch.zeros(2, 5, 9), "one D"),
+        ("video", torch.zeros(2, 5, 8).half(), "one dtype"),
+        ("video", torch.zeros(2, 8), r"features must be \(rows, tokens, D\)"),
+        ("text", torch.zeros(4, 3, 8).long(), "features must be float32"),
+        ("text_mask", torch.ones(2, 2, dtype=torch.bool), r"masks must be bool \(rows, tokens\)"),
+        ("text_mask", torch.ones(4, 3), "masks must be bool"),
+        ("video_weight", torch.ones(2, 4), r"weights must be \(rows, tokens\)"),
+        ("text_weight", torch.ones(4, 3).double(), "weights must be .*float32"),
+    ],
+)
+def test_the_operator_reads_nothing_beyond_its_arguments(name: str, value: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.token_interaction(*{**FORWARD, name: value}.values())
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, torch.zeros(4, 3), r"grad_logits must be \(A, B\)"),
+        (0, torch.zeros(4, 2).double(), "grad_logits must be"),
+        (7, torch.empty(0, dtype=torch.uint8), "matches must be those that the forward kept"),
+        (7, torch.zeros(4, 3, 2, dtype=torch.int16), "matches must be those"),
+        (8, torch.zeros(4, 4, 2, dtype=torch.uint8), "matches must be those"),
+    ],
+)
+def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: torch.Tensor, message: str) -> None:
+    _, by_word, by_frame = torch.ops.drl_fast.token_interaction(*FORWARD.values())
+    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], by_word, by_frame, True, True, True]
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.token_interaction_backward(*arguments)
