@@ -156,7 +156,8 @@ class SourceRows {
     parallel(tasks, threads, [&](int64_t task, int64_t thread) {
       for (int64_t r = task * kRowsAtOnce; r < std::min(count, (task + 1) * kRowsAtOnce); r++) {
         T* out = in_place ? unused.get() + thread * width : copy_->get() + r * width;
-        kernels<T>().load_row(tokens, r, out, &scale_[r]);
+        // In place a row is loaded for its norm alone.
+        if (!in_place || tokens.normalize) kernels<T>().load_row(tokens, r, out, &scale_[r]);
         row_[r] = in_place ? reinterpret_cast<const T*>(tokens.row[r]) : out;
       }
     });
