@@ -17,6 +17,7 @@ setup: $(STAMP) ## make .venv with pinned packages and this project, editable; r
 .venv/.packages: constraints.txt
 	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
+	@echo "drl-fast: installing torch and what else is pinned into .venv (5.8 GB), then compiling: some minutes, once"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r constraints.txt
 	@touch $@
 
@@ -30,8 +31,8 @@ $(STAMP): .venv/.packages $(SOURCES)
 	  { echo "drl-fast: the install failed, see above; CXX=none make setup goes without the C++ extension"; exit 1; }
 	@touch $@
 
-demo: setup ## train a small model on generated clips and search them; VIDEOS=dir scores your own
-	$(BIN)/drl-fast demo $(if $(VIDEOS),--videos $(VIDEOS)) $(if $(PRETRAINED),--pretrained $(PRETRAINED))
+demo: setup ## train a small model on generated clips and search them; VIDEOS=dir [PRETRAINED= CLIP=] scores your own
+	@$(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
 
 test: setup ## all tests
 	$(BIN)/python -m pytest

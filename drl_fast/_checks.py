@@ -15,14 +15,18 @@ def describe(value: object) -> str:
     """Name a value the way an error message should: a tensor by shape and dtype, anything else by type and value."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
     # Shortened: nobody wants to read a whole array.
     return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
 
 
 def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
+        stack = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(x, Tensor) for x in value)
+        how = f"convert it with torch.{'stack' if stack else 'as_tensor'}({name})"
         raise TypeError(
-            f"{name} must be a torch.Tensor, got {describe(value)}; convert it with torch.as_tensor({name})"
+            f"{name} must be a torch.Tensor, got {describe(value)}; " + (how if value is not None else "pass one")
         )
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
@@ -91,16 +95,22 @@ def mask(name: str, value: object, features: Tensor, letters: str, features_name
         return x
     # Looking at values costs a synchronisation on an accelerator and breaks a compiled graph.
     visible = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if visible and (x.is_floating_point() or x.is_complex()) and _has_nan(x):
-        raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
+    if visible and (x.is_floating_point() or x.is_complex()):
+        if _has_any(x.isnan()):
+            raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
+        if x.is_floating_point() and _has_any(x == -torch.inf):
+            raise ValueError(
+                f"{name} must be zero (masked) or non-zero (real), got -inf; an additive mask (0 = real) becomes one "
+                f"with {name} == 0"
+            )
     return x != 0
 
 
-def _has_nan(x: Tensor) -> bool:
+def _has_any(x: Tensor) -> bool:
     # Fake tensors and those that vmap or a tracer wraps have no values to look at.
     if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
-    return torch.utils._python_dispatch._get_current_dispatch_mode() is None and bool(torch.isnan(x).any())
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is None and bool(x.any())
 
 
 def weight(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:

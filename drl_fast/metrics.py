@@ -47,7 +47,7 @@ def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dic
     best_text = torch.full((videos, videos), -torch.inf, dtype=sim.dtype, device=sim.device)
     best_text.scatter_reduce_(0, owner[:, None].expand(texts, videos), sim, "amax")
     diagonal = torch.arange(videos, device=sim.device)
-    return {"t2v": _summary(_ranks(sim, owner)), "v2t": _summary(_ranks(best_text.T, diagonal))}
+    return {"t2v": _summary(ranks(sim, owner)), "v2t": _summary(ranks(best_text.T, diagonal))}
 
 
 def _check_owner(owner: Tensor, texts: int, videos: int) -> Tensor:
@@ -68,8 +68,8 @@ def _check_owner(owner: Tensor, texts: int, videos: int) -> Tensor:
     return owner
 
 
-def _ranks(sim: Tensor, target: Tensor) -> Tensor:
-    """(rows,) rank of each row's target column, from 1."""
+def ranks(sim: Tensor, target: Tensor) -> Tensor:
+    """(rows,) rank of each row's target column, from 1, ties as in :func:`retrieval_metrics`."""
     positive = sim.gather(1, target[:, None])
     earlier = torch.arange(sim.shape[1], device=sim.device)[None] < target[:, None]
     return 1 + ((sim > positive) | ((sim == positive) & earlier)).sum(dim=1)

@@ -14,13 +14,15 @@ from .. import DP, TI
 from ..data.folder import read_captions
 from ..data.video import Sampling, read_video
 from ..engine.evaluate import encode_texts, encode_videos
-from ..metrics import retrieval_metrics
+from ..metrics import ranks, retrieval_metrics
 from ..model.clip import load_clip
 from ..model.two_tower import TwoTower
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress, served_by
 
 MAX_WORDS = 32
 SHOWN = 30
+# Files that look like videos, to mention those that no caption names.
+SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm"}
 NO_WEIGHTS = (
     "Random weights: the scores below mean nothing. They show that decoding, towers and interaction run on your "
     "videos; name weights with --pretrained, e.g. --pretrained openai."
@@ -34,22 +36,23 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
         ValueError: no captions file, no usable video, an unknown model or weights that cannot be had.
     """
     captions = read_captions(folder)
+    from_where = "random weights" if pretrained is None else f"weights {escape(pretrained)} (a tag is fetched once)"
+    console.print(f"loading {escape(clip_name)}, {from_where}", highlight=False)
     clip, tokenizer = load_clip(clip_name, pretrained)
     model = TwoTower(clip, TI()).eval()
     size = clip.visual.image_size
     sampling = Sampling(size=size[0] if isinstance(size, tuple) else size)
     print_machine(console)
-    weights = "random weights" if pretrained is None else f"weights {escape(pretrained)}"
-    console.print(
-        f"{clip_name}, {weights}; {sampling.rate:g} frame a second, at most {sampling.max_frames}", highlight=False
-    )
+    console.print(f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}", highlight=False)
 
-    names, video, mask, skipped = _encode_folder(
-        model, folder, list(dict.fromkeys(c.video for c in captions)), sampling, console
-    )
+    named = list(dict.fromkeys(c.video for c in captions))
+    names, video, mask, skipped = _encode_folder(model, folder, named, sampling, console)
     for reason in skipped:
         # Escaped here and below: file names and captions hold brackets, which rich takes for its markup.
-        console.print(f"[yellow]skipped[/yellow] {escape(reason)}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]skipped:[/yellow] {escape(reason)}", highlight=False, soft_wrap=True)
+    unnamed = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in named)
+    if unnamed:
+        console.print(f"no caption names: {escape(', '.join(unnamed))}", highlight=False, soft_wrap=True)
     if not names:
         raise ValueError(
             f"{folder} must hold at least one readable video that its captions name, got none of {len(skipped)}; "
@@ -67,7 +70,8 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
     console.print(_metrics(sims, owner, len(usable), len(names)))
     console.print(
         f"TI: every word's best frame and every frame's best word, unweighted (by {served_by()}). DP: end token "
-        "against mean frame, CLIP's own way. Neither has parameters to train."
+        "against mean frame, CLIP's own way. Neither has parameters: CLIP brings none for WTI's two networks, which "
+        "training would have to fill."
     )
     console.print(_top_matches(sims["DP"], [c.text for c in usable], names, owner))
     return sims
@@ -113,8 +117,9 @@ def _top_matches(sim: Tensor, texts: list[str], names: list[str], owner: Tensor)
     table = Table(title=title, title_justify="left")
     for name in ("caption", "top match", "cosine", "its own video's rank"):
         table.add_column(name, justify="left" if name in ("caption", "top match") else "right")
+    rank = ranks(sim, owner).tolist()
     for row, text in enumerate(texts[:SHOWN]):
-        best, own = int(sim[row].argmax()), int(owner[row])
-        rank = 1 + int((sim[row] > sim[row, own]).sum())
-        table.add_row(escape(text), escape(names[best]), f"{float(sim[row, best]):.3f}", f"{rank} of {len(names)}")
+        best = int(sim[row].argmax())
+        place = f"{rank[row]} of {len(names)}"
+        table.add_row(escape(text), escape(names[best]), f"{float(sim[row, best]):.3f}", place)
     return table

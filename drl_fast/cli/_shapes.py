@@ -22,7 +22,7 @@ from ..data.moving_shapes import Clip
 from ..data.video import Sampling, read_video
 from ..engine.evaluate import encode_texts, encode_videos, recall_interval
 from ..engine.train import Pairs, Schedule, train
-from ..metrics import retrieval_metrics
+from ..metrics import ranks, retrieval_metrics
 from ..model.two_tower import TwoTower, small_model
 from ._choices import choices, frame_table, word_table
 from ._measure import CHANNELS, FRAMES, REPEATS, WORDS, measure_apart
@@ -55,8 +55,8 @@ def run_shapes(run: ShapesRun, console: Console) -> dict[str, dict[str, float]]:
         encoded = sum(path.stat().st_size for path in paths)
     console.print(
         f"{len(clips)} H.264 clips of {moving_shapes.SIZE} x {moving_shapes.SIZE} pixels ({encoded / 2**20:.1f} MiB), "
-        f"{int(mask.sum())} frames decoded at {SAMPLING.rate:g} a second; {run.held_out} clips held out, whose "
-        "captions are in no training clip" + (f"; kept in {escape(str(run.keep))}" if run.keep else "")
+        f"{int(mask.sum())} frames decoded ({SAMPLING.rate:g} per second of video); {run.held_out} clips held out, "
+        "whose captions are in no training clip" + (f"; kept in {escape(str(run.keep))}" if run.keep else "")
     )
     model, tokenizer = small_model(moving_shapes.SIZE, CONTEXT, run.seed)
     everything = Pairs(frames, mask, tokenizer([clip.caption for clip in clips]))
@@ -78,7 +78,7 @@ def run_shapes(run: ShapesRun, console: Console) -> dict[str, dict[str, float]]:
         "not another training).\n"
     )
     shown = clips[run.clips]
-    rank = 1 + int((after[0] > after[0, 0]).sum())
+    rank = int(ranks(after[:1], torch.zeros(1, dtype=torch.int64)))
     console.print(f'The first held-out clip, "{shown.caption}" (its caption finds it at rank {rank}).', highlight=False)
     console.print("Weight: how much of its side's score a token decides.")
     found = choices(model, test[:1], tokenizer)
@@ -154,7 +154,8 @@ def _where(clip: Clip, frame: int) -> str:
     """Where the mover is in a sampled frame."""
     x, y = clip.centre(frame * round(moving_shapes.FPS / SAMPLING.rate))
     pixels = abs(x - moving_shapes.SIZE / 2) + abs(y - moving_shapes.SIZE / 2)
-    return f"{pixels:.0f} px {clip.direction} of the middle" if round(pixels) else "in the middle"
+    side = {"up": "above", "down": "below"}.get(clip.direction, f"{clip.direction} of")
+    return f"{pixels:.0f} px {side} the middle" if round(pixels) else "in the middle"
 
 
 def _costs(console: Console) -> Table:
@@ -166,7 +167,7 @@ def _costs(console: Console) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("", "time", "peak memory"):
         table.add_column(name, justify="right" if name else "left")
-    with console.status("measuring the interaction beside its dense form"):
+    with console.status("measuring the interaction beside its dense form, some ten seconds"):
         for name, form in ((f"drl_fast, {served_by()}", "fused"), ("dense PyTorch, eager", "dense")):
             try:
                 cost = measure_apart(form, MEASURED_BATCH)

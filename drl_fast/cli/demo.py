@@ -22,7 +22,9 @@ def demo(
     ] = None,
     clip: Annotated[
         str,
-        typer.Option(help="With --videos: an open_clip model; for OpenAI's weights from a file its -quickgelu name."),
+        typer.Option(
+            help="With --videos: an open_clip model; ViT-B-32-quickgelu with a local file of OpenAI's weights."
+        ),
     ] = "ViT-B-32",
     keep: Annotated[
         Path | None,
@@ -33,7 +35,7 @@ def demo(
         int, typer.Option(min=2, help="Clips to generate for the test, with captions of their own.")
     ] = 100,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Of clips, weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of clips, weights and batches.")] = 0,
 ) -> None:
     """Train a small model on generated clips and search them; with --videos score your own videos instead."""
     console = Console()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,12 @@ def thin(count: int, limit: int) -> list[int]:
 def _candidates(path: Path, sampling: Sampling) -> Iterator[Tensor]:
     """Every stride-th frame, already cut to size: an hour of full frames would not fit in memory."""
     if not path.is_file():
-        raise ValueError(f"{path} must be a video file, found none there; check the path")
+        near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*"))[:1]
+        raise ValueError(
+            f"{path} must be a video file, found none there; " + (f"is it {near[0]}?" if near else "check the path")
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} must hold a video, got an empty file; fetch it again or leave it out")
     # One for all frames, and without threads: starting them costs more than converting a small frame.
     to_rgb = VideoReformatter()
     try:

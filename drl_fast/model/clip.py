@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import open_clip
@@ -40,7 +42,8 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
             )
         quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
     try:
-        clip, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, force_quick_gelu=quick_gelu)
+        with _quiet():
+            clip, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, force_quick_gelu=quick_gelu)
     # Whatever a broken file or a missing network raises: urllib, huggingface_hub, torch and pickle each have their own.
     except Exception as error:
         raise ValueError(_advice(name, pretrained, error)) from error
@@ -66,6 +69,17 @@ def check_clip(clip: nn.Module) -> open_clip.CLIP:
     )
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loggers that announce what is raised anyway, each retry twice."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     # The first sentence: what follows in torch's and the hub's messages is advice for other callers. Shortened, on one
     # line: torch lists every parameter that does not fit.
@@ -79,10 +93,10 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     hub, url = config.get("hf_hub", ""), config.get("url", "")
     source = f"open_clip_model.safetensors from https://huggingface.co/{hub.rstrip('/')}" if hub else url
     # A file's name does not say which activation its weights were trained with; the clip's name does.
-    other = f" with clip {name}-quickgelu" if config.get("quick_gelu") and not name.endswith("-quickgelu") else ""
+    other = f" and {name}-quickgelu as clip" if config.get("quick_gelu") and not name.endswith("-quickgelu") else ""
     return (
         f"weights {pretrained!r} of {name} could not be fetched ({reason}); where there is a network, download "
-        f"{source}, copy it here and pass its path as pretrained{other}"
+        f"{source}, copy it here and pass its path as pretrained{other}; HF_HUB_OFFLINE=1 spares the retries"
     )
 
 

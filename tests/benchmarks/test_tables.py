@@ -23,7 +23,7 @@ def test_every_page_has_marked_tables() -> None:
 def test_an_edited_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = harness.ROOT / "README.md"
     text = page.read_text(encoding="utf-8")
-    body = tables.markdown(tables.train(harness.load(RESULTS[0])))
+    body = tables.markdown(tables.summary(harness.load(RESULTS[0])))
     figure = body.splitlines()[2].split(" | ")[2]
     (tmp_path / "README.md").write_text(text.replace(f" {figure} |", " 0.01 |", 1), encoding="utf-8")
     monkeypatch.setattr(tables, "PAGES", (str(tmp_path / "README.md"),))

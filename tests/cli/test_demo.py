@@ -100,7 +100,8 @@ def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_c
     result = demo("--videos", folder, "--clip", tiny_clip)
     assert result.exit_code == 0, result.output
     for text in (
-        f"{tiny_clip}, random weights; 1 frame a second, at most 12",
+        f"loading {tiny_clip}, random weights",
+        "1 frame a second of video, at most 12",
         NO_WEIGHTS,
         "5 captions against 5 videos",
         "text to video, TI",
@@ -124,6 +125,7 @@ def test_unreadable_videos_are_named_and_skipped(demo: Demo, tmp_path: Path, tin
     write_audio(folder / "sound.mp4")
     cut(write_video(folder / "cut.mp4", noise(20), index_first=True), 0.4)
     write_video(folder / "[red] two [abc].mp4", noise(3))
+    write_video(folder / "quiet.mp4", noise(3))
     broken = ("empty.mp4", "text.mp4", "sound.mp4", "cut.mp4", "missing.mp4", "[/x].mp4")
     caption(folder, dict.fromkeys(broken, "nothing"))
     caption(folder, {"[red] two [abc].mp4": "snow [noise] on a screen [/noise]"})
@@ -135,8 +137,9 @@ def test_unreadable_videos_are_named_and_skipped(demo: Demo, tmp_path: Path, tin
     skipped = [line for line in result.stdout.splitlines() if line.startswith("skipped")]
     assert len(skipped) == len(broken)
     for name, line in zip(broken, skipped, strict=True):
-        assert line.startswith(f"skipped {folder / name} must ")
-        assert "; re-encode it" in line or "; check the path" in line
+        assert line.startswith(f"skipped: {folder / name} must ")
+        assert any(how in line for how in ("; re-encode it", "; check the path", "; fetch it again"))
+    assert "no caption names: quiet.mp4" in result.flat
     assert "4 captions against 4 videos" in result.flat
     assert "snow [noise] on a screen [/noise]" in result.flat
     assert "[red] two [abc].mp4" in result.flat

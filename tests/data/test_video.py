@@ -145,7 +145,7 @@ def unknown_codec(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (empty, "must be a readable video"),
+        (empty, "must hold a video, got an empty file"),
         (text, "must be a readable video"),
         (audio, "must hold a video stream"),
         (song, "must hold a video stream"),
@@ -162,8 +162,15 @@ def test_no_video(tmp_path: Path, make: Callable[[Path], None], reason: str) -> 
         read_video(path, Sampling())
     message = str(caught.value)
     assert message.startswith(f"{path} {reason}")
-    assert "re-encode it (ffmpeg" in message
+    assert "re-encode it (ffmpeg" in message or "fetch it again" in message
     assert "\n" not in message
+
+
+def test_a_name_without_its_suffix(tmp_path: Path) -> None:
+    """As MSR-VTT's own tables have it."""
+    (tmp_path / "video7.mp4").write_bytes(b"something")
+    with pytest.raises(ValueError, match=r"video7 must be a video file, found none there; is it video7\.mp4\?"):
+        read_video(tmp_path / "video7", Sampling())
 
 
 @pytest.mark.parametrize("name", ["missing.mp4", "folder.mp4"])

@@ -65,6 +65,13 @@ INTERACTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "video_mask of rank 3": ({"video_mask": torch.ones(4, 5, 1)}, ValueError, r"video_mask must be.*got \(4, 5, 1\)"),
     "masks swapped": ({"text_mask": torch.ones(4, 5)}, ValueError, r"text_mask must be.*\(2, 3\).*got \(4, 5\)"),
     "mask a list": ({"text_mask": [[1, 1, 0]] * 2}, TypeError, "text_mask must be a torch.Tensor, got list"),
+    "an additive mask": (
+        {"text_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)},
+        ValueError,
+        "text_mask must be zero .* got -inf; an additive mask .* text_mask == 0",
+    ),
+    "text a long list": ({"text": [0.5] * 999}, TypeError, "text must be a torch.Tensor, got list of 999"),
+    "text a list of tensors": ({"text": list(T)}, TypeError, r"got list of 2; convert it with torch.stack\(text\)"),
     "NaN in a mask": (
         {"video_mask": torch.full((4, 5), torch.nan)},
         ValueError,
