@@ -61,11 +61,16 @@ def _times(result: dict[str, Any], mode: str, title: str, columns: tuple[tuple[s
         cells = [_ratio(times[name]) if name in times else NOTHING for _, name in taking_part]
         gain = _gain(times) if "eager" in times else None
         rows.append([
-            _label(record["shape"]), f"{times['mm']['ms']['median']:.3g} ms", *cells,
+            _label(record["shape"]), _milliseconds(times["mm"]), *cells,
             f"{gain:.1f}x" if gain else NOTHING,
         ])  # fmt: skip
     heads = ["batch, words, frames", "torch.mm", *(head for head, _ in taking_part), "gain over eager"]
     return Table(title, heads, rows)
+
+
+def _milliseconds(times: dict[str, Any]) -> str:
+    median = times["ms"]["median"]
+    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"
 
 
 def _gain(times: dict[str, Any]) -> float:
@@ -108,7 +113,7 @@ def summary(result: dict[str, Any]) -> Table:
         shape, times = record["shape"], record["results"]
         if record["mode"] != "train" or shape["batch"] < 64 or shape["dim"] != 512 or shape["dtype"] != "float32":
             continue
-        milliseconds = [f"{times[name]['ms']['median']:.3g} ms" for name in ("eager", "drl_fast")]
+        milliseconds = [_milliseconds(times[name]) for name in ("eager", "drl_fast")]
         rows.append([_label(shape), *milliseconds, f"{_gain(times):.1f}x"])
     return Table("Training steps", ["batch, words, frames", "eager", "drl-fast", "gain"], rows)
 
