@@ -143,8 +143,10 @@ def unpack_weight_gradient(
     is_real = s < tl.load(length + row)
     companion = s * companion_rows + row if FRAMES else tl.load(start + row).to(tl.int64) + s
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(0, parts):
-        total += tl.load(partial + part.to(tl.int64) * part_stride + companion, mask=is_real, other=0.0)
+    at = partial + companion
+    for _ in range(0, parts):
+        total += tl.load(at, mask=is_real, other=0.0)
+        at += part_stride
     token = tl.load(position + companion, mask=is_real, other=0)
     tl.store(out + row * tokens + token, total, mask=is_real)
 
@@ -243,7 +245,7 @@ def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: b
     else:
         start = torch.stack([slots.cumsum(0, dtype=torch.int32) - slots, slots])
     d = triton.cdiv(dim, step) * step
-    scale, weight = torch.empty((2, allocated), dtype=torch.float32, device=device)
+    scale, weight = torch.zeros((2, allocated), dtype=torch.float32, device=device)
     packed = Packed(
         side.features.new_empty((allocated, d)), scale, weight,
         torch.empty(allocated, dtype=torch.int32, device=device), length, start, order, class_begin,

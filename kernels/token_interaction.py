@@ -63,11 +63,6 @@ LARGE = tl.constexpr(NOWHERE)  # no slot, where value and slot are kept apart
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _key_value(key):
     return ((key >> 8) | EXPONENT).to(tl.float32, bitcast=True) - OFFSET
 
@@ -85,7 +80,7 @@ def _over_words(s, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
         value = tl.maximum(tl.max(s, axis=2), tl.where(floor, OFFSET, 0.0)[None, :]) - OFFSET
         index = value.to(tl.int32)
     else:
-        value = tl.reduce(s, 2, _larger)
+        value = tl.max(s, axis=2)
         zero_wins = floor[None, :] & (value < 0)
         index = value.to(tl.int32)
         if MODE == MATCHES:
@@ -118,7 +113,7 @@ def _over_frames(best, frame, s, position, MODE: tl.constexpr, KEYED: tl.constex
     else:
         if MODE == MATCHES:
             frame = tl.where(s > best, position, frame)
-        best = _larger(best, s)
+        best = tl.maximum(best, s)
     return best, frame
 
 
@@ -213,7 +208,7 @@ def interaction_forward(
                 D, BM, BN, BK, KEYED, PRECISION, TMA,
             )  # fmt: skip
             position = tl.full((1, 1), f, tl.int32)
-            if VIDEO_HOLES and MODE == MATCHES:
+            if VIDEO_HOLES and MODE != SCORES:
                 position = tl.load(video_position + of_frame)[:, None]
             best, frame = _over_frames(best, frame, s, position, MODE, KEYED)
             if MODE != WEIGHTS:
@@ -221,8 +216,11 @@ def interaction_forward(
             if BOTH:
                 value, slot = _over_words(tl.reshape(s, (BM, CAPTIONS, SLOTS)), t_floor, MODE, KEYED)
                 if MODE == WEIGHTS:
+                    match = text_index + (caption[None, :] * video_tokens + position) * videos + b[:, None]
+                    ok = here[None, :] & (f < v_length)[:, None] & (b < videos)[:, None]
+                    chosen = tl.load(match, mask=ok, other=NOBODY) != NOBODY
                     partial = video_partial + ((tile_base + tile).to(tl.int64) * video_tokens + f) * video_rows + b
-                    tl.store(partial, tl.sum(tl.where(here[None, :], value * g, 0.0), axis=1))
+                    tl.store(partial, tl.sum(tl.where(chosen, value * g, 0.0), axis=1))
                 else:
                     out += value * weight
                 if MODE == MATCHES:
@@ -237,22 +235,26 @@ def interaction_forward(
             elif MODE != WEIGHTS:
                 out += weight  # 0, or NaN where the frame is
         value, frame = _finish(best, frame, v_floor, MODE, KEYED)
-        value = tl.reshape(value, (BM, CAPTIONS, SLOTS))
+        if MODE != SCORES:
+            word = chunk * BN + tl.arange(0, SLOTS)[None, :]
+            real = tl.reshape(word < t_length[:, None], (BN,))[None, :] & (b < videos)[:, None]
+            a = tl.reshape(tl.broadcast_to(caption[:, None], CAPTIONS, SLOTS), (BN,))
+            word = tl.load(text_position + c0 + column)
+            match = (a * index_caption + word * index_token)[None, :] + b[:, None].to(tl.int64) * index_row
         if MODE == WEIGHTS:
-            partial = tl.sum(tl.reshape(value * g[:, :, None], (BM, BN)), axis=0)
+            chosen = tl.load(video_index + match, mask=real, other=NONE) != NONE
+            share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
+            partial = tl.sum(tl.where(chosen, value * share, 0.0), axis=0)
+            # Columns beyond the last caption are another class's.
             ok = tl.reshape(tl.broadcast_to(here[:, None], CAPTIONS, SLOTS), (BN,))
             tl.store(text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column, partial, mask=ok)
         else:
+            value = tl.reshape(value, (BM, CAPTIONS, SLOTS))
             weight = tl.reshape(tl.load(text_weight + c0 + column), (CAPTIONS, SLOTS))
             out += tl.sum(value * weight[None, :, :], axis=2)
         if MODE == MATCHES:
             frame = frame if KEYED else tl.where(frame == LARGE, NONE, frame)
-            word = chunk * BN + tl.arange(0, SLOTS)[None, :]
-            real = tl.reshape(word < t_length[:, None], (BN,))
-            a = tl.reshape(tl.broadcast_to(caption[:, None], CAPTIONS, SLOTS), (BN,))
-            word = tl.load(text_position + c0 + column)
-            target = video_index + (a * index_caption + word * index_token)[None, :] + b[:, None].to(tl.int64) * index_row
-            tl.store(target, frame.to(video_index.dtype.element_ty), mask=real[None, :] & (b < videos)[:, None])
+            tl.store(video_index + match, frame.to(video_index.dtype.element_ty), mask=real)
     if MODE != WEIGHTS:
         # A pair with an empty side scores 0 whatever the other side's weights are.
         out = tl.where((t_length > 0)[None, :] & (v_length > 0)[:, None], out * factor, 0.0)
@@ -305,24 +307,25 @@ def forward(
 
 
 def weight_gradients(
-    grad_logits: Tensor, text: Side, video: Side, both: bool, normalize: bool, zero_competes: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32.
+    grad_logits: Tensor, text: Side, video: Side, video_index: Tensor, text_index: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32; one direction has no use for the second.
 
     The maxima are found again, at the price of one product: kept from the forward they would take two to four times the
-    matches' memory. No atomics: partial sums, then one sum in a fixed order.
+    matches' memory. Where the matches name nobody the maximum was the masked 0. No atomics: partial sums, then one sum
+    in a fixed order.
     """
     b, nt = video.features.shape[0], text.features.shape[1]
-    grad_logits = grad_logits.to(torch.float32).contiguous()
-    out = Outputs(grad_logits, (b, 1), grad_logits, (0, 0, 0), grad_logits)
+    nv, both = video.features.shape[1], video.weight is not None
+    out = Outputs(grad_logits, (b, 1), video_index, (nt * b, b, 1), text_index)
     if nt <= LONGEST_CLASS or not both:
-        p = sweep(text, video, out, WEIGHTS, both, normalize, zero_competes, 0.5 if both else 1.0)
-        by_frame = None if p.by_frame is None else unpack_weight(p.by_frame.flatten(1), video, p.frames, frames=True)
-        return unpack_weight(p.by_word, text, p.words, frames=False), by_frame
-    p = sweep(text, video, out, WEIGHTS, False, normalize, zero_competes, 0.5)
+        p = sweep(text, video, out, WEIGHTS, both, normalize, False, 0.5 if both else 1.0)
+        by_text = unpack_weight(p.by_word, text, p.words, frames=False)
+        return by_text, unpack_weight(p.by_frame.flatten(1), video, p.frames, frames=True) if both else by_text[:0]
+    p = sweep(text, video, out, WEIGHTS, False, normalize, False, 0.5)
     by_text = unpack_weight(p.by_word, text, p.words, frames=False)
-    out = out._replace(logits_strides=(1, b))
-    p = sweep(video, text, out, WEIGHTS, False, normalize, zero_competes, 0.5)
+    out = Outputs(grad_logits, (1, b), text_index, (1, b, nv * b), text_index)
+    p = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
     return by_text, unpack_weight(p.by_word, video, p.words, frames=False)
 
 

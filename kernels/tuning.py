@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 # Channels are padded with zeros to a multiple of this, which every tile's k divides.
@@ -57,6 +58,27 @@ FORWARD = {
 }
 
 
+# Backward: m channels x n words (gradient of the text) or videos (of the video), k the other side's a step.
+BACKWARD = {
+    "sm_80": {
+        "text": {"half": Tile(128, 64, 64, 4, 2, False), "tf32": Tile(64, 64, 32, 4, 2, False)},
+        "video": {"half": Tile(128, 64, 64, 4, 2, False), "tf32": Tile(64, 64, 32, 4, 2, False)},
+    },
+    "sm_90": {
+        "text": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
+        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
+    },
+    "sm_100": {
+        "text": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
+        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
+    },
+    "interpreter": {
+        side: dict.fromkeys(("half", "tf32"), Tile(32, 64, 32, 1, 1, False)) for side in ("text", "video")
+    },
+}
+BACKWARD_FP32 = Tile(64, 64, 32, 8, 2, False)
+
+
 def architecture(device: torch.device) -> str:
     """The table's key for a device; CPU tensors can only be Triton's interpreter's."""
     if device.type == "cpu":
@@ -75,6 +97,12 @@ def product(dtype: torch.dtype) -> str:
 def forward_tile(arch: str, kind: str, slots: int) -> Tile:
     tile = FORWARD[arch][kind]
     return tile._replace(n=max(tile.n, slots))
+
+
+def backward_tile(arch: str, side: str, precision: str, dim: int) -> Tile:
+    tile = BACKWARD_FP32 if precision == "fp32" and arch != "interpreter" else BACKWARD[arch][side][
+        "tf32" if precision == "fp32" else precision]
+    return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
 
 
 def launch_options(tile: Tile) -> dict[str, int]:
