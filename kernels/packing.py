@@ -12,7 +12,7 @@ row, and their companions (scale, weight, position) are frame-major, so that a t
         words   | r0 w0 w1 w2 . | r1 w0 . . . | r2 ...          '.' copies the row's first token (``copies``, for
         frames  | r0 f0 f1 f2 | r1 f0 . . | ...                 maxima) or is zero with position -2 (for gradients)
 
-One program a slot, D channels on chip; bytes: D itemsize read, D itemsize written; no matrix product.
+A program takes a few slots of one row, D channels on chip; bytes: D itemsize read and written a slot; no product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NORM_EPS = tl.constexpr(1e-12)
+NORM_EPS = 1e-12
 PAD_POSITION = -2
 NOWHERE = 1 << 30  # the position of a row's slots where there is no token to copy
 # A class below 16 words would cut the waste on short captions further, at one more launch and twice the chunk tables.
@@ -58,78 +58,77 @@ def row_layout(
 @triton.jit
 def pack_slots(
     features, weights, length, start, real, packed, scale, weight, position, chunk_row,
-    rows, tokens, dim, most_slots, companion_rows, x_row, x_token, x_channel, w_row, w_token,
-    D: tl.constexpr, BLOCK: tl.constexpr, FRAMES: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
-    NORMALIZE: tl.constexpr, COPIES: tl.constexpr, GRAIN: tl.constexpr, TAIL: tl.constexpr, PAD: tl.constexpr,
-    TINY: tl.constexpr,
+    rows, tokens, dim, blocks, companion_rows, x_row, x_token, x_channel, w_row, w_token,
+    D: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr, FRAMES: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr, NORMALIZE: tl.constexpr, COPIES: tl.constexpr, GRAIN: tl.constexpr, TAIL: tl.constexpr,
+    PAD: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // most_slots).to(tl.int64)
-    first = tl.program_id(0) % most_slots
+    """SLOTS slots of one row."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     count = tl.load(length + row)
     if FRAMES:
         begin, end = row * tokens, tokens
     else:
         begin = tl.load(start + row).to(tl.int64)
-        end = tl.load(start + rows + 1 + row)
-        if row == rows:
-            end = TAIL
-    channel = tl.arange(0, BLOCK)
-    for s in range(first, end, most_slots):
+        end = tl.where(row == rows, TAIL, tl.load(start + rows + 1 + row))
+    channel = tl.arange(0, CHANNELS)[None, :]
+    for s0 in range(tl.program_id(0) % blocks * SLOTS, end, blocks * SLOTS):
+        s = s0 + tl.arange(0, SLOTS)
         is_real = s < count
-        filled = count > 0 if COPIES else is_real
+        filled = s < (tl.where(count > 0, end, 0) if COPIES else count)
         token = tl.where(is_real, s, 0)
         if MASKED:
             token = tl.load(real + row * tokens + token, mask=filled, other=0)
-        x = tl.load(
-            features + row * x_row + token.to(tl.int64) * x_token + channel.to(tl.int64) * x_channel,
-            mask=channel < tl.where(filled, dim, 0), other=0.0,
-        )  # fmt: skip
+        at = row * x_row + token[:, None].to(tl.int64) * x_token + channel.to(tl.int64) * x_channel
+        x = tl.load(features + at, mask=filled[:, None] & (channel < dim), other=0.0)
         wide = x.to(tl.float32)
-        broken = tl.sum(wide * 0.0, 0) != 0.0
-        inverse = tl.where(filled, 1.0, 0.0)
+        broken = tl.sum(wide * 0.0, 1) != 0.0
+        inverse = tl.where(filled & (broken == 0), 1.0, 0.0)
         if NORMALIZE:
-            norm = tl.sqrt_rn(tl.sum(wide * wide, 0))
-            inverse = tl.where(norm > TINY, tl.div_rn(1.0, norm), 0.0)
-        inverse = tl.where(broken, 0.0, inverse)
-        w = 0.0
+            norm = tl.sqrt_rn(tl.sum(wide * wide, 1))
+            alive = (norm > TINY) & (norm < float("inf"))
+            inverse = tl.where(alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0)
+        w = tl.zeros((SLOTS,), tl.float32)
         if WEIGHTED:
-            w = tl.load(weights + row * w_row + token.to(tl.int64) * w_token, mask=is_real, other=0.0).to(tl.float32)
+            at = row * w_row + token.to(tl.int64) * w_token
+            w = tl.load(weights + at, mask=is_real, other=0.0).to(tl.float32)
         w = tl.where(broken & is_real, float("nan"), w)
         slot = begin + s
-        tl.store(packed + slot * D + channel, tl.where(inverse == 0.0, 0.0, wide).to(x.dtype), mask=channel < D)
+        inside = s < end
+        clean = tl.where((inverse == 0.0)[:, None], 0.0, wide).to(x.dtype)
+        tl.store(packed + slot[:, None] * D + channel, clean, mask=inside[:, None] & (channel < D))
         companion = s * companion_rows + row if FRAMES else slot
-        tl.store(scale + companion, inverse)
-        tl.store(weight + companion, w)
-        tl.store(position + companion, tl.where(filled, token, PAD))
-        if not FRAMES and s % GRAIN == 0:
-            tl.store(chunk_row + slot // GRAIN, tl.where(row < rows, row, -1).to(tl.int32))
+        tl.store(scale + companion, inverse, mask=inside)
+        tl.store(weight + companion, w, mask=inside)
+        tl.store(position + companion, tl.where(filled, token, PAD), mask=inside)
+        if not FRAMES:
+            whose = tl.where(row < rows, row, -1).to(tl.int32) + s * 0
+            tl.store(chunk_row + slot // GRAIN, whose, mask=inside & (s % GRAIN == 0))
 
 
 @triton.jit
 def unpack_gradient(
-    grad, features, out, length, start, scale, position, factor, tokens, dim, most_slots, companion_rows,
+    grad, features, out, length, start, scale, position, factor, tokens, dim, blocks, companion_rows,
     x_row, x_token, x_channel,
-    D: tl.constexpr, BLOCK: tl.constexpr, FRAMES: tl.constexpr, NORMALIZE: tl.constexpr,
+    D: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr, FRAMES: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """One real token: the gradient of its unit vector becomes that of the raw features, in its padded place."""
-    row = (tl.program_id(0) // most_slots).to(tl.int64)
-    s = tl.program_id(0) % most_slots
-    if s < tl.load(length + row):
-        slot = (row * tokens if FRAMES else tl.load(start + row).to(tl.int64)) + s
-        companion = s * companion_rows + row if FRAMES else slot
-        token = tl.load(position + companion).to(tl.int64)
-        channel = tl.arange(0, BLOCK)
-        inside = channel < dim
-        g = tl.load(grad + slot * D + channel, mask=inside, other=0.0) * tl.load(factor)
-        if NORMALIZE:
-            inverse = tl.load(scale + companion)
-            x = tl.load(
-                features + row * x_row + token * x_token + channel.to(tl.int64) * x_channel, mask=inside, other=0.0
-            ).to(tl.float32)
-            # where: a row whose norm overflowed has scale 0, and 0 * Inf is NaN
-            unit = tl.where(inverse == 0.0, x * 0.0, x * inverse)
-            g = (g - unit * tl.sum(unit * g, 0)) * inverse
-        tl.store(out + (row * tokens + token) * dim + channel, g.to(out.dtype.element_ty), mask=inside)
+    """SLOTS real tokens of a row: unit tokens' gradients become those of the raw features, in their padded places."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    s = tl.program_id(0) % blocks * SLOTS + tl.arange(0, SLOTS)
+    is_real = s < tl.load(length + row)
+    slot = (row * tokens if FRAMES else tl.load(start + row).to(tl.int64)) + s
+    companion = s * companion_rows + row if FRAMES else slot
+    token = tl.load(position + companion, mask=is_real, other=0)[:, None].to(tl.int64)
+    channel = tl.arange(0, CHANNELS)[None, :]
+    inside = is_real[:, None] & (channel < dim)
+    g = tl.load(grad + slot[:, None] * D + channel, mask=inside, other=0.0) * tl.load(factor)
+    if NORMALIZE:
+        inverse = tl.load(scale + companion, mask=is_real, other=0.0)[:, None]
+        at = row * x_row + token * x_token + channel.to(tl.int64) * x_channel
+        x = tl.load(features + at, mask=inside, other=0.0).to(tl.float32)
+        unit = x * inverse
+        g = tl.where(inverse == 0.0, 0.0, (g - unit * tl.sum(unit * g, 1)[:, None]) * inverse)
+    tl.store(out + (row * tokens + token) * dim + channel, g.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -207,15 +206,22 @@ def _lengths(side: Side, rows_allocated: int, classes: bool, grain: int) -> tupl
 
 def _fill(side: Side, packed: Packed, real: Tensor, frames: bool, normalize: bool, copies: bool) -> None:
     rows, tokens, dim = side.features.shape
-    block = triton.next_power_of_2(packed.dim)
-    pack_slots[(packed.rows_allocated * packed.most_slots,)](
+    blocks, tile = _tile(packed, packed.most_slots)
+    pack_slots[(packed.rows_allocated * blocks,)](
         side.features, packed.scale if side.weight is None else side.weight, packed.length, packed.start, real,
         packed.tokens, packed.scale, packed.weight, packed.position, packed.chunk_row,
-        rows, tokens, dim, packed.most_slots, packed.rows_allocated, *side.features.stride(), *_strides(side.weight),
-        D=packed.dim, BLOCK=block, FRAMES=frames, MASKED=side.mask is not None, WEIGHTED=side.weight is not None,
-        NORMALIZE=normalize, COPIES=copies, GRAIN=GRAIN, TAIL=TAIL, PAD=NOWHERE if copies else PAD_POSITION, TINY=NORM_EPS,
-        num_warps=4 if block <= 2048 else 8,
+        rows, tokens, dim, blocks, packed.rows_allocated, *side.features.stride(), *_strides(side.weight),
+        D=packed.dim, FRAMES=frames, MASKED=side.mask is not None, WEIGHTED=side.weight is not None,
+        NORMALIZE=normalize, COPIES=copies, GRAIN=GRAIN, TAIL=TAIL, PAD=NOWHERE if copies else PAD_POSITION,
+        TINY=NORM_EPS, **tile,
     )  # fmt: skip
+
+
+def _tile(packed: Packed, slots: int) -> tuple[int, dict[str, int]]:
+    """Programs a row, and their shape: about 32 values a thread."""
+    channels = triton.next_power_of_2(packed.dim)
+    size = min(max(1, 4096 // channels), triton.next_power_of_2(slots))
+    return triton.cdiv(slots, size), {"CHANNELS": channels, "SLOTS": size, "num_warps": 4 if channels <= 4096 else 8}
 
 
 def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: bool, copies: bool) -> Packed:
@@ -282,12 +288,11 @@ def unpack(grad: Tensor, side: Side, packed: Packed, factor: Tensor, normalize: 
     # Contiguous whatever the features' strides: that is what the operator's fake promises.
     out = torch.empty if side.mask is None else torch.zeros
     result = out((rows, tokens, dim), dtype=side.features.dtype, device=grad.device)
-    block = triton.next_power_of_2(packed.dim)
-    most = min(packed.most_slots, tokens)
-    unpack_gradient[(rows * most,)](
+    blocks, tile = _tile(packed, tokens)
+    unpack_gradient[(rows * blocks,)](
         grad, side.features, result, packed.length, packed.start, packed.scale, packed.position, factor,
-        tokens, dim, most, packed.rows_allocated, *side.features.stride(),
-        D=packed.dim, BLOCK=block, FRAMES=frames, NORMALIZE=normalize, num_warps=4 if block <= 2048 else 8,
+        tokens, dim, blocks, packed.rows_allocated, *side.features.stride(),
+        D=packed.dim, FRAMES=frames, NORMALIZE=normalize, **tile,
     )  # fmt: skip
     return result
 

@@ -283,9 +283,13 @@ class Partials(NamedTuple):
 
 
 def forward(
-    text: Side, video: Side, both: bool, normalize: bool, zero_competes: bool, keep_matches: bool
+    text: Side, video: Side, normalize: bool, zero_competes: bool, keep_matches: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (A, B) float32 and, if kept, matches (A, Nt, B) and (A, Nv, B), uint8 or beyond 255 tokens int16."""
+    """Logits (A, B) float32 and, if kept, matches (A, Nt, B) and (A, Nv, B), uint8 or beyond 255 tokens int16.
+
+    A video without weights: one direction, not halved.
+    """
+    both = video.weight is not None
     a, nt, _ = text.features.shape
     b, nv, _ = video.features.shape
     new = text.features.new_empty

@@ -35,7 +35,7 @@ CHUNK = tl.constexpr(GRAIN)
 
 @triton.jit
 def interaction_backward_text(
-    video, video_scale, video_weight, video_position, video_length, text_weight, text_position, chunk_row, start,
+    video, video_scale, video_weight, video_position, most_frames, text_weight, text_position, chunk_row, start,
     video_index, text_index, grad_logits, grad, boost,
     texts, videos, text_tokens, video_tokens, video_rows, factor,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -58,29 +58,31 @@ def interaction_backward_text(
     scale_all = tl.load(boost) * factor
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
-    for b0 in tl.range(0, videos, BK):
+    # One loop, not two: what an outer loop would keep for an inner one costs registers that there are not.
+    most = tl.load(most_frames)
+    for step in tl.range(0, tl.cdiv(videos, BK) * most):
+        b0 = step // most * BK
         b = b0 + tl.arange(0, BK)
+        of_frame = step % most * video_rows + b
+        frame = tl.load(video_position + of_frame)
         pair = there[None, :] & (b < videos)[:, None]
         g = tl.load(grad_logits + row[None, :] * videos + b[:, None], mask=pair, other=0.0) * scale_all
         ok = (word >= 0)[None, :] & (b < videos)[:, None]
         chosen = tl.load(video_index + of_word[None, :] * videos + b[:, None], mask=ok, other=0).to(tl.int32)
-        for f in tl.range(0, tl.max(tl.load(video_length + b), 0)):
-            of_frame = f * video_rows + b
-            frame = tl.load(video_position + of_frame)
-            c = tl.where(chosen == frame[:, None], weight[None, :], 0.0)
-            c = tl.reshape(c, (BK, CHUNKS, CHUNK))
-            if BOTH:
-                match = text_index + (row[None, :] * video_tokens + frame[:, None]) * videos + b[:, None]
-                by_frame = tl.load(match, mask=pair & (frame >= 0)[:, None], other=0).to(tl.int32)
-                share = tl.load(video_weight + of_frame)[:, None, None]
-                c += tl.where(by_frame[:, :, None] == word3, share, 0.0)
-            c = c * (g * tl.load(video_scale + of_frame)[:, None])[:, :, None]
-            if TMA:
-                v = video.load([b0, f * D + d0])
-            else:
-                v_rows = video + b[:, None].to(tl.int64) * (video_tokens * D) + (f * D + channel)[None, :]
-                v = tl.load(v_rows, mask=(channel < D)[None, :], other=0.0)
-            acc = tl.dot(v.T, tl.reshape(c, (BK, BN)).to(v.dtype), acc, input_precision=PRECISION)
+        c = tl.where(chosen == frame[:, None], weight[None, :], 0.0)
+        c = tl.reshape(c, (BK, CHUNKS, CHUNK))
+        if BOTH:
+            match = text_index + (row[None, :] * video_tokens + frame[:, None]) * videos + b[:, None]
+            by_frame = tl.load(match, mask=pair & (frame >= 0)[:, None], other=0).to(tl.int32)
+            share = tl.load(video_weight + of_frame)[:, None, None]
+            c += tl.where(by_frame[:, :, None] == word3, share, 0.0)
+        c = c * (g * tl.load(video_scale + of_frame)[:, None])[:, :, None]
+        if TMA:
+            v = video.load([b0, step % most * D + d0])
+        else:
+            v_rows = video + b[:, None].to(tl.int64) * (video_tokens * D) + (step % most * D + channel)[None, :]
+            v = tl.load(v_rows, mask=(channel < D)[None, :], other=0.0)
+        acc = tl.dot(v.T, tl.reshape(c, (BK, BN)).to(v.dtype), acc, input_precision=PRECISION)
     target = grad + slot[None, :].to(tl.int64) * D + channel[:, None]
     tl.store(target, acc, mask=(channel < D)[:, None])
 
@@ -141,17 +143,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of both features (their dtype) and both weights (float32); empty where not needed."""
     both = video.weight is not None
-    new, a, b = text.features.new_empty, len(text.features), len(video.features)
-    grads = [new(0), new(0), new(0, dtype=torch.float32), new(0, dtype=torch.float32)]
-    if a == 0 or b == 0:
-        # The gradient of an empty sum.
-        if need_text:
-            grads[0], grads[2] = (torch.zeros(n, dtype=x.dtype, device=x.device) for n, x in _shapes(text, grads[2]))
-        if need_video:
-            grads[1] = torch.zeros(video.features.shape, dtype=video.features.dtype, device=video.features.device)
-            if both:
-                grads[3] = grads[3].new_zeros(video.features.shape[:2])
-        return tuple(grads)  # type: ignore[return-value]
+    if len(text.features) == 0 or len(video.features) == 0:
+        by_text, by_video = _empty_sum(text, need_text, True), _empty_sum(video, need_video, both)
+        return by_text[0], by_video[0], by_text[1], by_video[1]
     grad_logits = grad_logits.to(torch.float32).contiguous()
     arch, precision = tuning.architecture(text.features.device), tuning.product(text.features.dtype)
     by_text, by_video = (tuning.backward_tile(arch, side, precision, text.features.shape[2]) for side in ("text", "video"))
@@ -160,23 +154,30 @@ def backward(
     frames = pack_frames(video, tuning.STEP, block, normalize, copies=False)
     boost = _boost(grad_logits, words, frames)
     shared = (video_index, text_index, grad_logits)
+    (grad_text, grad_text_weight), (grad_video, grad_video_weight) = (_empty_sum(x, False, False) for x in (text, video))
     if need_text:
         grad = _text(words, frames, shared, boost, text, video, by_text, precision, both)
-        grads[0] = unpack(grad, text, words, 1 / boost, normalize, frames=False)
+        grad_text = unpack(grad, text, words, 1 / boost, normalize, frames=False)
     if need_video:
         grad = _video(words, frames, shared, boost, text, video, by_video, precision, both)
-        grads[1] = unpack(grad, video, frames, 1 / boost, normalize, frames=True)
-    del words, frames
-    weights = weight_gradients(grad_logits, text, video, video_index, text_index, normalize)
-    if need_text:
-        grads[2] = weights[0]
-    if need_video and both:
-        grads[3] = weights[1]
-    return tuple(grads)  # type: ignore[return-value]
+        grad_video = unpack(grad, video, frames, 1 / boost, normalize, frames=True)
+    del words, frames  # packed anew by the last pass, which wants other slots
+    of_text, of_video = weight_gradients(grad_logits, text, video, video_index, text_index, normalize)
+    return (
+        grad_text,
+        grad_video,
+        of_text if need_text else grad_text_weight,
+        of_video if need_video and both else grad_video_weight,
+    )
 
 
-def _shapes(side: Side, weight: Tensor) -> tuple[tuple[torch.Size, Tensor], ...]:
-    return (side.features.shape, side.features), (side.features.shape[:2], weight)
+def _empty_sum(side: Side, need: bool, weighted: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of one side's features and weights where the other has no rows; no elements where not needed."""
+    shape, device = side.features.shape, side.features.device
+    return (
+        torch.zeros(shape if need else (0,), dtype=side.features.dtype, device=device),
+        torch.zeros(shape[:2] if need and weighted else (0,), dtype=torch.float32, device=device),
+    )
 
 
 def _text(
@@ -189,7 +190,7 @@ def _text(
     # The tail only serves reads beyond the last word; no gradient belongs there.
     tiles = triton.cdiv(len(grad) - TAIL, tile.n)
     interaction_backward_text[(tiles * triton.cdiv(words.dim, tile.m),)](
-        _operand(frames.tokens, tile), frames.scale, frames.weight, frames.position, frames.length,
+        _operand(frames.tokens, tile), frames.scale, frames.weight, frames.position, frames.length.amax(),
         words.weight, words.position, words.chunk_row, words.start, *shared, grad, boost,
         a, b, nt, nv, frames.rows_allocated, 0.5 if both else 1.0,
         D=words.dim, BM=tile.m, BN=tile.n, BK=tile.k, BOTH=both,

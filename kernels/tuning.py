@@ -58,25 +58,26 @@ FORWARD = {
 }
 
 
-# Backward: m channels x n words (gradient of the text) or videos (of the video), k the other side's a step.
+SIDES = ("text", "video")
+# Backward: m channels x n words (gradient of the text) or videos (of the video), k of the other side a step.
 BACKWARD = {
     "sm_80": {
-        "text": {"half": Tile(128, 64, 64, 4, 2, False), "tf32": Tile(64, 64, 32, 4, 2, False)},
-        "video": {"half": Tile(128, 64, 64, 4, 2, False), "tf32": Tile(64, 64, 32, 4, 2, False)},
+        "text": {"half": Tile(128, 64, 64, 8, 2, False), "tf32": Tile(128, 64, 32, 8, 2, False)},
+        "video": {"half": Tile(128, 64, 64, 4, 2, False), "tf32": Tile(128, 64, 32, 8, 2, False)},
     },
     "sm_90": {
-        "text": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
-        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
+        "text": {"half": Tile(256, 64, 64, 8, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
+        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
     },
     "sm_100": {
-        "text": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
-        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(64, 64, 32, 4, 2, False)},
+        "text": {"half": Tile(256, 64, 64, 8, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
+        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
     },
-    "interpreter": {
-        side: dict.fromkeys(("half", "tf32"), Tile(32, 64, 32, 1, 1, False)) for side in ("text", "video")
-    },
+    "interpreter": {side: dict.fromkeys(("half", "tf32", "fp32"), Tile(64, 64, 64, 1, 1, False)) for side in SIDES},
 }
-BACKWARD_FP32 = Tile(64, 64, 32, 8, 2, False)
+for _sides in BACKWARD.values():
+    for _tiles in _sides.values():
+        _tiles.setdefault("fp32", Tile(64, 64, 32, 8, 2, False))
 
 
 def architecture(device: torch.device) -> str:
@@ -100,8 +101,7 @@ def forward_tile(arch: str, kind: str, slots: int) -> Tile:
 
 
 def backward_tile(arch: str, side: str, precision: str, dim: int) -> Tile:
-    tile = BACKWARD_FP32 if precision == "fp32" and arch != "interpreter" else BACKWARD[arch][side][
-        "tf32" if precision == "fp32" else precision]
+    tile = BACKWARD[arch][side][precision]
     return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
 
 
