@@ -1,7 +1,7 @@
 """Forward kernel of the token interaction: scores, matches, or the weights' gradients, from one similarity tile.
 
     S[b,f,a,i]  = <v_bf, t_ai> / (|v_bf| |t_ai|)          raw tokens on the tensor cores, norms applied after
-    m_t[a,i,b]  = max_f S      m_v[a,f,b] = max_i S       (0 competes where the row has a masked token and the rule says so)
+    m_t[a,i,b]  = max_f S      m_v[a,f,b] = max_i S       (and 0, where a masked token's similarity competes)
     logits[a,b] = (sum_i w_ai m_t[a,i,b] + sum_f w_bf m_v[a,f,b]) / 2
     matches     = the two argmaxes, lowest index first, as positions in the padded rows
     grad w_ai   = sum_b g[a,b] m_t[a,i,b] / 2,  grad w_bf = sum_a g[a,b] m_v[a,f,b] / 2
@@ -46,7 +46,6 @@ from .packing import (
     length_classes,
     pack_frames,
     pack_words,
-    unpack_weight,
 )
 from .tuning import Tile
 
@@ -160,6 +159,26 @@ def _frame_similarity(
 
 
 @triton.jit
+def _store_choices(
+    slot, text_index, at, text_position, c0, mask,
+    SLOTS: tl.constexpr, KEYED: tl.constexpr, HOLES: tl.constexpr, NONE: tl.constexpr,
+):  # fmt: skip
+    """Which word each video's frame chose, slots (BM, captions) turned into places in the padded captions."""
+    found = slot < (NOBODY if KEYED else LARGE)
+    if HOLES:
+        of_slot = c0 + tl.arange(0, slot.shape[1])[None, :] * SLOTS + slot
+        slot = tl.load(text_position + of_slot, mask=found, other=LARGE)
+        found = slot < LARGE
+    tl.store(text_index + at, tl.where(found, slot, NONE).to(text_index.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _of_words(x, SLOTS: tl.constexpr):
+    """(captions,) repeated for each of a caption's slots, (captions SLOTS,)."""
+    return tl.reshape(tl.broadcast_to(x[:, None], x.shape[0], SLOTS), (x.shape[0] * SLOTS,))
+
+
+@triton.jit
 def interaction_forward(
     text, video, text_scale, video_scale, text_weight, video_weight, text_position, video_position,
     text_length, video_length, order, start, class_begin,
@@ -211,43 +230,33 @@ def interaction_forward(
             if VIDEO_HOLES and MODE != SCORES:
                 position = tl.load(video_position + of_frame)[:, None]
             best, frame = _over_frames(best, frame, s, position, MODE, KEYED)
-            if MODE != WEIGHTS:
-                weight = tl.load(video_weight + of_frame)[:, None]
+            at = (caption[None, :] * video_tokens + position) * videos + b[:, None]
+            of_pair = inside & (f < v_length)[:, None]
             if BOTH:
                 value, slot = _over_words(tl.reshape(s, (BM, CAPTIONS, SLOTS)), t_floor, MODE, KEYED)
-                if MODE == WEIGHTS:
-                    match = text_index + (caption[None, :] * video_tokens + position) * videos + b[:, None]
-                    ok = here[None, :] & (f < v_length)[:, None] & (b < videos)[:, None]
-                    chosen = tl.load(match, mask=ok, other=NOBODY) != NOBODY
-                    partial = video_partial + ((tile_base + tile).to(tl.int64) * video_tokens + f) * video_rows + b
-                    tl.store(partial, tl.sum(tl.where(chosen, value * g, 0.0), axis=1))
-                else:
-                    out += value * weight
-                if MODE == MATCHES:
-                    found = slot < (NOBODY if KEYED else LARGE)
-                    if TEXT_HOLES:
-                        of_slot = c0 + tl.arange(0, CAPTIONS)[None, :] * SLOTS + slot
-                        slot = tl.load(text_position + of_slot, mask=found, other=LARGE)
-                        found = slot < LARGE
-                    slot = tl.where(found, slot, NONE)
-                    target = text_index + (caption[None, :] * video_tokens + position) * videos + b[:, None]
-                    tl.store(target, slot.to(text_index.dtype.element_ty), mask=here[None, :] & (f < v_length)[:, None])
+            if MODE == WEIGHTS and BOTH:
+                share = tl.where(tl.load(text_index + at, mask=of_pair, other=NOBODY) != NOBODY, value * g, 0.0)
+                row = (tile_base + tile).to(tl.int64) * video_tokens + f
+                tl.store(video_partial + row * video_rows + b, tl.sum(share, axis=1))
             elif MODE != WEIGHTS:
-                out += weight  # 0, or NaN where the frame is
+                # One direction: the weight is 0, or NaN where the frame is.
+                weight = tl.load(video_weight + of_frame)[:, None]
+                out += value * weight if BOTH else weight
+            if MODE == MATCHES and BOTH:
+                _store_choices(slot, text_index, at, text_position, c0, of_pair, SLOTS, KEYED, TEXT_HOLES, NONE)
         value, frame = _finish(best, frame, v_floor, MODE, KEYED)
         if MODE != SCORES:
             word = chunk * BN + tl.arange(0, SLOTS)[None, :]
             real = tl.reshape(word < t_length[:, None], (BN,))[None, :] & (b < videos)[:, None]
-            a = tl.reshape(tl.broadcast_to(caption[:, None], CAPTIONS, SLOTS), (BN,))
-            word = tl.load(text_position + c0 + column)
-            match = (a * index_caption + word * index_token)[None, :] + b[:, None].to(tl.int64) * index_row
+            of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + c0 + column) * index_token
+            match = of_word[None, :] + b[:, None].to(tl.int64) * index_row
         if MODE == WEIGHTS:
             chosen = tl.load(video_index + match, mask=real, other=NONE) != NONE
             share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
-            partial = tl.sum(tl.where(chosen, value * share, 0.0), axis=0)
+            partial = text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column
             # Columns beyond the last caption are another class's.
-            ok = tl.reshape(tl.broadcast_to(here[:, None], CAPTIONS, SLOTS), (BN,))
-            tl.store(text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column, partial, mask=ok)
+            ok = _of_words(here, SLOTS)
+            tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=ok)
         else:
             value = tl.reshape(value, (BM, CAPTIONS, SLOTS))
             weight = tl.reshape(tl.load(text_weight + c0 + column), (CAPTIONS, SLOTS))
@@ -308,29 +317,6 @@ def forward(
     out = Outputs(logits, (1, b), text_index, (1, b, nv * b), text_index)
     sweep(video, text, out, mode, False, normalize, zero_competes, 0.5, add=True)
     return logits, video_index, text_index
-
-
-def weight_gradients(
-    grad_logits: Tensor, text: Side, video: Side, video_index: Tensor, text_index: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32; one direction has no use for the second.
-
-    The maxima are found again, at the price of one product: kept from the forward they would take two to four times the
-    matches' memory. Where the matches name nobody the maximum was the masked 0. No atomics: partial sums, then one sum
-    in a fixed order.
-    """
-    b, nt = video.features.shape[0], text.features.shape[1]
-    nv, both = video.features.shape[1], video.weight is not None
-    out = Outputs(grad_logits, (b, 1), video_index, (nt * b, b, 1), text_index)
-    if nt <= LONGEST_CLASS or not both:
-        p = sweep(text, video, out, WEIGHTS, both, normalize, False, 0.5 if both else 1.0)
-        by_text = unpack_weight(p.by_word, text, p.words, frames=False)
-        return by_text, unpack_weight(p.by_frame.flatten(1), video, p.frames, frames=True) if both else by_text[:0]
-    p = sweep(text, video, out, WEIGHTS, False, normalize, False, 0.5)
-    by_text = unpack_weight(p.by_word, text, p.words, frames=False)
-    out = Outputs(grad_logits, (1, b), text_index, (1, b, nv * b), text_index)
-    p = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
-    return by_text, unpack_weight(p.by_word, video, p.words, frames=False)
 
 
 def sweep(

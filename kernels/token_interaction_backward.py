@@ -12,7 +12,7 @@ chip and multiplied on the tensor cores. No atomics: each program owns its part 
 
 On chip: the accumulator and one tile of C. C is always the right operand, so it goes through shared memory once and is
 never a register operand: ptxas does not serialise the products, and no product's result feeds another.
-FLOP a step: 2 BM BN BK; bytes: BM BK itemsize for tokens, BK BN for matches (words' choices), BK BN / 16 (1 + 4) for frames' choices and g.
+FLOP a step: 2 BM BN BK; bytes: BM BK itemsize of tokens, BK BN of words' choices, 5 BK BN / 16 of frames' and of g.
 
 Words come in chunks of GRAIN slots, each of one caption, so that what belongs to a pair is loaded once a chunk.
 """
@@ -26,8 +26,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .packing import GRAIN, TAIL, Packed, Side, pack_frames, pack_words, unpack
-from .token_interaction import weight_gradients
+from .packing import GRAIN, LONGEST_CLASS, TAIL, Packed, Side, pack_frames, pack_words, unpack, unpack_weight
+from .token_interaction import WEIGHTS, Outputs, sweep
 from .tuning import Tile
 
 CHUNK = tl.constexpr(GRAIN)
@@ -148,13 +148,15 @@ def backward(
         return by_text[0], by_video[0], by_text[1], by_video[1]
     grad_logits = grad_logits.to(torch.float32).contiguous()
     arch, precision = tuning.architecture(text.features.device), tuning.product(text.features.dtype)
-    by_text, by_video = (tuning.backward_tile(arch, side, precision, text.features.shape[2]) for side in ("text", "video"))
+    by_text, by_video = (tuning.backward_tile(arch, side, precision, text.features.shape[2]) for side in tuning.SIDES)
     block = max(by_text.k, by_video.n)
     words = pack_words(text, tuning.STEP, normalize, grain=GRAIN, classes=False, copies=False)
     frames = pack_frames(video, tuning.STEP, block, normalize, copies=False)
     boost = _boost(grad_logits, words, frames)
     shared = (video_index, text_index, grad_logits)
-    (grad_text, grad_text_weight), (grad_video, grad_video_weight) = (_empty_sum(x, False, False) for x in (text, video))
+    (grad_text, grad_text_weight), (grad_video, grad_video_weight) = (
+        _empty_sum(x, False, False) for x in (text, video)
+    )
     if need_text:
         grad = _text(words, frames, shared, boost, text, video, by_text, precision, both)
         grad_text = unpack(grad, text, words, 1 / boost, normalize, frames=False)
@@ -178,6 +180,29 @@ def _empty_sum(side: Side, need: bool, weighted: bool) -> tuple[Tensor, Tensor]:
         torch.zeros(shape if need else (0,), dtype=side.features.dtype, device=device),
         torch.zeros(shape[:2] if need and weighted else (0,), dtype=torch.float32, device=device),
     )
+
+
+def weight_gradients(
+    grad_logits: Tensor, text: Side, video: Side, video_index: Tensor, text_index: Tensor, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32; one direction has no use for the second.
+
+    The maxima are found again, at the price of one product: kept from the forward they would take two to four times the
+    matches' memory. Where the matches name nobody the maximum was the masked 0. No atomics: partial sums, then one sum
+    in a fixed order.
+    """
+    b, nt = video.features.shape[0], text.features.shape[1]
+    nv, both = video.features.shape[1], video.weight is not None
+    out = Outputs(grad_logits, (b, 1), video_index, (nt * b, b, 1), text_index)
+    if nt <= LONGEST_CLASS or not both:
+        p = sweep(text, video, out, WEIGHTS, both, normalize, False, 0.5 if both else 1.0)
+        by_text = unpack_weight(p.by_word, text, p.words, frames=False)
+        return by_text, unpack_weight(p.by_frame.flatten(1), video, p.frames, frames=True) if both else by_text[:0]
+    p = sweep(text, video, out, WEIGHTS, False, normalize, False, 0.5)
+    by_text = unpack_weight(p.by_word, text, p.words, frames=False)
+    out = Outputs(grad_logits, (1, b), text_index, (1, b, nv * b), text_index)
+    p = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
+    return by_text, unpack_weight(p.by_word, video, p.words, frames=False)
 
 
 def _text(

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-
 # Channels are padded with zeros to a multiple of this, which every tile's k divides.
 STEP = 64
 
@@ -62,22 +61,43 @@ SIDES = ("text", "video")
 # Backward: m channels x n words (gradient of the text) or videos (of the video), k of the other side a step.
 BACKWARD = {
     "sm_80": {
-        "text": {"half": Tile(128, 64, 64, 8, 2, False), "tf32": Tile(128, 64, 32, 8, 2, False)},
-        "video": {"half": Tile(128, 64, 64, 4, 2, False), "tf32": Tile(128, 64, 32, 8, 2, False)},
+        "text": {
+            "half": Tile(128, 64, 64, 8, 2, False),
+            "tf32": Tile(128, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 32, 8, 2, False),
+        },
+        "video": {
+            "half": Tile(128, 64, 64, 4, 2, False),
+            "tf32": Tile(128, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 32, 8, 2, False),
+        },
     },
     "sm_90": {
-        "text": {"half": Tile(256, 64, 64, 8, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
-        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
+        "text": {
+            "half": Tile(256, 64, 64, 8, 2, True),
+            "tf32": Tile(128, 64, 32, 8, 2, True),
+            "fp32": Tile(64, 64, 32, 8, 2, False),
+        },
+        "video": {
+            "half": Tile(256, 64, 64, 4, 2, True),
+            "tf32": Tile(128, 64, 32, 8, 2, True),
+            "fp32": Tile(64, 64, 32, 8, 2, False),
+        },
     },
     "sm_100": {
-        "text": {"half": Tile(256, 64, 64, 8, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
-        "video": {"half": Tile(256, 64, 64, 4, 2, True), "tf32": Tile(128, 64, 32, 8, 2, True)},
+        "text": {
+            "half": Tile(256, 64, 64, 8, 2, True),
+            "tf32": Tile(128, 64, 32, 8, 2, True),
+            "fp32": Tile(64, 64, 32, 8, 2, False),
+        },
+        "video": {
+            "half": Tile(256, 64, 64, 4, 2, True),
+            "tf32": Tile(128, 64, 32, 8, 2, True),
+            "fp32": Tile(64, 64, 32, 8, 2, False),
+        },
     },
     "interpreter": {side: dict.fromkeys(("half", "tf32", "fp32"), Tile(64, 64, 64, 1, 1, False)) for side in SIDES},
 }
-for _sides in BACKWARD.values():
-    for _tiles in _sides.values():
-        _tiles.setdefault("fp32", Tile(64, 64, 32, 8, 2, False))
 
 
 def architecture(device: torch.device) -> str:
@@ -105,7 +125,6 @@ def backward_tile(arch: str, side: str, precision: str, dim: int) -> Tile:
     return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
 
 
-def launch_options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
+def launch_options(tile: Tile) -> dict[str, int | bool]:
+    # Fusing a * b + c is triton 3.9's default and no longer 3.10's.
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

@@ -1,8 +1,8 @@
 """The implementations that one set of cases runs through, by the public functions alone.
 
-Each row says on which device its tensors live, how to make it serve them, and why it may be absent. Triton's interpreter
-must be chosen before the kernels are imported, so its row is there only where TRITON_INTERPRET=1 is set:
-tests/kernels/test_interpreter.py starts such a process.
+Each row says on which device its tensors live, how to make it serve them, and why it may be absent. Triton's
+interpreter must be chosen before the kernels are imported, so its row is there only where TRITON_INTERPRET=1 is set,
+and alone: tests/kernels/test_interpreter.py starts such a process.
 """
 
 from __future__ import annotations
