@@ -2,22 +2,32 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+# Where there is a compiler it must succeed: pip shows nothing of a build that the package can do without.
+BUILD := $(if $(shell command -v "$${CXX:-c++}"),DRL_FAST_REQUIRE_EXTENSION=1)
 
-.PHONY: setup demo test lint bench wheel fuzz clean help
+.PHONY: setup demo test lint bench wheel fuzz clean help rebuild
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP) ## make .venv with pinned packages and this project, editable; rebuilds when csrc/ changes
 
+# pip takes a half-written package for an installed one: a .venv that was cut off is made from nothing.
 .venv/.packages: constraints.txt
-	$(PYTHON) -m venv .venv
+	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r constraints.txt
 	@touch $@
 
+# An extension that is missing although it could be built is built.
+ifeq ($(if $(BUILD),$(wildcard drl_fast/_C*.so),none),)
+$(STAMP): rebuild
+endif
+
 $(STAMP): .venv/.packages $(SOURCES)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BUILD) $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || \
+	  { echo "drl-fast: the install failed, see above; CXX=none make setup goes without the C++ extension"; exit 1; }
 	@touch $@
 
 demo: setup ## train a small model on generated clips and search them; VIDEOS=dir scores your own
@@ -31,14 +41,21 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## the benchmark table, JSON and plots
+# Peers are measured where this machine can have them, and listed as not installed where it cannot.
+.venv/.peers: .venv/.packages benchmarks/peers.txt
+	@for peer in $$(cat benchmarks/peers.txt); do \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: $$peer || \
+	  echo "no $$peer for this machine; the benchmark goes without it"; done
+	@touch $@
+
+bench: setup .venv/.peers ## the benchmark's tables, JSON and plots
 	$(BIN)/python benchmarks/bench_wti.py
 
 fuzz: setup ## the long random run
 	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py -s
 
 wheel: setup ## one cp310-abi3 wheel and an sdist under dist/
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	DRL_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## remove everything that was built
 	rm -rf .venv build dist *.egg-info drl_fast/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,9 +1,11 @@
 """The C++ extension; everything else is in pyproject.toml.
 
 Built on PyTorch's stable ABI and Python's limited API: one wheel serves every torch >= 2.10 and Python >= 3.10.
-Optional: without a compiler the package installs all the same and runs on chunked PyTorch.
+Optional: without a compiler the package installs all the same and runs on chunked PyTorch. With
+DRL_FAST_REQUIRE_EXTENSION=1 (the Makefile sets it where there is a compiler) a failed build is an error.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -30,6 +32,11 @@ class OptionalBuild(BuildExtension):
         try:
             super().run()
         except Exception as error:
+            if os.environ.get("DRL_FAST_REQUIRE_EXTENSION") == "1":
+                raise
+            # An editable install would go on with what an earlier build left here, older than the Python beside it.
+            for stale in (ROOT / "drl_fast").glob("_C*.so"):
+                stale.unlink()
             print(f"drl-fast: the C++ extension was not built ({error}).")
             print("drl-fast: CPU tensors will run on the slower chunked PyTorch path.")
 

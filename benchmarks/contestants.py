@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 import drl_fast
@@ -88,6 +89,28 @@ def _compiled(problem: Problem) -> Call:
     return lambda: function(*problem.inputs())
 
 
+def _other_blas(problem: Problem) -> Call:
+    words, frames = (x.detach().flatten(0, 1).numpy() for x in (problem.text, problem.video))
+    return lambda: words @ frames.T
+
+
+def product(by: str, shape: dict[str, Any], threads: int) -> tuple[Call, Call, str]:
+    """Factory for a worker: the yardstick's product by torch ("mm") or by numpy's BLAS ("numpy").
+
+    Each alone in its process: OpenBLAS lets its threads spin after a call, on the cores of whoever is measured next.
+    """
+    torch.set_num_threads(threads)
+    ThreadpoolController().limit(limits=threads, user_api="blas")
+    make = {"mm": _mm, "numpy": _other_blas}[by]
+    return make(make_problem(Shape(4))), make(make_problem(Shape(**shape))), "cpu"
+
+
+def other_blas() -> dict[str, Any]:
+    """Which BLAS numpy uses here, and for which processor's kernels it decided."""
+    found = [row for row in ThreadpoolController().info() if row["user_api"] == "blas"]
+    return {key: found[0].get(key) for key in ("internal_api", "version", "architecture")} if found else {}
+
+
 # --- one direction ----------------------------------------------------------------------------------------------------
 def _our_maxsim(problem: Problem) -> Call:
     query, document = problem.unit()
@@ -139,13 +162,6 @@ def _late_interaction_kernels(problem: Problem) -> Call:
     return lambda: scorer.score(query, document, q_mask=mask)
 
 
-def _pylate(problem: Problem) -> Call:
-    from pylate.scores import colbert_scores
-
-    query, document = problem.unit()
-    return lambda: colbert_scores(query, document, queries_mask=problem.text_mask)
-
-
 def _flash_maxsim(problem: Problem) -> Call:
     from flash_maxsim import flash_maxsim_batched
 
@@ -180,7 +196,6 @@ MAXSIMS = (
         "late-interaction-kernels", "late-interaction-kernels", _late_interaction_kernels,
         "on a CPU its plain PyTorch fallback", "late-interaction-kernels", "late_interaction_kernels",
     ),
-    Contestant("pylate", "PyLate", _pylate, "on a CPU plain PyTorch", "pylate", "pylate"),
     Contestant(
         "flash-maxsim", "flash-maxsim", _flash_maxsim, "Triton kernel",
         "flash-maxsim", "flash_maxsim", ("cuda",), ("float32", "float16", "bfloat16"),
@@ -213,7 +228,7 @@ def make_call(contestant: Contestant, problem: Problem, mode: str) -> Call:
 
 
 def memory_step(contestant: str, shape: dict[str, Any], device: str, threads: int) -> tuple[Call, Call, str]:
-    """Factory for the harness' memory worker: a training step. Inputs count as inputs, gradients as results.
+    """Factory for a worker: a training step. Inputs count as inputs, gradients as results.
 
     Compiled code is warmed up at the very shape, since compiling for it takes memory of its own.
     """

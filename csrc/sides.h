@@ -112,6 +112,9 @@ std::vector<int64_t> cut(const Tokens<T>& side, int64_t rows, int64_t* max_rows)
   return block;
 }
 
+// What laying out one element of a panel costs, in multiply-adds.
+constexpr int64_t kPackWork = 32;
+
 // The lane side, sorted by length so that lanes of one group have about the same number of slots.
 template <class T>
 class Lanes {
@@ -152,7 +155,7 @@ class Lanes {
     for (size_t g = 0; g < groups.size(); g++)
       for (int s = 0; s < groups[g].slots; s++) slots.emplace_back(g, s);
     const int64_t scratch_size = 2 * vector_ * padded(dim);
-    const int64_t tasks = static_cast<int64_t>(slots.size()), threads = threads_for(tasks, 8 * steps * dim);
+    const int64_t tasks = static_cast<int64_t>(slots.size()), threads = threads_for(tasks, kPackWork * steps * dim);
     Buffer<T> scratch(scratch_size * threads);
     parallel(tasks, threads, [&](int64_t t, int64_t thread) {
       kernels.pack_slot(side_, groups[slots[t].first], slots[t].second, scratch.get() + thread * scratch_size);

@@ -27,9 +27,16 @@ void pack_slot(const Tokens<T>& lanes, const Group<T>& group, int slot, T* scrat
     for (int l = 0; l < group.width; l++) panel[k * group.width + l] = scratch[l * width + k];
 }
 
+// Where a product's lanes lie: vector j of depth k is at data + k * step + j * apart.
+template <class T>
+struct Panel {
+  const T* data;
+  int64_t step, apart;
+};
+
 // out[M][NV vectors] (+)= rows[M][depth] x panel[depth][NV vectors]
 template <class T, int M, int NV>
-void tile(const T* rows, int64_t stride, const T* panel, int64_t depth, bool accumulate, T* out) {
+void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, bool accumulate, T* out) {
   using S = Simd<T>;
   constexpr int W = NV * S::N;
   typename S::V acc[M][NV];
@@ -41,7 +48,7 @@ void tile(const T* rows, int64_t stride, const T* panel, int64_t depth, bool acc
   for (int64_t k = 0; k < depth; k++) {
     typename S::V lane[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) lane[j] = S::load(panel + k * W + j * S::N);
+    for (int j = 0; j < NV; j++) lane[j] = S::load(panel.data + k * panel.step + j * panel.apart);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
       const typename S::V x = S::broadcast(rows[i * stride + k]);
@@ -59,11 +66,11 @@ void tile(const T* rows, int64_t stride, const T* panel, int64_t depth, bool acc
 constexpr int64_t kDepth = 1024;
 
 template <class T, int NV>
-void product(const T* rows, int64_t count, int64_t stride, const T* panel, int64_t dim, T* out) {
+void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel, int64_t dim, T* out) {
   constexpr int W = NV * Simd<T>::N, M = DRL_FAST_TILE_ROWS;
   for (int64_t k = 0; k < dim; k += kDepth) {
     const int64_t depth = dim - k < kDepth ? dim - k : kDepth;
-    const T* slice = panel + k * W;
+    const Panel<T> slice = {panel.data + k * panel.step, panel.step, panel.apart};
     int64_t r = 0;
     for (; r + M <= count; r += M) tile<T, M, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
     if (r + 4 <= count) tile<T, 4, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W), r += 4;
@@ -80,10 +87,10 @@ inline void put(const Matches& m, int64_t item, int64_t position, int64_t other,
     static_cast<uint8_t*>(m.data)[at] = static_cast<uint8_t>(value);
 }
 
-// Both maxima over one slot's S. ROWS, LANES: which directions are wanted.
+// Both maxima over one slot's S, [rows][stride]. ROWS, LANES: which directions are wanted.
 template <class T, int NV, bool ROWS, bool LANES>
-void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, int64_t item0, int64_t item1,
-                 ForwardScratch<T>& scratch) {
+void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, const T* similarity, int64_t stride,
+                 int64_t item0, int64_t item1, ForwardScratch<T>& scratch) {
   using S = Simd<T>;
   using V = typename S::V;
   using I = typename S::I;
@@ -97,7 +104,7 @@ void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, int6
       V top = {};
       I top_row = {};
       for (int64_t r = begin; r < end; r++) {
-        const V s = S::load(scratch.similarity + r * W + j);
+        const V s = S::load(similarity + r * stride + j);
         if constexpr (ROWS) {
           const V best = S::load(scratch.best + r * W + j);
           const I at = S::load(scratch.best_slot + r * W + j);
@@ -181,11 +188,20 @@ void finish(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int6
 template <class T, int NV, bool ROWS, bool LANES>
 void forward_group(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int64_t item1,
                    ForwardScratch<T>& scratch) {
-  const int64_t count = job.rows.start[item1] - job.rows.start[item0], dim = job.rows.dim;
-  for (int slot = 0; slot < group.slots; slot++) {
-    product<T, NV>(scratch.rows, count, padded(dim), group.panel + int64_t(slot) * dim * group.width, dim,
-                   scratch.similarity);
-    reduce_slot<T, NV, ROWS, LANES>(job, group, slot, item0, item1, scratch);
+  constexpr int N = Simd<T>::N, W = NV * N;
+  const int64_t count = job.rows.start[item1] - job.rows.start[item0], dim = job.rows.dim, width = padded(dim);
+  int slot = 0;
+  // A tile one vector wide waits for its loads, so two slots of a narrow group make one of full width.
+  for (; NV == 1 && slot + 1 < group.slots; slot += 2) {
+    const Panel<T> two = {group.panel + slot * dim * N, N, dim * N};
+    product<T, 2>(scratch.rows, count, width, two, dim, scratch.similarity);
+    for (int s = 0; s < 2; s++)
+      reduce_slot<T, NV, ROWS, LANES>(job, group, slot + s, scratch.similarity + s * N, 2 * N, item0, item1, scratch);
+  }
+  for (; slot < group.slots; slot++) {
+    const Panel<T> one = {group.panel + slot * dim * W, W, N};
+    product<T, NV>(scratch.rows, count, width, one, dim, scratch.similarity);
+    reduce_slot<T, NV, ROWS, LANES>(job, group, slot, scratch.similarity, W, item0, item1, scratch);
   }
   finish<T, NV, ROWS, LANES>(job, group, item0, item1, scratch);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -51,3 +52,32 @@ def _leave_torch_alone() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For many small steps: waiting threads spin, and on a busy machine that costs minutes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a model that open_clip then knows: one narrow layer a tower, 32 x 32 pixels, 16 words.
+
+    Two relatives that the package does not serve are known as well: ``<name>-custom`` and ``<name>-last``.
+    """
+    open_clip = pytest.importorskip("open_clip")
+    name = "drl-fast-tiny"
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    relatives = {
+        name: config,
+        f"{name}-custom": {**config, "custom_text": True},
+        f"{name}-last": {**config, "text_cfg": {**text, "pool_type": "last"}},
+    }
+    folder = tmp_path_factory.mktemp("open_clip_configs")
+    for key, value in relatives.items():
+        (folder / f"{key}.json").write_text(json.dumps(value))
+    open_clip.add_model_config(folder)
+    return name

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
     size = clip.visual.image_size
     sampling = Sampling(size=size[0] if isinstance(size, tuple) else size)
     print_machine(console)
-    weights = "random weights" if pretrained is None else f"weights {pretrained}"
+    weights = "random weights" if pretrained is None else f"weights {escape(pretrained)}"
     console.print(
         f"{clip_name}, {weights}; {sampling.rate:g} frame a second, at most {sampling.max_frames}", highlight=False
     )
@@ -47,15 +48,18 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
         model, folder, list(dict.fromkeys(c.video for c in captions)), sampling, console
     )
     for reason in skipped:
-        console.print(f"[yellow]skipped[/yellow] {reason}", highlight=False, soft_wrap=True)
+        # Escaped here and below: file names and captions hold brackets, which rich takes for its markup.
+        console.print(f"[yellow]skipped[/yellow] {escape(reason)}", highlight=False, soft_wrap=True)
     if not names:
         raise ValueError(
-            f"{folder} must hold at least one readable video that its captions name, got none of {len(skipped)}"
+            f"{folder} must hold at least one readable video that its captions name, got none of {len(skipped)}; "
+            "the reasons are above"
         )
     column = {name: number for number, name in enumerate(names)}
     usable = [caption for caption in captions if caption.video in column]
     owner = torch.tensor([column[caption.video] for caption in usable])
-    text, text_mask = encode_texts(model, tokenizer([c.text for c in usable], context_length=MAX_WORDS))
+    length = min(MAX_WORDS, clip.context_length)
+    text, text_mask = encode_texts(model, tokenizer([c.text for c in usable], context_length=length))
     with torch.no_grad():
         sims = {"TI": model.similarity(text, video, text_mask, mask), "DP": DP()(text, video, text_mask, mask)}
     if pretrained is None:
@@ -112,5 +116,5 @@ def _top_matches(sim: Tensor, texts: list[str], names: list[str], owner: Tensor)
     for row, text in enumerate(texts[:SHOWN]):
         best, own = int(sim[row].argmax()), int(owner[row])
         rank = 1 + int((sim[row] > sim[row, own]).sum())
-        table.add_row(text, names[best], f"{float(sim[row, best]):.3f}", f"{rank} of {len(names)}")
+        table.add_row(escape(text), escape(names[best]), f"{float(sim[row, best]):.3f}", f"{rank} of {len(names)}")
     return table

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -55,7 +56,7 @@ def run_shapes(run: ShapesRun, console: Console) -> dict[str, dict[str, float]]:
     console.print(
         f"{len(clips)} H.264 clips of {moving_shapes.SIZE} x {moving_shapes.SIZE} pixels ({encoded / 2**20:.1f} MiB), "
         f"{int(mask.sum())} frames decoded at {SAMPLING.rate:g} a second; {run.held_out} clips held out, whose "
-        "captions are in no training clip" + (f"; kept in {run.keep}" if run.keep else "")
+        "captions are in no training clip" + (f"; kept in {escape(str(run.keep))}" if run.keep else "")
     )
     model, tokenizer = small_model(moving_shapes.SIZE, CONTEXT, run.seed)
     everything = Pairs(frames, mask, tokenizer([clip.caption for clip in clips]))
@@ -96,6 +97,9 @@ def run_shapes(run: ShapesRun, console: Console) -> dict[str, dict[str, float]]:
 @contextlib.contextmanager
 def _clip_folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
+        # Never over someone's own captions.csv.
+        if keep.is_file() or (keep.is_dir() and any(keep.iterdir())):
+            raise ValueError(f"keep must be a new or an empty folder, got {keep}; name another or empty it")
         keep.mkdir(parents=True, exist_ok=True)
         yield keep
         return
@@ -164,7 +168,11 @@ def _costs(console: Console) -> Table:
         table.add_column(name, justify="right" if name else "left")
     with console.status("measuring the interaction beside its dense form"):
         for name, form in ((f"drl_fast, {served_by()}", "fused"), ("dense PyTorch, eager", "dense")):
-            cost = measure_apart(form, MEASURED_BATCH)
+            try:
+                cost = measure_apart(form, MEASURED_BATCH)
+            except RuntimeError as error:  # a machine without that much memory
+                table.add_row(name, "not measured", escape(str(error)))
+                continue
             memory = "not told by this system" if cost["bytes"] is None else f"{cost['bytes'] / 2**20:.0f} MiB"
             table.add_row(name, f"{cost['seconds']:.3f} s", memory)
     return table

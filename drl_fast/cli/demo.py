@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 
 def demo(
@@ -24,7 +25,8 @@ def demo(
         typer.Option(help="With --videos: an open_clip model; for OpenAI's weights from a file its -quickgelu name."),
     ] = "ViT-B-32",
     keep: Annotated[
-        Path | None, typer.Option(help="Write the generated clips and their captions here and leave them.")
+        Path | None,
+        typer.Option(help="Write the generated clips and their captions to this new or empty folder and leave them."),
     ] = None,
     clips: Annotated[int, typer.Option(min=2, help="Clips to generate for training.")] = 1000,
     held_out: Annotated[
@@ -47,13 +49,18 @@ def demo(
 
             run_folder(videos, clip, pretrained, console)
     except ValueError as error:
-        Console(stderr=True).print(f"[bold red]error[/bold red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        raise _failure(str(error)) from error
+    except OSError as error:
+        raise _failure(f"{error}; check that the path can be read and written and that the disk has room") from error
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("drl_fast"):
             raise
         message = f"{error.name} is missing; the demo needs the video extra: pip install 'drl-fast[video]'"
-        Console(stderr=True).print(
-            f"[bold red]error[/bold red] {message}", markup=True, highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from error
+        raise _failure(message) from error
+
+
+def _failure(message: str) -> typer.Exit:
+    """Say what went wrong; raising the result ends the command with status 1."""
+    # Escaped: file names hold brackets, which rich takes for its markup.
+    Console(stderr=True).print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)

@@ -8,7 +8,10 @@ from importlib import metadata
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from ._device_check import limit, worst_error
 
 
 def doctor() -> None:
@@ -17,7 +20,6 @@ def doctor() -> None:
     Exits with 1 when a value is wrong.
     """
     from ..ops import _registry
-    from . import _device_check as check
 
     console = Console()
     table = Table(title="drl-fast doctor", title_justify="left")
@@ -25,11 +27,13 @@ def doctor() -> None:
         table.add_column(heading, overflow="fold")
     wrong = False
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        errors = {dtype: check.worst_error(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-        bad = any(not error <= check.limit(dtype) for dtype, error in errors.items())
+        errors = {dtype: worst_error(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+        bad = any(not error <= limit(dtype) for dtype, error in errors.items())
         wrong |= bad
         shown = ", ".join(f"{str(dtype)[6:]} {error:.1e}" for dtype, error in errors.items())
-        table.add_row(device, _registry.implementation(device), reason(device), f"[red]{shown}[/]" if bad else shown)
+        table.add_row(
+            device, _registry.implementation(device), escape(reason(device)), f"[red]{shown}[/]" if bad else shown
+        )
     if not torch.cuda.is_available():
         table.add_row("cuda", "-", "torch sees no CUDA device", "-")
     console.print(table)

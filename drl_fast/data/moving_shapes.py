@@ -117,12 +117,15 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: tuple[str, str], centre: tuple[f
 def write_clip(clip: Clip, path: Path) -> None:
     """Encode a clip as H.264 in mp4; a file at ``path`` is always a whole one."""
     aside = path.with_suffix(".part.mp4")
-    with av.open(str(aside), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "18"})
-        stream.width = stream.height = SIZE
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        for picture in draw(clip):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
-        container.mux(stream.encode())
-    aside.replace(path)
+    try:
+        with av.open(str(aside), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "18"})
+            stream.width = stream.height = SIZE
+            stream.pix_fmt = "yuv420p"
+            stream.thread_count = 1
+            for picture in draw(clip):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
+            container.mux(stream.encode())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import torch
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
@@ -46,7 +47,8 @@ def read_video(path: str | Path, sampling: Sampling) -> tuple[Tensor, Tensor]:
         frames (max_frames, 3, size, size) uint8 RGB, zeros behind the last real one, and mask (max_frames,) bool.
 
     Raises:
-        ValueError: a file that is missing, cannot be decoded or holds no frame; the path and a remedy are named.
+        ValueError: a file that is missing, cut short, cannot be decoded or holds no frame; the path and a remedy are
+            named.
     """
     candidates = list(_candidates(Path(path), sampling))
     if not candidates:
@@ -71,16 +73,19 @@ def _candidates(path: Path, sampling: Sampling) -> Iterator[Tensor]:
     # One for all frames, and without threads: starting them costs more than converting a small frame.
     to_rgb = VideoReformatter()
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
+        # Titles in old encodings are common, and nobody here reads them.
+        with av.open(str(path), metadata_errors="replace") as container:
+            # A song's cover picture is a video stream of one frame.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
                 raise ValueError(f"{path} must hold a video stream, got {len(container.streams)} others; {REMEDY}")
-            stream = container.streams.video[0]
+            stream = streams[0]
             stream.thread_type = "AUTO"
             fps = stream.average_rate or stream.guessed_rate
             if not fps:
                 raise ValueError(f"{path} must state a frame rate, got none; {REMEDY}")
             stride = max(round(float(fps) / sampling.rate), 1)
-            for index, frame in enumerate(container.decode(stream)):
+            for index, frame in enumerate(_decode(path, container, stream)):
                 if index % stride == 0:
                     picture = Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
                     # Phones store pictures lying down, and how to turn them in the stream's metadata.
@@ -88,6 +93,14 @@ def _candidates(path: Path, sampling: Sampling) -> Iterator[Tensor]:
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(f"{path} must be a readable video, got: {reason}; {REMEDY}") from error
+
+
+def _decode(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    for packet in container.demux(stream):
+        # The decoder drops such a packet without a word: half a download would pass for a short video.
+        if packet.is_corrupt:
+            raise ValueError(f"{path} must be a whole video, got one that is cut short or damaged; {REMEDY}")
+        yield from packet.decode()
 
 
 def fit(image: Image.Image, size: int) -> Tensor:

@@ -40,7 +40,7 @@ def recall_interval(sim: Tensor, level: float = 0.95, resamples: int = 10_000, s
     if sim.dim() != 2 or sim.shape[0] != sim.shape[1] or sim.numel() == 0:
         raise ValueError(f"sim must be a non-empty square matrix, got shape {tuple(sim.shape)}")
     count = len(sim)
-    hit = (sim.argmax(dim=1) == torch.arange(count)).double()
+    hit = (sim.argmax(dim=1).cpu() == torch.arange(count)).double()
     draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
     recalls = 100 * hit[draws].mean(dim=1)
     outside = (1 - level) / 2

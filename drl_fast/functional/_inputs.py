@@ -39,10 +39,16 @@ def check_sides(
     )
 
 
+def has_autocast(device: str) -> bool:
+    """Say whether torch has an autocast for this device type at all; without one, asking if it is on raises."""
+    # torch.compile of torch 2.11 cannot trace the question; of what it compiles for, only meta has none.
+    return device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
+
+
 def autocast(x: Tensor) -> Tensor:
     """Cast to the active autocast dtype, by torch's own rule: float64 and inactive devices are left alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not has_autocast(device):
         return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,8 +67,10 @@ def check_clip(clip: nn.Module) -> open_clip.CLIP:
 
 
 def _advice(name: str, pretrained: str | None, error: Exception) -> str:
-    # The first sentence: what follows in torch's and the hub's messages is advice for other callers.
-    reason = f"{type(error).__name__}: {str(error).partition('. ')[0]}"
+    # The first sentence: what follows in torch's and the hub's messages is advice for other callers. Shortened, on one
+    # line: torch lists every parameter that does not fit.
+    first = textwrap.shorten(str(error).partition(". ")[0], 300, placeholder=" ...")
+    reason = f"{type(error).__name__}: {first}"
     if pretrained is None:
         return f"{name} could not be built ({reason}); choose another clip, such as ViT-B-32"
     if Path(pretrained).is_file():
@@ -86,4 +89,4 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
 def _near(name: str, known: list[str]) -> str:
     folded = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), folded, n=4, cutoff=0.5)
-    return ", ".join(folded[match] for match in close) or ", ".join(known[:4])
+    return ", ".join(folded[match] for match in close) or ", ".join(known[:4]) or "none"

@@ -57,6 +57,8 @@ class TwoTower(nn.Module):
     def encode_video(self, frames: Tensor, mask: Tensor) -> Tensor:
         """Frames (B, Nv, 3, H, W) uint8, mask (B, Nv) bool -> tokens (B, Nv, D); masked frames are not computed: 0."""
         pictures = (frames[mask].to(self.mean.dtype) / 255 - self.mean) / self.std
+        if len(pictures) == 0:  # CLIP's own reshapes fail then
+            return pictures.new_zeros((*mask.shape, self.clip.text_projection.shape[1]))
         features = self.clip.encode_image(pictures)
         tokens = features.new_zeros((*mask.shape, features.shape[-1]))
         return tokens.index_put((mask,), features)

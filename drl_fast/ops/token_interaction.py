@@ -112,9 +112,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
         text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index
     )  # fmt: skip
     ctx.normalize = normalize
+    # Else autograd hands in zeros as the matches' gradient: as many bytes as the matches once more.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_logits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_logits is None:
+        return (None,) * 9
     text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index = ctx.saved_tensors
     t, v, wt, wv = ctx.needs_input_grad[:4]
     grad_t, grad_v, grad_wt, grad_wv = torch.ops.drl_fast.token_interaction_backward(

@@ -1,0 +1,186 @@
+"""Tables from a result: for the terminal, and for README.md, whose tables stand between marks that name their source.
+
+python -m benchmarks.tables            # write the tables into README.md and docs/*.md again
+python -m benchmarks.tables --check    # exit with 1 where they differ from the committed results
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import rich.table
+
+from benchmarks import harness
+
+PAGES = ("README.md", "docs/performance.md")
+MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
+NOTHING = "-"
+# (column title, contestant) of the interaction's tables, and of the one-way table.
+INTERACTIONS = (("drl-fast", "drl_fast"), ("eager", "eager"), ("torch.compile", "compile"))
+MAXSIMS = (
+    ("drl-fast", "drl_fast"), ("eager", "eager"), ("maxsim-cpu", "maxsim-cpu"), ("NumKong", "numkong"),
+    ("late-interaction-kernels", "late-interaction-kernels"), ("flash-maxsim", "flash-maxsim"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+# --- what is in them --------------------------------------------------------------------------------------------------
+def forward(result: dict[str, Any]) -> Table:
+    return _times(result, "forward", "Forward, as a multiple of one dense torch.mm of all tokens", INTERACTIONS)
+
+
+def train(result: dict[str, Any]) -> Table:
+    title = "Forward + backward, as a multiple of one dense torch.mm of all tokens"
+    return _times(result, "train", title, INTERACTIONS)
+
+
+def maxsim(result: dict[str, Any]) -> Table:
+    title = "One direction only (ColBERT's max-sim), forward, as a multiple of torch.mm"
+    return _times(result, "maxsim", title, MAXSIMS)
+
+
+def _times(result: dict[str, Any], mode: str, title: str, columns: tuple[tuple[str, str], ...]) -> Table:
+    rows = []
+    records = [record for record in result["time"] if record["mode"] == mode]
+    taking_part = [(head, name) for head, name in columns if any(name in r["results"] for r in records)]
+    for record in records:
+        times = record["results"]
+        cells = [f"{times[name]['ratio']['median']:.2f}" if name in times else NOTHING for _, name in taking_part]
+        # Of ratios, not of milliseconds: each was taken within a round.
+        gain = times["eager"]["ratio"]["median"] / times["drl_fast"]["ratio"]["median"] if "eager" in times else None
+        rows.append([
+            _label(record["shape"]), f"{times['mm']['ms']['median']:.3g} ms", *cells,
+            f"{gain:.1f}x" if gain else NOTHING,
+        ])  # fmt: skip
+    heads = ["batch, words, frames", "torch.mm", *(head for head, _ in taking_part), "gain over eager"]
+    return Table(title, heads, rows)
+
+
+def memory(result: dict[str, Any]) -> Table:
+    names = list(dict.fromkeys(row["contestant"] for row in result["memory"]))
+    batches = sorted({row["shape"]["batch"] for row in result["memory"]})
+    found = {(row["contestant"], row["shape"]["batch"]): row for row in result["memory"]}
+    rows = []
+    for batch in batches:
+        cells = [found.get((name, batch)) for name in names]
+        rows.append([str(batch), *(_megabytes(cell) for cell in cells)])
+    title = "Peak memory of a training step beyond its inputs, batch x (32 words, 12 frames), D = 512, float32"
+    return Table(title, ["batch", *(_head(result, name) for name in names)], rows)
+
+
+def budget(result: dict[str, Any]) -> Table:
+    names = list(dict.fromkeys(row["contestant"] for row in result["budget"]))
+    rows = []
+    for size in sorted({row["budget_mb"] for row in result["budget"]}):
+        fits = {r["contestant"]: r["fits"] for r in result["budget"] if r["budget_mb"] == size}
+        rows.append([f"{size} MB", *(str(fits[name]["batch"]) if fits.get(name) else NOTHING for name in names)])
+    title = "Largest batch whose training step adds at most so much to its inputs"
+    return Table(title, ["budget", *(_head(result, name) for name in names)], rows)
+
+
+def profile(result: dict[str, Any]) -> Table:
+    shapes = result["profile"]
+    heads = [f"{_label(row['shape'])}: {row['ms']:.3g} ms" for row in shapes]
+    rows = [[phase, *(f"{row['percent'][phase]:.0f} %" for row in shapes)] for phase in shapes[0]["percent"]]
+    return Table("Where a training step goes, in percent of samples", ["phase", *heads], rows)
+
+
+# What bench_wti.py prints.
+ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
+    "forward": forward, "train": train, "maxsim": maxsim, "memory": memory, "budget": budget,
+}  # fmt: skip
+
+
+def yardstick_line(result: dict[str, Any]) -> str:
+    """What another library's matrix product makes of the yardstick."""
+    found = result["yardstick"]
+    mm, other = (found["products"][by]["ms"]["median"] for by in ("mm", "numpy"))
+    name = (
+        f"numpy's {found['blas'].get('internal_api', 'BLAS')} ({found['blas'].get('architecture', 'unknown')} kernels)"
+    )
+    return f"The product of {_label(found['shape'])} alone: torch.mm {mm:.3g} ms, {name} {other:.3g} ms."
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    """What was measured where, by which command."""
+    machine, versions = result["machine"], result["versions"]
+    name = machine["gpu"] or f"{machine['cpu']}, {result['threads']} threads"
+    return (
+        f"{name}; torch {versions['torch']}, Python {versions['python']}, drl-fast {versions['drl_fast']} "
+        f"({versions['commit']}), {result['date'][:10]}; `{result['command']}`"
+    )
+
+
+def _head(result: dict[str, Any], name: str) -> str:
+    return result["contestants"][name]["label"]
+
+
+def _megabytes(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return NOTHING
+    return f"{row['mb']:.0f} MB" if row["status"] == "ok" else row["status"]
+
+
+def _label(shape: dict[str, Any]) -> str:
+    from benchmarks.problem import Shape
+
+    return Shape(**shape).label()
+
+
+# --- how they are shown -----------------------------------------------------------------------------------------------
+def rich_table(table: Table) -> rich.table.Table:
+    shown = rich.table.Table(title=table.title, title_justify="left")
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if number else "left", no_wrap=not number)
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(table: Table) -> str:
+    lines = [
+        " | ".join(["", *table.columns, ""]).strip(),
+        "|" + "---|" + "---:|" * (len(table.columns) - 1),
+        *(" | ".join(["", *row, ""]).strip() for row in table.rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render(text: str) -> str:
+    """A page with every marked table written anew from the result file its mark names."""
+
+    def fill(match: re.Match[str]) -> str:
+        result = harness.load(harness.ROOT / match["file"])
+        line = {"machine": machine_line, "yardstick": yardstick_line}.get(match["name"])
+        body = line(result) + "\n" if line else markdown({**ALL, "profile": profile}[match["name"]](result))
+        return f"{match[1]}\n{body}\n{match['end']}"
+
+    return MARK.sub(fill, text)
+
+
+def main(arguments: list[str]) -> int:
+    stale = []
+    for name in PAGES:
+        page = harness.ROOT / name
+        text = page.read_text(encoding="utf-8")
+        if render(text) != text:
+            stale.append(name)
+            if "--check" not in arguments:
+                page.write_text(render(text), encoding="utf-8")
+    for name in stale:
+        print(f"{name}: tables " + ("differ from the results" if "--check" in arguments else "written"))
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

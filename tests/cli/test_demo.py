@@ -1,0 +1,271 @@
+"""The demo as a user runs it: both forms end to end in small, and every mistake that ends in one line of advice."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from drl_fast.cli import _shapes, app
+from drl_fast.cli._folder import NO_WEIGHTS
+from drl_fast.data.moving_shapes import make_clips, write_clip
+from drl_fast.model.clip import load_clip
+from tests.clips import cut, noise, write_audio, write_video
+
+Demo = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> Demo:
+    """Run ``drl-fast demo`` with options; the result's ``flat`` is its output without line breaks and table rules."""
+    # A terminal wide enough that no table is folded.
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def run(*options: object) -> Any:
+        result = CliRunner().invoke(app, ["demo", *map(str, options)])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert "Traceback" not in result.output
+        result.flat = " ".join(result.stdout.replace("│", " ").split())
+        return result
+
+    return run
+
+
+@pytest.fixture
+def cheap_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that nobody has to measure."""
+    monkeypatch.setattr(_shapes, "measure_apart", lambda form, batch: {"seconds": 0.25, "bytes": None})
+
+
+def fill(folder: Path, count: int = 3) -> Path:
+    """A folder of clips with captions."""
+    folder.mkdir()
+    clips = make_clips(count, seed=0)
+    for number, clip in enumerate(clips):
+        write_clip(clip, folder / f"clip{number}.mp4")
+    return caption(folder, {f"clip{number}.mp4": clip.caption for number, clip in enumerate(clips)})
+
+
+def caption(folder: Path, captions: dict[str, str]) -> Path:
+    """Add lines to the folder's captions."""
+    path = folder / "captions.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerows(([("video", "caption")] if new else []) + list(captions.items()))
+    return folder
+
+
+def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the costs measured as always, on a smaller batch."""
+    monkeypatch.setattr(_shapes, "MEASURED_BATCH", 8)
+    result = demo("--clips", 6, "--held-out", 3, "--steps", 2)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "interaction by",
+        "9 H.264 clips of 64 x 64 pixels",
+        "3 clips held out",
+        "random weights: all it knows it learns here",
+        "Search among 3 held-out clips, before and after training",
+        "text to video, before",
+        "video to text, after",
+        "chance 33.3 100.0 100.0 2.0 2.0",
+        "95 % bootstrap interval",
+        "The first held-out clip,",
+        "Which frame each word chose",
+        "(start)",
+        "(end)",
+        "Which word each frame chose",
+        "8 texts x 8 videos",
+        "dense PyTorch, eager",
+        "The demo took",
+    ):
+        assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
+    assert "not measured" not in result.stdout
+
+
+@pytest.mark.usefixtures("cheap_costs")
+def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
+    folder = tmp_path / "a" / "kept [1]"
+    result = demo("--clips", 3, "--held-out", 2, "--steps", 1, "--keep", folder)
+    assert result.exit_code == 0, result.output
+    assert f"kept in {folder}" in result.flat
+    assert sorted(path.name for path in folder.iterdir()) == ["captions.csv", *(f"clip0000{i}.mp4" for i in range(5))]
+    result = demo("--videos", folder, "--clip", tiny_clip)
+    assert result.exit_code == 0, result.output
+    for text in (
+        f"{tiny_clip}, random weights; 1 frame a second, at most 12",
+        NO_WEIGHTS,
+        "5 captions against 5 videos",
+        "text to video, TI",
+        "video to text, DP",
+        "Top match per caption (DP)",
+        "of 5",
+    ):
+        assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
+    assert "skipped" not in result.stdout
+    # Once more into the same folder would mix two runs.
+    again = demo("--clips", 3, "--held-out", 2, "--steps", 1, "--keep", folder)
+    assert again.exit_code == 1
+    assert f"keep must be a new or an empty folder, got {folder}; name another or empty it" in again.stderr
+
+
+def test_unreadable_videos_are_named_and_skipped(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
+    """Whatever is wrong with some files, the others are scored, by weights that were saved."""
+    folder = fill(tmp_path / "videos")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video")
+    write_audio(folder / "sound.mp4")
+    cut(write_video(folder / "cut.mp4", noise(20), index_first=True), 0.4)
+    write_video(folder / "[red] two [abc].mp4", noise(3))
+    broken = ("empty.mp4", "text.mp4", "sound.mp4", "cut.mp4", "missing.mp4", "[/x].mp4")
+    caption(folder, dict.fromkeys(broken, "nothing"))
+    caption(folder, {"[red] two [abc].mp4": "snow [noise] on a screen [/noise]"})
+    weights = tmp_path / "w.safetensors"
+    save_file(load_clip(tiny_clip)[0].state_dict(), weights)
+
+    result = demo("--videos", folder, "--clip", tiny_clip, "--pretrained", weights)
+    assert result.exit_code == 0, result.output
+    skipped = [line for line in result.stdout.splitlines() if line.startswith("skipped")]
+    assert len(skipped) == len(broken)
+    for name, line in zip(broken, skipped, strict=True):
+        assert line.startswith(f"skipped {folder / name} must ")
+        assert "; re-encode it" in line or "; check the path" in line
+    assert "4 captions against 4 videos" in result.flat
+    assert "snow [noise] on a screen [/noise]" in result.flat
+    assert "[red] two [abc].mp4" in result.flat
+    assert f"weights {weights}" in result.flat
+    assert "Random weights" not in result.flat
+
+
+def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    result = demo("--videos", caption(tmp_path, {"empty.mp4": "a", "gone.mp4": "b"}), "--clip", tiny_clip)
+    assert result.exit_code == 1
+    assert result.stdout.count("skipped") == 2
+    assert (
+        f"error {tmp_path} must hold at least one readable video that its captions name, got none of 2" in result.stderr
+    )
+
+
+def test_similarities_are_the_models(
+    demo: Demo, tmp_path: Path, tiny_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several captions a video, in an order of their own: rows are captions, columns videos as first named."""
+    from rich.console import Console
+
+    from drl_fast.cli._folder import run_folder
+    from drl_fast.data.video import Sampling, read_video
+
+    folder = fill(tmp_path / "videos")
+    caption(folder, {"clip1.mp4": "again"})
+    torch.manual_seed(5)
+    clip, tokenizer = load_clip(tiny_clip)
+    monkeypatch.setattr("drl_fast.cli._folder.load_clip", lambda *_: (clip, tokenizer))
+    sims = run_folder(folder, tiny_clip, None, Console(quiet=True))
+    assert sims["TI"].shape == sims["DP"].shape == (4, 3)
+    frames, mask = read_video(folder / "clip2.mp4", Sampling(size=32))
+    with torch.no_grad():
+        pictures = torch.stack([(f / 255 - MEAN) / STD for f in frames[mask]])
+        video = torch.nn.functional.normalize(clip.encode_image(pictures), dim=-1).mean(dim=0)
+        text = clip.encode_text(tokenizer(["again"]))[0]
+    expected = torch.nn.functional.cosine_similarity(text, video, dim=0)
+    assert sims["DP"][3, 2].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--pretrained", "openai"],
+            "error pretrained goes with videos, got pretrained='openai' alone; add --videos DIR",
+        ),
+        (["--videos", "nowhere"], "error videos must be a folder, got nowhere, which is none; put captions.csv"),
+        (["--videos", "."], "error . must hold one of captions.csv and captions.jsonl, got neither"),
+        (
+            ["--videos", "ok", "--clip", "ViT-B/32"],
+            "error clip must be a model name that open_clip knows, got 'ViT-B/32'",
+        ),
+        (["--videos", "ok", "--pretrained", "opnai"], "a tag of ViT-B-32, got 'opnai'; nearest: openai"),
+        (
+            ["--videos", "ok", "--pretrained", "w.pt"],
+            "error pretrained must be a tag or a weight file, got w.pt, where",
+        ),
+        (["--clips", "2000", "--held-out", "2000"], "error count must lie in 1..2208"),
+        (["--keep", "a_file"], "error keep must be a new or an empty folder, got a_file; name another"),
+        (["--keep", "a_file/below"], "check that the path can be read and written"),
+        (["--videos", "ok", "--pretrained", "[/b].pt"], "got [/b].pt, where no file is"),
+    ],
+)
+def test_mistakes(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    """Status 1, and one line on stderr that says what to do."""
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").touch()
+    Path("ok").mkdir()
+    caption(Path("ok"), {"a.mp4": "a"})
+    result = demo(*options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'av'", name="av")
+
+    monkeypatch.setattr(_shapes, "run_shapes", missing)
+    result = demo()
+    assert result.exit_code == 1
+    assert "error av is missing; the demo needs the video extra: pip install 'drl-fast[video]'" in result.stderr
+
+
+@pytest.mark.usefixtures("cheap_costs")
+def test_costs_that_cannot_be_measured(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come last: the results before them must not end in a traceback."""
+
+    def fails(form: str, batch: int) -> dict[str, float]:
+        raise RuntimeError(f"measuring {form} at batch {batch} ended with -9: [killed]")
+
+    monkeypatch.setattr(_shapes, "measure_apart", fails)
+    result = demo("--clips", 2, "--held-out", 2, "--steps", 1)
+    assert result.exit_code == 0
+    assert "not measured" in result.flat
+    assert "measuring dense at batch 256 ended with -9: [killed]" in result.flat
+    assert "The demo took" in result.flat
+
+
+@pytest.mark.usefixtures("cheap_costs")
+def test_a_write_that_fails(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", full)
+    result = demo("--clips", 2, "--held-out", 2, "--keep", tmp_path / "kept")
+    assert result.exit_code == 1
+    assert (
+        "No space left on device; check that the path can be read and written and that the disk has room"
+        in result.stderr
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["doctor"]])
+def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+    if command == ["demo"]:
+        for option in ("--videos", "--pretrained", "--clip", "--keep", "--clips", "--held-out", "--steps", "--seed"):
+            assert option in result.stdout

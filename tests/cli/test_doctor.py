@@ -1,0 +1,118 @@
+"""``drl-fast doctor``: right where kernels are right, and not fooled by one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import drl_fast
+from drl_fast.cli import app
+from drl_fast.cli.doctor import limit, worst_error
+from drl_fast.ops import _registry
+from drl_fast.ops.chunked import token_interaction as chunked
+from tests.implementations import Implementation, chunked_on_cpu
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WRONG = "A value is wrong on this device: do not train on it"
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+
+
+def doctor() -> Any:
+    return CliRunner().invoke(app, ["doctor"])
+
+
+def test_this_machine_is_well() -> None:
+    result = doctor()
+    assert result.exit_code == 0, result.output
+    assert "drl-fast doctor" in result.stdout
+    assert f"torch {version('torch')}" in result.stdout
+    assert f"drl-fast {drl_fast.__version__}" in result.stdout
+    row = next(line for line in result.stdout.splitlines() if " cpu " in line)
+    assert f" {_registry.implementation('cpu')} " in row
+    assert "float32" in row
+    assert "bfloat16" in row
+    assert WRONG not in result.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_far_below_the_limit(impl: Implementation, dtype: torch.dtype) -> None:
+    assert 0 < worst_error(impl.device, dtype) < limit(dtype) / 3
+
+
+def forward_with(change: Callable[[Tensor], Tensor]) -> Callable:
+    def forward(text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, *matches = chunked.forward(text, *arguments)
+        return change(logits) if text.dtype != torch.float64 else logits, *matches
+
+    return forward
+
+
+def backward_with(number: int, change: Callable[[Tensor], Tensor]) -> Callable:
+    def backward(*arguments: Any) -> tuple[Tensor, ...]:
+        grads = list(chunked.backward(*arguments))
+        grads[number] = change(grads[number])
+        return tuple(grads)
+
+    return backward
+
+
+def nan(x: Tensor) -> Tensor:
+    return x.clone().fill_(torch.nan)
+
+
+def one_nan(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.view(-1)[-1] = torch.nan
+    return x
+
+
+def off(x: Tensor) -> Tensor:
+    return x * 1.1
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (forward_with(off), chunked.backward),
+        (forward_with(nan), chunked.backward),
+        (forward_with(one_nan), chunked.backward),
+        *((chunked.forward, backward_with(number, change)) for number in range(4) for change in (off, one_nan)),
+    ],
+)
+def test_a_wrong_kernel_is_found(forward: Callable, backward: Callable) -> None:
+    with chunked_on_cpu(forward, backward):
+        result = doctor()
+    assert result.exit_code == 1
+    assert WRONG in result.stdout
+
+
+def test_wrong_matches_are_found() -> None:
+    """The forward is right, but says that other tokens won."""
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits, video_index, text_index = chunked.forward(*arguments)
+        return logits, video_index.flip(1), text_index
+
+    with chunked_on_cpu(forward):
+        result = doctor()
+    assert result.exit_code == 1
+    assert WRONG in result.stdout
+
+
+def test_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "EXTENSION_ERROR", "/a/[/b]/_C.so: undefined symbol")
+    result = doctor()
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.stdout.splitlines() if " cpu " in line)
+    assert " chunked " in row
+    assert "no C++ extension: /a/[/b]/_C.so: undefined symbol" in row

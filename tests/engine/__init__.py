@@ -1,0 +1,5 @@
+"""Needs the ``video`` extra."""
+
+import pytest
+
+pytest.importorskip("open_clip")

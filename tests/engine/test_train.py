@@ -1,0 +1,156 @@
+"""Training: its schedule, its batches, the frames a step sees, and that it learns the same thing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import open_clip
+import pytest
+import torch
+
+from drl_fast import WTI
+from drl_fast.engine import train as engine
+from drl_fast.engine.train import Pairs, Schedule, rate, train
+from drl_fast.model.two_tower import TwoTower
+
+SIZE = 32
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def problem(name: str, count: int = 12) -> tuple[TwoTower, Pairs]:
+    """Videos of one colour each, and a text that names it; two to five real frames."""
+    torch.manual_seed(0)
+    model = TwoTower(open_clip.create_model(name), WTI(dim=24))
+    tokenizer = open_clip.get_tokenizer(name)
+    generator = torch.Generator().manual_seed(1)
+    colours = torch.randint(0, 256, (count, 1, 3, 1, 1), generator=generator, dtype=torch.uint8)
+    lengths = torch.randint(2, 6, (count, 1), generator=generator)
+    mask = torch.arange(5) < lengths
+    frames = colours.expand(count, 5, 3, SIZE, SIZE).clone()
+    frames[~mask] = 255
+    return model, Pairs(frames, mask, tokenizer([f"colour number {i}" for i in range(count)]))
+
+
+def test_rate_warms_up_and_falls() -> None:
+    factors = [rate(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert all(a > b for a, b in pairwise(factors[10:]))
+    assert 0 < factors[-1] < 1e-3
+    assert rate(100, 100) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 11])
+def test_rate_of_a_short_run(steps: int) -> None:
+    factors = [rate(step, steps) for step in range(steps)]
+    assert factors[0] == 1
+    assert all(0 < factor <= 1 for factor in factors)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 3), (10, 10), (4, 64), (7, 1)])
+def test_no_pair_twice_in_a_batch(count: int, batch: int) -> None:
+    batches = list(engine._batches(count, Schedule(steps=25, batch=batch), torch.Generator().manual_seed(0)))
+    assert len(batches) == 25
+    for rows in batches:
+        assert len(rows) == len(set(rows.tolist())) == min(batch, count)
+        assert set(rows.tolist()) <= set(range(count))
+    per_epoch = count // min(batch, count)
+    epoch = torch.cat(batches[:per_epoch]).tolist()
+    assert len(set(epoch)) == len(epoch), "a pair came twice before all others came once"
+    assert set(torch.cat(batches).tolist()) == set(range(count))
+
+
+@pytest.mark.parametrize("limit", [1, 3, 6, 9])
+def test_some_frames_are_real_and_in_order(limit: int) -> None:
+    mask = torch.rand(40, 6) < 0.6
+    numbers = torch.arange(6).expand(40, 6)
+    generator = torch.Generator().manual_seed(0)
+    seen = [set() for _ in mask]
+    for _ in range(30):
+        frames, real = engine._some_frames(numbers, mask, limit, generator)
+        assert frames.shape == real.shape == (40, min(limit, 6))
+        for row, there in enumerate(mask):
+            chosen = frames[row][real[row]].tolist()
+            assert len(chosen) == min(limit, int(there.sum()))
+            assert chosen == sorted(set(chosen))
+            assert there[chosen].all()
+            seen[row].update(chosen)
+    assert all(chosen == set(there.nonzero().flatten().tolist()) for chosen, there in zip(seen, mask, strict=True))
+
+
+def test_no_weight_decay_on_biases_and_norms(tiny_clip: str) -> None:
+    model, _ = problem(tiny_clip)
+    decayed, free = engine._groups(model, 0.3)
+    assert decayed["weight_decay"] == 0.3
+    assert free["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {id(p) for p in (*decayed["params"], *free["params"])} == names.keys()
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    held = {names[id(p)] for p in decayed["params"]}
+    assert not {name for name in held if name.endswith("bias") or "ln_" in name or name == "clip.logit_scale"}
+    assert {"clip.text_projection", "clip.visual.conv1.weight", "interaction.text_weight_fc.0.weight"} <= held
+
+
+def repaint(pairs: Pairs) -> Pairs:
+    """Another picture wherever there is no frame."""
+    return Pairs(torch.where(pairs.mask[:, :, None, None, None], pairs.frames, 0), pairs.mask, pairs.ids)
+
+
+def run(name: str, change: Callable[[Pairs], Pairs] | None = None, **options: int) -> tuple[list[float], TwoTower]:
+    model, pairs = problem(name)
+    schedule = Schedule(**{"steps": 30, "batch": 8, "frames": 2, "lr": 3e-3, **options})
+    return train(model, change(pairs) if change else pairs, schedule), model
+
+
+def test_loss_falls_and_two_runs_are_equal(tiny_clip: str) -> None:
+    losses, model = run(tiny_clip)
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    again, same = run(tiny_clip)
+    assert losses == again
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert run(tiny_clip, steps=3, seed=1)[0] != run(tiny_clip, steps=3)[0]
+
+
+def test_masked_frames_are_not_looked_at(tiny_clip: str) -> None:
+    assert run(tiny_clip, steps=3)[0] == run(tiny_clip, repaint, steps=3)[0]
+
+
+def test_on_step_is_called_with_number_and_loss(tiny_clip: str) -> None:
+    model, pairs = problem(tiny_clip)
+    model.eval()
+    calls: list[tuple[int, float]] = []
+    losses = train(model, pairs, Schedule(steps=3, batch=4), lambda *call: calls.append(call))
+    assert calls == list(enumerate(losses, start=1))
+    assert model.training
+
+
+def test_optimizer_sees_clipped_gradients_and_the_schedule(tiny_clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW, *args: object) -> object:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        rates.append(self.param_groups[0]["lr"])
+        norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    model, pairs = problem(tiny_clip)
+    model.clip.logit_scale.data.fill_(4.6)
+    train(model, pairs, Schedule(steps=3, batch=8, lr=1e-3))
+    assert norms == pytest.approx([1, 1, 1], rel=1e-3)
+    assert rates == pytest.approx([1e-3 * rate(number, 3) for number in range(3)])
+
+
+def test_pairs_are_cut_row_by_row(tiny_clip: str) -> None:
+    _, pairs = problem(tiny_clip, 5)
+    assert len(pairs) == 5
+    for rows in (slice(1, 3), torch.tensor([1, 2])):
+        part = pairs[rows]
+        assert len(part) == 2
+        for name in ("frames", "mask", "ids"):
+            assert torch.equal(getattr(part, name), getattr(pairs, name)[1:3])

@@ -1,0 +1,142 @@
+"""Models by name: what loads, and what is said about names, tags, files and builds that do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from drl_fast.model.clip import check_clip, load_clip
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's own switch and an empty cache: a fetch fails at once instead of after its retries."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+def weights(name: str) -> dict[str, Tensor]:
+    """Of a model whose random numbers nobody else draws."""
+    torch.manual_seed(99)
+    return load_clip(name)[0].state_dict()
+
+
+def save(state: dict[str, Tensor], path: Path, kind: str) -> None:
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state} if kind == "nested" else state, path)
+
+
+def test_random_weights_and_tokenizer(tiny_clip: str) -> None:
+    clip, tokenizer = load_clip(tiny_clip)
+    ids = tokenizer(["a red cross", "dogs"], context_length=9)
+    assert ids.shape == (2, 9)
+    assert ids.argmax(dim=1).tolist() == [4, 2]
+    assert tokenizer(["dogs"]).shape == (1, clip.context_length)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("safetensors", "safetensors"), ("pt", "flat"), ("bin", "nested")])
+def test_weights_from_a_file(tiny_clip: str, tmp_path: Path, suffix: str, kind: str) -> None:
+    state, path = weights(tiny_clip), tmp_path / f"w.{suffix}"
+    save(state, path, kind)
+    loaded = load_clip(tiny_clip, str(path))[0].state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    assert not torch.equal(load_clip(tiny_clip)[0].state_dict()["text_projection"], state["text_projection"])
+
+
+def test_weights_of_another_model(tiny_clip: str, tmp_path: Path) -> None:
+    state, path = weights(tiny_clip), tmp_path / "w.safetensors"
+    state["text_projection"] = torch.zeros(7, 5)
+    save_file(state, path)
+    with pytest.raises(ValueError, match=rf"{path} must hold weights of {tiny_clip}, .*RuntimeError.*text_projection"):
+        load_clip(tiny_clip, str(path))
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"Missing key.* \.\.\.\); check the clip's name") as caught:
+        load_clip(tiny_clip, str(path))
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("content", [b"", b"no weights\n" * 20])
+def test_broken_file(tiny_clip: str, tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{path} must hold weights of {tiny_clip}, and could not be loaded \(\w+"
+    ) as e:
+        load_clip(tiny_clip, str(path))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "vit-b-32", "ViTB32"])
+def test_unknown_model_names_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=f"clip must be a model name.*got '{name}'; nearest: ViT-B-32,"):
+        load_clip(name)
+
+
+@pytest.mark.parametrize("tag", ["OpenAI", "open_ai", "openaii"])
+def test_unknown_tag_names_the_nearest(tag: str) -> None:
+    with pytest.raises(ValueError, match=rf"a tag of ViT-B-32, got '{tag}'; nearest: openai.* of \d+"):
+        load_clip("ViT-B-32", tag)
+
+
+def test_unknown_tag_of_a_model_without_tags(tiny_clip: str) -> None:
+    with pytest.raises(ValueError, match=f"a tag of {tiny_clip}, got 'openai'; nearest: none of 0"):
+        load_clip(tiny_clip, "openai")
+
+
+@pytest.mark.parametrize("path", ["weights/openai", "openai.pt", "w.safetensors", "/nowhere/w.bin"])
+def test_missing_file(path: str) -> None:
+    with pytest.raises(ValueError, match=f"pretrained must be a tag or a weight file, got {path}, where no file is"):
+        load_clip("ViT-B-32", path)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("ViT-B-32", "pass its path as pretrained with clip ViT-B-32-quickgelu"), ("ViT-B-32-quickgelu", "as pretrained")],
+)
+def test_weights_that_cannot_be_fetched(name: str, end: str) -> None:
+    """Where to get them, and under which name they load: a file does not say which activation it wants."""
+    with pytest.raises(ValueError, match=f"weights 'openai' of {name} could not be fetched") as caught:
+        load_clip(name, "openai")
+    message = str(caught.value)
+    assert (
+        "download open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch32_clip_224.openai"
+        in message
+    )
+    assert message.endswith(end)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("relative", "built"), [("custom", "CustomTextCLIP"), ("last", "CLIP")])
+def test_unsupported_text_tower(tiny_clip: str, relative: str, built: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"end-token pooling, got {built} with another text tower; choose a model such"
+    ):
+        load_clip(f"{tiny_clip}-{relative}")
+
+
+def test_check_clip_accepts_and_refuses(tiny_clip: str) -> None:
+    clip, _ = load_clip(tiny_clip)
+    assert check_clip(clip) is clip
+    with pytest.raises(ValueError, match="got Linear with another text tower"):
+        check_clip(torch.nn.Linear(1, 1))
+
+
+def test_a_model_that_needs_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Please `pip install transformers`. Then try again.")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", fail)
+    with pytest.raises(
+        ValueError, match=r"ViT-B-32 could not be built \(RuntimeError: Please `pip install transf.*`\);"
+    ):
+        load_clip("ViT-B-32")

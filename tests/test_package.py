@@ -1,0 +1,66 @@
+"""What was installed: metadata that agree with the code, a typed package, one extension for every Python, a command."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import drl_fast.kernels
+import pytest
+from typer.testing import CliRunner
+
+import drl_fast
+from drl_fast.cli import app
+from drl_fast.ops import _registry
+
+try:
+    INSTALLED = metadata.distribution("drl-fast")
+except metadata.PackageNotFoundError:
+    pytest.skip("drl-fast is not installed", allow_module_level=True)
+PACKAGE = Path(drl_fast.__file__).parent
+# A name that typer gives where a command has none of its own.
+COMMANDS = [str(row.name or getattr(row.callback, "__name__", "")) for row in app.registered_commands]
+
+
+def test_version() -> None:
+    assert INSTALLED.version == drl_fast.__version__
+
+
+def test_what_is_required() -> None:
+    required = [line for line in INSTALLED.requires or [] if "extra ==" not in line]
+    assert sorted(required) == ["numpy", "rich", "torch>=2.10", "typer"]
+    assert INSTALLED.metadata["Requires-Python"] == ">=3.10"
+    assert INSTALLED.metadata["License-Expression"] == "MIT"
+
+
+def test_type_checkers_may_read_the_annotations() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_extension_serves_every_python() -> None:
+    if _registry.EXTENSION_ERROR is not None:
+        pytest.skip(_registry.EXTENSION_ERROR)
+    assert Path(sys.modules["drl_fast._C"].__file__ or "").name == "_C.abi3.so"
+
+
+def test_kernels_are_shipped_inside() -> None:
+    assert drl_fast.kernels.__name__ == "drl_fast.kernels"
+
+
+def test_the_command_is_installed() -> None:
+    # Beside the interpreter, or where a --user install puts it.
+    command = shutil.which("drl-fast", path=str(Path(sys.executable).parent)) or shutil.which("drl-fast")
+    assert command is not None
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    for name in COMMANDS:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"{command} [OPTIONS]" in result.output

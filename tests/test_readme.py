@@ -1,0 +1,48 @@
+"""README.md is true: its Python runs, its files exist, its commands are ones that there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run_one_after_the_other() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape == (128, 128)
+    assert names["matches"].video_index.shape == (128, 128, 32)
+    assert names["text"].grad is not None
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+def test_links_within_the_repository_lead_somewhere(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_make_targets_that_the_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in ("README.md", "CONTRIBUTING.md"):
+        named = re.findall(r"(?:^|`)make ([a-z]+(?: [a-z]+)*)", (ROOT / page).read_text(encoding="utf-8"), re.M)
+        assert {word for words in named for word in words.split()} <= targets
+
+
+def test_public_names_that_the_table_lists_exist() -> None:
+    import drl_fast
+    from drl_fast import reference
+
+    rows = re.findall(r"^\| `(\w[\w.]*)[(`*]", README, re.M)
+    assert {"WTI", "DP", "token_interaction", "maxsim"} <= set(rows)
+    for name in rows:
+        found: object = {"reference.": reference}.get(name, drl_fast)
+        for part in [] if name == "reference." else name.split("."):
+            found = getattr(found, part)

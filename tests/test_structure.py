@@ -1,0 +1,252 @@
+"""The house keeps its shape: imports go down the floors, files and functions stay short, the public names are there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import drl_fast
+from drl_fast import functional, modules, reference
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "setup.py").exists():
+    pytest.skip("no source tree beside the tests", allow_module_level=True)
+
+# Each package may import those below it. The package's own names (`from .. import WTI`) are what modules, functional
+# and metrics make public, so they stand above these three and below all that uses them.
+FLOORS = [
+    ["drl_fast.cli"],
+    ["drl_fast.engine"],
+    ["drl_fast.model", "drl_fast.data"],
+    ["drl_fast"],
+    ["drl_fast.modules"],
+    ["drl_fast.functional", "drl_fast.metrics"],
+    ["drl_fast.ops"],
+    ["drl_fast.kernels", "drl_fast._C", "drl_fast._checks"],
+]
+ORACLE = "drl_fast.reference"
+HOUSE = ("drl_fast", "kernels", "csrc", "tests", "benchmarks")
+# Half a second or more each, or not installed everywhere. (torch.compiler's decorators load torch._dynamo.)
+HEAVY = {
+    "PIL", "av", "matplotlib", "numpy", "open_clip", "psutil", "rich", "torch._dynamo", "torchvision", "transformers",
+    "typer",
+}  # fmt: skip
+FILE_LINES = 400
+FUNCTION_LINES = 60
+
+PUBLIC = {
+    "drl_fast": "DP TI WTI Matches functional info_nce maxsim metrics modules token_interaction",
+    "drl_fast.modules": "DP TI WTI",
+    "drl_fast.functional": "info_nce maxsim token_interaction",
+    "drl_fast.reference": "info_nce maxsim token_interaction",
+    "drl_fast.metrics": "retrieval_metrics",
+}
+
+
+class Arrow(NamedTuple):
+    """One import: who, whom, and where it is written."""
+
+    source: str
+    target: str
+    place: str
+
+
+def product_modules() -> dict[str, Path]:
+    """Every module that is shipped, by the name under which it is imported."""
+    found = {}
+    for folder, package in (("drl_fast", "drl_fast"), ("kernels", "drl_fast.kernels")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = product_modules()
+
+
+def named(module: str, path: Path, node: ast.AST) -> Iterator[str]:
+    """Full names of what one statement of ``module`` imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        above = package.split(".")[: len(package.split(".")) - node.level + 1]
+        base = ".".join([*(above if node.level else []), *([node.module] if node.module else [])])
+        for alias in node.names:  # a module of that name, or a name inside the package
+            full = f"{base}.{alias.name}"
+            yield full if full in MODULES or full == "drl_fast._C" else base
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+        assert isinstance(node.args[0], ast.Constant), f"{module}:{node.lineno} imports a computed name"
+        yield node.args[0].value
+
+
+def arrows() -> list[Arrow]:
+    """Every import in product code, those inside functions and under TYPE_CHECKING included."""
+    found = []
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            found += [Arrow(module, target, place) for target in named(module, path, node)]
+    return found
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def floor(module: str) -> tuple[int, str]:
+    """Height (0 is the lowest) and name of the floor that ``module`` is on."""
+    for height, names in enumerate(reversed(FLOORS)):
+        for name in names:
+            if module == name or (name != "drl_fast" and inside(module, name)):
+                return height, name
+    raise AssertionError(f"{module} has no floor: give it one in FLOORS")
+
+
+def test_the_graph_is_seen() -> None:
+    """The walker finds the arrows that are known to be there: relative, into a package, by import_module."""
+    pairs = {(arrow.source, arrow.target) for arrow in arrows()}
+    assert ("drl_fast.ops.token_interaction", "drl_fast._checks") in pairs
+    assert ("drl_fast.ops.token_interaction", "drl_fast.ops.chunked.token_interaction") in pairs
+    assert ("drl_fast.functional.token_interaction", "drl_fast.ops.token_interaction") in pairs
+    assert ("drl_fast.ops._registry", "drl_fast._C") in pairs
+    assert ("drl_fast.engine.train", "drl_fast") in pairs
+
+
+def test_imports_go_down() -> None:
+    up = []
+    for arrow in arrows():
+        if not inside(arrow.target, "drl_fast") or ORACLE in (arrow.source, arrow.target):
+            continue
+        source, target = floor(arrow.source), floor(arrow.target)
+        if source[1] != target[1] and source[0] <= target[0]:
+            up.append(f"{arrow.place}: {arrow.source} imports {arrow.target}")
+    assert up == []
+
+
+def test_the_oracle_stands_alone() -> None:
+    """Product code that leaned on the oracle, or the other way round, would be tested against itself."""
+    into = [arrow.place for arrow in arrows() if inside(arrow.target, ORACLE) and not inside(arrow.source, ORACLE)]
+    out = [arrow.place for arrow in arrows() if inside(arrow.source, ORACLE) and inside(arrow.target, "drl_fast")]
+    assert into == []
+    assert out == []
+
+
+def test_kernels_know_nothing_of_the_package() -> None:
+    out = [
+        f"{arrow.place}: {arrow.target}"
+        for arrow in arrows()
+        if inside(arrow.source, "drl_fast.kernels")
+        and inside(arrow.target, "drl_fast")
+        and not inside(arrow.target, "drl_fast.kernels")
+    ]
+    assert out == []
+
+
+def test_kernels_are_imported_by_their_shipped_name() -> None:
+    """``import kernels`` works in the repository's root and nowhere else."""
+    assert [arrow.place for arrow in arrows() if inside(arrow.target, "kernels")] == []
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    return sorted(path for path in found if path.suffix in {".py", ".cpp", ".cu", ".h", ".cuh"})
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in sources(*HOUSE)}
+    assert lengths
+    assert {str(path.relative_to(ROOT)): n for path, n in lengths.items() if n >= FILE_LINES} == {}
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> int:
+    """Lines of a function that are neither docstring, comment nor blank."""
+    skip: set[int] = set()
+    if ast.get_docstring(function) is not None:
+        skip.update(range(function.body[0].lineno, (function.body[0].end_lineno or 0) + 1))
+    numbers = range(function.lineno, (function.end_lineno or 0) + 1)
+    return sum(
+        n not in skip and not lines[n - 1].strip().startswith("#") and lines[n - 1].strip() != "" for n in numbers
+    )
+
+
+def test_functions_are_short() -> None:
+    long = {}
+    for path in sources("drl_fast", "kernels", "benchmarks"):
+        if path.suffix == ".py":
+            text = path.read_text()
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    count = code_lines(node, text.splitlines())
+                    if count >= FUNCTION_LINES:
+                        long[f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"] = count
+    assert long == {}
+
+
+def test_no_module_is_called_utils() -> None:
+    paths = [path for folder in HOUSE for path in (ROOT / folder).rglob("*")]
+    assert [str(path) for path in paths if path.stem.strip("_").lower() in {"util", "utils"}] == []
+
+
+def test_one_name_for_one_operator() -> None:
+    """Whoever knows one file of an operator finds the others without a search."""
+    missing = []
+    for path in (ROOT / "drl_fast/ops").glob("[a-z]*.py"):
+        name = path.stem
+        homes = [f"csrc/{name}.cpp", f"drl_fast/ops/chunked/{name}.py", f"drl_fast/functional/{name}.py"]
+        missing += [home for home in [*homes, f"tests/ops/test_{name}.py"] if not (ROOT / home).exists()]
+    assert missing == []
+
+
+def test_operators_are_narrow() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("drl_fast::")]
+    schemas = [torch._C._get_schema(*(name.split(".") if "." in name else (name, ""))) for name in names]
+    assert "drl_fast::token_interaction" in names
+    assert {str(schema) for schema in schemas if len(schema.arguments) > 12} == set()
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import json, sys, torch; before = set(sys.modules); import drl_fast;"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "drl_fast" in loaded
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module: str) -> None:
+    home = __import__(module, fromlist=["names"])
+    names = PUBLIC[module].split()
+    assert [name for name in names if not hasattr(home, name)] == []
+    if hasattr(home, "__all__"):
+        assert set(names) <= set(home.__all__)
+        assert [name for name in home.__all__ if not hasattr(home, name)] == []
+
+
+def test_top_level_names_are_those_of_their_files() -> None:
+    for home in (functional, modules):
+        for name in set(home.__all__) & set(drl_fast.__all__):
+            assert getattr(drl_fast, name) is getattr(home, name)
+
+
+@pytest.mark.parametrize("name", sorted(set(functional.__all__) - {"Matches"}))
+def test_the_oracle_has_the_same_signature(name: str) -> None:
+    """Same names, kinds and defaults; the oracle has no matches to return."""
+    ours = dict(inspect.signature(getattr(functional, name)).parameters)
+    ours.pop("return_matches", None)
+    theirs = inspect.signature(getattr(reference, name)).parameters
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
