@@ -35,18 +35,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tuning
-from .packing import (
-    GRAIN,
-    LONGEST_CLASS,
-    NOWHERE,
-    Packed,
-    Side,
-    length_class,
-    length_classes,
-    pack_frames,
-    pack_words,
-)
+from . import packing, tuning
+from .packing import LONGEST_CLASS, Packed, Side
 from .tuning import Tile
 
 # What a launch writes.
@@ -58,7 +48,7 @@ OFFSET = tl.constexpr(6.0)
 EXPONENT = tl.constexpr(0x40000000)  # the bits of a float in [4, 8) that the shift pushes out
 ZERO_KEY = tl.constexpr(0xC0000000)  # the key of value 0 that names no token
 NOBODY = tl.constexpr(255)  # no slot, in a key; x ^ 255 is 255 - x
-LARGE = tl.constexpr(NOWHERE)  # no slot, where value and slot are kept apart
+LARGE = tl.constexpr(packing.NOWHERE)  # no slot, where value and slot are kept apart
 
 
 @triton.jit
@@ -179,97 +169,119 @@ def _of_words(x, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _take_frame(
+    s, out, g, t_floor, mask, at, text_index, text_position, weight, partial, c0,
+    SLOTS: tl.constexpr, BOTH: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr, HOLES: tl.constexpr,
+    NONE: tl.constexpr,
+):  # fmt: skip
+    """What a frame's S (BM, BN) means for its videos: their words' maximum, and who that was."""
+    CAPTIONS: tl.constexpr = s.shape[1] // SLOTS
+    if BOTH:
+        value, slot = _over_words(tl.reshape(s, (s.shape[0], CAPTIONS, SLOTS)), t_floor, MODE, KEYED)
+    if MODE == WEIGHTS and BOTH:
+        chosen = tl.load(text_index + at, mask=mask, other=NOBODY) != NOBODY
+        tl.store(partial, tl.sum(tl.where(chosen, value * g, 0.0), axis=1))
+    elif MODE != WEIGHTS:
+        # One direction: the weight is 0, or NaN where the frame is.
+        out += value * tl.load(weight)[:, None] if BOTH else tl.load(weight)[:, None]
+    if MODE == MATCHES and BOTH:
+        _store_choices(slot, text_index, at, text_position, c0, mask, SLOTS, KEYED, HOLES, NONE)
+    return out
+
+
+@triton.jit
+def _take_words(
+    value, frame, out, g, here, mask, at, video_index, weight, partial,
+    SLOTS: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr, NONE: tl.constexpr,
+):  # fmt: skip
+    """What the maxima over frames (BM, BN) mean for their words' captions, and who they were."""
+    BM: tl.constexpr = value.shape[0]
+    BN: tl.constexpr = value.shape[1]
+    CAPTIONS: tl.constexpr = BN // SLOTS
+    if MODE == WEIGHTS:
+        chosen = tl.load(video_index + at, mask=mask, other=NONE) != NONE
+        share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
+        # Columns beyond the last caption are another class's.
+        tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=_of_words(here, SLOTS))
+    else:
+        weights = tl.reshape(tl.load(weight), (1, CAPTIONS, SLOTS))
+        out += tl.sum(tl.reshape(value, (BM, CAPTIONS, SLOTS)) * weights, axis=2)
+    if MODE == MATCHES:
+        frame = frame if KEYED else tl.where(frame == LARGE, NONE, frame)
+        tl.store(video_index + at, frame.to(video_index.dtype.element_ty), mask=mask)
+    return out
+
+
+@triton.jit
+def _store_logits(out, scored, at, mask, ADD: tl.constexpr):
+    # A pair with an empty side scores 0 whatever the other side's weights are.
+    out = tl.where(scored, out, 0.0)
+    if ADD:
+        out += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, out, mask=mask)
+
+
+@triton.jit
 def interaction_forward(
     text, video, text_scale, video_scale, text_weight, video_weight, text_position, video_position,
-    text_length, video_length, order, start, class_begin,
-    logits, video_index, text_index, text_partial, video_partial,
+    text_length, video_length, order, start, class_begin, logits, video_index, text_index, text_partial, video_partial,
     texts, videos, text_tokens, video_tokens, video_rows, partial_slots, group, tile_base, zero_competes, factor,
     logits_caption, logits_row, index_caption, index_token, index_row,
-    SLOTS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
     BOTH: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr, PRECISION: tl.constexpr, NONE: tl.constexpr,
-    SORTED: tl.constexpr, LONG: tl.constexpr, ADD: tl.constexpr,
-    TEXT_HOLES: tl.constexpr, VIDEO_HOLES: tl.constexpr, TMA: tl.constexpr,
+    SORTED: tl.constexpr, LONG: tl.constexpr, ADD: tl.constexpr, TEXT_HOLES: tl.constexpr, VIDEO_HOLES: tl.constexpr,
 ):  # fmt: skip
-    CAPTIONS: tl.constexpr = BN // SLOTS
-    blocks = tl.cdiv(videos, BM)
-    tile = tl.program_id(0) // blocks
-    b0 = (tl.program_id(0) % blocks) * BM
-    first, end = tile * CAPTIONS, texts
+    tile = tl.program_id(0) // tl.cdiv(videos, BM)
+    b0 = (tl.program_id(0) % tl.cdiv(videos, BM)) * BM
+    b = b0 + tl.arange(0, BM)
+    first, end = tile * (BN // SLOTS), texts
     if SORTED:
         # The grid covers every caption being of this class; how many are is known on the device alone.
         first += tl.load(class_begin + group)
         end = tl.load(class_begin + group + 1)
         if first >= end:
             return
-    nth = first + tl.arange(0, CAPTIONS)
+    nth = first + tl.arange(0, BN // SLOTS)
     here = nth < end
     caption = tl.load(order + nth, mask=here, other=0).to(tl.int64) if SORTED else nth.to(tl.int64)
     t0 = tl.load(start + (tl.load(order + first) if SORTED else first))
     t_length = tl.load(text_length + caption, mask=here, other=0)
-    t_floor = t_length < tl.where(zero_competes, text_tokens, 1)
-    b = b0 + tl.arange(0, BM)
     v_length = tl.load(video_length + b)
-    v_floor = v_length < tl.where(zero_competes, video_tokens, 1)
-    frames = tl.max(v_length, 0)
     inside = here[None, :] & (b < videos)[:, None]
     pair = caption[None, :] * logits_caption + b[:, None].to(tl.int64) * logits_row
-    if MODE == WEIGHTS:
-        g = tl.load(logits + pair, mask=inside, other=0.0) * factor
-    column = tl.arange(0, BN)
-    out = tl.zeros((BM, CAPTIONS), tl.float32)
+    g = tl.load(logits + pair, mask=inside, other=0.0) * factor if MODE == WEIGHTS else 0.0
+    out = tl.zeros((BM, BN // SLOTS), tl.float32)
     for chunk in tl.range(0, tl.cdiv(tl.max(t_length, 0), BN) if LONG else 1):
         c0 = t0 + chunk * BN
+        column = c0 + tl.arange(0, BN)
         best, frame = _start(BM, BN, MODE, KEYED)
-        for f in tl.range(0, frames, flatten=True):
+        for f in tl.range(0, tl.max(v_length, 0), flatten=True):
             of_frame = f * video_rows + b
             s = _frame_similarity(
-                text, video, b0, c0, f, video_tokens * D, video_scale + of_frame, text_scale + c0 + column,
+                text, video, b0, c0, f, video_tokens * D, video_scale + of_frame, text_scale + column,
                 D, BM, BN, BK, KEYED, PRECISION, TMA,
             )  # fmt: skip
             position = tl.full((1, 1), f, tl.int32)
             if VIDEO_HOLES and MODE != SCORES:
                 position = tl.load(video_position + of_frame)[:, None]
             best, frame = _over_frames(best, frame, s, position, MODE, KEYED)
-            at = (caption[None, :] * video_tokens + position) * videos + b[:, None]
-            of_pair = inside & (f < v_length)[:, None]
-            if BOTH:
-                value, slot = _over_words(tl.reshape(s, (BM, CAPTIONS, SLOTS)), t_floor, MODE, KEYED)
-            if MODE == WEIGHTS and BOTH:
-                share = tl.where(tl.load(text_index + at, mask=of_pair, other=NOBODY) != NOBODY, value * g, 0.0)
-                row = (tile_base + tile).to(tl.int64) * video_tokens + f
-                tl.store(video_partial + row * video_rows + b, tl.sum(share, axis=1))
-            elif MODE != WEIGHTS:
-                # One direction: the weight is 0, or NaN where the frame is.
-                weight = tl.load(video_weight + of_frame)[:, None]
-                out += value * weight if BOTH else weight
-            if MODE == MATCHES and BOTH:
-                _store_choices(slot, text_index, at, text_position, c0, of_pair, SLOTS, KEYED, TEXT_HOLES, NONE)
-        value, frame = _finish(best, frame, v_floor, MODE, KEYED)
-        if MODE != SCORES:
-            word = chunk * BN + tl.arange(0, SLOTS)[None, :]
-            real = tl.reshape(word < t_length[:, None], (BN,))[None, :] & (b < videos)[:, None]
-            of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + c0 + column) * index_token
-            match = of_word[None, :] + b[:, None].to(tl.int64) * index_row
-        if MODE == WEIGHTS:
-            chosen = tl.load(video_index + match, mask=real, other=NONE) != NONE
-            share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
-            partial = text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column
-            # Columns beyond the last caption are another class's.
-            ok = _of_words(here, SLOTS)
-            tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=ok)
-        else:
-            value = tl.reshape(value, (BM, CAPTIONS, SLOTS))
-            weight = tl.reshape(tl.load(text_weight + c0 + column), (CAPTIONS, SLOTS))
-            out += tl.sum(value * weight[None, :, :], axis=2)
-        if MODE == MATCHES:
-            frame = frame if KEYED else tl.where(frame == LARGE, NONE, frame)
-            tl.store(video_index + match, frame.to(video_index.dtype.element_ty), mask=real)
+            out = _take_frame(
+                s, out, g, t_length < tl.where(zero_competes, text_tokens, 1), inside & (f < v_length)[:, None],
+                (caption[None, :] * video_tokens + position) * videos + b[:, None], text_index, text_position,
+                video_weight + of_frame,
+                video_partial + ((tile_base + tile).to(tl.int64) * video_tokens + f) * video_rows + b, c0,
+                SLOTS, BOTH, MODE, KEYED, TEXT_HOLES, NONE,
+            )  # fmt: skip
+        value, frame = _finish(best, frame, v_length < tl.where(zero_competes, video_tokens, 1), MODE, KEYED)
+        real = tl.reshape(chunk * BN + tl.arange(0, SLOTS)[None, :] < t_length[:, None], (BN,))
+        of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + column) * index_token
+        out = _take_words(
+            value, frame, out, g, here, real[None, :] & (b < videos)[:, None],
+            of_word[None, :] + b[:, None].to(tl.int64) * index_row, video_index, text_weight + column,
+            text_partial + (b0 // BM).to(tl.int64) * partial_slots + column, SLOTS, MODE, KEYED, NONE,
+        )  # fmt: skip
     if MODE != WEIGHTS:
-        # A pair with an empty side scores 0 whatever the other side's weights are.
-        out = tl.where((t_length > 0)[None, :] & (v_length > 0)[:, None], out * factor, 0.0)
-        if ADD:
-            out += tl.load(logits + pair, mask=inside, other=0.0)
-        tl.store(logits + pair, out, mask=inside)
+        _store_logits(out * factor, (t_length > 0)[None, :] & (v_length > 0)[:, None], logits + pair, inside, ADD)
 
 
 class Outputs(NamedTuple):
@@ -330,14 +342,16 @@ def sweep(
     keyed = precision == "half" and normalize and max(nt, nv) <= 255
     kind = precision if precision != "half" else "keyed" if keyed else "exact"
     long, step = nt > LONGEST_CLASS, tuning.STEP
-    tiles = {c: tuning.forward_tile(arch, kind, c) for c in length_classes(nt)}
+    tiles = {c: tuning.forward_tile(arch, kind, c) for c in packing.length_classes(nt)}
     if words.mask is None or long:
-        tiles = {c: tile for c, tile in tiles.items() if c == length_class(nt)}
-    block, sorted_ = tiles[length_class(nt)].m, words.mask is not None and not long
-    w = pack_words(words, step, normalize, grain=LONGEST_CLASS if long else GRAIN, classes=not long, copies=True)
+        tiles = {c: tile for c, tile in tiles.items() if c == packing.length_class(nt)}
+    block, sorted_ = tiles[packing.length_class(nt)].m, words.mask is not None and not long
+    w = packing.pack_words(
+        words, step, normalize, grain=LONGEST_CLASS if long else packing.GRAIN, classes=not long, copies=True
+    )
     # One direction has no use for the frames' weights, but for their NaN.
     frames = frames if both else frames._replace(weight=None)
-    f = pack_frames(frames, step, block, normalize, copies=True)
+    f = packing.pack_frames(frames, step, block, normalize, copies=True)
     blocks = triton.cdiv(b, block)
     partials = Partials(w, f, w.scale, None)
     if mode == WEIGHTS:
