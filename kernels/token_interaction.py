@@ -253,12 +253,12 @@ def interaction_forward(
     out = tl.zeros((BM, BN // SLOTS), tl.float32)
     for chunk in tl.range(0, tl.cdiv(tl.max(t_length, 0), BN) if LONG else 1):
         c0 = t0 + chunk * BN
-        column = c0 + tl.arange(0, BN)
+        column = tl.arange(0, BN)  # added last: offsets from one address cost no registers
         best, frame = _start(BM, BN, MODE, KEYED)
         for f in tl.range(0, tl.max(v_length, 0), flatten=True):
             of_frame = f * video_rows + b
             s = _frame_similarity(
-                text, video, b0, c0, f, video_tokens * D, video_scale + of_frame, text_scale + column,
+                text, video, b0, c0, f, video_tokens * D, video_scale + of_frame, text_scale + c0 + column,
                 D, BM, BN, BK, KEYED, PRECISION, TMA,
             )  # fmt: skip
             position = tl.full((1, 1), f, tl.int32)
@@ -274,11 +274,11 @@ def interaction_forward(
             )  # fmt: skip
         value, frame = _finish(best, frame, v_length < tl.where(zero_competes, video_tokens, 1), MODE, KEYED)
         real = tl.reshape(chunk * BN + tl.arange(0, SLOTS)[None, :] < t_length[:, None], (BN,))
-        of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + column) * index_token
+        of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + c0 + column) * index_token
         out = _take_words(
             value, frame, out, g, here, real[None, :] & (b < videos)[:, None],
-            of_word[None, :] + b[:, None].to(tl.int64) * index_row, video_index, text_weight + column,
-            text_partial + (b0 // BM).to(tl.int64) * partial_slots + column, SLOTS, MODE, KEYED, NONE,
+            of_word[None, :] + b[:, None].to(tl.int64) * index_row, video_index, text_weight + c0 + column,
+            text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column, SLOTS, MODE, KEYED, NONE,
         )  # fmt: skip
     if MODE != WEIGHTS:
         _store_logits(out * factor, (t_length > 0)[None, :] & (v_length > 0)[:, None], logits + pair, inside, ADD)

@@ -56,8 +56,8 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_matches.py", "test_minus_one_where_no_real_token_was_chosen", ["drl", "exclude"]),
     (f"{OPS}_matches.py", "test_minus_one_where_the_zero_won", []),
     (f"{OPS}_matches.py", "test_a_real_zero_beats_the_masked_zero", []),
-    (f"{OPS}_matches.py", "test_equal_tokens_the_first_one_wins", ["torch.float32-33"]),
-    (f"{OPS}_matches.py", "test_the_first_real_one_of_equal_tokens_wins", []),
+    # Ties of equal tokens are no test here: numpy's products round by place in the tile. Zeros tie exactly everywhere.
+    (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
     (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
     (f"{OPS}_autograd.py", "test_gradient_of_some_inputs_only", ["False"]),
     (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
