@@ -24,7 +24,7 @@ ROW = "interpreter"
 SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}.py", "test_shapes", [
         "holes-(1, 1, 1, 1)", "holes-(5, 1, 4, 6)", "holes-(4, 6, 5, 1)", "holes-(33, 9, 47, 5)",
-        "holes-(16, 32, 16, 12)", "holes-(3, 255, 2, 4)", "holes-(2, 4, 3, 256)", "empty rows-(1, 7, 100, 3)",
+        "holes-(16, 32, 16, 12)", "holes-(3, 255, 2, 4)", "empty rows-(1, 7, 100, 3)",
         "empty rows-(33, 9, 47, 5)", "empty rows-(3, 256, 2, 4)", "none-(16, 32, 16, 12)", "none-(1, 1, 1, 1)",
         "text only-(5, 1, 4, 6)", "video only-(33, 9, 47, 5)",
     ]),
@@ -59,9 +59,8 @@ SUITE: list[tuple[str, str, list[str]]] = [
     # Ties of equal tokens are no test here: numpy's products round by place in the tile. Zeros tie exactly everywhere.
     (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
     (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
-    (f"{OPS}_autograd.py", "test_gradient_of_some_inputs_only", ["False"]),
     (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
-    ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16", "torch.float32"]),
+    ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]  # fmt: skip
 
 
