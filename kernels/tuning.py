@@ -64,36 +64,36 @@ BACKWARD = {
         "text": {
             "half": Tile(128, 64, 64, 8, 2, False),
             "tf32": Tile(128, 64, 32, 8, 2, False),
-            "fp32": Tile(64, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 16, 8, 2, False),
         },
         "video": {
-            "half": Tile(128, 64, 64, 4, 2, False),
-            "tf32": Tile(128, 64, 32, 8, 2, False),
-            "fp32": Tile(64, 64, 32, 8, 2, False),
+            "half": Tile(128, 64, 64, 8, 2, False),
+            "tf32": Tile(64, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 16, 8, 2, False),
         },
     },
     "sm_90": {
         "text": {
             "half": Tile(256, 64, 64, 8, 2, True),
             "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 16, 8, 2, False),
         },
         "video": {
             "half": Tile(256, 64, 64, 4, 2, True),
             "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 16, 8, 2, False),
         },
     },
     "sm_100": {
         "text": {
             "half": Tile(256, 64, 64, 8, 2, True),
             "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 16, 8, 2, False),
         },
         "video": {
             "half": Tile(256, 64, 64, 4, 2, True),
             "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 32, 8, 2, False),
+            "fp32": Tile(64, 64, 16, 8, 2, False),
         },
     },
     "interpreter": {side: dict.fromkeys(("half", "tf32", "fp32"), Tile(64, 64, 64, 1, 1, False)) for side in SIDES},
