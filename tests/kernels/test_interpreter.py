@@ -60,7 +60,9 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
     (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
     (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
-    ("tests/kernels/test_descriptors.py", "test_values", ["(5, 9, 6, 4)-torch.float32", "(2, 140, 3, 5)-torch.float16"]),
+    ("tests/kernels/test_descriptors.py", "test_values", [
+        "(5, 9, 6, 4)-torch.float32", "(2, 140, 3, 5)-torch.float16",
+    ]),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]  # fmt: skip
 
