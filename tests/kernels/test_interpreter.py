@@ -78,10 +78,10 @@ def nodes() -> list[str]:
 def test_the_suite_passes() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # numpy warns of the NaN, Inf and divisions that the kernels are meant to meet.
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning:triton", *nodes()]
+    command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning:triton", "--disable-warnings", *nodes()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     summary = done.stdout.strip().splitlines()[-1]
     # Every one ran and none was skipped: a suite that finds no interpreter proves nothing.
-    assert re.match(rf"{len(nodes())} passed", summary), summary
-    assert "skipped" not in summary
+    summary = done.stdout.strip().splitlines()[-1]
+    assert re.match(rf"{len(nodes())} passed\b(?!.*skipped)", summary), summary
