@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 # Where there is a compiler it must succeed: pip shows nothing of a build that the package can do without.
 BUILD := $(if $(shell command -v "$${CXX:-c++}"),DRL_FAST_REQUIRE_EXTENSION=1)
 
-.PHONY: setup demo test lint bench wheel fuzz clean help rebuild
+.PHONY: setup demo test lint bench gpu wheel fuzz clean help rebuild
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,11 @@ lint: setup ## ruff and mypy
 
 bench: setup .venv/.peers ## the benchmark's tables, JSON and plots
 	$(BIN)/python benchmarks/bench_wti.py
+
+gpu: setup ## on a machine with a CUDA GPU: the kernels' tests at real sizes, then their benchmark; FULL=1 the whole grid
+	$(BIN)/drl-fast doctor
+	$(BIN)/python -m pytest tests/kernels/test_gpu.py tests/ops tests/functional tests/cli -k "cuda or gpu"
+	$(BIN)/python benchmarks/bench_gpu.py $(if $(FULL),--full)
 
 fuzz: setup ## the long random run
 	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py -s

@@ -1,7 +1,8 @@
 """The implementations that one set of cases runs through, by the public functions alone.
 
-Each row says on which device its tensors live, how to make it serve them, and why it may be absent. A further one
-(Triton's interpreter, say) is one more row.
+Each row says on which device its tensors live, how to make it serve them, and why it may be absent. Triton's
+interpreter must be chosen before the kernels are imported, so its row is there only where TRITON_INTERPRET=1 is set,
+and alone: tests/kernels/test_interpreter.py starts such a process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from drl_fast.ops import _registry
 from drl_fast.ops.chunked import token_interaction as chunked
+from drl_fast.ops.gpu import token_interaction as gpu
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,13 @@ IMPLEMENTATIONS = {
         Implementation("cuda", "cuda", nullcontext, _no_gpu),
     )
 }
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter = Implementation(
+        "interpreter", "cpu", lambda: chunked_on_cpu(gpu.forward, gpu.backward), lambda: None
+    )  # fmt: skip
+    IMPLEMENTATIONS = {interpreter.name: interpreter}
 
 
 def must_exist(name: str) -> bool:

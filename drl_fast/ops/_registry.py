@@ -1,15 +1,18 @@
 """The operator library, and the one place that knows which implementation serves a device.
 
-CPU tensors go to the C++ extension where it is built; every other device, and a CPU without the extension, goes to
-chunked PyTorch. Kernels for further devices register themselves for their dispatch key in the operator's own file.
+CPU tensors go to the C++ extension where it is built, CUDA tensors to the Triton kernels where those serve; every other
+device, and what is left of these two, goes to chunked PyTorch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import warnings
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("drl_fast", "DEF")
 LIBRARY.define("cpu_capability() -> str")
@@ -34,9 +37,49 @@ if EXTENSION_ERROR is not None:
     )
 
 
+# The first with bfloat16 on the tensor cores and asynchronous copies.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def triton_problem(device: torch.device | str) -> str | None:
+    """Why the Triton kernels do not serve tensors on a CUDA device, or None; starts no kernel and imports no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {'.'.join(map(str, capability))} and the kernels need 8.0"
+    return None
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    problem = triton_problem(device)
+    if problem is not None:
+        warnings.warn(
+            "drl_fast: the Triton kernels are not available, so CUDA tensors run on the slower chunked PyTorch path "
+            f"({problem}). Results are the same.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def triton_serves(x: Tensor) -> bool:
+    """Whether the Triton kernels compute on this tensor; warns once a device where they ought to and cannot."""
+    if x.dtype == torch.float64:
+        return False
+    # A CPU tensor comes here in Triton's interpreter alone.
+    return _triton_works(x.device) if x.is_cuda else True
+
+
 def implementation(device: str) -> str:
-    """Name what serves tensors on ``device``: ``"cpp"`` or ``"chunked"``."""
-    return "cpp" if device == "cpu" and EXTENSION_ERROR is None else "chunked"
+    """Name what serves tensors on ``device``: ``"cpp"``, ``"triton"`` or ``"chunked"``."""
+    if device == "cpu" and EXTENSION_ERROR is None:
+        return "cpp"
+    if device.startswith("cuda") and torch.cuda.is_available() and triton_problem(device) is None:
+        return "triton"
+    return "chunked"
 
 
 def cpu_capability() -> str | None:

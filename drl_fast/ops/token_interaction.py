@@ -2,7 +2,7 @@
 
 Forward keeps, in training only, which token each token chose (one byte each up to 255 tokens a row, int16 beyond);
 the backward reads nothing else of the similarities. One schema, one gradient formula; the C++ extension serves CPU
-tensors, chunked PyTorch everything else.
+tensors, the Triton kernels CUDA tensors, chunked PyTorch everything else.
 
 Matches are laid out with the video last: ``video_index`` (A, Nt, B) holds the frame that word i of text a chose in
 video b, ``text_index`` (A, Nv, B) the word that frame j of video b chose in text a. "None chosen" is the largest value
@@ -19,6 +19,7 @@ from torch import Tensor
 from .._checks import accumulation_dtype
 from ._registry import LIBRARY
 from .chunked import token_interaction as chunked
+from .gpu import token_interaction as gpu
 
 LIBRARY.define(
     "token_interaction(Tensor text, Tensor video, Tensor text_weight, Tensor? video_weight, Tensor? text_mask, "
@@ -36,6 +37,8 @@ LIBRARY.define(
 # A key below CPU's and CUDA's own: any device without a kernel of its own lands here.
 LIBRARY.impl("token_interaction", chunked.forward, "CompositeExplicitAutograd")
 LIBRARY.impl("token_interaction_backward", chunked.backward, "CompositeExplicitAutograd")
+LIBRARY.impl("token_interaction", gpu.forward, "CUDA")
+LIBRARY.impl("token_interaction_backward", gpu.backward, "CUDA")
 
 token_interaction = torch.ops.drl_fast.token_interaction.default
 

@@ -72,7 +72,7 @@ def nan(x: Tensor) -> Tensor:
 
 def one_nan(x: Tensor) -> Tensor:
     x = x.clone()
-    x.view(-1)[-1] = torch.nan
+    x.view(-1)[-1:] = torch.nan  # no element: one direction has no gradient of the video's weights
     return x
 
 

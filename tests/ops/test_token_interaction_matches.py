@@ -121,7 +121,7 @@ def test_the_first_real_one_of_equal_tokens_wins(impl: Implementation) -> None:
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_the_first_of_several_nans_wins(impl: Implementation, masking: str) -> None:
     """As torch.max does, whatever else is in the batch: a video of other length shares its group of lanes."""
-    if impl.device == "cuda":
+    if impl.name in ("cuda", "interpreter"):
         pytest.skip("a GPU's kernels mark such a score as NaN and keep no choice for it")
     problem = make((2, 6, 3, 9), 24, masking=masking)
     problem.video[1, 3], problem.video[1, 7] = torch.nan, torch.nan

@@ -1,0 +1,86 @@
+"""Whether a device's numbers are right: every form of every kernel on little problems, against float64.
+
+Compilers have got kernels like these wrong before, and only on the device does that show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def limit(dtype: torch.dtype) -> float:
+    """Relative error that rounding of features and sums explains."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
+class Case(NamedTuple):
+    """A little problem; together they launch every kernel, at every length class, in every form it has."""
+
+    texts: int
+    words: int
+    videos: int
+    frames: int
+    normalize: bool = True
+    both: bool = True
+
+
+CASES = (
+    Case(9, 13, 37, 5),
+    Case(9, 100, 5, 12),  # length classes up to 128 words
+    Case(3, 140, 4, 9),  # words beyond one tile: each direction by itself
+    Case(3, 9, 2, 260),  # matches beyond a byte
+    Case(9, 13, 11, 5, normalize=False),
+    Case(9, 13, 11, 5, both=False),
+)
+
+
+def worst_error(device: str, dtype: torch.dtype) -> float:
+    """Largest relative error of logits and gradients, with and without competing zeros, holes in the masks.
+
+    The truth is chunked PyTorch in float64 on the CPU: another implementation, from the same rounded features.
+    """
+    from ..ops.chunked import token_interaction as chunked
+
+    op = torch.ops.drl_fast
+    errors = []
+    for case in CASES:
+        inputs, probe = problem(case, dtype)
+        for zero_competes in (True, False):
+            options = (case.normalize, zero_competes)
+            here = [None if x is None else x.to(device) for x in inputs]
+            ours = run(op.token_interaction, op.token_interaction_backward, here, probe.to(device), *options)
+            wide = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+            truth = run(chunked.forward, chunked.backward, wide, probe.double(), *options)
+            pairs = zip(ours, truth, strict=True)
+            errors += [(x.cpu().double() - y).abs().max() / y.abs().max() for x, y in pairs if y.numel()]
+    # torch's maximum and not Python's, which loses a NaN.
+    return float(torch.stack(errors).max())
+
+
+def problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
+    """Features, weights and masks, and a gradient of the logits, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    sides = ((case.texts, case.words), (case.videos, case.frames))
+    features = [torch.randn(*side, 80, generator=generator).to(dtype) for side in sides]
+    masks = [torch.rand(side, generator=generator) < 0.7 for side in sides]
+    masks[0] &= torch.arange(case.words) < torch.linspace(case.words / 8, case.words, case.texts).ceil()[:, None]
+    weights = [torch.rand(side, generator=generator) for side in sides]
+    probe = torch.randn(case.texts, case.videos, generator=generator)
+    return [*features, weights[0], weights[1] if case.both else None, *masks], probe
+
+
+def run(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    inputs: list[Tensor | None],
+    probe: Tensor,
+    normalize: bool,
+    zero: bool,
+) -> list[Tensor]:
+    """Logits and all gradients of one implementation."""
+    logits, video_index, text_index = forward(*inputs, normalize, zero, True)
+    return [logits, *backward(probe, *inputs, video_index, text_index, normalize, True, True)]

@@ -1,0 +1,1 @@
+"""Operators on CUDA tensors: Triton kernels, and what the schema and the kernels do not share."""

@@ -1,0 +1,28 @@
+"""The doctor's value check: right implementations pass, and its problems leave no room for luck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from drl_fast.cli import _device_check as check
+from tests.implementations import Implementation
+from tests.oracle import Problem, choices
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_implementation_passes(impl: Implementation, dtype: torch.dtype) -> None:
+    assert check.worst_error(impl.device, dtype) <= check.limit(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masking", ["drl", "exclude"])
+def test_no_near_ties(dtype: torch.dtype, masking: str) -> None:
+    """Rounding may not choose another match, or a right device would be called wrong."""
+    for case in check.CASES:
+        inputs, _ = check.problem(case, dtype)
+        found = choices(Problem(*inputs, {"masking": masking, "normalize": case.normalize}))
+        gaps = [found.video_gap, *([found.text_gap] if case.both else [])]
+        assert all(float(gap.min()) > 1e-6 for gap in gaps), case

@@ -1,0 +1,24 @@
+"""Reading tiles through tensor descriptors (TMA), as sm_90 and sm_100 do, gives the same values as through pointers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.implementations import Implementation
+from tests.oracle import judge, make
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 9, 6, 4), (5, 40, 6, 4), (2, 140, 3, 5)], ids=str)
+def test_values(
+    impl: Implementation, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    if impl.name != "interpreter":
+        pytest.skip("only the interpreter can be told how to read")
+    from drl_fast.kernels import tuning
+
+    for table in (tuning.FORWARD["interpreter"], *tuning.BACKWARD["interpreter"].values()):
+        for kind, tile in table.items():
+            monkeypatch.setitem(table, kind, tile._replace(tma=True))
+    judge(make(shape, 70, dtype, masks=("holes", "empty"), weights=torch.float32), impl.device)

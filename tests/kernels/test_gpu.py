@@ -1,0 +1,125 @@
+"""On a GPU: real sizes, equal bits, CUDA graphs, distributed wrappers aside. Skipped without one; ``make gpu`` runs it.
+
+Friendly to the sanitizers: ``compute-sanitizer --tool racecheck python -m pytest tests/kernels/test_gpu.py -k small``
+(or memcheck, initcheck) launches every form of every kernel once, at little sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import drl_fast
+from drl_fast.ops import _registry
+from tests.oracle import Problem, judge, make, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+HALVES = [torch.bfloat16, torch.float16]
+REAL = [(256, 32, 256, 12), (64, 64, 64, 64), (96, 77, 96, 20)]
+SMALL = [(9, 13, 37, 5), (9, 100, 5, 12), (3, 140, 4, 9), (3, 9, 2, 260)]
+
+
+def on_gpu(p: Problem) -> Problem:
+    return p.map(lambda x: x.cuda())
+
+
+@pytest.fixture(autouse=True)
+def _served_by_triton() -> None:
+    assert _registry.implementation("cuda") == "triton", _registry.triton_problem("cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("masks", [(None, None), ("prefix", None), ("holes", "holes")], ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
+@pytest.mark.parametrize("dim", [512, 768])
+def test_real_sizes(shape: tuple[int, int, int, int], masks: tuple[str, str], dtype: torch.dtype, dim: int) -> None:
+    judge(make(shape, dim, dtype, masks=masks, weights=torch.float32), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_small_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, normalize: bool) -> None:
+    for bidirectional in (True, False):
+        options = {"normalize": normalize, "bidirectional": bidirectional}
+        judge(make(shape, 80, dtype, masks=("holes", "empty"), weights=torch.float32, **options), "cuda")
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    """The setting changes float32 results, and only then."""
+    p = on_gpu(make((64, 32, 64, 12), 512))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        exact = run(drl_fast.token_interaction, p).logits
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        rounded = run(drl_fast.token_interaction, p).logits
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    truth = run(drl_fast.reference.token_interaction, p.double()).logits
+    assert float((exact.cpu() - truth).abs().max()) < 1e-6
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded, exact, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", REAL, ids=str)
+def test_equal_bits(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Run after run, with and without matches, and for a part of the batch."""
+    p = on_gpu(make(shape, 512, dtype, masks=("prefix", "holes"), weights=torch.float32))
+    probe = torch.randn(p.pairs)
+    first, second = (run(drl_fast.token_interaction, p, probe) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+    assert all(torch.equal(g, second.grads[n]) for n, g in first.grads.items())
+    with torch.no_grad():
+        assert torch.equal(drl_fast.token_interaction(*p.args()), first.logits)
+    part = replace(p, **{
+        name: getattr(p, name)[5:12] for name in ("text", "text_weight", "text_mask")
+    } | {name: getattr(p, name)[3:60] for name in ("video", "video_weight", "video_mask")})  # fmt: skip
+    assert torch.equal(run(drl_fast.token_interaction, part).logits, first.logits[5:12, 3:60])
+
+
+@pytest.mark.parametrize("masks", [(None, None), ("prefix", "holes")], ids=str)
+def test_cuda_graph(masks: tuple[str, str]) -> None:
+    """Forward and backward replay on new inputs, lengths and all: nothing was decided on the host."""
+    p = on_gpu(make((64, 32, 48, 12), 512, torch.bfloat16, masks=masks, weights=torch.float32))
+    leaves = [x.requires_grad_() for x in p.args()[:4]]
+    probe = torch.randn(p.pairs, device="cuda")
+
+    def step() -> tuple[torch.Tensor, ...]:
+        logits = drl_fast.token_interaction(*p.args())
+        return logits, *torch.autograd.grad(logits, leaves, probe)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    other = on_gpu(make((64, 32, 48, 12), 512, torch.bfloat16, masks=masks, weights=torch.float32, seed=5))
+    with torch.no_grad():
+        for old, new in zip(p.args(), other.args(), strict=True):
+            if old is not None:
+                old.copy_(new)
+    graph.replay()
+    for got, want in zip([x.clone() for x in captured], step(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_an_offset_beyond_32_bits() -> None:
+    """Matches of 4096 x 64 x 12288 bytes: the last pair's must be where they belong."""
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB of GPU memory")
+    text = torch.randn(4096, 64, 64, device="cuda", dtype=torch.bfloat16)
+    video = torch.randn(12288, 2, 64, device="cuda", dtype=torch.bfloat16)
+    _, whole = drl_fast.ops.token_interaction.token_interaction(
+        text, video, text[..., 0].float(), None, None, None, True, False, True
+    )[:2]
+    _, part = drl_fast.ops.token_interaction.token_interaction(
+        text[-3:], video[-5:], text[-3:, :, 0].float(), None, None, None, True, False, True
+    )[:2]
+    assert torch.equal(whole[-3:, :, -5:], part)

@@ -1,0 +1,87 @@
+"""The conformance suite through Triton's interpreter: the kernels' arithmetic, tile by tile, without a GPU.
+
+The interpreter must be chosen before the kernels are imported, so a fresh process runs it (tests/implementations.py).
+It is slow, so this is a choice of the suite: every form of every kernel, every mask rule and edge at least once. Its
+bfloat16 products are wrong (Triton 3.9) and float64 never reaches the kernels, so both are left out. The rest runs by
+hand: TRITON_INTERPRET=1 python -m pytest tests/ops -k "interpreter and not bfloat16 and not float64".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+OPS = "tests/ops/test_token_interaction"
+ROW = "interpreter"
+# File, test, and the parameters behind the row's name.
+SUITE: list[tuple[str, str, list[str]]] = [
+    (f"{OPS}.py", "test_shapes", [
+        "holes-(1, 1, 1, 1)", "holes-(5, 1, 4, 6)", "holes-(4, 6, 5, 1)", "holes-(33, 9, 47, 5)",
+        "holes-(16, 32, 16, 12)", "holes-(3, 255, 2, 4)", "empty rows-(1, 7, 100, 3)",
+        "empty rows-(33, 9, 47, 5)", "empty rows-(3, 256, 2, 4)", "none-(16, 32, 16, 12)", "none-(1, 1, 1, 1)",
+        "text only-(5, 1, 4, 6)", "video only-(33, 9, 47, 5)",
+    ]),
+    (f"{OPS}.py", "test_widths", ["True-1", "True-17", "True-64", "False-512", "True-1030"]),
+    (f"{OPS}.py", "test_options", [
+        f"given-{ways}-{unit}-{masking}-torch.float16"
+        for ways in ("both", "one way") for unit in ("unit", "raw") for masking in ("drl", "exclude", "none")
+    ]),
+    (f"{OPS}.py", "test_masks", [f"torch.float32-{rule}-empty rows" for rule in ("drl", "exclude", "none")]),
+    (f"{OPS}.py", "test_empty_batches", ["prefix-(0, 3, 4, 5)", "prefix-(4, 3, 0, 5)"]),
+    (f"{OPS}.py", "test_strides", ["True-channels first", "True-expanded", "False-every second"]),
+    (f"{OPS}.py", "test_weight_dtypes", ["torch.float16-torch.float16"]),
+    (f"{OPS}.py", "test_large_and_small_magnitudes", ["torch.float16", "torch.float32"]),
+    (f"{OPS}.py", "test_scale_of_upstream_gradients", []),
+    (f"{OPS}_masks.py", "test_negative_pair_at_exact_length_and_padded", []),
+    (f"{OPS}_masks.py", "test_no_gradient_where_the_zero_won", []),
+    (f"{OPS}_masks.py", "test_masked_features_reach_nothing", [
+        "torch.float32-nan-drl", "torch.float16-inf-exclude",
+    ]),
+    (f"{OPS}_masks.py", "test_masked_weights_count_for_nothing", ["drl"]),
+    (f"{OPS}_masks.py", "test_rows_without_a_real_token_score_zero", ["drl", "exclude", "none"]),
+    (f"{OPS}_masks.py", "test_a_bad_real_token_spoils_its_own_scores_alone", ["nan", "inf"]),
+    (f"{OPS}_masks.py", "test_nan_wins_the_maximum_wherever_it_stands", ["4-drl", "1-exclude"]),
+    (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float32", "torch.float16"]),
+    (f"{OPS}_masks.py", "test_tiny_norms_that_are_not_zero", ["torch.float32"]),
+    (f"{OPS}_matches.py", "test_matches_are_the_argmax", [
+        f"('{kind}', '{kind}')-{rule}-(9, 11, 8, 6)" for kind, rule in (("empty", "drl"), ("prefix", "exclude"))
+    ]),
+    (f"{OPS}_matches.py", "test_minus_one_where_no_real_token_was_chosen", ["drl", "exclude"]),
+    (f"{OPS}_matches.py", "test_minus_one_where_the_zero_won", []),
+    (f"{OPS}_matches.py", "test_a_real_zero_beats_the_masked_zero", []),
+    # Ties of equal tokens are no test here: numpy's products round by place in the tile. Zeros tie exactly everywhere.
+    (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
+    (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
+    (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
+    ("tests/kernels/test_descriptors.py", "test_values", [
+        "(5, 9, 6, 4)-torch.float32", "(2, 140, 3, 5)-torch.float16",
+    ]),
+    ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
+]  # fmt: skip
+
+
+def nodes() -> list[str]:
+    return [
+        f"{file}::{test}[{'-'.join([ROW, *([case] if case else [])])}]"
+        for file, test, cases in SUITE
+        for case in cases or [""]
+    ]
+
+
+def test_the_suite_passes() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    # numpy warns of the NaN, Inf and divisions that the kernels are meant to meet.
+    command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning:triton", "--disable-warnings", *nodes()]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = done.stdout.strip().splitlines()[-1]
+    # Every one ran and none was skipped: a suite that finds no interpreter proves nothing.
+    summary = done.stdout.strip().splitlines()[-1]
+    assert re.match(rf"{len(nodes())} passed\b(?!.*skipped)", summary), summary

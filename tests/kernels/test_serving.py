@@ -1,0 +1,108 @@
+"""When the Triton kernels serve CUDA tensors, what happens where they do not, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from drl_fast.ops import _registry
+from drl_fast.ops.chunked import token_interaction as chunked
+from drl_fast.ops.gpu import token_interaction as gpu
+
+DEVICE = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def _forget_devices() -> Iterator[None]:
+    _registry._triton_works.cache_clear()
+    yield
+    _registry._triton_works.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Testla V100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_from_ampere_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    pytest.importorskip("triton")
+    pretend(monkeypatch, capability)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _registry._triton_works(DEVICE)
+    assert _registry.implementation("cuda") == "triton"
+
+
+def test_an_older_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (7, 0))
+    with pytest.warns(RuntimeWarning, match=r"slower chunked PyTorch path \(Testla V100 has compute capability 7\.0"):
+        assert not _registry._triton_works(DEVICE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _registry._triton_works(DEVICE)
+    assert _registry.implementation("cuda") == "chunked"
+
+
+def test_no_triton_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    with pytest.warns(RuntimeWarning, match=r"\(Triton is not installed\)"):
+        assert not _registry._triton_works(DEVICE)
+    assert _registry.implementation("cuda") == "chunked"
+
+
+def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    text, video = torch.randn(3, 4, 8, dtype=dtype), torch.randn(2, 5, 8, dtype=dtype)
+    mask = torch.tensor([[1, 1, 0, 1]] * 3, dtype=torch.bool)
+    return text, video, torch.rand(3, 4, dtype=wide), torch.rand(2, 5, dtype=wide), mask, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """float64 on any GPU, and everything on one that is too old: the fallback's numbers, forward and backward."""
+    if dtype != torch.float64:
+        monkeypatch.setattr(_registry, "triton_serves", lambda x: False)
+    inputs = arguments(dtype)
+    ours, want = (f(*inputs, True, True, True) for f in (gpu.forward, chunked.forward))
+    assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
+    grad = torch.randn_like(want[0])
+    ours, want = (f(grad, *inputs, *want[1:], True, True, True) for f in (gpu.backward, chunked.backward))
+    assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
+
+
+def test_more_rows_than_32_bits_count() -> None:
+    pytest.importorskip("triton")
+    from drl_fast.kernels import packing
+
+    text = packing.Side(torch.zeros(1, 1, 1).expand(2**27, 16, 1), None, None)
+    with pytest.raises(ValueError, match=r"text has 134217728 rows of up to 16 token slots.*in several calls"):
+        packing.pack_words(text, 64, True, grain=16, classes=True, copies=True)
+    with pytest.raises(ValueError, match=r"video has 134217728 rows of 16 frames.*in several calls"):
+        packing.pack_frames(text, 64, 128, True, copies=True)
+
+
+def test_length_classes() -> None:
+    pytest.importorskip("triton")
+    from drl_fast.kernels import packing
+
+    assert [packing.length_class(n) for n in (1, 16, 17, 32, 33, 77, 128, 300)] == [16, 16, 32, 32, 64, 128, 128, 128]
+    assert packing.length_classes(1) == [16]
+    assert packing.length_classes(77) == [16, 32, 64, 128]
+
+
+def test_importing_the_package_leaves_triton_alone() -> None:
+    """Triton is looked for, not imported, until a CUDA tensor comes."""
+    import subprocess
+    import sys
+
+    code = "import sys, drl_fast; sys.exit('drl_fast.kernels.token_interaction' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

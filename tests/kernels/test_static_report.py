@@ -1,0 +1,87 @@
+"""What the kernels compile to, on every architecture that they are tuned for; no GPU needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "benchmarks" / "results" / "static" / "kernels.json"
+ARCHS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
+# sm_80's entries also serve chips with less (8.6, 8.9, 12.x).
+SHARED_SMALL = 101376
+PRODUCTS = ("interaction_forward", "interaction_backward_text", "interaction_backward_video")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    file = tmp_path_factory.mktemp("static") / "report.json"
+    command = [sys.executable, "-m", "benchmarks.static_report", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "nothing measured" in done.stdout
+    return json.loads(file.read_text())
+
+
+def name(row: dict[str, Any]) -> str:
+    return f"{row['arch']} {row['kernel']} {row['dtype']} {row['what']}"
+
+
+def test_every_kernel_on_every_architecture(rows: list[dict[str, Any]]) -> None:
+    for arch in ARCHS:
+        kernels = {row["kernel"] for row in rows if row["arch"] == arch}
+        assert kernels >= {*PRODUCTS, "row_layout", "pack_slots", "unpack_gradient", "unpack_weight_gradient"}
+    for kernel in PRODUCTS:
+        assert {row["dtype"] for row in rows if row["kernel"] == kernel} == {"bf16", "fp16", "fp32"}
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [name(row) for row in rows if row["spill_bytes"]] == []
+    assert all(0 < row["registers"] <= 255 for row in rows)
+
+
+def test_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
+    assert [name(row) for row in rows if row["shared_bytes"] > SHARED[row["arch"]]] == []
+    assert [name(row) for row in rows if row["arch"] == "sm_80" and row["shared_bytes"] > SHARED_SMALL] == []
+
+
+def test_products_run_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
+    """All but full float32, which has none to run on."""
+    for row in rows:
+        if row["kernel"] in PRODUCTS:
+            full_float32 = row["what"].startswith("fp32")
+            assert row["tensor_core"] == ("" if full_float32 else ARCHS[row["arch"]]), name(row)
+        else:
+            assert row["tensor_core"] == "", name(row)
+
+
+def test_products_are_not_serialised(rows: list[dict[str, Any]]) -> None:
+    """ptxas says nothing when it makes every product wait for the one before."""
+    assert [name(row) for row in rows if row["serialised"]] == []
+
+
+def test_no_product_reads_another_from_registers(rows: list[dict[str, Any]]) -> None:
+    """Triton has miscompiled a transposed product as the operand of the next one."""
+    assert [name(row) for row in rows if row["register_operand"]] == []
+
+
+def test_predictions_are_shares(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        share = row["predicted_share"]
+        assert (share is None) == (row["kernel"] not in PRODUCTS)
+        assert share is None or 0 < share <= 1
+        assert share is None or (row["flop_per_tile"] > 0 and row["bytes_per_tile"] > 0)
+
+
+def test_the_committed_report_describes_these_kernels(rows: list[dict[str, Any]]) -> None:
+    """Registers move with the compiler; kernels, configurations and what they are must be those of the sources."""
+    committed = json.loads(COMMITTED.read_text())
+    assert [(name(r), r["config"]) for r in committed] == [(name(r), r["config"]) for r in rows]
+    assert [name(r) for r in committed if r["spill_bytes"] or r["serialised"]] == []
