@@ -123,7 +123,8 @@ def test_autocast_casts_features_and_nothing_else(
         assert torch.equal(grad, want.grads[name].to(grad.dtype))
     exact = run(drl_fast.reference.token_interaction, rounded.double()).logits
     # A GPU's kernels multiply in the features' own dtype.
-    assert error(got.logits, exact) < ATOL[torch.bfloat16 if impl.name in ("cuda", "interpreter") else torch.float32] * 10
+    multiplied_in = torch.bfloat16 if impl.name in ("cuda", "interpreter") else torch.float32
+    assert error(got.logits, exact) < 10 * ATOL[multiplied_in]
 
 
 def test_autocast_leaves_double_alone(impl: Implementation) -> None:
