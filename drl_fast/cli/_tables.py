@@ -46,7 +46,7 @@ def progress(console: Console) -> Progress:
 def metrics_table(title: str) -> Table:
     """An empty table for :func:`metrics_row`."""
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("R@1", "R@5", "R@10", "median rank", "mean rank"):
         table.add_column(name, justify="right")
     return table
