@@ -74,8 +74,8 @@ class Bars:
     def at(self, note: str) -> None:
         self.progress.update(self.task, note=note)
 
-    def done(self, note: str = "") -> None:
-        self.progress.update(self.task, advance=1, note=note)
+    def done(self) -> None:
+        self.progress.update(self.task, advance=1, note="")
 
 
 def measure_time(shape: Shape, mode: str, plan: Plan, device: str) -> dict[str, Any]:

@@ -93,17 +93,6 @@ class WTI(nn.Module):
             return_matches=return_matches,
         )  # fmt: skip
 
-    def _head_dtype(self, head: nn.Module, tokens: Tensor) -> torch.dtype:
-        """The dtype of a head's parameters, which is to hold the tokens without loss."""
-        # A quantised head has no parameters and says itself what it takes.
-        dtype = next((p.dtype for p in head.parameters()), tokens.dtype)
-        if torch.promote_types(dtype, tokens.dtype) != dtype and not _autocast.is_on(tokens.device.type):
-            raise TypeError(
-                f"text and video must be no wider than the layer's {dtype}, got {tokens.dtype}; convert the layer with "
-                f"layer.to({tokens.dtype}), or the tokens"
-            )
-        return dtype
-
     def _weights(self, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over a row's real tokens, in float32 or better; a row without one has weights 0."""
         if mask is not None:
@@ -111,12 +100,24 @@ class WTI(nn.Module):
             tokens = torch.where(mask[..., None], tokens, 0)
         if self.weight_input == "normalized":
             tokens = unit(tokens)
-        score = head(tokens.to(self._head_dtype(head, tokens))).squeeze(-1)
+        score = head(tokens.to(head_dtype(head, tokens))).squeeze(-1)
         score = score.to(torch.promote_types(score.dtype, torch.float32))
         if mask is None:
             return score.softmax(dim=-1)
         # A finite floor: an all-masked row of -inf would make softmax and its gradient NaN.
         return torch.where(mask, score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(dim=-1), 0)
+
+
+def head_dtype(head: nn.Module, tokens: Tensor) -> torch.dtype:
+    """The dtype of a head's parameters, which is to hold the tokens without loss."""
+    # A quantised head has no parameters and says itself what it takes.
+    dtype = next((p.dtype for p in head.parameters()), tokens.dtype)
+    if torch.promote_types(dtype, tokens.dtype) != dtype and not _autocast.is_on(tokens.device.type):
+        raise TypeError(
+            f"text and video must be no wider than the layer's {dtype}, got {tokens.dtype}; convert the layer with "
+            f"layer.to({tokens.dtype}), or the tokens"
+        )
+    return dtype
 
 
 def weight_head(dim: int, hidden: int, arch: int) -> nn.Module:

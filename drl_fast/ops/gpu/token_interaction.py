@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor
 
+from ... import _autocast
 from .. import _registry
 from ..chunked import token_interaction as chunked
 
@@ -74,5 +75,5 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     stack = ExitStack()
     if x.is_cuda:
         stack.enter_context(torch.cuda.device(x.device))
-    stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    stack.enter_context(_autocast.off(x.device.type))
     return stack
