@@ -227,10 +227,11 @@ def _pull_diagonal(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Ten
 def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The same from each term's C (D, D); d loss / d C is (D, D)."""
     correlation = cross[0] if len(cross) == 1 else cross.sum(0)
-    diagonal = correlation.diagonal().clone()
-    flat = correlation.flatten()
+    wide = statistics_dtype(cross.device)
+    diagonal = correlation.diagonal().to(wide)
+    squares = torch.linalg.vector_norm(correlation, dim=1).to(wide).square().sum()
     value = options.alpha_on * (diagonal - 1).square().sum()
-    value = value + options.alpha_off * (torch.dot(flat, flat) - torch.dot(diagonal, diagonal))
+    value = value + options.alpha_off * (squares - diagonal.square().sum())
     pull = correlation * (2 * options.alpha_off)
     pull.diagonal().copy_(2 * options.alpha_on * (diagonal - 1))
     along = [(pull * term).sum(dim) for term in cross for dim in (1, 0)]
