@@ -36,8 +36,8 @@ def cdcr_loss(
 
     X are the words and X' their frames, Y the frames and Y' their words. Without weights each term is divided by its
     number of tokens instead. ``alpha_off=0``, which every published setting uses, never forms the D x D matrix.
-    Gradients flow through standardisation, weights and both partners, not through the choice of partners. A channel whose
-    standard deviation is <= 1e-12, or within rounding of 0, counts as constant: 0 when standardised, and no gradient.
+    Gradients flow through standardisation, weights and both partners, not through the choice of partners. A channel
+    whose standard deviation is <= 1e-12, or within rounding of 0, counts as constant: 0 when standardised, no gradient.
 
     Args:
         text: (B, Nt, D) token features, raw; float32, float16, bfloat16 or float64.

@@ -3,11 +3,11 @@
 An anchor x is a real token of a pair, its partner y the token of the pair's other side that it matches best; words
 are the anchors of the first term, frames of the second. With channels standardised over all anchors (all partners),
 
-    C_de = sum over anchors of weight x~_d y~_e          loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
+    C_de = sum over anchors of weight x~_d y~_e      loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
 
 The forward takes two steps, each a sum over anchors that processes can add up between them: partners, means and
-scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward reads
-tokens and statistics anew: nothing of size N x D is held in between.
+scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward
+reads tokens and statistics anew: nothing of size N x D is held in between.
 
 Roles, in all (roles, D) tensors: words, their partners, frames, their partners; the last two where there are two terms.
 """
