@@ -1,4 +1,4 @@
-"""The contrastive loss over ranks is the one process's, in value and every gradient; whatever fails fails everywhere."""
+"""The contrastive loss over ranks is the one process's, in value and every gradient; what fails fails everywhere."""
 
 from __future__ import annotations
 
