@@ -52,9 +52,8 @@ class TwoTowers(nn.Module):
 def batch(step: int, pairs: int) -> tuple[Tensor, Tensor]:
     """Captions (pairs, WORDS, CONCEPTS) and clips (pairs, FRAMES, CONCEPTS), the same in every process."""
     generator = torch.Generator().manual_seed(step)
-    sides = [
-        torch.randn(pairs, tokens, CONCEPTS, generator=generator, dtype=torch.float64) / 4 for tokens in (WORDS, FRAMES)
-    ]
+    shapes = [(pairs, tokens, CONCEPTS) for tokens in (WORDS, FRAMES)]
+    sides = [torch.randn(shape, generator=generator, dtype=torch.float64) / 4 for shape in shapes]
     concepts = torch.rand(pairs, CONCEPTS, generator=generator).argsort(dim=1)[:, :SHARED]
     for side in sides:
         places = torch.rand(side.shape[:2], generator=generator).argsort(dim=1)[:, :SHARED]
