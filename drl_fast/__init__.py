@@ -29,9 +29,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """``drl_fast.reference``, the oracle, is there for whoever asks: nothing in the package does."""
-    if name == "reference":
-        import importlib
+    """What loading the package does not load: the model, which needs open_clip, and the oracle, which nothing needs."""
+    import importlib
 
+    if name == "DRL":
+        return importlib.import_module("drl_fast.model.drl").DRL
+    if name == "reference":
         return importlib.import_module("drl_fast.reference")
     raise AttributeError(f"module 'drl_fast' has no attribute {name!r}")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import open_clip
 from torch import Tensor, nn
 
+# What OpenAI's archives hold beside weights.
+SIZES_IN_STATE = ("input_resolution", "context_length", "vocab_size")
+# Of every attention head in OpenAI's towers.
+HEAD_WIDTH = 64
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
@@ -49,6 +54,74 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
         raise ValueError(_advice(name, pretrained, error)) from error
     # Before the tokenizer, which other kinds of text tower would have to fetch.
     return check_clip(clip), open_clip.get_tokenizer(name)
+
+
+def build_clip(name: str, pretrained: str | None = None) -> open_clip.CLIP:
+    """The CLIP of :func:`load_clip` without its tokenizer."""
+    return load_clip(name, pretrained)[0]
+
+
+def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
+    """A CLIP of the size that a state dict in OpenAI's layout has, in float32, QuickGELU as theirs.
+
+    Raises:
+        ValueError: entries that are missing or unexpected, each named, or of a shape that no CLIP has.
+    """
+    state = {name: x for name, x in state.items() if name not in SIZES_IN_STATE}
+    needed = [
+        "visual.conv1.weight", "visual.positional_embedding", "visual.proj", "text_projection", "positional_embedding",
+        "token_embedding.weight", "ln_final.weight",
+    ]  # fmt: skip
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(
+            f"state must be a CLIP with a vision transformer in OpenAI's layout, got none of {', '.join(missing)}"
+        )
+    patch, width = state["visual.conv1.weight"].shape[-1], state["visual.conv1.weight"].shape[0]
+    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+    text_width = state["ln_final.weight"].shape[0]
+    try:
+        clip = open_clip.CLIP(
+            state["text_projection"].shape[1],
+            open_clip.CLIPVisionCfg(
+                layers=_blocks(state, "visual.transformer."), width=width, patch_size=patch, image_size=patch * grid,
+                head_width=HEAD_WIDTH,
+            ),
+            open_clip.CLIPTextCfg(
+                context_length=state["positional_embedding"].shape[0], width=text_width,
+                vocab_size=state["token_embedding.weight"].shape[0], heads=max(1, text_width // HEAD_WIDTH),
+                layers=_blocks(state, "transformer."),
+            ),
+            quick_gelu=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise ValueError(f"state must be a CLIP in OpenAI's layout, got sizes that none has ({error})") from error
+    load_strictly(clip, state, "state")
+    return clip
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load every entry and miss none.
+
+    Raises:
+        ValueError: naming each entry that is missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    problems = [f"no {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    problems += [
+        f"{key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise ValueError(f"{name} must fit the model, got {'; '.join(sorted(problems))}")
+    module.load_state_dict(dict(state), strict=True)
+
+
+def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
+    prefix += "resblocks."
+    return len({name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)})
 
 
 def check_clip(clip: nn.Module) -> open_clip.CLIP:
