@@ -1,4 +1,4 @@
-"""Retrieval metrics: recall at 1, 5 and 10, median and mean rank, in both directions."""
+"""Retrieval metrics: recall at 1, 5 and 10, median and mean rank, in both directions; intervals and post-processing."""
 
 from __future__ import annotations
 
@@ -31,6 +31,113 @@ def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dic
 
     Source: arXiv 2203.07111, section 4.1; several captions a video as in the public code's MSVD evaluation.
     """
+    sim, owner = _check(sim, owner)
+    return {"t2v": _summary(ranks(sim, owner)), "v2t": _summary(_video_ranks(sim, owner))}
+
+
+def dual_softmax_metrics(
+    sim: Tensor, owner: Tensor | None = None, temperature: float = 100.0
+) -> dict[str, dict[str, float]]:
+    """:func:`retrieval_metrics` after dual softmax: each score times its share among all queries of its candidate.
+
+    Not comparable with plain retrieval, and to be reported apart: every query's result depends on all other test
+    queries, which a search does not have.
+
+    Args:
+        sim: (A, B) similarities, not scaled by temperature.
+        owner: as in :func:`retrieval_metrics`.
+        temperature: factor of the similarities inside the softmax.
+
+    Raises:
+        ValueError, TypeError: as :func:`retrieval_metrics`; a temperature that is not positive and finite.
+
+    Source: Cheng et al., "CAMoE", arXiv 2109.04290, section 3.4 (dual softmax loss, at inference).
+    """
+    sim, owner = _check(sim, owner)
+    _positive("temperature", temperature)
+    by_text, by_video = (sim * (temperature * sim).softmax(dim) for dim in (0, 1))
+    return {"t2v": _summary(ranks(by_text, owner)), "v2t": _summary(_video_ranks(by_video, owner))}
+
+
+def query_bank_metrics(
+    sim: Tensor, text_bank: Tensor, video_bank: Tensor, owner: Tensor | None = None, beta: float = 20.0
+) -> dict[str, dict[str, float]]:
+    """:func:`retrieval_metrics` after query-bank normalisation by the dynamic inverted softmax.
+
+    A candidate that draws many queries of a bank is scored down; queries whose best candidate is nobody's best in the
+    bank keep their scores. Report it apart from plain retrieval.
+
+    Args:
+        sim: (A, B) similarities of test texts and videos.
+        text_bank: (Q, B) similarities of a bank of texts (training captions) and the test videos, for text-to-video.
+        video_bank: (A, P) similarities of the test texts and a bank of videos, for video-to-text.
+        owner: as in :func:`retrieval_metrics`.
+        beta: factor of the similarities inside the softmax.
+
+    Raises:
+        ValueError, TypeError: as :func:`retrieval_metrics`; banks that do not match; a beta that is not positive.
+
+    Source: Bogolin et al., "Cross Modal Retrieval with Querybank Normalisation", arXiv 2112.12777, section 3.
+    """
+    sim, owner = _check(sim, owner)
+    _positive("beta", beta)
+    text_bank, video_bank = _checks.tensor("text_bank", text_bank), _checks.tensor("video_bank", video_bank)
+    if text_bank.dim() != 2 or text_bank.shape[1] != sim.shape[1] or len(text_bank) == 0:
+        raise ValueError(f"text_bank must be (Q, B) with B = {sim.shape[1]} to match sim, got {tuple(text_bank.shape)}")
+    if video_bank.dim() != 2 or video_bank.shape[0] != sim.shape[0] or video_bank.shape[1] == 0:
+        raise ValueError(
+            f"video_bank must be (A, P) with A = {sim.shape[0]} to match sim, got {tuple(video_bank.shape)}"
+        )
+    by_text = _inverted_softmax(sim, text_bank.to(sim), beta)
+    by_video = _inverted_softmax(sim.T, video_bank.T.to(sim), beta).T
+    return {"t2v": _summary(ranks(by_text, owner)), "v2t": _summary(_video_ranks(by_video, owner))}
+
+
+def _inverted_softmax(sim: Tensor, bank: Tensor, beta: float) -> Tensor:
+    """Scores (queries, candidates) normalised by the bank's, in logarithms: their order is all that is used."""
+    drawn = torch.zeros(sim.shape[1], dtype=torch.bool, device=sim.device)
+    drawn[bank.argmax(dim=1)] = True
+    normalised = beta * sim - torch.logsumexp(beta * bank, dim=0)
+    return torch.where(drawn[sim.argmax(dim=1)][:, None], normalised, sim)
+
+
+def recall_interval(
+    sim: Tensor, owner: Tensor | None = None, *, direction: str = "t2v", k: int = 1, level: float = 0.95,
+    resamples: int = 10_000, seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
+    """Percentile bootstrap interval of a recall, in percent: how much it depends on which videos were asked about.
+
+    Args:
+        sim: (A, B) similarities as for :func:`retrieval_metrics`; ties and several captions count as there.
+        owner: as there. Videos are drawn, each with all its captions.
+        direction: ``"t2v"`` or ``"v2t"``.
+        k: the recall's depth.
+        level: share of the resampled recalls that lie inside.
+        resamples: draws of B videos with replacement.
+        seed: of the draws.
+
+    Raises:
+        ValueError, TypeError: as :func:`retrieval_metrics`; an unknown direction, a level outside 0..1.
+    """
+    sim, owner = _check(sim, owner)
+    _checks.option("direction", direction, ("t2v", "v2t"))
+    _checks.positive_int("k", k)
+    _checks.positive_int("resamples", resamples)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    videos = sim.shape[1]
+    found = (ranks(sim, owner) if direction == "t2v" else _video_ranks(sim, owner)).cpu() <= k
+    whose = owner.cpu() if direction == "t2v" else torch.arange(videos)
+    hits = torch.zeros(videos, dtype=torch.float64).index_add_(0, whose, found.double())
+    asked = torch.bincount(whose, minlength=videos).double()
+    draws = torch.randint(videos, (resamples, videos), generator=torch.Generator().manual_seed(seed))
+    recalls = 100 * hits[draws].sum(dim=1) / asked[draws].sum(dim=1)
+    outside = (1 - level) / 2
+    low, high = recalls.quantile(torch.tensor([outside, 1 - outside], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _check(sim: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
     sim = _checks.tensor("sim", sim).detach()
     if sim.dim() != 2 or sim.numel() == 0:
         raise ValueError(f"sim must be a non-empty (A, B) matrix, got shape {tuple(sim.shape)}")
@@ -43,11 +150,22 @@ def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dic
         if texts != videos:
             raise ValueError(f"sim must be square without owner, got {texts} texts x {videos} videos; pass owner (A,)")
         owner = torch.arange(texts, device=sim.device)
-    owner = _check_owner(owner, texts, videos).to(sim.device)
+    return sim, _check_owner(owner, texts, videos).to(sim.device)
+
+
+def _positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a positive number, got {_checks.describe(value)}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _video_ranks(sim: Tensor, owner: Tensor) -> Tensor:
+    """(B,) rank of each video among videos, by the best of its captions and of every other video's."""
+    texts, videos = sim.shape
     best_text = torch.full((videos, videos), -torch.inf, dtype=sim.dtype, device=sim.device)
     best_text.scatter_reduce_(0, owner[:, None].expand(texts, videos), sim, "amax")
-    diagonal = torch.arange(videos, device=sim.device)
-    return {"t2v": _summary(ranks(sim, owner)), "v2t": _summary(ranks(best_text.T, diagonal))}
+    return ranks(best_text.T, torch.arange(videos, device=sim.device))
 
 
 def _check_owner(owner: Tensor, texts: int, videos: int) -> Tensor:

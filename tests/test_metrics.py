@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from drl_fast.metrics import retrieval_metrics
+from drl_fast.metrics import dual_softmax_metrics, query_bank_metrics, recall_interval, retrieval_metrics
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 NAMES = {"R1": "R1", "R5": "R5", "R10": "R10", "MdR": "MedianR", "MnR": "MeanR"}
@@ -109,3 +110,106 @@ def test_owner_of_any_integer_type() -> None:
     want = retrieval_metrics(torch.eye(3), torch.arange(3))
     for dtype in (torch.uint8, torch.uint16, torch.int16):
         assert retrieval_metrics(torch.eye(3), torch.arange(3).to(dtype)) == want
+
+
+# How sure a recall is --------------------------------------------------------------------------------------------
+
+
+def hits(right: int, count: int) -> torch.Tensor:
+    """(count, count) similarities of which the first ``right`` rows are won by the diagonal."""
+    sim = torch.eye(count)
+    sim[right:] = 1 - sim[right:]
+    return sim
+
+
+def test_interval_that_has_no_choice() -> None:
+    assert recall_interval(torch.eye(30)) == (100, 100)
+    assert recall_interval(1 - torch.eye(30)) == (0, 0)
+    assert recall_interval(torch.ones(1, 1)) == (100, 100)
+
+
+@pytest.mark.parametrize(("right", "count"), [(50, 100), (80, 100), (300, 400)])
+def test_interval_is_the_binomial_one(right: int, count: int) -> None:
+    """Resampled recalls are binomial: mean p, variance p (1 - p) / N, and nearly normal at these sizes."""
+    low, high = recall_interval(hits(right, count))
+    share = right / count
+    half = 100 * 1.96 * (share * (1 - share) / count) ** 0.5
+    assert low == pytest.approx(100 * share - half, abs=1.5)
+    assert high == pytest.approx(100 * share + half, abs=1.5)
+
+
+def test_level_and_seed() -> None:
+    sim = hits(60, 100)
+    assert recall_interval(sim) == recall_interval(sim)
+    inner, outer = recall_interval(sim, level=0.5), recall_interval(sim, level=0.99)
+    assert outer[0] < inner[0] < 60 < inner[1] < outer[1]
+    assert recall_interval(sim, resamples=50, seed=1) != recall_interval(sim, resamples=50, seed=2)
+
+
+def test_ties_as_in_the_metrics() -> None:
+    """A model that scores everything alike is right once, for the first column."""
+    sim = torch.zeros(20, 20)
+    low, high = recall_interval(sim)
+    assert low <= retrieval_metrics(sim)["t2v"]["R1"] <= high
+    assert high < 20
+
+
+def test_interval_of_several_captions() -> None:
+    """Videos are drawn with all their captions: with one wrong caption each of ten, every draw has the same recall."""
+    owner = torch.arange(20).repeat_interleave(10)
+    sim = torch.eye(20)[owner]
+    sim[::10] = 1 - sim[::10]
+    assert recall_interval(sim, owner) == (90, 90)
+    assert recall_interval(sim, owner, k=20) == (100, 100)
+    low, high = recall_interval(sim, owner, direction="v2t")
+    assert low <= retrieval_metrics(sim, owner)["v2t"]["R1"] <= high
+
+
+# Post-processing -------------------------------------------------------------------------------------------------
+
+
+def test_dual_softmax_by_hand() -> None:
+    """A video that draws every text loses those that have another."""
+    sim = torch.tensor([[0.60, 0.50, 0.10], [0.62, 0.61, 0.10], [0.59, 0.10, 0.58]])
+    assert retrieval_metrics(sim)["t2v"]["R1"] == pytest.approx(100 / 3)
+    weights = torch.exp(100 * sim) / torch.exp(100 * sim).sum(0)
+    by_hand = retrieval_metrics(sim * weights)["t2v"]
+    found = dual_softmax_metrics(sim)
+    assert found["t2v"] == by_hand
+    assert found["v2t"] == dual_softmax_metrics(sim.T)["t2v"]
+    assert found["t2v"]["R1"] > 60
+
+
+def test_query_bank_by_hand() -> None:
+    sim = torch.tensor([[0.50, 0.49, 0.10], [0.80, 0.10, 0.00], [0.10, 0.20, 0.21]])
+    owner = torch.tensor([1, 0, 2])
+    # The bank's texts all choose video 0: it is scored down, by log-sum-exp over the bank.
+    bank = torch.tensor([[0.60, 0.10, 0.00], [0.70, 0.20, 0.10]])
+    normalised = torch.exp(20 * sim) / torch.exp(20 * bank).sum(0)
+    expected = normalised.clone()
+    expected[2] = sim[2]  # its best video is nobody's in the bank
+    want = retrieval_metrics(expected, owner)["t2v"]
+    found = query_bank_metrics(sim, bank, torch.rand(3, 4), owner)
+    assert found["t2v"] == want
+    assert want["R1"] > retrieval_metrics(sim, owner)["t2v"]["R1"]
+    other = query_bank_metrics(sim.T, torch.rand(5, 3), bank.T, torch.tensor([1, 0, 2]))
+    assert other["v2t"]["MnR"] == pytest.approx(retrieval_metrics(expected, owner)["t2v"]["MnR"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda s: recall_interval(s[:2]), ValueError, "square without owner"),
+        (lambda s: recall_interval(s, level=1.5), ValueError, "level must lie between 0 and 1"),
+        (lambda s: recall_interval(s, direction="both"), ValueError, "direction must be one of"),
+        (lambda s: recall_interval(s, k=0), ValueError, "k must be a positive integer"),
+        (lambda s: dual_softmax_metrics(s, temperature=0), ValueError, "temperature must be positive"),
+        (lambda s: dual_softmax_metrics(s, temperature="1"), TypeError, "temperature must be a positive number"),
+        (lambda s: query_bank_metrics(s, s[:, :2], s), ValueError, "text_bank must be .* B = 3"),
+        (lambda s: query_bank_metrics(s, s, s[:2]), ValueError, "video_bank must be .* A = 3"),
+        (lambda s: query_bank_metrics(s, s, s, beta=-1), ValueError, "beta must be positive"),
+    ],
+)
+def test_bad_options(call: Callable[[torch.Tensor], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.rand(3, 3))

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..data import moving_shapes
 from ..data.moving_shapes import Clip
 from ..data.video import Sampling, read_video
-from ..engine.evaluate import encode_texts, encode_videos, recall_interval
+from ..engine.evaluate import encode_texts, encode_videos
 from ..engine.train import Pairs, Schedule, train
-from ..metrics import ranks, retrieval_metrics
+from ..metrics import ranks, recall_interval, retrieval_metrics
 from ..model.two_tower import TwoTower, small_model
 from ._choices import choices, frame_table, word_table
 from ._measure import CHANNELS, FRAMES, REPEATS, WORDS, measure_apart
@@ -144,7 +144,7 @@ def _metrics(before: Tensor, after: Tensor) -> Table:
     table = metrics_table(f"\nSearch among {len(after)} held-out clips, before and after training; recalls in percent")
     for key, direction in DIRECTIONS.items():
         for name, sim in (("before", before), ("after", after)):
-            interval = recall_interval(sim if key == "t2v" else sim.T)
+            interval = recall_interval(sim, direction=key)
             metrics_row(table, f"{direction}, {name}", retrieval_metrics(sim)[key], interval)
     metrics_row(table, "chance", chance(len(after)))
     return table

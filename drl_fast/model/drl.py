@@ -122,7 +122,7 @@ class DRL(nn.Module):
 
     @classmethod
     def from_upstream(cls, state: Mapping[str, Any] | str | os.PathLike[str], **config: Any) -> DRL:
-        """Load a checkpoint of the public DRL or CLIP4Clip code; see :func:`drl_fast.model.checkpoint.from_upstream`."""
+        """Load a checkpoint of the public DRL or CLIP4Clip code: :func:`drl_fast.model.checkpoint.from_upstream`."""
         from .checkpoint import from_upstream
 
         return from_upstream(cls, state, **config)
@@ -207,8 +207,8 @@ class DRL(nn.Module):
         late = ids.argmax(dim=1) >= context
         cut[late, -1] = end[late]
         warnings.warn(
-            f"drl_fast: {int(late.sum())} of {len(ids)} captions are longer than the CLIP's context of {context} tokens "
-            "and were cut there, their end token kept; this is said once",
+            f"drl_fast: {int(late.sum())} of {len(ids)} captions are longer than the CLIP's context of {context} "
+            "tokens and were cut there, their end token kept; this is said once",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -1,0 +1,185 @@
+"""The whole model against the public code's: recorded state dicts, features, logits, losses and gradients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("open_clip")
+import drl_fast
+from drl_fast.model import checkpoint
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "model"
+CASES = sorted(GOLDEN.glob("*.npz"))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with np.load(path) as file:
+        return {k: torch.from_numpy(file[k].copy()) for k in file.files if k != "meta"}, json.loads(str(file["meta"]))
+
+
+def part(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(params=CASES, ids=lambda p: p.stem)
+def case(request: pytest.FixtureRequest) -> tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]:
+    arrays, meta = load(request.param)
+    model = drl_fast.DRL.from_upstream(part(arrays, "state."), **config(meta))
+    return model.eval(), arrays, meta
+
+
+def config(meta: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in meta.items() if k not in ("patch", "image_size")}
+
+
+def close(ours: Tensor, recorded: Tensor, mask: Tensor | None = None, tolerance: float = 2e-5) -> None:
+    if mask is not None:
+        ours, recorded = ours[mask != 0], recorded[mask != 0]
+    scale = max(1.0, float(recorded.abs().max()))
+    assert float((ours.detach() - recorded).abs().max()) <= tolerance * scale
+
+
+def batch(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: arrays[k] for k in ("text_ids", "text_mask", "video", "video_mask")}
+
+
+def test_there_are_cases() -> None:
+    assert len(CASES) >= 3
+
+
+def test_features_and_logits(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
+    model, arrays, _ = case
+    with torch.no_grad():
+        text, text_mask = model.encode_text(arrays["text_ids"])
+        video = model.encode_video(arrays["video"], arrays["video_mask"])
+        logits = model.similarity(text, video, text_mask, arrays["video_mask"])
+    assert torch.equal(text_mask, arrays["text_mask"] != 0)
+    close(text, arrays["text_feat"], arrays["text_mask"])
+    close(video, arrays["video_feat"], arrays["video_mask"])
+    close(logits, arrays["eval_logits"])
+
+
+def test_loss_and_gradients(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
+    model, arrays, _ = case
+    if "train_loss" not in arrays:
+        pytest.skip("dropout: upstream recorded no loss")
+    losses = model.train()(batch(arrays))
+    close(losses["total"], arrays["train_loss"])
+    losses["total"].backward()
+    parameters = dict(model.named_parameters())
+    for name, recorded in part(arrays, "grad.").items():
+        grad = parameters[checkpoint.to_ours(name)].grad
+        assert float((grad - recorded).abs().max()) <= 3e-4 * float(recorded.abs().max())
+
+
+def test_fresh_modules_start_as_upstream_does(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
+    """Blocks and positions from CLIP; what upstream draws at random, from the same distribution."""
+    _, arrays, meta = case
+    options = {checkpoint.OPTIONS.get(k, k): v for k, v in config(meta).items()}
+    options["temporal"] = None if options["temporal"] == "None" else options["temporal"]
+    torch.manual_seed(0)
+    fresh = drl_fast.DRL.from_clip_state_dict(part(arrays, "state.clip."), **options).to_upstream()
+    for name, recorded in part(arrays, "fresh.").items():
+        if "pooler.dense.weight" in name:
+            assert fresh[name].std() == pytest.approx(float(recorded.std()), rel=0.1)
+        else:
+            assert torch.equal(fresh[name], recorded), name
+
+
+def test_round_trips(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]], tmp_path: Path) -> None:
+    model, arrays, _ = case
+    state = part(arrays, "state.")
+    back = model.to_upstream()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], x) for name, x in state.items())
+    model.save_pretrained(tmp_path / "model")
+    again = drl_fast.DRL.from_pretrained(tmp_path / "model")
+    assert again.config == model.config
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_the_entries_say_needs_no_options() -> None:
+    arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
+    state = {f"module.{k}": v for k, v in part(arrays, "state.").items()}
+    model = drl_fast.DRL.from_upstream({"model_state_dict": state})
+    assert (model.config.interaction, model.config.temporal, model.config.wti_arch) == ("wti", "seqTransf", 2)
+
+
+def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
+    """CLIP and, with seqTransf, positions and blocks: no weight heads."""
+    arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
+    state = {k: v for k, v in part(arrays, "state.").items() if "weight_fc" not in k}
+    assert drl_fast.DRL.from_upstream(state).config == drl_fast.model.drl.Config("dp", "seqTransf")
+    mean_pooling = {k: v for k, v in state.items() if k.startswith("clip.")}
+    mean_pooling |= {"clip.context_length": torch.tensor(16), "clip.vocab_size": torch.tensor(60)}
+    model = drl_fast.DRL.from_upstream({k: v.half() if v.is_floating_point() else v for k, v in mean_pooling.items()})
+    assert (model.config.interaction, model.config.temporal) == ("dp", None)
+    assert model.clip.visual.proj.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (lambda s: s.pop("clip.visual.proj"), {}, ["visual.proj"]),
+        (lambda s: s.pop("text_weight_fc.2.bias"), {}, ["no interaction.text_weight_fc.2.bias"]),
+        (lambda s: s.update({"spare.weight": torch.zeros(3)}), {}, ["unexpected spare.weight"]),
+        (lambda s: s.update({"video_weight_fc.0.bias": torch.zeros(3)}), {}, ["video_weight_fc.0.bias", "(3,)"]),
+        (lambda s: None, {"interaction": "ti"}, ["unexpected text_weight_fc.0.weight"]),
+        (lambda s: None, {"temporal": None, "cdcr": 0}, ["unexpected temporal.transformer.resblocks.0"]),
+        (lambda s: None, {"interaction": "wtii"}, ["interaction must be one of", "wtii"]),
+        (lambda s: None, {"agg_module": "tightTransf"}, ["temporal must be one of", "tightTransf"]),
+        (lambda s: None, {"interaction": "dp", "cdcr": 3}, ["cdcr must be 0, 1 or 2"]),
+        (lambda s: s.update({"clip.visual.proj": torch.zeros(60, 64)}), {}, ["visual.proj", "(60, 64)"]),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_does_not_fit(change: Any, options: dict[str, Any], words: list[str]) -> None:
+    arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
+    state = part(arrays, "state.")
+    change(state)
+    with pytest.raises(ValueError) as caught:
+        drl_fast.DRL.from_upstream(state, **options)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_files(tmp_path: Path) -> None:
+    arrays, _ = load(GOLDEN / "model_dp_seqlstm.npz")
+    torch.save(part(arrays, "state."), tmp_path / "good.bin")
+    assert drl_fast.DRL.from_upstream(tmp_path / "good.bin").config.temporal == "seqLSTM"
+    torch.save({"state": Path}, tmp_path / "code.bin")  # a pickle that names a class
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "good.bin").read_bytes()[:5000])
+    for name, words in (("code.bin", "tensors alone"), ("cut.bin", "could not be read"), ("none.bin", "no file is")):
+        with pytest.raises(ValueError, match=words):
+            drl_fast.DRL.from_upstream(tmp_path / name)
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors"):
+        drl_fast.DRL.from_pretrained(tmp_path)
+    model = drl_fast.DRL.from_upstream(tmp_path / "good.bin")
+    model.save_pretrained(tmp_path / "out")
+    whole = (tmp_path / "out/model.safetensors").read_bytes()
+    (tmp_path / "out/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        drl_fast.DRL.from_pretrained(tmp_path / "out")
+
+
+def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays, _ = load(GOLDEN / "model_dp_seqlstm.npz")
+    model = drl_fast.DRL.from_upstream(part(arrays, "state."))
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(state: object, file: str, metadata: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
