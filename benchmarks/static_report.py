@@ -142,7 +142,7 @@ def forward_job(
 
 
 def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, add: bool = False) -> Job:
-    tile = tuning.backward_tile(arch, side, precision, dim)
+    tile = tuning.backward_tile(arch, side, precision, dim, add=add)
     fn = backward.interaction_backward_text if side == "text" else backward.interaction_backward_video
     other, size = "video" if side == "text" else "text", 4 if dtype == "fp32" else 2
     constants = {
@@ -151,7 +151,8 @@ def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, 
         **({"ADD": add} if side == "video" else {}),
     }  # fmt: skip
     return Job(
-        fn, arch, dtype, f"{precision}, D = {dim}" + (", later block" if add else ""), constants, tile.warps, tile.stages,
+        fn, arch, dtype, f"{precision}, D = {dim}" + (", later block" if add else ""),
+        constants, tile.warps, tile.stages,
         {other: [tile.k, tile.m]} if tile.tma else {},
         2.0 * tile.m * tile.n * tile.k, float(tile.m * tile.k * size + tile.k * tile.n * (1 + 5 / 16)),
         WORK["coefficient"] * tile.k * tile.n, tile.source,

@@ -122,6 +122,10 @@ def interaction_backward_video(
     scale_all = tl.load(boost) * factor
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
+    if ADD:
+        # Now, not at the end: there the tile just computed stands in the registers as well.
+        earlier = grad + (b[None, :].to(tl.int64) * video_tokens + f) * D + channel[:, None]
+        acc = tl.load(earlier, mask=(channel < D)[:, None], other=0.0)
     for t0 in tl.range(0, tl.load(start + texts), BK):
         slot = t0 + tl.arange(0, BK)
         row = tl.load(chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
@@ -145,8 +149,6 @@ def interaction_backward_video(
             t = tl.load(t_rows, mask=(channel < D)[None, :], other=0.0)
         acc = tl.dot(t.T, tl.reshape(c, (BK, BN)).to(t.dtype), acc, input_precision=PRECISION)
     target = grad + (b[None, :].to(tl.int64) * video_tokens + f) * D + channel[:, None]
-    if ADD:
-        acc += tl.load(target, mask=(channel < D)[:, None], other=0.0)
     tl.store(target, acc, mask=(channel < D)[:, None])
 
 
@@ -268,11 +270,10 @@ def weight_gradients(block: Block, video: Side, normalize: bool, of_text: Tensor
         unpack_weight(p.by_word, p.words, of_video, frames=False, add=add)
 
 
-def _tile(side: str, text: Side) -> Tile:
+def _tile(side: str, text: Side, add: bool = False) -> Tile:
     features = text.features
-    return tuning.backward_tile(
-        tuning.architecture(features.device), side, tuning.product(features.dtype), features.shape[2]
-    )
+    arch, precision = tuning.architecture(features.device), tuning.product(features.dtype)
+    return tuning.backward_tile(arch, side, precision, features.shape[2], add=add)
 
 
 def _text(words: Packed, block: Block, shared: Shared) -> Tensor:
@@ -291,13 +292,14 @@ def _text(words: Packed, block: Block, shared: Shared) -> Tensor:
 
 def _video(words: Packed, block: Block, shared: Shared) -> None:
     """Add a block's share of the unit frames' gradients, times the boost."""
-    tile, frames, (b, nv, _) = _tile("video", block.text), shared.frames, shared.video.features.shape
+    add, frames, (b, nv, _) = block.rows.start > 0, shared.frames, shared.video.features.shape
+    tile = _tile("video", block.text, add)
     blocks, parts = triton.cdiv(b, tile.n), triton.cdiv(words.dim, tile.m)
     interaction_backward_video[(nv * blocks * parts,)](
         _operand(words.tokens, tile), words.scale, words.weight, words.position, words.chunk_row, words.start,
         frames.weight, frames.position, frames.length, block.video_index, block.text_index, block.grad_logits,
         shared.grad_frames, shared.boost, *_sizes(block, shared), **_options(words, block, shared, tile),
-        ADD=block.rows.start > 0,
+        ADD=add,
     )  # fmt: skip
 
 
