@@ -188,13 +188,14 @@ def backward(
             s = similarities(t, v, sa, sb) if of_text_weight or of_video_weight or not kept else text.new_empty(0)
             # d loss / d S is sparse: one entry a word and video, one a frame and text.
             chosen = video_index[sa, :, sb] if kept else best_frames(s, t, v, sa, sb, zero_competes)[1][:na, :, :nb]
-            hit = chosen[..., None] == frames
+            # Contiguous, kept or not: the order of the sums below goes by the layout.
+            hit = chosen.contiguous()[..., None] == frames
             if of_text_weight:
                 grad_wt[sa][:na] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((2, 3))
             coefficient = torch.where(hit, g * text_weight[sa][:, :, None, None], 0)
             if video_weight is not None:
                 chosen = text_index[sa, :, sb] if kept else best_words(s, t, v, sa, sb, zero_competes)[1][:na, :, :nb]
-                hit = chosen.transpose(1, 2)[:, None] == words
+                hit = chosen.contiguous().transpose(1, 2)[:, None] == words
                 if of_video_weight:
                     grad_wv[sb][:nb] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((0, 1))
                 coefficient = coefficient + torch.where(hit, g * video_weight[sb][None, None], 0)
