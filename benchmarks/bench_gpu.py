@@ -74,7 +74,10 @@ def both_ways(name: str) -> Any:
 CONTESTANTS = (
     *(c for c in who.INTERACTIONS if c.name in (who.YARDSTICK, who.OURS, "eager", "compile")),
     Contestant(
-        "premasked", "pre-masked product + reductions", premasked, "the best of plain PyTorch",
+        "premasked",
+        "pre-masked product + reductions",
+        premasked,
+        "the best of plain PyTorch",
         needs=who.similarities(2, 5),
     ),
 )
@@ -83,6 +86,8 @@ PEERS = tuple(
     for c in who.MAXSIMS
     if c.name in ("late-interaction-kernels", "flash-maxsim")
 )
+
+
 def time_shape(shape: Shape, mode: str) -> dict[str, Any]:
     """Everyone at one shape, side by side, with TFLOP/s and the share of the yardstick's."""
     problem = make_problem(shape, "cuda", train=True)
