@@ -32,7 +32,7 @@ class Buffer {
 // Below this many multiply-adds a thread is not worth waking.
 constexpr int64_t kWorkPerThread = 1 << 20;
 
-int64_t threads_for(int64_t tasks, int64_t work) {
+inline int64_t threads_for(int64_t tasks, int64_t work) {
   return std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), tasks, work / kWorkPerThread}));
 }
 

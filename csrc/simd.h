@@ -73,3 +73,19 @@ void load_row(const Tokens<T>& side, int64_t token, T* out, T* inverse_norm) {
   }
   if (inverse_norm) *inverse_norm = inverse;
 }
+
+// The gradient of a unit token, through its normalisation (row = the unit token), out in the features' dtype.
+template <class T>
+void store_gradient(const Tokens<T>& side, T* grad, const T* row, T inverse_norm, char* out) {
+  const int64_t width = padded(side.dim);
+  if (side.normalize) {
+    const T along = inverse_norm == 0 ? T(0) : dot(row, grad, width);
+    for (int64_t k = 0; k < width; k++) grad[k] = inverse_norm == 0 ? T(0) : (grad[k] - row[k] * along) * inverse_norm;
+  }
+  switch (side.dtype) {
+    case Dtype::f32: store_row<T, float>(grad, out, side.dim); break;
+    case Dtype::f64: store_row<T, double>(grad, out, side.dim); break;
+    case Dtype::f16: store_row<T, Half>(grad, out, side.dim); break;
+    case Dtype::bf16: store_row<T, BFloat16>(grad, out, side.dim); break;
+  }
+}

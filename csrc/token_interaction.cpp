@@ -1,35 +1,15 @@
 // Operator drl_fast::token_interaction on the CPU: packs real tokens, plans blocks, hands tasks to threads.
 // The mathematics and the tile picture are in token_interaction_kernel.h.
-#include <cstdlib>
 #include <cstring>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "capability.h"
 #include "sides.h"
 
 namespace drl_fast {
 namespace {
-
-// The same variable that PyTorch's own kernels obey.
-const Capability& capability() {
-  static const Capability& chosen = []() -> const Capability& {
-    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string limit = wanted ? wanted : "";
-    if (limit == "default") return portable;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (has_avx512 && limit != "avx2") return avx512;
-    if (has_avx2) return avx2;
-#endif
-    return portable;
-  }();
-  return chosen;
-}
 
 template <class T>
 const Kernels<T>& kernels() {
@@ -268,17 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(
              normalize, need_text, need_video);
 }
 
-std::string cpu_capability() { return capability().name; }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(drl_fast, CPU, m) {
   m.impl("token_interaction", TORCH_BOX(&token_interaction));
   m.impl("token_interaction_backward", TORCH_BOX(&token_interaction_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(drl_fast, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 
 }  // namespace drl_fast

@@ -111,20 +111,10 @@ struct Kernels {
   void (*pack_slot)(const Tokens<T>&, const Group<T>&, int slot, T* scratch);
   void (*forward)(const ForwardJob<T>&, int64_t task, ForwardScratch<T>&);
   void (*backward)(const BackwardJob<T>&, int64_t task, BackwardScratch<T>&);
+  void (*store_gradient)(const Tokens<T>&, T* grad, const T* row, T inverse_norm, char* out);
 };
 
 // Rows of features are padded to this many elements, so that kernels work in whole vectors.
 inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
-
-struct Capability {
-  const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
-};
-
-extern const Capability portable;
-#if defined(__x86_64__)
-extern const Capability avx2, avx512;
-#endif
 
 }  // namespace drl_fast

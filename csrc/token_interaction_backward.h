@@ -160,17 +160,7 @@ void write_item(const BackwardJob<T>& job, int64_t item, int64_t row0, BackwardS
     }
     T* grad = scratch.grad + (token - row0) * width;
     const T* row = scratch.row + (token - row0) * width;
-    const T inverse = scratch.inverse_norm[token - row0];
-    if (target.normalize) {
-      const T along = inverse == 0 ? T(0) : dot(row, grad, width);
-      for (int64_t k = 0; k < width; k++) grad[k] = inverse == 0 ? T(0) : (grad[k] - row[k] * along) * inverse;
-    }
-    switch (target.dtype) {
-      case Dtype::f32: store_row<T, float>(grad, out, target.dim); break;
-      case Dtype::f64: store_row<T, double>(grad, out, target.dim); break;
-      case Dtype::f16: store_row<T, Half>(grad, out, target.dim); break;
-      case Dtype::bf16: store_row<T, BFloat16>(grad, out, target.dim); break;
-    }
+    store_gradient(target, grad, row, scratch.inverse_norm[token - row0], out);
     out_weight = scratch.grad_weight[token - row0];
   }
 }

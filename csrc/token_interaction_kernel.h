@@ -6,5 +6,5 @@
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {Simd<T>::N, load_row<T>, pack_slot<T>, forward<T>, backward<T>};
+  return {Simd<T>::N, load_row<T>, pack_slot<T>, forward<T>, backward<T>, store_gradient<T>};
 }

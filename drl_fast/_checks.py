@@ -143,3 +143,8 @@ def positive_int(name: str, value: object) -> int:
     if value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value}")
     return value
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of channel statistics: float64, float32 on the devices that have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

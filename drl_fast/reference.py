@@ -9,6 +9,8 @@ Source: Wang et al., "Disentangled Representation Learning for Text-Video Retrie
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -131,3 +133,61 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
     scaled = logits * logit_scale
     target = torch.arange(len(scaled), device=scaled.device)
     return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
+
+
+def standardize(x: Tensor) -> Tensor:
+    """Each channel of x (N, D) minus its mean, over its unbiased standard deviation; 0 where it is constant."""
+    # Seen from the first row a constant channel is 0 to the last bit.
+    x = x - x[:1].detach()
+    std = x.detach().std(0)
+    constant = std <= 1e-12
+    centred = torch.where(constant, 0, x - x.mean(0))
+    return centred / torch.where(constant, 1, torch.where(constant, 1, x).std(0) if constant.any() else x.std(0))
+
+
+def cross_correlation(x: Tensor, y: Tensor, weight: Tensor | None, divisor: Tensor | float) -> Tensor:
+    """(D, D) of standardised rows."""
+    x, y = standardize(x), standardize(y)
+    return (x if weight is None else x * weight[:, None]).T @ y / divisor
+
+
+def decorrelation(correlation: Tensor, alpha_on: float, alpha_off: float) -> Tensor:
+    """Squared distances of C's diagonal from 1 and of all else from 0, weighted."""
+    diagonal = correlation.diagonal()
+    off = correlation - torch.diag(diagonal)
+    return alpha_on * (diagonal - 1).square().sum() + alpha_off * off.square().sum()
+
+
+def cross_correlation_loss(
+    x: Tensor, y: Tensor, weight: Tensor | None = None, *, alpha_on: float, alpha_off: float,
+    divisor: float | None = None, process_group: Any = None,
+) -> Tensor:  # fmt: skip
+    """Barlow Twins' loss (arXiv 2103.03230) of rows x, y (N, D)."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = None if weight is None else weight.to(dtype)
+    c = cross_correlation(x.to(dtype), y.to(dtype), weight, len(x) if divisor is None else divisor)
+    return decorrelation(c, alpha_on, alpha_off)
+
+
+def cdcr_loss(
+    text: Tensor, video: Tensor, text_weight: Tensor | None = None, video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None, video_mask: Tensor | None = None, *, alpha_on: float, alpha_off: float,
+    process_group: Any = None,
+) -> Tensor:  # fmt: skip
+    """CDCR of B pairs (arXiv 2203.07111, section 3.3)."""
+    t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
+    paired = t_real.any(-1) & v_real.any(-1)
+    t_real, v_real = t_real & paired[:, None], v_real & paired[:, None]
+    t, v = unit(torch.where(t_real[..., None], text, 0)), unit(torch.where(v_real[..., None], video, 0))
+    s = torch.einsum("bid,bjd->bij", t, v)
+    frame = s.masked_fill(~v_real[:, None, :], -torch.inf).argmax(2)
+    word = s.masked_fill(~t_real[:, :, None], -torch.inf).argmax(1)
+    pair = torch.arange(len(text), device=text.device)[:, None]
+    terms = []
+    for own, real, other, partner, weight in (
+        (t, t_real, v, frame, text_weight), (v, v_real, t, word, video_weight)
+    ):  # fmt: skip
+        x, y = own[real], other[pair, partner][real]
+        w = None if weight is None else weight.to(x.dtype)[real]
+        terms.append(cross_correlation(x, y, w, len(text) if text_weight is not None else len(x)))
+    return decorrelation((terms[0] + terms[1]) / 2, alpha_on, alpha_off)

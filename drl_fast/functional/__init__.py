@@ -1,8 +1,9 @@
 """One file a public function: it checks its arguments and calls an operator."""
 
+from .cdcr import cdcr_loss, cross_correlation_loss
 from .dot_product import dot_product
 from .info_nce import info_nce
 from .maxsim import maxsim
 from .token_interaction import Matches, token_interaction
 
-__all__ = ["Matches", "dot_product", "info_nce", "maxsim", "token_interaction"]
+__all__ = ["Matches", "cdcr_loss", "cross_correlation_loss", "dot_product", "info_nce", "maxsim", "token_interaction"]

@@ -2,7 +2,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "token_interaction.h"
+#include "capability.h"
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;

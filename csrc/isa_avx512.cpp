@@ -1,5 +1,5 @@
 // The kernels for x86 CPUs with AVX512.
-#include "token_interaction_isa.h"
+#include "isa.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -15,9 +15,11 @@
 namespace drl_fast {
 namespace {
 #include "token_interaction_kernel.h"
+#include "cdcr_kernel.h"
 }  // namespace
 
-extern const Capability avx512 = {"avx512", kernels<float>(), kernels<double>()};
+extern const Capability avx512 = {"avx512", kernels<float>(), kernels<double>(), cdcr_kernels<float>(),
+                                   cdcr_kernels<double>()};
 }  // namespace drl_fast
 
 #if defined(__clang__)

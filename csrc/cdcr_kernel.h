@@ -1,0 +1,93 @@
+// Row kernels of CDCR, for one instruction set; to be included inside an anonymous namespace, behind simd.h.
+//
+//   x~_d = (x_d - mean_d) / std_d                       std over all anchors (or partners), unbiased
+//   C_de = sum over anchors of weight x~_d y~_e         here its diagonal; the full form's product is torch.mm's
+//   grad x_d = (G_d - offset_d - x~_d along_d) / std_d  G = weight (A y~): through the channel's mean and deviation too
+//
+// One row at a time, D channels in vectors. A kernel reads two rows and up to ten channel constants, which stay in L1,
+// and writes one to three rows: bound by L1, next to the product that found the partners.
+
+template <class T>
+struct Standard {
+  using S = Simd<T>;
+  const T* row;
+  const Channels<T>& of;
+  inline __attribute__((always_inline)) typename S::V centered(int64_t k) const {
+    // Two steps: for a channel that is nearly constant the mean's own rounding would be as large as its deviation.
+    return (S::load(row + k) - S::load(of.mean + k)) - S::load(of.mean_rest + k);
+  }
+  inline __attribute__((always_inline)) typename S::V operator()(int64_t k) const {
+    return centered(k) * S::load(of.inverse_std + k);
+  }
+};
+
+template <class T>
+void cdcr_sum(const T* row, const T* shift, int64_t width, T* sum) {
+  using S = Simd<T>;
+  for (int64_t k = 0; k < width; k += S::N) S::store(sum + k, S::load(sum + k) + (S::load(row + k) - S::load(shift + k)));
+}
+
+template <class T>
+void cdcr_scatter(const T* row, const Channels<T>& of, int64_t width, T* scatter) {
+  using S = Simd<T>;
+  const Standard<T> x = {row, of};
+  for (int64_t k = 0; k < width; k += S::N) {
+    const typename S::V d = x.centered(k);
+    S::store(scatter + k, S::load(scatter + k) + d * d);
+  }
+}
+
+template <class T>
+void cdcr_correlate(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, const Channels<T>& of_y,
+                    int64_t width, T* cross, T* sum_x, T* sum_y) {
+  using S = Simd<T>;
+  const Standard<T> x = {row_x, of_x}, y = {row_y, of_y};
+  const typename S::V w = S::broadcast(weight);
+  for (int64_t k = 0; k < width; k += S::N) {
+    const typename S::V a = w * x(k), b = y(k);
+    S::store(cross + k, S::load(cross + k) + a * b);
+    S::store(sum_x + k, S::load(sum_x + k) + a);
+    S::store(sum_y + k, S::load(sum_y + k) + w * b);
+  }
+}
+
+template <class T>
+void cdcr_standardize(const T* row, T weight, const Channels<T>& of, int64_t width, bool add, T* out) {
+  using S = Simd<T>;
+  const Standard<T> x = {row, of};
+  for (int64_t k = 0; k < width; k += S::N) {
+    const typename S::V value = S::broadcast(weight) * x(k);
+    S::store(out + k, add ? S::load(out + k) + value : value);
+  }
+}
+
+template <class T>
+T cdcr_pull(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, const Channels<T>& of_y,
+            const Pull<T>& pull, int64_t width, T* grad_x, T* grad_y) {
+  using S = Simd<T>;
+  const Standard<T> x = {row_x, of_x}, y = {row_y, of_y};
+  const typename S::V w = S::broadcast(weight);
+  typename S::V product = {};
+  for (int64_t k = 0; k < width; k += S::N) {
+    const typename S::V a = x(k), b = y(k);
+    typename S::V to_x, to_y = {};
+    if (pull.diagonal) {
+      to_x = S::load(pull.diagonal + k) * b;
+      to_y = w * S::load(pull.diagonal + k) * a;
+    } else {
+      to_x = S::load(pull.anchor + k);
+      if (pull.partner) to_y = S::load(pull.partner + k);
+    }
+    product += a * to_x;
+    to_x = w * to_x - S::load(of_x.offset + k) - a * S::load(of_x.along + k);
+    to_y = to_y - S::load(of_y.offset + k) - b * S::load(of_y.along + k);
+    S::store(grad_x + k, S::load(grad_x + k) + to_x * S::load(of_x.inverse_std + k));
+    S::store(grad_y + k, S::load(grad_y + k) + to_y * S::load(of_y.inverse_std + k));
+  }
+  return S::sum(product);
+}
+
+template <class T>
+constexpr CdcrKernels<T> cdcr_kernels() {
+  return {dot<T>, cdcr_sum<T>, cdcr_scatter<T>, cdcr_correlate<T>, cdcr_standardize<T>, cdcr_pull<T>};
+}

@@ -1,0 +1,276 @@
+"""Operators of CDCR, and the loss on top of them with its gradient.
+
+An anchor x is a real token of a pair, its partner y the token of the pair's other side that it matches best; words'
+anchors are the first term, frames' the second. With channels standardised over all anchors (all partners),
+
+    C_de = sum over anchors of weight x~_d y~_e          loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
+
+The forward takes three steps, each a sum over anchors that processes can add up between them: partners, counts, means and
+scatter; C's diagonal (alpha_off = 0: O(N D)) or, of the full form, the rows of C's one product; the loss. The backward
+reads tokens and statistics anew and holds nothing of size N x D in between.
+
+Roles, in all (roles, D) tensors: words, their partners, frames, their partners; the last two where there are two terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _autocast
+from .._checks import accumulation_dtype, statistics_dtype
+from ._registry import LIBRARY
+from .chunked import cdcr as chunked
+
+# A channel whose deviation is smaller counts as constant: it is 0 when standardised, and gets no gradient.
+STD_EPS = 1e-12
+
+_TOKENS = "Tensor text, Tensor video, Tensor text_weight, Tensor? video_weight, Tensor video_index, Tensor text_index"
+SCHEMAS = {
+    "cdcr_statistics": "(Tensor text, Tensor video, Tensor? text_mask, Tensor? video_mask, bool normalize, bool both) "
+    "-> (Tensor video_index, Tensor text_index, Tensor mean, Tensor scatter)",
+    "cdcr_diagonal": f"({_TOKENS}, Tensor channels, bool normalize) -> (Tensor cross, Tensor sums)",
+    "cdcr_rows": f"({_TOKENS}, Tensor channels, bool normalize) -> (Tensor weighted, Tensor partners, Tensor sums)",
+    "cdcr_gradient": f"({_TOKENS}, Tensor channels, Tensor pull_anchors, Tensor pull_partners, bool normalize) "
+    "-> (Tensor grad_text, Tensor grad_video, Tensor grad_text_weight, Tensor grad_video_weight)",
+}
+CHUNKED = {
+    "cdcr_statistics": chunked.statistics,
+    "cdcr_diagonal": chunked.diagonal,
+    "cdcr_rows": chunked.rows,
+    "cdcr_gradient": chunked.gradient,
+}
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    LIBRARY.impl(_name, CHUNKED[_name], "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("drl_fast::cdcr_statistics", lib=LIBRARY)
+def _(
+    text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, normalize: bool, both: bool
+) -> tuple[Tensor, ...]:
+    return (
+        text.new_empty(text.shape[:2], dtype=torch.int16),
+        text.new_empty(video.shape[:2], dtype=torch.int16),
+        *(_channels(text, 4 if both else 2) for _ in range(2)),
+    )
+
+
+@torch.library.register_fake("drl_fast::cdcr_diagonal", lib=LIBRARY)
+def _(text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    terms = 1 if video_weight is None else 2
+    return _channels(text, terms), _channels(text, 2 * terms)
+
+
+@torch.library.register_fake("drl_fast::cdcr_rows", lib=LIBRARY)
+def _(text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    terms = 1 if video_weight is None else 2
+    shape = (terms, text.shape[0], min(text.shape[1], video.shape[1]), text.shape[2])
+    rows = (text.new_empty(shape, dtype=accumulation_dtype(text.dtype)) for _ in range(2))
+    return (*rows, _channels(text, 2 * terms))
+
+
+@torch.library.register_fake("drl_fast::cdcr_gradient", lib=LIBRARY)
+def _(text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    dtype = text_weight.dtype
+    return (
+        text.new_empty(text.shape),
+        video.new_empty(video.shape),
+        text.new_empty(text.shape[:2], dtype=dtype),
+        video.new_empty((0 if video_weight is None else video.shape[0], video.shape[1]), dtype=dtype),
+    )
+
+
+def _channels(like: Tensor, rows: int) -> Tensor:
+    return like.new_empty((rows, like.shape[2]), dtype=statistics_dtype(like.device))
+
+
+class Options(NamedTuple):
+    """What of the loss is no tensor."""
+
+    alpha_on: float
+    alpha_off: float
+    divisor: float | None  # C's; None: the number of anchors of each term
+    normalize: bool
+    both: bool  # frames are anchors as well, and C is the mean of the two terms
+    group: Any = None  # of processes that hold the other pairs
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    def over_group(self, x: Tensor) -> Tensor:
+        """Sum over the processes, in x's own memory."""
+        if self.group is not None:
+            torch.distributed.all_reduce(x, group=self.group)
+        return x
+
+    def merged(self, count: Tensor, mean: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics of all processes' anchors from those of each, by Chan et al.'s update."""
+        if self.group is None:
+            return count, mean, scatter
+        own = torch.cat([count[:, None], mean, scatter], 1)
+        ranks = own.new_empty((self.ranks, *own.shape))
+        torch.distributed.all_gather_into_tensor(ranks, own, group=self.group)
+        counts, means, scatters = ranks.split([1, mean.shape[1], mean.shape[1]], 2)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total.clamp(min=1)
+        return total[:, 0], mean, (scatters + counts * (means - mean) ** 2).sum(0)
+
+
+class Statistics(NamedTuple):
+    """What the whole batch, over all processes, knows of its channels."""
+
+    count: Tensor  # (roles,): anchors
+    mean: Tensor  # (roles, D)
+    inverse_std: Tensor  # (roles, D)
+
+
+def loss(
+    text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor | None,
+    video_mask: Tensor | None, options: Options,
+) -> Tensor:  # fmt: skip
+    """The decorrelation loss of B pairs, a scalar in the dtype of sums; arguments are checked by the caller."""
+    value, *_ = _Decorrelation.apply(text, video, text_weight, video_weight, text_mask, video_mask, options)
+    return value
+
+
+class _Decorrelation(torch.autograd.Function):
+    """Forward and backward by the operators above; a second derivative raises in them."""
+
+    @staticmethod
+    def forward(
+        text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None,
+        text_mask: Tensor | None, video_mask: Tensor | None, options: Options,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        with _autocast.off(text.device.type):
+            partners, statistics = _statistics(text, video, text_mask, video_mask, options)
+            weights = _scaled_weights(text, video, (text_weight, video_weight), statistics, options)
+            channels = torch.stack([statistics.mean, statistics.inverse_std])
+            arguments = (text, video, *weights, *partners, channels, options.normalize)
+            if options.alpha_off == 0:
+                cross, sums = _diagonal(*arguments)
+                sums, cross = options.over_group(sums), options.over_group(cross)
+                value, pull = _pull_diagonal(cross.sum(0), options)
+            else:
+                weighted, others, sums = _rows(*arguments)
+                sums, cross = options.over_group(sums), sums
+                correlation = weighted.flatten(0, 2).T @ others.flatten(0, 2)
+                value, pull = _pull_full(options.over_group(correlation), options)
+        return (
+            value.to(accumulation_dtype(text.dtype)), *weights, *partners, *statistics, pull, sums, cross,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        text, video, text_weight, video_weight, _, _, options = inputs
+        _, *state = output
+        ctx.mark_non_differentiable(*(x for x in state if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(text, video, *state)
+        ctx.options = options
+        ctx.weight_dtypes = [None if w is None else w.dtype for w in (text_weight, video_weight)]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        text, video, wt, wv, video_index, text_index, count, mean, inverse_std, pull, sums, cross = ctx.saved_tensors
+        options = ctx.options
+        with _autocast.off(text.device.type):
+            pull = pull * (grad * options.ranks).to(pull.dtype)
+            arguments = (text, video, wt, wv, video_index, text_index)
+            channels = torch.stack([mean, inverse_std])
+            if options.alpha_off == 0:
+                pulls = (pull.to(wt.dtype), pull.new_empty(0, dtype=wt.dtype))
+                along = (pull * cross).repeat_interleave(2, 0)
+                offset = torch.cat([pull * sums[i ^ 1] for i in range(len(sums))]).view_as(sums)
+            else:
+                weighted, others, _ = _rows(*arguments, channels, options.normalize)
+                pulls = ((others @ pull.T), (weighted @ pull))
+                along = torch.stack(
+                    [(a[t] * b[t]).sum((0, 1), dtype=sums.dtype)
+                     for t in range(len(weighted)) for a, b in ((weighted, pulls[0]), (others, pulls[1]))]
+                )  # fmt: skip
+                along = options.over_group(along)
+                wide = pull.to(sums.dtype)
+                offset = torch.stack([(wide.T if i % 2 else wide) @ sums[i ^ 1] for i in range(len(sums))])
+            per_anchor = torch.stack([offset / count[:, None], along / (count - 1).clamp(min=1)[:, None]])
+            channels = torch.cat([channels, per_anchor])
+            grad_text, grad_video, grad_wt, grad_wv = torch.ops.drl_fast.cdcr_gradient(
+                *arguments, channels, *pulls, options.normalize
+            )
+            grads = [
+                None if dtype is None else (g * _weight_scale(count[2 * term], options)).to(dtype)
+                for term, (g, dtype) in enumerate(zip((grad_wt, grad_wv), ctx.weight_dtypes, strict=True))
+            ]
+        return grad_text, grad_video, *grads, None, None, None
+
+
+def _statistics(
+    text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, options: Options
+) -> tuple[tuple[Tensor, Tensor], Statistics]:
+    video_index, text_index, mean, scatter = torch.ops.drl_fast.cdcr_statistics(
+        text, video, text_mask, video_mask, options.normalize, options.both
+    )
+    anchors = torch.stack([(index >= 0).sum() for index in (video_index, text_index)])
+    count = anchors.to(mean.dtype).repeat_interleave(2)[: len(mean)]
+    count, mean, scatter = options.merged(count, mean, scatter)
+    std = (scatter / (count - 1).clamp(min=1)[:, None]).sqrt()
+    # Rounding of the mean is no deviation.
+    constant = std <= torch.clamp(16 * torch.finfo(std.dtype).eps * mean.abs(), min=STD_EPS)
+    return (video_index, text_index), Statistics(count, mean, torch.where(constant, 0, 1 / std))
+
+
+def _scaled_weights(
+    text: Tensor, video: Tensor, weights: tuple[Tensor | None, Tensor | None], statistics: Statistics, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Anchors' weights with C's divisor in them, and the mean's 1/2 where there are two terms."""
+    dtype = accumulation_dtype(text.dtype)
+    scaled: list[Tensor | None] = [None, None]
+    for term, (side, given) in enumerate(zip((text, video), weights, strict=True)):
+        if term == 0 or options.both:
+            scale = _weight_scale(statistics.count[2 * term], options)
+            weight = torch.ones_like(side[..., 0], dtype=scale.dtype) if given is None else given
+            scaled[term] = (weight * scale).to(dtype)
+    assert scaled[0] is not None
+    return scaled[0], scaled[1]
+
+
+def _weight_scale(count: Tensor, options: Options) -> Tensor:
+    divisor = count.clamp(min=1) if options.divisor is None else torch.full_like(count, options.divisor)
+    return (0.5 if options.both else 1.0) / divisor
+
+
+def _pull_diagonal(diagonal: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by C's diagonal (D,)."""
+    away = diagonal - 1
+    return options.alpha_on * (away * away).sum(), 2 * options.alpha_on * away
+
+
+def _pull_full(correlation: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient by C (D, D), which takes C's memory."""
+    diagonal = correlation.diagonal()
+    away = diagonal - 1
+    flat = correlation.flatten()
+    on, all_, own = (torch.dot(x, x) for x in (away, flat, diagonal.contiguous()))
+    pull = correlation.mul_(2 * options.alpha_off)
+    pull.diagonal().copy_(2 * options.alpha_on * away)
+    return options.alpha_on * on + options.alpha_off * (all_ - own), pull
+
+
+_diagonal = torch.ops.drl_fast.cdcr_diagonal.default
+_rows = torch.ops.drl_fast.cdcr_rows.default
+
+
+def _no_derivative(ctx: Any, *_: Tensor) -> None:
+    raise NotImplementedError(
+        "drl_fast: CDCR has no second derivative; compute it with drl_fast.reference.cdcr_loss or "
+        "drl_fast.reference.cross_correlation_loss"
+    )
+
+
+for _name in SCHEMAS:
+    torch.library.register_autograd(f"drl_fast::{_name}", _no_derivative, lib=LIBRARY)

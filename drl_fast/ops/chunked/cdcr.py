@@ -1,0 +1,249 @@
+"""CDCR's operators in plain PyTorch, a chunk of pairs at a time.
+
+A term has anchors (one side's real tokens) and their partners (each anchor's best match on the other side of its own
+pair). The first term's anchors are words, the second's frames; both are laid out padded, (pairs, tokens, D), with an
+index of -1 where there is no anchor. ``channels`` is (kinds, roles, D): mean, inverse deviation and, for the gradient,
+offset and along; roles are words, their partners, frames, their partners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _autocast
+from ..._checks import accumulation_dtype, statistics_dtype
+from .token_interaction import NORM_EPS
+
+# Tokens of one side in a chunk: temporaries stay at some ten times that many rows of D.
+CHUNK_TOKENS = 4096
+
+
+class Term(NamedTuple):
+    """Anchors of a chunk of pairs and their partners, unit tokens."""
+
+    nth: int
+    anchors: Tensor  # (C, Na, D)
+    partners: Tensor  # (C, Na, D)
+    there: Tensor  # (C, Na, 1) bool
+    chose: Tensor  # (C, Na, Np): 1 where this anchor has that partner. Sums by partner are products with it: no atomics
+
+
+def unit(features: Tensor, needed: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Tokens in the dtype of sums, and 1 / norm (0 for a zero token); what is not needed is not read."""
+    x = torch.where(needed[..., None], features, 0).to(accumulation_dtype(features.dtype))
+    if not normalize:
+        return x, None
+    norm = x.norm(dim=-1, keepdim=True)
+    inverse = torch.where(norm <= NORM_EPS, 0, 1 / norm)
+    return torch.where(norm <= NORM_EPS, 0, x * inverse), inverse
+
+
+def chunks(text: Tensor, video: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK_TOKENS // max(text.shape[1], video.shape[1]))
+    for first in range(0, len(text), step):
+        yield slice(first, first + step)
+
+
+def needed(own: Tensor, other: Tensor, length: int, both: bool) -> Tensor:
+    """(C, length) bool: the tokens that are an anchor or somebody's partner."""
+    partner = torch.zeros(len(other), length + 1, dtype=torch.bool, device=other.device)
+    partner.scatter_(1, torch.where(other >= 0, other, length).long(), True)
+    return partner[:, :length] | (own >= 0) if both else partner[:, :length]
+
+
+class Chunk(NamedTuple):
+    """Some pairs' unit tokens with their norms, and their terms."""
+
+    pairs: slice
+    units: tuple[Tensor, Tensor]
+    inverses: tuple[Tensor | None, Tensor | None]
+    needed: tuple[Tensor, Tensor]
+    terms: list[Term]
+
+
+def walk(
+    text: Tensor, video: Tensor, video_index: Tensor, text_index: Tensor, normalize: bool, both: bool
+) -> Iterator[Chunk]:
+    for pairs in chunks(text, video):
+        index = (video_index[pairs], text_index[pairs])
+        words = index[0] >= 0
+        if both:
+            words = needed(index[0], index[1], text.shape[1], True)
+        frames = needed(index[1], index[0], video.shape[1], both)
+        t, t_inverse = unit(text[pairs], words, normalize)
+        v, v_inverse = unit(video[pairs], frames, normalize)
+        terms = []
+        for nth, (own, other) in enumerate([(t, v), (v, t)][: 2 if both else 1]):
+            chosen = index[nth].long().clamp(min=0)
+            partners = other.gather(1, chosen[..., None].expand(-1, -1, other.shape[2]))
+            chose = (index[nth][..., None] == torch.arange(other.shape[1], device=own.device)).to(own.dtype)
+            terms.append(Term(nth, own, partners, (index[nth] >= 0)[..., None], chose))
+        yield Chunk(pairs, (t, v), (t_inverse, v_inverse), (words, frames), terms)
+
+
+def statistics(
+    text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, normalize: bool, both: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    video_index = text.new_empty(text.shape[:2], dtype=torch.int16)
+    text_index = text.new_empty(video.shape[:2], dtype=torch.int16)
+    dtype = statistics_dtype(text.device)
+    with _autocast.off(text.device.type):
+        for pairs in chunks(text, video):
+            video_index[pairs], text_index[pairs] = _partners(
+                text[pairs], video[pairs], None if text_mask is None else text_mask[pairs],
+                None if video_mask is None else video_mask[pairs], normalize,
+            )  # fmt: skip
+        count = torch.stack([(index >= 0).sum() for index in (video_index, text_index)]).clamp(min=1).to(dtype)
+        roles = 4 if both else 2
+        count = count.repeat_interleave(2)[:roles, None]
+        total = torch.zeros(roles, text.shape[2], dtype=dtype, device=text.device)
+        for chunk in walk(text, video, video_index, text_index, normalize, both):
+            total += torch.stack([_sum(x, term) for term in chunk.terms for x in (term.anchors, term.partners)])
+        mean = total / count
+        scatter = torch.zeros_like(mean)
+        for chunk in walk(text, video, video_index, text_index, normalize, both):
+            of_role = iter(mean)
+            scatter += torch.stack(
+                [_sum((x.to(dtype) - next(of_role)) ** 2, term) for term in chunk.terms for x in term[1:3]]
+            )
+    return video_index, text_index, mean, scatter
+
+
+def _sum(x: Tensor, term: Term) -> Tensor:
+    """(D,) sum over a term's anchors."""
+    return torch.where(term.there, x, 0).sum((0, 1), dtype=statistics_dtype(x.device))
+
+
+def _partners(
+    text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    words = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_mask is None else text_mask
+    frames = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device) if video_mask is None else video_mask
+    s = unit(text, words, normalize)[0] @ unit(video, frames, normalize)[0].transpose(1, 2)
+    paired = words[:, :, None] & frames[:, None, :]
+    found = []
+    for dim in (2, 1):
+        top = s.masked_fill(~paired, -torch.inf).amax(dim, keepdim=True)
+        hit = ((s == top) | s.isnan()) & paired
+        # Written out: argmax promises no order among ties on every device.
+        shape = [1, 1, 1]
+        shape[dim] = -1
+        position = torch.arange(s.shape[dim], device=s.device).view(shape)
+        index = torch.where(hit, position, s.shape[dim]).amin(dim)
+        found.append(torch.where(index == s.shape[dim], -1, index).to(torch.int16))
+    return found[0], found[1]
+
+
+def _standard(x: Tensor, channels: Tensor, role: int) -> Tensor:
+    """Standardised channels in x's dtype; the mean in two parts, for where it is far larger than the deviation."""
+    mean = channels[0, role].to(x.dtype)
+    rest = (channels[0, role] - mean).to(x.dtype)
+    return ((x - mean) - rest) * channels[1, role].to(x.dtype)
+
+
+def _weighted(chunk: Chunk, term: Term, weights: tuple[Tensor, Tensor | None]) -> Tensor:
+    given = weights[term.nth]
+    assert given is not None
+    return torch.where(term.there, given[chunk.pairs][..., None], 0)
+
+
+def diagonal(
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
+    text_index: Tensor, channels: Tensor, normalize: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    terms = 1 if video_weight is None else 2
+    cross = torch.zeros(terms, text.shape[2], dtype=channels.dtype, device=text.device)
+    sums = torch.zeros(2 * terms, text.shape[2], dtype=channels.dtype, device=text.device)
+    with _autocast.off(text.device.type):
+        for chunk in walk(text, video, video_index, text_index, normalize, terms == 2):
+            for term in chunk.terms:
+                w = _weighted(chunk, term, (text_weight, video_weight))
+                x = _standard(term.anchors, channels, 2 * term.nth)
+                y = _standard(term.partners, channels, 2 * term.nth + 1)
+                cross[term.nth] += _sum(w * x * y, term)
+                sums[2 * term.nth] += _sum(w * x, term)
+                sums[2 * term.nth + 1] += _sum(w * y, term)
+    return cross, sums
+
+
+def rows(
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
+    text_index: Tensor, channels: Tensor, normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    terms, slots = 1 if video_weight is None else 2, min(text.shape[1], video.shape[1])
+    dtype = accumulation_dtype(text.dtype)
+    weighted = torch.zeros(terms, len(text), slots, text.shape[2], dtype=dtype, device=text.device)
+    partners = torch.zeros_like(weighted)
+    sums = torch.zeros(2 * terms, text.shape[2], dtype=channels.dtype, device=text.device)
+    with _autocast.off(text.device.type):
+        for chunk in walk(text, video, video_index, text_index, normalize, terms == 2):
+            for term in chunk.terms:
+                w = _weighted(chunk, term, (text_weight, video_weight))
+                x = torch.where(term.there, w * _standard(term.anchors, channels, 2 * term.nth), 0)
+                y = torch.where(term.there, _standard(term.partners, channels, 2 * term.nth + 1), 0)
+                sums[2 * term.nth] += _sum(x, term)
+                sums[2 * term.nth + 1] += _sum(w * y, term)
+                if _by_anchor(text, video, term.nth):
+                    weighted[term.nth, chunk.pairs], partners[term.nth, chunk.pairs] = x, y
+                    continue
+                weighted[term.nth, chunk.pairs] = term.chose.transpose(1, 2) @ x
+                own = _standard(chunk.units[1 - term.nth], channels, 2 * term.nth + 1)
+                partners[term.nth, chunk.pairs] = torch.where(_was_chosen(term), own, 0)
+    return weighted, partners, sums
+
+
+def _was_chosen(term: Term) -> Tensor:
+    return term.chose.any(1)[..., None]
+
+
+def _by_anchor(text: Tensor, video: Tensor, term: int) -> bool:
+    """Whether a product's rows, one a token of the shorter side, are the term's anchors; else they are the partners."""
+    return (term == 1) == (video.shape[1] <= text.shape[1])
+
+
+def gradient(
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
+    text_index: Tensor, channels: Tensor, pull_anchors: Tensor, pull_partners: Tensor, normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    both, full = video_weight is not None, pull_anchors.dim() == 4
+    grads = (torch.empty_like(text, memory_format=torch.contiguous_format),
+             torch.empty_like(video, memory_format=torch.contiguous_format))  # fmt: skip
+    weight_grads = [torch.zeros(x.shape[:2], dtype=text_weight.dtype, device=text.device) for x in (text, video)]
+    with _autocast.off(text.device.type):
+        for chunk in walk(text, video, video_index, text_index, normalize, both):
+            into = [torch.zeros_like(x) for x in chunk.units]
+            for term in chunk.terms:
+                w = _weighted(chunk, term, (text_weight, video_weight))
+                x_role, y_role = 2 * term.nth, 2 * term.nth + 1
+                x, y = _standard(term.anchors, channels, x_role), _standard(term.partners, channels, y_role)
+                inverse, offset, along = channels[1:].to(x.dtype)
+                to_y = torch.zeros_like(y)
+                if not full:
+                    to_x, to_y = pull_anchors * y, w * pull_anchors * x
+                else:
+                    to_x, to_slot = pull_anchors[term.nth, chunk.pairs], pull_partners[term.nth, chunk.pairs]
+                    if _by_anchor(text, video, term.nth):
+                        to_y = to_slot
+                    else:
+                        to_x = term.chose @ to_x
+                        into[1 - term.nth] += torch.where(_was_chosen(term), to_slot * inverse[y_role], 0)
+                weight_grads[term.nth][chunk.pairs] = torch.where(term.there, x * to_x, 0).sum(-1)
+                grad_x = (w * to_x - offset[x_role] - x * along[x_role]) * inverse[x_role]
+                grad_y = (to_y - offset[y_role] - y * along[y_role]) * inverse[y_role]
+                into[term.nth] += torch.where(term.there, grad_x, 0)
+                into[1 - term.nth] += term.chose.transpose(1, 2) @ torch.where(term.there, grad_y, 0)
+            for side, out in enumerate(grads):
+                out[chunk.pairs] = _raw(into[side], chunk, side).to(out.dtype)
+    return *grads, weight_grads[0], weight_grads[1] if both else weight_grads[1][:0]
+
+
+def _raw(grad: Tensor, chunk: Chunk, side: int) -> Tensor:
+    """Gradient of the raw tokens from that of the unit tokens."""
+    inverse, token = chunk.inverses[side], chunk.units[side]
+    if inverse is not None:
+        grad = torch.where(inverse == 0, 0, (grad - token * (token * grad).sum(-1, keepdim=True)) * inverse)
+    return torch.where(chunk.needed[side][..., None], grad, 0)
