@@ -8,7 +8,7 @@ torch.Size([4, 6])
 """
 
 from . import functional, metrics, modules
-from .functional import Matches, info_nce, maxsim, token_interaction
+from .functional import Matches, info_nce, maxsim, token_contrastive_loss, token_interaction
 from .modules import DP, TI, WTI
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "maxsim",
     "metrics",
     "modules",
+    "token_contrastive_loss",
     "token_interaction",
 ]
 

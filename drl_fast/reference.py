@@ -191,3 +191,29 @@ def cdcr_loss(
         w = None if weight is None else weight.to(x.dtype)[real]
         terms.append(cross_correlation(x, y, w, len(text) if text_weight is not None else len(x)))
     return decorrelation((terms[0] + terms[1]) / 2, alpha_on, alpha_off)
+
+
+def token_contrastive_loss(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None = None,
+    video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor,
+    masking: str = "drl",
+    normalize: bool = True,
+    owner: Tensor | None = None,
+    process_group: object = None,
+) -> Tensor:
+    """InfoNCE of the interaction, through all its logits. ``process_group`` is ignored: the batch is what is given."""
+    logits = token_interaction(
+        text, video, text_weight, video_weight, text_mask, video_mask, normalize=normalize, masking=masking
+    )
+    assert isinstance(logits, Tensor)
+    scaled = logits * logit_scale
+    if owner is not None:
+        same = owner[:, None] == owner[None, :]
+        scaled = scaled.masked_fill(same.fill_diagonal_(False), -torch.inf)
+    return info_nce(scaled, 1.0)

@@ -1,4 +1,4 @@
-"""A training step's memory grows as what it keeps, a byte a token and pair, and not as the similarities.
+"""A training step's memory grows as what it keeps: a byte a token and pair, and in the contrastive loss the batch.
 
 Each row runs in a process of its own, whose high-water mark of resident memory is set back before each step.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import drl_fast
 from tests.conftest import use
@@ -41,17 +42,32 @@ def similarities(batch: int) -> int:
     return 4 * batch * batch * WORDS * FRAMES
 
 
-def step(batch: int) -> int:
+def contrastive_kept(batch: int) -> int:
+    """Bytes beside the inputs: their gradients, a block's gradient of the videos and the videos packed anew."""
+    return 4 * batch * (WORDS + 3 * FRAMES) * (CHANNELS + 1)
+
+
+def interaction(text: Tensor, video: Tensor, *weights: Tensor) -> Tensor:
+    return (drl_fast.token_interaction(text, video, *weights) * torch.randn(len(text), len(video))).sum()
+
+
+def contrastive(*tensors: Tensor) -> Tensor:
+    return drl_fast.token_contrastive_loss(*tensors, logit_scale=100.0)
+
+
+LOSSES = {"interaction": interaction, "contrastive": contrastive}
+
+
+def step(batch: int, loss: str) -> int:
     """Run one forward and backward; bytes at its peak beyond what was there before it."""
     text = torch.randn(batch, WORDS, CHANNELS, requires_grad=True)
     video = torch.randn(batch, FRAMES, CHANNELS, requires_grad=True)
     weights = [torch.rand(x.shape[:2], requires_grad=True) for x in (text, video)]
-    grad = torch.randn(batch, batch)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # pages that are only used again would not show
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    drl_fast.token_interaction(text, video, *weights).backward(grad)
+    LOSSES[loss](text, video, *weights).backward()
     return status("VmHWM") - before
 
 
@@ -59,15 +75,21 @@ def status(field: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
-@pytest.mark.parametrize("name", ["cpp", "chunked"])
-def test_a_step_keeps_a_byte_a_token_and_pair(name: str) -> None:
+def peaks(name: str, loss: str, batches: tuple[int, int]) -> dict[int, int]:
+    """Bytes at the peak of a step, by batch."""
     with use(name):
         pass  # skips, or fails, where it is absent
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.test_memory", name],
+        [sys.executable, "-W", "ignore", "-m", "tests.test_memory", name, loss, *map(str, batches)],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    return dict(zip(batches, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", ["cpp", "chunked"])
+def test_a_step_keeps_a_byte_a_token_and_pair(name: str) -> None:
+    peak = peaks(name, "interaction", BATCHES[name])
     small, large = BATCHES[name]
     peak = dict(zip((small, large), json.loads(done.stdout), strict=True))
     for batch in (small, large):
@@ -77,9 +99,19 @@ def test_a_step_keeps_a_byte_a_token_and_pair(name: str) -> None:
     assert peak[large] - peak[small] < 1.3 * (kept(large) - kept(small)) + 12 * MIB, peak
 
 
+def test_the_contrastive_loss_grows_with_the_batch_alone() -> None:
+    small, large = 1024, 2048
+    peak = peaks("cpp", "contrastive", (small, large))
+    for batch in (small, large):
+        assert contrastive_kept(batch) / 4 < peak[batch] < contrastive_kept(batch) + BUFFERS, peak
+    # One logit matrix would be 16 MB and kept matches 184 MB at 2048.
+    assert peak[large] - peak[small] < contrastive_kept(large) - contrastive_kept(small) + 8 * MIB, peak
+    assert contrastive_kept(large) + BUFFERS < kept(large) / 2
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # waiting threads spin, which takes minutes on a busy machine
     with IMPLEMENTATIONS[sys.argv[1]].install():
-        sizes = BATCHES[sys.argv[1]]
-        step(sizes[0])  # what is made once for all steps
-        print(json.dumps([step(batch) for batch in sizes]))
+        sizes = [int(x) for x in sys.argv[3:]]
+        step(sizes[0], sys.argv[2])  # what is made once for all steps
+        print(json.dumps([step(batch, sys.argv[2]) for batch in sizes]))

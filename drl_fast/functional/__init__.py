@@ -4,6 +4,16 @@ from .cdcr import cdcr_loss, cross_correlation_loss
 from .dot_product import dot_product
 from .info_nce import info_nce
 from .maxsim import maxsim
+from .token_contrastive_loss import token_contrastive_loss
 from .token_interaction import Matches, token_interaction
 
-__all__ = ["Matches", "cdcr_loss", "cross_correlation_loss", "dot_product", "info_nce", "maxsim", "token_interaction"]
+__all__ = [
+    "Matches",
+    "cdcr_loss",
+    "cross_correlation_loss",
+    "dot_product",
+    "info_nce",
+    "maxsim",
+    "token_contrastive_loss",
+    "token_interaction",
+]

@@ -104,7 +104,7 @@ def interact(
 ) -> Tensor | tuple[Tensor, Matches]:
     """Call the operator on checked arguments; matches are kept only where a backward or the caller needs them."""
     inputs = (text, video, text_weight, video_weight)
-    _refuse_forward_mode(inputs)
+    refuse_forward_mode(inputs, "token interaction")
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     logits, video_index, text_index = op.token_interaction(
         *inputs, text_mask, video_mask, normalize, zero_competes, train or return_matches
@@ -115,12 +115,12 @@ def interact(
     return logits, Matches(op.public_index(video_index), by_video)
 
 
-def _refuse_forward_mode(inputs: tuple[Tensor | None, ...]) -> None:
+def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:
     """Raise where an input carries a tangent: without requires_grad the operator would drop it in silence."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(
-            "drl_fast: the token interaction has no forward-mode derivative; use backward(), or "
-            "drl_fast.reference.token_interaction"
+            f"drl_fast: the {what} has no forward-mode derivative; use backward(), or "
+            f"drl_fast.reference.{what.replace(' ', '_')}"
         )

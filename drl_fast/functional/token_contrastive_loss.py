@@ -1,0 +1,124 @@
+"""InfoNCE straight from tokens and weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..ops import _token_contrastive_loss as ops
+from ._inputs import check_sides, uniform_weight
+from .info_nce import check_scale
+from .token_interaction import refuse_forward_mode
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def token_contrastive_loss(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None = None,
+    video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    logit_scale: float | Tensor,
+    masking: str = "drl",
+    normalize: bool = True,
+    owner: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """``info_nce(token_interaction(...), logit_scale)`` without the B x B logits and without a match kept for any pair.
+
+    Blocks of texts are scored against all videos, once in the forward and once more in the backward; memory beyond the
+    inputs and their gradients is one block (some 16 MB) and six numbers a pair. Differentiable once in features,
+    weights and ``logit_scale``; a second derivative or forward-mode AD raises.
+
+    Args:
+        text: (B, Nt, D) token features, raw; float32, float16, bfloat16 or float64. Text i belongs to video i.
+        video: (B, Nv, D), the same dtype and device.
+        text_weight: (B, Nt) weights, any float dtype, used as given; None is uniform over real tokens (TI).
+        video_weight: (B, Nv), likewise.
+        text_mask: (B, Nt), non-zero = real token, any dtype, holes allowed; None: all real.
+        video_mask: (B, Nv), likewise.
+        logit_scale: the factor itself (exp already taken, open_clip's ClipLoss convention): a positive float, or a
+            0-dim tensor that gets a gradient.
+        masking: ``"drl"``, ``"exclude"`` or ``"none"``, as in :func:`token_interaction`.
+        normalize: L2-normalise tokens first.
+        owner: (B,) integer ids. Other pairs of the same id (captions of one video) are left out of a text's and a
+            video's negatives.
+
+    Returns:
+        A scalar, float32 (float64 for float64 input), the mean of the two cross-entropies. B = 1 gives 0.
+
+    Raises:
+        ValueError: wrong rank, sizes that do not match, text and video of different batch, B = 0, another device, an
+            unknown ``masking``, a float ``logit_scale`` that is not positive and finite.
+        TypeError: not a tensor, a dtype that is not served, ``owner`` not of integers.
+
+    Source: arXiv 2203.07111, section 3.4; the running log-sum-exp is Milakov & Gimelshein's, arXiv 1805.02867.
+    """
+    arguments = (text, video, text_weight, video_weight, text_mask, video_mask, logit_scale, masking, normalize, owner)
+    pairs = _check(*arguments)
+    if len(pairs.text.features) == 0:
+        raise ValueError(f"text must hold at least one pair, got shape {tuple(text.shape)}; skip empty batches")
+    return ops.token_contrastive_loss(*pairs)
+
+
+class Pairs(NamedTuple):
+    """Checked arguments."""
+
+    text: ops.Tokens
+    video: ops.Tokens
+    logit_scale: float | Tensor
+    rule: ops.Rule
+
+
+def _check(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    logit_scale: float | Tensor,
+    masking: str,
+    normalize: bool,
+    owner: Tensor | None,
+) -> Pairs:
+    _checks.option("masking", masking, _checks.MASKINGS)
+    _checks.flag("normalize", normalize)
+    scale = check_scale(logit_scale)
+    text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+    if len(text) != len(video):
+        raise ValueError(
+            f"video must have as many rows as text, one video a text: {len(text)}, got {len(video)}; "
+            "repeat a video for each of its captions and say so with owner"
+        )
+    wt = uniform_weight(t_mask, text) if text_weight is None else text_weight
+    wv = uniform_weight(v_mask, video) if video_weight is None else video_weight
+    wt = _checks.weight("text_weight", wt, text, "B, Nt", "text")
+    wv = _checks.weight("video_weight", wv, video, "B, Nv", "video")
+    refuse_forward_mode((text, video, wt, wv, scale if isinstance(scale, Tensor) else None), "token contrastive loss")
+    ids = None if owner is None else _owner(owner, text)
+    if masking == "none":
+        t_mask = v_mask = None
+    sides = ops.Tokens(text, wt, t_mask, ids), ops.Tokens(video, wv, v_mask, ids)
+    return Pairs(*sides, scale, ops.Rule(normalize, masking == "drl"))
+
+
+def _owner(value: object, text: Tensor) -> Tensor:
+    """Check (B,) ids of the videos that the pairs belong to."""
+    owner = _checks.tensor("owner", value)
+    if tuple(owner.shape) != (len(text),):
+        raise ValueError(f"owner must be (B,) = ({len(text)},) to match text, got {tuple(owner.shape)}")
+    if owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"owner must hold integers, one id a video, got {owner.dtype}; convert it with owner.long()")
+    if owner.device != text.device:
+        raise ValueError(
+            f"owner must be on text's device {text.device}, got {owner.device}; move it with owner.to(text.device)"
+        )
+    return owner.to(torch.int64)

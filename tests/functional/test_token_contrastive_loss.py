@@ -1,0 +1,330 @@
+"""The contrastive loss from tokens: InfoNCE of the interaction, and nothing of its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from drl_fast import info_nce, reference, token_contrastive_loss, token_interaction
+from drl_fast.ops import _token_contrastive_loss as ops
+from tests.implementations import Implementation
+from tests.oracle import ATOL, LEAVES, Problem, assert_close, make, plain
+
+SCALE = 20.0
+SHAPE = (23, 7, 23, 4)
+CASES: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "weights": {"weights": torch.float32},
+    "holes": {"masks": ("holes", "prefix"), "weights": torch.float32},
+    "empty rows, excluded": {"masks": ("empty", "empty"), "masking": "exclude"},
+    "none": {"masks": ("holes", "holes"), "masking": "none", "weights": torch.float32},
+    "as they are": {"masks": ("prefix", None), "normalize": False},
+    "half weights": {"weights": torch.bfloat16, "masks": ("prefix", "prefix"), "mask_dtype": torch.float32},
+}
+HALF = {
+    "bfloat16": {"dtype": torch.bfloat16, "weights": torch.float32},
+    "float16": {"dtype": torch.float16, "masks": ("prefix", "holes"), "weights": torch.float16},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, the last of another size."""
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(ops, "LEAST_WORDS", 5 * SHAPE[1])
+
+
+def owners(problem: Problem) -> Tensor:
+    return torch.arange(len(problem.text), device=problem.text.device) * 7 % 5
+
+
+def step(
+    function: Callable[..., Tensor], problem: Problem, scale: float = SCALE, **options: Any
+) -> tuple[Tensor, dict]:
+    """The loss and its gradients for features, weights and scale."""
+    leaves = {n: getattr(problem, n).detach().requires_grad_() for n in LEAVES if getattr(problem, n) is not None}
+    wide = torch.promote_types(problem.text.dtype, torch.float32)
+    factor = torch.tensor(scale, dtype=wide, device=problem.text.device, requires_grad=True)
+    tensors = Problem(**{**problem.__dict__, **leaves}).args()
+    loss = function(*tensors, logit_scale=factor, **problem.options, **options)
+    grads = torch.autograd.grad(loss, [*leaves.values(), factor])
+    return loss.detach(), dict(zip([*leaves, "logit_scale"], grads, strict=True))
+
+
+def of_all_logits(interaction: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss by way of the logit matrix."""
+
+    def loss(*tensors: Tensor | None, logit_scale: Tensor, **options: Any) -> Tensor:
+        return info_nce(interaction(*tensors, **options), logit_scale)
+
+    return loss
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_reference(impl: Implementation, case: str, owned: bool) -> None:
+    problem = make(SHAPE, **CASES[case]).map(lambda x: x.to(impl.device))
+    owner = owners(problem) if owned else None
+    loss, grads = step(token_contrastive_loss, problem, owner=owner)
+    truth, want = step(reference.token_contrastive_loss, problem.double(), owner=None if owner is None else owner.cpu())
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    for name, grad in grads.items():
+        rounding = 1e-2 if grad.dtype == torch.bfloat16 else 1e-4
+        assert grad.shape == want[name].shape
+        torch.testing.assert_close(
+            grad.double().cpu(), want[name], rtol=0, atol=rounding * float(want[name].abs().max())
+        )
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_half_precision(impl: Implementation, case: str) -> None:
+    problem = make(SHAPE, **HALF[case])
+    loss, grads = step(token_contrastive_loss, problem.map(lambda x: x.to(impl.device)))
+    rival, rival_grads = step(of_all_logits(plain), problem)
+    truth, want = step(reference.token_contrastive_loss, problem.double())
+    assert loss.dtype == torch.float32
+    assert_close("loss", loss, rival, truth, ATOL[problem.text.dtype], 1.0)
+    for name, grad in grads.items():
+        assert grad.dtype == rival_grads[name].dtype
+        assert_close(name, grad, rival_grads[name], want[name], ATOL[problem.text.dtype], 0.0)
+
+
+def test_blocks_change_nothing_but_rounding(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(SHAPE, weights=torch.float32, masks=("holes", "prefix")).map(lambda x: x.to(impl.device))
+    loss, grads = step(token_contrastive_loss, problem)
+    again, same = step(token_contrastive_loss, problem)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 1 << 30)
+    whole, want = step(token_contrastive_loss, problem)
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-6 * float(want[name].abs().max()))
+
+
+def test_blocks_are_even_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 16 << 20)
+    monkeypatch.setattr(ops, "LEAST_WORDS", 2048)
+
+    def sizes(rows: int, matches: bool, words: int = 16) -> list[int]:
+        sides = [
+            ops.Tokens(torch.empty(rows, n, 1, device="meta"), torch.empty(rows, n, device="meta"), None, None)
+            for n in (words, 8)
+        ]
+        return [block.stop - block.start for block in ops.blocks(*sides, matches=matches)]
+
+    assert sizes(100, True) == [100]
+    many = sizes(3000, True)
+    assert sum(many) == 3000
+    assert max(many) - min(many) <= 1
+    assert (16 << 20) // 2 < max(many) * 3000 * (16 + 8 + 16) <= 16 << 20
+    assert len(sizes(3000, False)) < len(many)
+    assert max(sizes(100_000, True, words=77)) == 2048 // 77
+
+
+def test_a_confident_positive_keeps_its_gradient() -> None:
+    """Where every positive's probability is all but 1 its gradient is the small rest, not rounding."""
+    text = torch.eye(6)[:, None] + 1e-2 * torch.randn(6, 1, 6)
+    problem = Problem(text, torch.eye(6)[:, None])
+    loss, grads = step(token_contrastive_loss, problem, 12.0)
+    truth, want = step(reference.token_contrastive_loss, problem.double(), 12.0)
+    assert 0 < truth < 1e-4
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-2)
+    for name in grads:
+        torch.testing.assert_close(grads[name].double(), want[name], rtol=0, atol=1e-2 * float(want[name].abs().max()))
+
+
+def test_owners_by_hand() -> None:
+    """Two captions of one video and one of another: each caption has one negative, the videos alike."""
+    text = torch.eye(3)[:, None]
+    video = torch.eye(3)[[0, 0, 2]][:, None]
+    loss = token_contrastive_loss(text, video, logit_scale=2.0, owner=torch.tensor([5, 5, -1], dtype=torch.int16))
+    logits = torch.tensor([[2.0, -torch.inf, 0], [-torch.inf, 0, 0], [0, 0, 2]])
+    assert loss.item() == pytest.approx(info_nce(logits, 1.0).item(), rel=1e-6)
+
+
+def test_one_owner_for_all_leaves_no_negative() -> None:
+    problem = make(SHAPE)
+    loss, grads = step(token_contrastive_loss, problem, owner=torch.zeros(len(problem.text), dtype=torch.int64))
+    assert loss == 0
+    assert all(bool((grad == 0).all()) for grad in grads.values())
+
+
+def test_one_pair_scores_zero(impl: Implementation) -> None:
+    problem = make((1, 4, 1, 3), weights=torch.float32).map(lambda x: x.to(impl.device))
+    loss, grads = step(token_contrastive_loss, problem, 100.0)
+    assert loss == 0
+    assert all(bool((grad == 0).all()) for grad in grads.values())
+
+
+def test_gradcheck() -> None:
+    problem = make((6, 3, 6, 2), 4, torch.float64, masks=("holes", "prefix"), weights=torch.float64)
+    leaves = [getattr(problem, name).requires_grad_() for name in LEAVES]
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(*x: Tensor) -> Tensor:
+        return token_contrastive_loss(*x[:4], problem.text_mask, problem.video_mask, logit_scale=x[4])
+
+    assert torch.autograd.gradcheck(loss, (*leaves, scale))
+
+
+@pytest.mark.parametrize("wanted", [*LEAVES, "logit_scale"])
+def test_only_what_is_needed_is_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(SHAPE, weights=torch.float32)
+    _, want = step(token_contrastive_loss, problem)
+    asked, kept = [], []
+    differentiate, score = ops.differentiate, ops.score
+    monkeypatch.setattr(ops, "differentiate", lambda *x: asked.append(x[-1]) or differentiate(*x))
+    monkeypatch.setattr(ops, "score", lambda *x: kept.append(x[-1]) or score(*x))
+    leaves = {**{name: getattr(problem, name) for name in LEAVES}, "logit_scale": torch.tensor(SCALE)}
+    leaves[wanted] = leaves[wanted].clone().requires_grad_()
+    loss = token_contrastive_loss(**leaves)
+    assert not any(kept)
+    (grad,) = torch.autograd.grad(loss, leaves[wanted])
+    assert torch.equal(grad, want[wanted])
+    if wanted == "logit_scale":
+        assert not asked
+        assert not any(kept)
+    else:
+        assert {needs.index(True) for needs in asked} == {LEAVES.index(wanted)}
+        assert {sum(needs) for needs in asked} == {1}
+
+
+def test_without_gradients() -> None:
+    problem = make(SHAPE)
+    assert not token_contrastive_loss(*problem.args(), logit_scale=SCALE).requires_grad
+    text = problem.text.clone().requires_grad_()
+    with torch.no_grad():
+        assert not token_contrastive_loss(text, problem.video, logit_scale=SCALE).requires_grad
+
+
+def test_a_scale_of_another_dtype_and_shape() -> None:
+    problem = make(SHAPE)
+    _, want = step(token_contrastive_loss, problem)
+    for dtype in (torch.float64, torch.float16):
+        scale = torch.full((1, 1), SCALE, dtype=dtype, requires_grad=True)
+        loss = token_contrastive_loss(problem.text, problem.video, logit_scale=scale)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        assert scale.grad.dtype == dtype
+        assert scale.grad.shape == (1, 1)
+        assert scale.grad.item() == pytest.approx(want["logit_scale"].item(), rel=1e-2)
+
+
+def test_nan_is_seen_and_masked_nan_is_not(impl: Implementation) -> None:
+    problem = make(SHAPE, masks=("prefix", "prefix"), weights=torch.float32).map(lambda x: x.to(impl.device))
+    problem.text_mask[3, -1] = problem.video_mask[20, -1] = False
+    clean, want = step(token_contrastive_loss, problem)
+    problem.text[3, -1] = problem.video[20, -1] = torch.nan
+    loss, grads = step(token_contrastive_loss, problem)
+    assert torch.equal(loss, clean)
+    assert all(torch.equal(grads[name], want[name]) for name in grads)
+    for side in (problem.text, problem.video):
+        broken = side[22, 0].clone()
+        side[22, 0] = torch.nan
+        assert token_contrastive_loss(*problem.args(), logit_scale=SCALE).isnan()
+        side[22, 0] = broken
+
+
+def test_large_logits_do_not_overflow() -> None:
+    problem = make(SHAPE, normalize=False)
+    loss, grads = step(token_contrastive_loss, problem.map(lambda x: x * 1e3), 100.0)
+    assert bool(loss.isfinite())
+    assert all(bool(grad.isfinite().all()) for grad in grads.values())
+
+
+def test_strides_do_not_matter() -> None:
+    problem = make(SHAPE, weights=torch.float32)
+    odd = problem.map(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+    loss, grads = step(token_contrastive_loss, problem)
+    again, same = step(token_contrastive_loss, odd)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+
+
+def test_autocast_casts_features() -> None:
+    problem = make(SHAPE, weights=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, grads = step(token_contrastive_loss, problem)
+    half = Problem(problem.text.bfloat16(), problem.video.bfloat16(), problem.text_weight, problem.video_weight)
+    want, _ = step(token_contrastive_loss, half)
+    assert torch.equal(loss, want)
+    assert grads["text"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", ["uniform", "holes"])
+def test_compiles(case: str) -> None:
+    torch._dynamo.reset()
+    problem = make(SHAPE, **CASES[case])
+    options = {"owner": owners(problem)}
+    compiled = torch.compile(token_contrastive_loss, fullgraph=True, backend="aot_eager")
+    loss, grads = step(token_contrastive_loss, problem, **options)
+    again, same = step(compiled, problem, **options)
+    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+    for name in grads:
+        torch.testing.assert_close(same[name], grads[name], rtol=1e-4, atol=1e-7)
+    torch._dynamo.reset()
+
+
+def test_functional_gradient() -> None:
+    problem = make(SHAPE)
+    _, want = step(token_contrastive_loss, problem)
+    grad = torch.func.grad(lambda text: token_contrastive_loss(text, problem.video, logit_scale=SCALE))(problem.text)
+    torch.testing.assert_close(grad, want["text"])
+
+
+def test_no_second_derivative_and_no_forward_mode() -> None:
+    problem = make((3, 2, 3, 2), 4)
+    text = problem.text.clone().requires_grad_()
+    loss = token_contrastive_loss(text, problem.video, logit_scale=2.0)
+    (grad,) = torch.autograd.grad(loss, text, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative.*reference\.token_contrastive_loss"):
+        (loss + grad.sum()).backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(problem.text, torch.ones_like(problem.text))
+        with pytest.raises(NotImplementedError, match=r"no forward-mode.*reference\.token_contrastive_loss"):
+            token_contrastive_loss(dual, problem.video, logit_scale=2.0)
+
+
+T, V = torch.zeros(2, 3, 8), torch.zeros(2, 5, 8)
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no pair": ({"text": T[:0], "video": V[:0]}, ValueError, r"text must hold at least one pair.*\(0, 3, 8\).*skip"),
+    "more videos": ({"video": V.repeat(2, 1, 1)}, ValueError, "video must have as many rows as text.* 2, got 4.*owner"),
+    "D differs": ({"video": V[..., :7]}, ValueError, "video must have D = 8 channels to match text, got 7"),
+    "masks swapped": ({"text_mask": torch.ones(2, 5)}, ValueError, r"text_mask must be.*\(2, 3\).*got \(2, 5\)"),
+    "weight": ({"text_weight": torch.ones(3, 2)}, ValueError, r"text_weight must be \(B, Nt\) = \(2, 3\).*\(3, 2\)"),
+    "owner's shape": ({"owner": torch.zeros(2, 1).long()}, ValueError, r"owner must be \(B,\) = \(2,\).*\(2, 1\)"),
+    "owner's dtype": ({"owner": torch.zeros(2)}, TypeError, r"owner must hold integers.*float32.*owner\.long\(\)"),
+    "owner bool": ({"owner": torch.zeros(2).bool()}, TypeError, "owner must hold integers.*torch.bool"),
+    "owner a list": ({"owner": [0, 1]}, TypeError, r"owner must be a torch.Tensor.*as_tensor\(owner\)"),
+    "owner elsewhere": ({"owner": torch.zeros(2, device="meta").long()}, ValueError, "owner must be on text's device"),
+    "scale 0": ({"logit_scale": 0.0}, ValueError, "logit_scale must be positive and finite, got 0.0"),
+    "scale negative": ({"logit_scale": -1}, ValueError, "logit_scale must be positive and finite, got -1"),
+    "scale NaN": ({"logit_scale": math.nan}, ValueError, "logit_scale must be positive and finite, got nan"),
+    "scale of rank 1": ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale must be a scalar.*\(2,\)"),
+    "masking": ({"masking": "mean"}, ValueError, "masking must be one of 'drl', 'exclude', 'none', got 'mean'"),
+    "normalize": ({"normalize": 1}, TypeError, "normalize must be True or False, got int 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str) -> None:
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=message) as caught:
+        token_contrastive_loss(**{"text": T, "video": V, "logit_scale": 1.0, **changes})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_it_is_info_nce_of_the_interaction() -> None:
+    problem = make((60, 16, 60, 8), 32, weights=torch.float32)
+    loss, grads = step(token_contrastive_loss, problem, 100.0)
+    whole, want = step(of_all_logits(token_interaction), problem, 100.0)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    for name in grads:
+        torch.testing.assert_close(grads[name], want[name], rtol=0, atol=1e-4 * float(want[name].abs().max()))
