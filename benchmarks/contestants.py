@@ -73,7 +73,7 @@ class Contestant:
 
 
 # --- both directions --------------------------------------------------------------------------------------------------
-def _mm(problem: Problem) -> Call:
+def dense_product(problem: Problem) -> Call:
     words, frames = problem.text.detach().flatten(0, 1), problem.video.detach().flatten(0, 1).T
     return lambda: torch.mm(words, frames)
 
@@ -110,7 +110,7 @@ def product(by: str, shape: dict[str, Any], threads: int) -> tuple[Call, Call, s
     """
     torch.set_num_threads(threads)
     ThreadpoolController().limit(limits=threads, user_api="blas")
-    make = {"mm": _mm, "numpy": _other_blas}[by]
+    make = {"mm": dense_product, "numpy": _other_blas}[by]
     return make(make_problem(Shape(4))), make(make_problem(Shape(**shape))), "cpu"
 
 
@@ -180,7 +180,9 @@ def _flash_maxsim(problem: Problem) -> Call:
 
 
 _PRODUCT = (
-    Contestant(YARDSTICK, "torch.mm", _mm, "the yardstick: one dense product of all padded tokens, nothing else"),
+    Contestant(
+        YARDSTICK, "torch.mm", dense_product, "the yardstick: one dense product of all padded tokens, nothing else"
+    ),
     Contestant("mm_out", "torch.mm, out=", _mm_into, "the same into memory that is already there"),
 )
 INTERACTIONS = (
@@ -234,6 +236,16 @@ def training_step(forward: Call, problem: Problem) -> Call:
     def step() -> tuple[Tensor, ...]:
         logits = forward()
         return logits.detach(), *torch.autograd.grad(logits, problem.leaves(), grad.to(logits.dtype))
+
+    return step
+
+
+def loss_step(forward: Call, leaves: tuple[Tensor, ...]) -> Call:
+    """A loss and its gradients."""
+
+    def step() -> tuple[Tensor, ...]:
+        loss = forward()
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     return step
 

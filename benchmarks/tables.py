@@ -14,7 +14,7 @@ from typing import Any
 
 import rich.table
 
-from benchmarks import harness
+from benchmarks import harness, loss_tables
 from benchmarks.cells import NOTHING, Table, budget, label, machine_line, memory, milliseconds, notes, ratio
 from benchmarks.problem import Shape
 
@@ -85,7 +85,7 @@ def profile(result: dict[str, Any]) -> Table:
     return Table("Where a training step goes, in percent of samples", ["phase", *heads], rows)
 
 
-PAGE_ONLY = {"summary": summary, "profile": profile}
+PAGE_ONLY = {"summary": summary, "profile": profile, **loss_tables.CDCR, **loss_tables.CONTRASTIVE}
 # What bench_wti.py prints.
 ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
     "forward": forward, "train": train, "maxsim": maxsim, "memory": memory, "budget": budget,
@@ -118,7 +118,13 @@ def yardstick_line(result: dict[str, Any]) -> str:
     return f"The product of {label(found['shape'])} alone: torch.mm {mm:.3g} ms, {name} {other:.3g} ms."
 
 
-LINES = {"headline": headline, "machine": machine_line, "yardstick": yardstick_line, "notes": notes}
+LINES = {
+    "headline": headline,
+    "machine": machine_line,
+    "yardstick": yardstick_line,
+    "notes": notes,
+    **loss_tables.LINES,
+}
 
 
 # --- how they are shown -----------------------------------------------------------------------------------------------
