@@ -113,7 +113,7 @@ def _picture(
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False)
     axes.set_xlabel(axis)
     axes.set_ylabel(unit)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -121,3 +121,37 @@ def _picture(
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def draw_scaling(result: dict[str, Any], folder: Path) -> Path:
+    """Write ``scaling.png``: memory and time of a step against the batch, by the model."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    colours = {8: "#E69F00", 64: "#0072B2", 1024: "#009E73"}
+    lines = {"gathered": "--", "ring": "-"}
+    plan = [row for row in result["plan"] if row["work"]["nt"] == 32]
+    for ranks, colour in colours.items():
+        rows = [row for row in plan if row["work"]["ranks"] == ranks]
+        pairs = [row["work"]["pairs"] for row in rows]
+        for way, line in lines.items():
+            for axes, key, scale in ((panels[0], "held", 1e-9), (panels[1], "step", 1.0)):
+                values = [row["ways"][way][key] * scale for row in rows]
+                axes.plot(pairs, values, color=colour, linestyle=line, linewidth=2, label=f"{way}, {ranks} GPUs")
+    panels[0].axhline(result["budget"] / 1e9, color="#555555", linewidth=1)
+    panels[0].text(pairs[0], result["budget"] / 1e9 * 1.15, "what the loss may take", fontsize=8, color="#555555")
+    for axes, title in zip(panels, ("GB a GPU beside its inputs", "seconds a step"), strict=True):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("pairs in the batch")
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.xaxis.set_major_locator(FixedLocator(pairs))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:.0f}k" if x < 2**20 else f"{x / 2**20:.0f}M")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.suptitle("A model, not a measurement: the contrastive loss over many GPUs", x=0.01, ha="left", fontsize=12,
+                    fontweight="bold")  # fmt: skip
+    figure.savefig(folder / "scaling.png", dpi=150)
+    plt.close(figure)
+    return folder / "scaling.png"

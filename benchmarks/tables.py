@@ -14,11 +14,11 @@ from typing import Any
 
 import rich.table
 
-from benchmarks import harness, loss_tables
+from benchmarks import harness, loss_tables, scaling_tables
 from benchmarks.cells import NOTHING, Table, budget, label, machine_line, memory, milliseconds, notes, ratio
 from benchmarks.problem import Shape
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/scaling.md")
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 # (column title, contestant) of the interaction's tables, and of the one-way table.
 INTERACTIONS = (
@@ -85,7 +85,13 @@ def profile(result: dict[str, Any]) -> Table:
     return Table("Where a training step goes, in percent of samples", ["phase", *heads], rows)
 
 
-PAGE_ONLY = {"summary": summary, "profile": profile, **loss_tables.CDCR, **loss_tables.CONTRASTIVE}
+PAGE_ONLY = {
+    "summary": summary,
+    "profile": profile,
+    **loss_tables.CDCR,
+    **loss_tables.CONTRASTIVE,
+    **scaling_tables.TABLES,
+}
 # What bench_wti.py prints.
 ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
     "forward": forward, "train": train, "maxsim": maxsim, "memory": memory, "budget": budget,
@@ -124,6 +130,7 @@ LINES = {
     "yardstick": yardstick_line,
     "notes": notes,
     **loss_tables.LINES,
+    **scaling_tables.LINES,
 }
 
 
