@@ -5,12 +5,15 @@
     loss  = 1/2B sum_a [ lse_b x_ab - x_aa ]  +  1/2B sum_b [ lse_a x_ab - x_bb ]
     dx_ab = 1/2B [ exp(x_ab - lse_b x_ab) + exp(x_ab - lse_a x_ab) - 2 (a = b) ]
 
-The forward keeps a running maximum and sum of exponentials for every row and column, the backward scores each block once
-more, now with its matches. A log-sum-exp stays in two parts, top and log of the sum, until it is subtracted: their sum
-would lose the digits that tell a well-trained positive's probability from 1.
+The forward keeps a running maximum and sum of exponentials for every row and column, the backward scores each block
+once more, now with its matches. A log-sum-exp stays in two parts, top and log of the sum, until it is subtracted: their
+sum would lose the digits that tell a well-trained positive's probability from 1.
 
 Held beside the inputs: 6 numbers a pair, one block (``BLOCK_BYTES``), in the backward the gradients, summed in float32.
 Time: one forward more than a training step of ``token_interaction``, about 15 passes over a block's logits.
+
+Over a group every rank scores its own texts against the videos of all ranks, which come by as _visits.py says. Rows'
+sums stay, columns' sums and videos' gradients go home with their videos.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from .._checks import accumulation_dtype
 from . import token_interaction as op
+from ._visits import Alone, Tokens, Visits
 
 # One block's matches and logits. With 16 MiB a block of 4096 videos and 24 tokens a pair still has 1500 words.
 BLOCK_BYTES = 16 << 20
@@ -33,15 +37,6 @@ COPIES = 4
 LEAST_WORDS = 2048
 
 
-class Tokens(NamedTuple):
-    """One side: features (rows, N, D), weights (rows, N), mask (rows, N) or None, owner (rows,) or None."""
-
-    features: Tensor
-    weight: Tensor
-    mask: Tensor | None
-    owner: Tensor | None
-
-
 class Rule(NamedTuple):
     """How a pair is scored."""
 
@@ -49,38 +44,46 @@ class Rule(NamedTuple):
     zero_competes: bool
 
 
-def token_contrastive_loss(text: Tokens, video: Tokens, logit_scale: float | Tensor, rule: Rule) -> Tensor:
+def token_contrastive_loss(
+    text: Tokens, video: Tokens, logit_scale: float | Tensor, rule: Rule, visits: Visits | None = None
+) -> Tensor:
     """The loss of checked arguments, differentiable once in features, weights and ``logit_scale``."""
     return Loss.apply(
         text.features, video.features, text.weight, video.weight, logit_scale, text.mask, video.mask, text.owner, rule,
+        visits,
     )[0]  # fmt: skip
 
 
 class Loss(torch.autograd.Function):
-    """Outputs the loss, and for the backward (2, A) and (2, B) parts of the rows' and columns' log-sum-exp."""
+    """Outputs the loss, and for the backward (2, A) and (2, B) parts of this rank's rows' and all columns' sums."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        text, video, scale, rule = _unpack(inputs)
+        text, video, scale, rule, visits = _unpack(inputs)
         rows, positive = nothing_yet(text.features), text.weight.new_empty(len(text.features))
-        columns = nothing_yet(video.features)
-        for block in blocks(text, video, matches=False):
-            part = cut(text, block)
-            logits = score(part, video, rule, False)[0]
-            x = scaled(logits, scale, part, video, block.start)
-            positive[block] = x.diagonal(block.start)
-            absorb(rows[:, block], x, 1)
-            absorb(columns, x, 0)
+
+        def work(source: int, videos: Tokens) -> Tensor:
+            columns = nothing_yet(videos.features)
+            for block in blocks(text, videos, matches=False):
+                part, own = cut(text, block), block.start if source == visits.rank else None
+                x = scaled(score(part, videos, rule, False)[0], scale, part, videos, own)
+                if own is not None:
+                    positive[block] = x.diagonal(own)
+                absorb(rows[:, block], x, 1)
+                absorb(columns, x, 0)
+            return columns.flatten()
+
+        columns = visits.visit(video, work, joined, lambda count, _: 2 * count).view(2, -1)
         rows[1].log_()
-        columns[1].log_()
+        columns = torch.stack((columns[0], columns[1].log()))
         # top - positive first: it is exact where the positive leads
         loss = (rows[0] - positive + rows[1]).sum() + (columns[0] - positive + columns[1]).sum()
-        return loss / (2 * len(positive)), rows, columns
+        return visits.add(loss) / (2 * sum(visits.rows(video))), rows, visits.everywhere(columns.T).T
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, rows, columns = output
-        *tensors, ctx.rule = inputs
+        *tensors, ctx.rule, ctx.visits = inputs
         ctx.scale = None if isinstance(tensors[4], Tensor) else tensors[4]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in tensors), rows, columns)
         ctx.mark_non_differentiable(rows, columns)
@@ -89,16 +92,18 @@ class Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 10
         *inputs, rows, columns = ctx.saved_tensors
         if ctx.scale is not None:
             inputs[4] = ctx.scale
         with torch.no_grad():
-            grads = gradients(grad_loss, _unpack((*inputs, ctx.rule)), rows, columns, ctx.needs_input_grad)
+            grads = gradients(
+                grad_loss, _unpack((*inputs, ctx.rule, ctx.visits)), rows, columns, ctx.needs_input_grad[:5]
+            )
         if torch.is_grad_enabled():  # create_graph=True
             sources = [x for x in (grad_loss, *inputs) if isinstance(x, Tensor) and x.requires_grad]
             grads = [None if x is None else OnlyOnce.apply(x, *sources) for x in grads]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 class OnlyOnce(torch.autograd.Function):
@@ -120,35 +125,85 @@ class OnlyOnce(torch.autograd.Function):
         )
 
 
-def gradients(
-    grad_loss: Tensor,
-    arguments: tuple[Tokens, Tokens, float | Tensor, Rule],
-    rows: Tensor,
-    columns: Tensor,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients of text, video, their weights and the scale, None where not needed."""
-    text, video, scale, rule = arguments
-    grads = Gradients(text, video, scale, needs)
-    factor = grad_loss / (2 * len(text.features))
-    for block in blocks(text, video, matches=grads.tokens):
-        part = cut(text, block)
-        logits, *matches = score(part, video, rule, grads.tokens)
-        x = scaled(logits, scale, part, video, block.start)
-        g = softmax(x, rows[:, block].unsqueeze(2)) + softmax(x, columns.unsqueeze(1))
-        g.diagonal(block.start).sub_(2)
-        grads.add(g * factor, logits, part, video, matches, block, rule)
-    return grads.take()
+Arguments = tuple[Tokens, Tokens, float | Tensor, Rule, Visits]
 
 
-def _unpack(inputs: tuple[Any, ...]) -> tuple[Tokens, Tokens, float | Tensor, Rule]:
-    text, video, text_weight, video_weight, scale, text_mask, video_mask, owner, rule = inputs
+def _unpack(inputs: tuple[Any, ...]) -> Arguments:
+    text, video, text_weight, video_weight, scale, text_mask, video_mask, owner, rule, visits = inputs
     return (
         Tokens(text, text_weight, text_mask, owner),
         Tokens(video, video_weight, video_mask, owner),
         scale,
         rule,
+        Alone() if visits is None else visits,
     )
+
+
+def gradients(
+    grad_loss: Tensor, arguments: Arguments, rows: Tensor, columns: Tensor, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of text, video, their weights and the scale, None where not needed.
+
+    Over a group of W ranks they are W times the whole batch's for features and weights, and for the scale W times what
+    this rank's texts give: the mean over ranks is the one process's gradient in all of them.
+    """
+    text, video, scale, rule, visits = arguments
+    counts = visits.rows(video)
+    columns_of = columns.split(counts, dim=1)
+    factor = grad_loss * (len(counts) / (2 * sum(counts)))
+    of_text, of_video, tokens = needs[0:4:2], needs[1:4:2], any(needs[:4])
+    text_sums = Sums(text, of_text)
+    grad_scale = text.weight.new_zeros(())
+
+    def work(source: int, videos: Tokens) -> Tensor:
+        nonlocal grad_scale
+        video_sums = Sums(videos, of_video)
+        for block in blocks(text, videos, matches=tokens):
+            part, own = cut(text, block), block.start if source == visits.rank else None
+            logits, *matches = score(part, videos, rule, tokens)
+            x = scaled(logits, scale, part, videos, own)
+            g = softmax(x, rows[:, block].unsqueeze(2)).add_(softmax(x, columns_of[source].unsqueeze(1)))
+            if own is not None:
+                g.diagonal(own).sub_(2)
+            g.mul_(factor)
+            if needs[4]:
+                grad_scale = grad_scale + (g * logits).sum()
+            if tokens:
+                grads = differentiate(g.mul_(scale), part, videos, matches, rule, needs)
+                text_sums.add(grads[0], grads[2], block)
+                video_sums.add(grads[1], grads[3], slice(None))
+                del matches, grads  # the next block's come before these names are taken
+        return video_sums.flat
+
+    dim = video.features.shape[2]
+    flat = visits.visit(video, work, torch.add, lambda count, frames: Sums.size(count, frames, dim, of_video))
+    video_sums = Sums(video, of_video, flat)
+    grads = (text_sums.features, video_sums.features, text_sums.weight, video_sums.weight)
+    inputs = (text.features, video.features, text.weight, video.weight)
+    found = [None if x is None else x.to(like.dtype) for x, like in zip(grads, inputs, strict=True)]
+    return [*found, grad_scale.to(scale) if isinstance(scale, Tensor) and needs[4] else None]
+
+
+class Sums:
+    """One side's gradients in the dtype of sums, in one vector that can travel; None where not needed."""
+
+    def __init__(self, side: Tokens, needs: tuple[bool, ...], flat: Tensor | None = None) -> None:
+        rows, length, dim = side.features.shape
+        size = self.size(rows, length, dim, needs)
+        self.flat = side.weight.new_zeros(size) if flat is None else flat
+        middle = self.size(rows, length, dim, (needs[0], False))
+        self.features = self.flat[:middle].view(rows, length, dim) if needs[0] else None
+        self.weight = self.flat[middle:].view(rows, length) if needs[1] else None
+
+    @staticmethod
+    def size(rows: int, length: int, dim: int, needs: tuple[bool, ...]) -> int:
+        return rows * length * (dim * needs[0] + needs[1])
+
+    def add(self, features: Tensor, weight: Tensor, rows: slice) -> None:
+        if self.features is not None:
+            self.features[rows].add_(features)
+        if self.weight is not None:
+            self.weight[rows].add_(weight)
 
 
 def score(text: Tokens, video: Tokens, rule: Rule, keep_matches: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,43 +222,6 @@ def differentiate(
     )  # fmt: skip
 
 
-class Gradients:
-    """What the blocks add up to; only what is needed is there."""
-
-    def __init__(self, text: Tokens, video: Tokens, scale: float | Tensor, needs: tuple[bool, ...]) -> None:
-        self.needs, self.scale = needs, scale
-        self.inputs = (text.features, video.features, text.weight, video.weight)
-        self.tokens = any(needs[:4])
-        dtype = text.weight.dtype
-        self.sums = [
-            torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
-            for x, need in zip(self.inputs, needs, strict=False)
-        ]
-        self.scale_sum = text.weight.new_zeros(())
-
-    def add(
-        self,
-        grad_x: Tensor,
-        logits: Tensor,
-        text: Tokens,
-        video: Tokens,
-        matches: list[Tensor],
-        block: slice,
-        rule: Rule,
-    ) -> None:
-        if self.needs[4]:
-            self.scale_sum = self.scale_sum + (grad_x * logits).sum()
-        if self.tokens:
-            grads = differentiate(grad_x * self.scale, text, video, matches, rule, self.needs)
-            for total, grad, rows in zip(self.sums, grads, (block, slice(None)) * 2, strict=True):
-                if total is not None:
-                    total[rows] += grad
-
-    def take(self) -> list[Tensor | None]:
-        grads = [None if x is None else x.to(like.dtype) for x, like in zip(self.sums, self.inputs, strict=True)]
-        return [*grads, self.scale_sum.to(self.scale) if isinstance(self.scale, Tensor) and self.needs[4] else None]
-
-
 def blocks(text: Tokens, video: Tokens, *, matches: bool) -> Iterator[slice]:
     """Runs of texts of about one size, whose matches and logits against all videos fit ``BLOCK_BYTES``."""
     count, length = text.features.shape[:2]
@@ -212,7 +230,7 @@ def blocks(text: Tokens, video: Tokens, *, matches: bool) -> Iterator[slice]:
     if matches:
         a_pair += sum(op.index_dtype(n).itemsize * m for n, m in ((frames, length), (length, frames)))
     rows = max(1, BLOCK_BYTES // (a_pair * max(1, others)), LEAST_WORDS // length)
-    pieces = -(-count // rows)
+    pieces = -(-count // rows) if others else 0
     for piece in range(pieces):
         yield slice(piece * count // pieces, (piece + 1) * count // pieces)
 
@@ -222,12 +240,13 @@ def cut(side: Tokens, rows: slice) -> Tokens:
     return Tokens(side.features[rows], side.weight[rows], mask, owner)
 
 
-def scaled(logits: Tensor, scale: float | Tensor, text: Tokens, video: Tokens, first: int) -> Tensor:
-    """Scaled logits, -inf for other pairs of the same owner; text 0's own video is number ``first``."""
+def scaled(logits: Tensor, scale: float | Tensor, text: Tokens, video: Tokens, own: int | None) -> Tensor:
+    """Scaled logits, -inf for other pairs of the same owner; text 0's own video is number ``own``, None: not here."""
     x = logits * scale
     if text.owner is not None and video.owner is not None:
         same = text.owner[:, None] == video.owner
-        same.diagonal(first).fill_(False)
+        if own is not None:
+            same.diagonal(own).fill_(False)
         x = x.masked_fill(same, -torch.inf)
     return x
 
@@ -245,6 +264,13 @@ def absorb(state: Tensor, x: Tensor, dim: int) -> None:
     top = torch.maximum(state[0], x.amax(dim))
     state[1] = state[1] * (state[0] - top).exp() + (x - top.unsqueeze(dim)).exp().sum(dim)
     state[0] = top
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """Maxima and sums over both of two parts, each (2 * columns,)."""
+    (top, total), (other_top, other_total) = one.view(2, -1), other.view(2, -1)
+    highest = torch.maximum(top, other_top)
+    return torch.cat((highest, total * (top - highest).exp() + other_total * (other_top - highest).exp()))
 
 
 def softmax(x: Tensor, parts: Tensor) -> Tensor:

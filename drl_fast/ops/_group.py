@@ -1,0 +1,198 @@
+"""What a loss over a process group needs of torch.distributed: agreement first, then ragged rows.
+
+Nothing here is differentiable: a loss calls it in its own forward and backward, on every rank in the same order. No
+name of a rank here is global: ranks count from 0 within the group.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# The header's int64 slots: state, kind of loss, then sizes, then hashes of what must be the same.
+SIZES, SAME = 8, 16
+HEADER = 2 + SIZES + SAME
+READY, FAILED = 1, 2
+# Bytes of one rank's words on what went wrong, sent only when something did.
+WORDS = 512
+
+
+class Terms(NamedTuple):
+    """What one rank tells the others before a loss."""
+
+    sizes: dict[str, int]
+    """Numbers that may differ between ranks, the same names on all."""
+    same: dict[str, object]
+    """What must be the same on all ranks, compared by ``repr``."""
+
+
+class Group:
+    """One rank's view of a process group.
+
+    Raises:
+        TypeError: not a process group of torch.distributed, or this process is not in it.
+    """
+
+    def __init__(self, process_group: object) -> None:
+        if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+            outside = dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER
+            found = "a group that this process is not in" if outside else type(process_group).__name__
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, got {found}; "
+                "pass torch.distributed.group.WORLD after init_process_group, or None for this process alone"
+            )
+        self._group = process_group
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+
+    def backends(self) -> dict[str, str]:
+        """The backend of each device type that the group serves, as {"cpu": "gloo"}."""
+        return dict(entry.split(":") for entry in str(dist.get_backend_config(self._group)).split(","))
+
+    def require(self, name: str, x: Tensor) -> None:
+        """Raise ValueError where the group cannot serve the device of tensor ``name``."""
+        serves = self.backends()
+        if x.device.type not in serves:
+            known = ", ".join(f"{backend} for {device} tensors" for device, backend in serves.items())
+            raise ValueError(
+                f"process_group must serve {name}'s device {x.device}, got a group of {known}; move the tensors, or "
+                "make a group that serves both with init_process_group(backend='cpu:gloo,cuda:nccl')"
+            )
+
+    def agree(self, kind: str, terms: Callable[[], Terms]) -> list[dict[str, int]]:
+        """Exchange what the ranks are about to do, before any of them does it.
+
+        Args:
+            kind: which loss, for the messages; a rank that is in another loss is found out.
+            terms: checks this rank's arguments and returns its :class:`Terms`; whatever it raises reaches all ranks.
+
+        Returns:
+            The sizes of every rank, by rank.
+
+        Raises:
+            Exception: this rank's own, after the others have heard of it.
+            RuntimeError: another rank raised; names the rank and its error.
+            ValueError: the ranks differ in what must be the same; the same words on all ranks.
+
+        A rank that died, or never calls, is noticed by the group's own timeout alone: 30 minutes for gloo, 10 for NCCL,
+        unless ``timeout=`` of ``init_process_group`` or ``new_group`` says otherwise.
+        """
+        own: Exception | None = None
+        try:
+            mine = terms()
+        except Exception as error:
+            own, mine = error, Terms({}, {})
+        header = [FAILED if own else READY, _hash(kind), *mine.sizes.values()]
+        header += [0] * (2 + SIZES - len(header)) + [_hash(value) for value in mine.same.values()]
+        found = self._all(torch.tensor(header + [0] * (HEADER - len(header))))
+        failed = [rank for rank, row in enumerate(found) if row[0] != READY]
+        if failed:
+            texts = self._texts(f"{type(own).__name__}: {own}" if own else "")
+            if own is not None:
+                raise own
+            raise RuntimeError(f"{kind} failed on rank {failed[0]}: {texts[failed[0]]}")
+        names = ["loss", *mine.same]
+        for name, *values in zip(names, *([row[1], *row[2 + SIZES :]] for row in found), strict=False):
+            if len(set(values)) > 1:
+                texts = self._texts(kind if name == "loss" else _show(mine.same[name]))
+                raise ValueError(f"{kind}: {name} must be the same on all ranks of the group, got {_by_rank(texts)}")
+        return [dict(zip(mine.sizes, row[2:], strict=False)) for row in found]
+
+    def gather(self, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Every rank's ``x``, by rank: (counts[rank], ...), equal beyond the first dimension.
+
+        Sends one padded block to all: holds size x max(counts) rows.
+        """
+        longest = max(counts)
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: len(x)] = x
+        return [row[:count] for row, count in zip(self._all_tensors(padded), counts, strict=True)]
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x`` of one shape, in rank order: the same bits everywhere. Holds three of ``x``."""
+        piece = -(-x.numel() // self.size)
+        padded = x.new_zeros(self.size * piece)
+        padded[: x.numel()] = x.reshape(-1)
+        total, *others = self.send_home(padded.view(self.size, piece).unbind())
+        for other in others:
+            total = total + other
+        return torch.cat(self.gather(total, [piece] * self.size))[: x.numel()].view(x.shape)
+
+    def send_home(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Give part ``j`` (1-dimensional) to rank j, and get what the ranks have for this one, by rank."""
+        own = len(parts[self.rank])
+        sent = torch.cat(list(parts))
+        received = sent.new_empty(self.size * own)
+        wire = self._wire(sent)
+        arrived = received.to(wire.device)
+        dist.all_to_all_single(arrived, wire, [own] * self.size, [len(part) for part in parts], group=self._group)
+        return list(arrived.to(sent.device).view(self.size, own).unbind())
+
+    def pass_on(self, outgoing: Tensor, incoming: Tensor, tag: int) -> Callable[[], Tensor]:
+        """Start to send to the next rank and to receive from the one before; wait with what is returned.
+
+        ``incoming`` has the size of what comes. Tensors without elements are not sent. Exchanges under way at one time
+        need different tags.
+        """
+        sent, arriving = self._wire(outgoing), self._wire(incoming)
+        operations = []
+        if sent.numel():
+            operations.append(self._operation(dist.isend, sent, self.rank + 1, tag))
+        if arriving.numel():
+            operations.append(self._operation(dist.irecv, arriving, self.rank - 1, tag))
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> Tensor:
+            for work in works:
+                work.wait()
+            # `sent` is named here so that it lives until it has gone.
+            return arriving.to(incoming.device) if sent is not None else incoming
+
+        return wait
+
+    def _operation(self, how: Callable, x: Tensor, rank: int, tag: int) -> dist.P2POp:
+        peer = dist.get_global_rank(self._group, rank % self.size)
+        return dist.P2POp(how, x, peer, group=self._group, tag=tag)
+
+    def _wire(self, x: Tensor) -> Tensor:
+        """``x`` where the group can send it: gloo sends from the CPU alone."""
+        on_cpu = self.backends().get(x.device.type) == "gloo"
+        return (x.cpu() if on_cpu else x).contiguous()
+
+    def _all_tensors(self, x: Tensor) -> list[Tensor]:
+        wire = self._wire(x)
+        found = list(wire.new_empty((self.size, *wire.shape)).unbind())
+        dist.all_gather(found, wire, group=self._group)
+        return [row.to(x.device) for row in found]
+
+    def _all(self, x: Tensor) -> list[list[int]]:
+        """Every rank's row of numbers, on a device that the group serves whatever this rank's tensors are on."""
+        serves = self.backends()
+        device = "cpu" if "cpu" in serves else next(iter(serves))
+        return [row.tolist() for row in self._all_tensors(x.to(device))]
+
+    def _texts(self, text: str) -> list[str]:
+        raw = text.encode()[:WORDS]
+        rows = self._all(torch.tensor(list(raw.ljust(WORDS, b"\0")), dtype=torch.uint8))
+        return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _hash(value: object) -> int:
+    # Python's own hash of a string differs from process to process.
+    return zlib.crc32(_show(value).encode())
+
+
+def _show(value: object) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _by_rank(texts: list[str]) -> str:
+    """Say "512 on ranks 0, 2 and 256 on rank 1"."""
+    groups: dict[str, list[str]] = {}
+    for rank, text in enumerate(texts):
+        groups.setdefault(text, []).append(str(rank))
+    return " and ".join(f"{text} on rank{'s' * (len(on) > 1)} {', '.join(on)}" for text, on in groups.items())

@@ -1,0 +1,43 @@
+"""Several ranks on one machine: gloo over a file, a short timeout, every rank's answer or error brought home."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+# Nothing here takes seconds; a hang shows after this long.
+TIMEOUT = timedelta(seconds=20)
+
+
+def on_ranks(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """``function(rank, size, *arguments)`` in ``size`` processes of one group; what they return, by rank."""
+    multiprocessing.spawn(_run, (size, function, folder, arguments), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def _run(rank: int, size: int, function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        torch.save(function(rank, size, *arguments), folder / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """Type and words of what ``call`` raises; the whole traceback if it is none of the user's errors."""
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return traceback.format_exc()
+    return "no error"
