@@ -35,8 +35,9 @@ struct CdcrKernels {
   // cross += weight x~ y~, sum_x += weight x~, sum_y += weight y~
   void (*correlate)(const T* x, const T* y, T weight, const Channels<T>& of_x, const Channels<T>& of_y, int64_t width,
                     T* cross, T* sum_x, T* sum_y);
-  // out = weight row~, or out += of it
-  void (*standardize)(const T* row, T weight, const Channels<T>&, int64_t width, bool add, T* out);
+  // weighted = weight x~ (or += of it), partner = y~, sum_x += weight x~, sum_y += weight y~
+  void (*standardize)(const T* x, const T* y, T weight, const Channels<T>& of_x, const Channels<T>& of_y, int64_t width,
+                      bool add, T* weighted, T* partner, T* sum_x, T* sum_y);
   // Adds to the gradients of x and y, and returns that of the weight.
   T (*pull)(const T* x, const T* y, T weight, const Channels<T>& of_x, const Channels<T>& of_y, const Pull<T>&,
             int64_t width, T* grad_x, T* grad_y);

@@ -52,12 +52,17 @@ void cdcr_correlate(const T* row_x, const T* row_y, T weight, const Channels<T>&
 }
 
 template <class T>
-void cdcr_standardize(const T* row, T weight, const Channels<T>& of, int64_t width, bool add, T* out) {
+void cdcr_standardize(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, const Channels<T>& of_y,
+                      int64_t width, bool add, T* weighted, T* partner, T* sum_x, T* sum_y) {
   using S = Simd<T>;
-  const Standard<T> x = {row, of};
+  const Standard<T> x = {row_x, of_x}, y = {row_y, of_y};
+  const typename S::V w = S::broadcast(weight);
   for (int64_t k = 0; k < width; k += S::N) {
-    const typename S::V value = S::broadcast(weight) * x(k);
-    S::store(out + k, add ? S::load(out + k) + value : value);
+    const typename S::V a = w * x(k), b = y(k);
+    S::store(weighted + k, add ? S::load(weighted + k) + a : a);
+    S::store(partner + k, b);
+    S::store(sum_x + k, S::load(sum_x + k) + a);
+    S::store(sum_y + k, S::load(sum_y + k) + w * b);
   }
 }
 

@@ -37,6 +37,10 @@ const Kernels<T>& row_kernels() {
     return capability().f32;
 }
 
+Tensor contiguous_like(const Tensor& x) {
+  return torch::stable::empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+}
+
 Tensor zeros(std::vector<int64_t> size, ScalarType dtype, int64_t bytes) {
   Tensor x = torch::stable::empty(size, dtype);
   std::memset(x.mutable_data_ptr(), 0, x.numel() * bytes);
@@ -62,6 +66,12 @@ struct Sides {
                     "drl_fast::cdcr: text and video must have as many rows, one D and one dtype");
   }
   int64_t length(int s) const { return side[s].tokens.length; }
+  // A product has one row for each token of the shorter side: what chose it there, or what it chose, is added up before
+  // the product, which so has min(Nt, Nv) rows a pair and term instead of Nt and Nv.
+  int64_t slots() const { return std::min(length(kText), length(kVideo)); }
+  int64_t slot_of(int term, int64_t anchor, int64_t partner) const {
+    return (term == kVideo) == (length(kVideo) <= length(kText)) ? anchor : partner;
+  }
   Side<T> side[2];
   int64_t pairs, dim, width;
 };
@@ -81,13 +91,13 @@ class PairRows {
   }
   const T* row(int s, int64_t position) {
     const int64_t at = first_[s] + position;
+    const Tokens<T>& tokens = sides_.side[s].tokens;
+    const int64_t token = tokens.token_at[pair_ * tokens.length + position];
     T* out = rows_.get() + at * sides_.width;
-    if (!loaded_[at]) {
-      const Tokens<T>& tokens = sides_.side[s].tokens;
-      row_kernels<T>().load_row(tokens, tokens.token_at[pair_ * tokens.length + position], out, &inverse_[at]);
-      loaded_[at] = 1;
-    }
-    return out;
+    const bool as_it_is = !tokens.normalize && size_of(tokens.dtype) == sizeof(T) && sides_.width == sides_.dim;
+    if (!loaded_[at] && !as_it_is) row_kernels<T>().load_row(tokens, token, out, &inverse_[at]);
+    loaded_[at] = 1;
+    return as_it_is ? reinterpret_cast<const T*>(tokens.row[token]) : out;
   }
   T inverse(int s, int64_t position) const { return inverse_[first_[s] + position]; }
   bool loaded(int s, int64_t position) const { return loaded_[first_[s] + position]; }
@@ -99,6 +109,13 @@ class PairRows {
   std::vector<T> inverse_;
   std::vector<uint8_t> loaded_;
 };
+
+template <class T>
+std::vector<PairRows<T>> pair_rows(const Sides<T>& sides) {
+  std::vector<PairRows<T>> rows;
+  for (int64_t run = 0; run < kRuns; run++) rows.emplace_back(sides);
+  return rows;
+}
 
 // Sums of rows, in T for a while and in double for good.
 template <class T>
@@ -124,12 +141,12 @@ class Sums {
   std::vector<double> total_;
 };
 
-// Run body(run, pair) over all pairs; a run's pairs come in order, whatever thread takes the run.
+// Run body(run, pair) for pairs [first, last); a run's pairs come in order, whatever thread takes the run.
 template <class Body>
-void over_pairs(int64_t pairs, int64_t work, const Body& body) {
-  const int64_t runs = std::min(kRuns, std::max<int64_t>(pairs, 1));
+void over_pairs(int64_t first, int64_t last, int64_t work, const Body& body) {
+  const int64_t pairs = last - first, runs = std::min(kRuns, std::max<int64_t>(pairs, 1));
   parallel(runs, threads_for(runs, work), [&](int64_t run, int64_t) {
-    for (int64_t pair = run * pairs / runs; pair < (run + 1) * pairs / runs; pair++) body(run, pair);
+    for (int64_t pair = run * pairs / runs; pair < (run + 1) * pairs / runs; pair++) body(run, first + pair);
   });
 }
 

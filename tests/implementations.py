@@ -14,9 +14,16 @@ from dataclasses import dataclass
 
 import torch
 
-from drl_fast.ops import _registry
+from drl_fast.ops import _registry, cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
 from drl_fast.ops.gpu import token_interaction as gpu
+
+CHUNKED = {
+    "token_interaction": chunked.forward,
+    "token_interaction_backward": chunked.backward,
+    **cdcr.CHUNKED,
+}
+GPU = {"token_interaction": gpu.forward, "token_interaction_backward": gpu.backward}
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,19 @@ class Implementation:
 
 
 @contextmanager
-def chunked_on_cpu(forward: Callable = chunked.forward, backward: Callable = chunked.backward) -> Iterator[None]:
-    """Let chunked PyTorch serve CPU tensors for a while, in front of the C++ extension."""
+def on_cpu(operators: dict[str, Callable]) -> Iterator[None]:
+    """Let these serve CPU tensors for a while, in front of the C++ extension."""
     # Scoped: the registration is taken back at the end, and the extension's kernel stands again.
     with torch.library._scoped_library("drl_fast", "IMPL") as library:
-        library.impl("token_interaction", forward, "CPU", allow_override=True)
-        library.impl("token_interaction_backward", backward, "CPU", allow_override=True)
+        for name, function in operators.items():
+            library.impl(name, function, "CPU", allow_override=True)
         yield
+
+
+def chunked_on_cpu(
+    forward: Callable = chunked.forward, backward: Callable = chunked.backward
+) -> AbstractContextManager[None]:
+    return on_cpu({**CHUNKED, "token_interaction": forward, "token_interaction_backward": backward})
 
 
 def _no_gpu() -> str | None:
@@ -54,9 +67,7 @@ IMPLEMENTATIONS = {
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    interpreter = Implementation(
-        "interpreter", "cpu", lambda: chunked_on_cpu(gpu.forward, gpu.backward), lambda: None
-    )  # fmt: skip
+    interpreter = Implementation("interpreter", "cpu", lambda: on_cpu(GPU), lambda: None)
     IMPLEMENTATIONS = {interpreter.name: interpreter}
 
 

@@ -6,10 +6,9 @@ import math
 import numbers
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
+from .. import _checks
 from ..ops import cdcr as op
 from ._inputs import check_sides
 
@@ -36,9 +35,9 @@ def cdcr_loss(
               loss = \alpha_{on} \sum_d (C_{dd} - 1)^2 + \alpha_{off} \sum_{d \ne e} C_{de}^2
 
     X are the words and X' their frames, Y the frames and Y' their words. Without weights each term is divided by its
-    number of tokens instead. ``alpha_off=0``, which every published setting uses, never forms the D x D matrix. Gradients
-    flow through standardisation, weights and both partners, not through the choice of partners. A channel whose standard
-    deviation is <= 1e-12, or within rounding of 0, counts as constant: 0 when standardised, and no gradient.
+    number of tokens instead. ``alpha_off=0``, which every published setting uses, never forms the D x D matrix.
+    Gradients flow through standardisation, weights and both partners, not through the choice of partners. A channel whose
+    standard deviation is <= 1e-12, or within rounding of 0, counts as constant: 0 when standardised, and no gradient.
 
     Args:
         text: (B, Nt, D) token features, raw; float32, float16, bfloat16 or float64.
@@ -46,21 +45,22 @@ def cdcr_loss(
         text_weight: (B, Nt) weights, any float dtype, used as given (WTI: the public code's CDCR 3); None, for both
             sides together, is the unweighted form (TI: its CDCR 2).
         video_weight: (B, Nv), likewise.
-        text_mask: (B, Nt), non-zero = real token, any dtype, holes allowed; None: all real. Masked tokens are never read.
+        text_mask: (B, Nt), non-zero = real token, any dtype, holes allowed; None: all real. Masked tokens are never
+            read.
         video_mask: (B, Nv), likewise. A pair with an empty side is left out; B still counts it.
         alpha_on: weight of the diagonal, >= 0 (published: 0.11 to 0.16; the public code's default is 1.0).
         alpha_off: weight of all other entries, >= 0 (published: 0; the public code's default is 0.06).
-        process_group: a torch.distributed group whose ranks each hold some of the pairs (their numbers may differ, one may
-            have none): every rank returns the whole batch's loss, and gradients are the ranks' number times the single
-            process's, so that DistributedDataParallel's mean over ranks equals it.
+        process_group: a torch.distributed group whose ranks each hold some of the pairs (their numbers may differ, one
+            may have none): every rank returns the whole batch's loss, and gradients are the ranks' number times the
+            single process's, so that DistributedDataParallel's mean over ranks equals it.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: numbers of texts and videos differ, B = 0, fewer than 2 words or frames in paired rows (seen from the
-            shapes; from the masks on the CPU only), a negative or NaN alpha, one weight without the other, and what
-            :func:`token_interaction` raises.
+        ValueError: numbers of texts and videos differ, B = 0, fewer than 2 words or frames in paired rows (seen from
+            the shapes; from the masks on the CPU only), a negative or NaN alpha, one weight without the other, and
+            what :func:`token_interaction` raises.
         TypeError: as :func:`token_interaction`.
 
     Source: arXiv 2203.07111, section 3.3, "Channel Decorrelation Regularization".
@@ -133,7 +133,7 @@ def cross_correlation_loss(
     if divisor is not None:
         if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
             raise TypeError(f"divisor must be a positive number or None, got {_checks.describe(divisor)}")
-        if not 0 < divisor < math.inf:
+        if not 0 < float(divisor) < math.inf:
             raise ValueError(f"divisor must be positive and finite, got {divisor}; leave it out to divide by N")
         divisor = float(divisor)
     _enough("x", x.shape[0], 1, "N")
@@ -151,7 +151,7 @@ def _rows(name: str, value: object) -> Tensor:
 def _alpha(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
-    if not 0 <= value < math.inf:
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value}; 0 leaves its term out")
     return float(value)
 

@@ -1,13 +1,13 @@
 """Operators of CDCR, and the loss on top of them with its gradient.
 
-An anchor x is a real token of a pair, its partner y the token of the pair's other side that it matches best; words'
-anchors are the first term, frames' the second. With channels standardised over all anchors (all partners),
+An anchor x is a real token of a pair, its partner y the token of the pair's other side that it matches best; words
+are the anchors of the first term, frames of the second. With channels standardised over all anchors (all partners),
 
     C_de = sum over anchors of weight x~_d y~_e          loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
 
-The forward takes three steps, each a sum over anchors that processes can add up between them: partners, counts, means and
-scatter; C's diagonal (alpha_off = 0: O(N D)) or, of the full form, the rows of C's one product; the loss. The backward
-reads tokens and statistics anew and holds nothing of size N x D in between.
+The forward takes two steps, each a sum over anchors that processes can add up between them: partners, means and
+scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward reads
+tokens and statistics anew: nothing of size N x D is held in between.
 
 Roles, in all (roles, D) tensors: words, their partners, frames, their partners; the last two where there are two terms.
 """
@@ -31,15 +31,13 @@ _TOKENS = "Tensor text, Tensor video, Tensor text_weight, Tensor? video_weight, 
 SCHEMAS = {
     "cdcr_statistics": "(Tensor text, Tensor video, Tensor? text_mask, Tensor? video_mask, bool normalize, bool both) "
     "-> (Tensor video_index, Tensor text_index, Tensor mean, Tensor scatter)",
-    "cdcr_diagonal": f"({_TOKENS}, Tensor channels, bool normalize) -> (Tensor cross, Tensor sums)",
-    "cdcr_rows": f"({_TOKENS}, Tensor channels, bool normalize) -> (Tensor weighted, Tensor partners, Tensor sums)",
-    "cdcr_gradient": f"({_TOKENS}, Tensor channels, Tensor pull_anchors, Tensor pull_partners, bool normalize) "
+    "cdcr_correlation": f"({_TOKENS}, Tensor channels, bool normalize, bool full) -> (Tensor cross, Tensor sums)",
+    "cdcr_gradient": f"({_TOKENS}, Tensor channels, Tensor pull, bool normalize) "
     "-> (Tensor grad_text, Tensor grad_video, Tensor grad_text_weight, Tensor grad_video_weight)",
 }
 CHUNKED = {
     "cdcr_statistics": chunked.statistics,
-    "cdcr_diagonal": chunked.diagonal,
-    "cdcr_rows": chunked.rows,
+    "cdcr_correlation": chunked.correlation,
     "cdcr_gradient": chunked.gradient,
 }
 for _name, _schema in SCHEMAS.items():
@@ -58,18 +56,14 @@ def _(
     )
 
 
-@torch.library.register_fake("drl_fast::cdcr_diagonal", lib=LIBRARY)
-def _(text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    terms = 1 if video_weight is None else 2
-    return _channels(text, terms), _channels(text, 2 * terms)
-
-
-@torch.library.register_fake("drl_fast::cdcr_rows", lib=LIBRARY)
-def _(text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    terms = 1 if video_weight is None else 2
-    shape = (terms, text.shape[0], min(text.shape[1], video.shape[1]), text.shape[2])
-    rows = (text.new_empty(shape, dtype=accumulation_dtype(text.dtype)) for _ in range(2))
-    return (*rows, _channels(text, 2 * terms))
+@torch.library.register_fake("drl_fast::cdcr_correlation", lib=LIBRARY)
+def _(
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
+    text_index: Tensor, channels: Tensor, normalize: bool, full: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    terms, dim = 1 if video_weight is None else 2, text.shape[2]
+    shape = (terms, dim, dim) if full else (terms, dim)
+    return text.new_empty(shape, dtype=accumulation_dtype(text.dtype)), _channels(text, 2 * terms)
 
 
 @torch.library.register_fake("drl_fast::cdcr_gradient", lib=LIBRARY)
@@ -123,7 +117,7 @@ class Options(NamedTuple):
 class Statistics(NamedTuple):
     """What the whole batch, over all processes, knows of its channels."""
 
-    count: Tensor  # (roles,): anchors
+    anchors: Tensor  # (roles,): how many
     mean: Tensor  # (roles, D)
     inverse_std: Tensor  # (roles, D)
 
@@ -144,27 +138,21 @@ class _Decorrelation(torch.autograd.Function):
     def forward(
         text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None,
         text_mask: Tensor | None, video_mask: Tensor | None, options: Options,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         with _autocast.off(text.device.type):
             partners, statistics = _statistics(text, video, text_mask, video_mask, options)
             weights = _scaled_weights(text, video, (text_weight, video_weight), statistics, options)
             channels = torch.stack([statistics.mean, statistics.inverse_std])
             arguments = (text, video, *weights, *partners, channels, options.normalize)
-            if options.alpha_off == 0:
-                cross, sums = _diagonal(*arguments)
-                sums, cross = options.over_group(sums), options.over_group(cross)
-                value, pull = _pull_diagonal(cross.sum(0), options)
-            else:
-                weighted, others, sums = _rows(*arguments)
-                sums, cross = options.over_group(sums), sums
-                correlation = weighted.flatten(0, 2).T @ others.flatten(0, 2)
-                value, pull = _pull_full(options.over_group(correlation), options)
-        return (
-            value.to(accumulation_dtype(text.dtype)), *weights, *partners, *statistics, pull, sums, cross,
-        )  # fmt: skip
+            full = options.alpha_off != 0
+            cross, sums = torch.ops.drl_fast.cdcr_correlation(*arguments, full)
+            value, pull, along = (_pull_full if full else _pull_diagonal)(options.over_group(cross), options)
+            per_anchor = _through_statistics(pull, options.over_group(sums), along, statistics.anchors)
+            value = value.to(accumulation_dtype(text.dtype))
+        return value, *weights, *partners, torch.cat([channels, per_anchor]), pull, statistics.anchors
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         text, video, text_weight, video_weight, _, _, options = inputs
         _, *state = output
         ctx.mark_non_differentiable(*(x for x in state if x is not None))
@@ -177,36 +165,21 @@ class _Decorrelation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        text, video, wt, wv, video_index, text_index, count, mean, inverse_std, pull, sums, cross = ctx.saved_tensors
+        text, video, text_weight, video_weight, video_index, text_index, channels, pull, count = ctx.saved_tensors
         options = ctx.options
         with _autocast.off(text.device.type):
-            pull = pull * (grad * options.ranks).to(pull.dtype)
-            arguments = (text, video, wt, wv, video_index, text_index)
-            channels = torch.stack([mean, inverse_std])
-            if options.alpha_off == 0:
-                pulls = (pull.to(wt.dtype), pull.new_empty(0, dtype=wt.dtype))
-                along = (pull * cross).repeat_interleave(2, 0)
-                offset = torch.cat([pull * sums[i ^ 1] for i in range(len(sums))]).view_as(sums)
-            else:
-                weighted, others, _ = _rows(*arguments, channels, options.normalize)
-                pulls = ((others @ pull.T), (weighted @ pull))
-                along = torch.stack(
-                    [(a[t] * b[t]).sum((0, 1), dtype=sums.dtype)
-                     for t in range(len(weighted)) for a, b in ((weighted, pulls[0]), (others, pulls[1]))]
-                )  # fmt: skip
-                along = options.over_group(along)
-                wide = pull.to(sums.dtype)
-                offset = torch.stack([(wide.T if i % 2 else wide) @ sums[i ^ 1] for i in range(len(sums))])
-            per_anchor = torch.stack([offset / count[:, None], along / (count - 1).clamp(min=1)[:, None]])
-            channels = torch.cat([channels, per_anchor])
-            grad_text, grad_video, grad_wt, grad_wv = torch.ops.drl_fast.cdcr_gradient(
-                *arguments, channels, *pulls, options.normalize
+            arguments = (text, video, text_weight, video_weight, video_index, text_index)
+            grad = grad * options.ranks
+            constants, per_anchor = channels.split(2)
+            pull = pull * grad.to(pull.dtype)
+            grad_text, grad_video, *grad_weights = torch.ops.drl_fast.cdcr_gradient(
+                *arguments, torch.cat([constants, per_anchor * grad.to(per_anchor.dtype)]), pull, options.normalize
             )
-            grads = [
+            grad_weights = [
                 None if dtype is None else (g * _weight_scale(count[2 * term], options)).to(dtype)
-                for term, (g, dtype) in enumerate(zip((grad_wt, grad_wv), ctx.weight_dtypes, strict=True))
+                for term, (g, dtype) in enumerate(zip(grad_weights, ctx.weight_dtypes, strict=True))
             ]
-        return grad_text, grad_video, *grads, None, None, None
+        return grad_text, grad_video, *grad_weights, None, None, None
 
 
 def _statistics(
@@ -232,7 +205,7 @@ def _scaled_weights(
     scaled: list[Tensor | None] = [None, None]
     for term, (side, given) in enumerate(zip((text, video), weights, strict=True)):
         if term == 0 or options.both:
-            scale = _weight_scale(statistics.count[2 * term], options)
+            scale = _weight_scale(statistics.anchors[2 * term], options)
             weight = torch.ones_like(side[..., 0], dtype=scale.dtype) if given is None else given
             scaled[term] = (weight * scale).to(dtype)
     assert scaled[0] is not None
@@ -244,25 +217,37 @@ def _weight_scale(count: Tensor, options: Options) -> Tensor:
     return (0.5 if options.both else 1.0) / divisor
 
 
-def _pull_diagonal(diagonal: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient by C's diagonal (D,)."""
-    away = diagonal - 1
-    return options.alpha_on * (away * away).sum(), 2 * options.alpha_on * away
+def _pull_diagonal(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """From each term's diagonal of C: the loss, d loss / d C_dd (D,), and each role's sum of its gradient times x~."""
+    away = cross.sum(0) - 1
+    pull = 2 * options.alpha_on * away
+    return options.alpha_on * (away * away).sum(), pull, (pull * cross).repeat_interleave(2, 0)
 
 
-def _pull_full(correlation: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The loss, and its gradient by C (D, D), which takes C's memory."""
-    diagonal = correlation.diagonal()
-    away = diagonal - 1
-    flat = correlation.flatten()
-    on, all_, own = (torch.dot(x, x) for x in (away, flat, diagonal.contiguous()))
-    pull = correlation.mul_(2 * options.alpha_off)
-    pull.diagonal().copy_(2 * options.alpha_on * away)
-    return options.alpha_on * on + options.alpha_off * (all_ - own), pull
+def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from each term's C (D, D); d loss / d C is (D, D)."""
+    correlation = cross[0] if len(cross) == 1 else cross.sum(0)
+    wide = statistics_dtype(cross.device)
+    diagonal = correlation.diagonal().to(wide)
+    squares = torch.linalg.vector_norm(correlation, dim=1).to(wide).square().sum()
+    value = options.alpha_on * (diagonal - 1).square().sum()
+    value = value + options.alpha_off * (squares - diagonal.square().sum())
+    pull = correlation * (2 * options.alpha_off)
+    pull.diagonal().copy_(2 * options.alpha_on * (diagonal - 1))
+    along = [(pull * term).sum(dim) for term in cross for dim in (1, 0)]
+    return value, pull, torch.stack(along)
 
 
-_diagonal = torch.ops.drl_fast.cdcr_diagonal.default
-_rows = torch.ops.drl_fast.cdcr_rows.default
+def _through_statistics(pull: Tensor, sums: Tensor, along: Tensor, count: Tensor) -> Tensor:
+    """(2, roles, D): what every anchor and partner gets through its channels' mean, and through their deviation."""
+    u = sums.to(pull.dtype)
+    if pull.dim() == 1:
+        offset = torch.stack([pull * u[role ^ 1] for role in range(len(u))])
+    else:
+        offset = torch.stack([(pull.T if role % 2 else pull) @ u[role ^ 1] for role in range(len(u))])
+    return torch.stack(
+        [offset.to(sums.dtype) / count.clamp(min=1)[:, None], along.to(sums.dtype) / (count - 1).clamp(min=1)[:, None]]
+    )
 
 
 def _no_derivative(ctx: Any, *_: Tensor) -> None:

@@ -151,94 +151,94 @@ def _weighted(chunk: Chunk, term: Term, weights: tuple[Tensor, Tensor | None]) -
     return torch.where(term.there, given[chunk.pairs][..., None], 0)
 
 
-def diagonal(
+class Rows(NamedTuple):
+    """A chunk's rows of one term's product C = weighted^T partners, one a token of the shorter side."""
+
+    weighted: Tensor  # (C, slots, D)
+    partners: Tensor  # (C, slots, D)
+    by_anchor: bool  # a row is an anchor; else a partner, with the sum of those that chose it
+
+
+def product_rows(chunk: Chunk, term: Term, x: Tensor, y: Tensor, channels: Tensor) -> Rows:
+    """From weighted standardised anchors x and their partners y, (C, Na, D), zeros where there is no anchor."""
+    if (term.nth == 1) == (chunk.units[1].shape[1] <= chunk.units[0].shape[1]):
+        return Rows(x, y, True)
+    own = _standard(chunk.units[1 - term.nth], channels, 2 * term.nth + 1)
+    return Rows(term.chose.transpose(1, 2) @ x, torch.where(_was_chosen(term), own, 0), False)
+
+
+def correlation(
     text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, normalize: bool,
+    text_index: Tensor, channels: Tensor, normalize: bool, full: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    terms = 1 if video_weight is None else 2
-    cross = torch.zeros(terms, text.shape[2], dtype=channels.dtype, device=text.device)
-    sums = torch.zeros(2 * terms, text.shape[2], dtype=channels.dtype, device=text.device)
+    terms, dim = 1 if video_weight is None else 2, text.shape[2]
+    cross = channels.new_zeros((terms, dim, dim) if full else (terms, dim))
+    sums = channels.new_zeros((2 * terms, dim))
     with _autocast.off(text.device.type):
         for chunk in walk(text, video, video_index, text_index, normalize, terms == 2):
             for term in chunk.terms:
-                w = _weighted(chunk, term, (text_weight, video_weight))
-                x = _standard(term.anchors, channels, 2 * term.nth)
-                y = _standard(term.partners, channels, 2 * term.nth + 1)
-                cross[term.nth] += _sum(w * x * y, term)
+                w, x, y = _standardized(chunk, term, (text_weight, video_weight), channels)
                 sums[2 * term.nth] += _sum(w * x, term)
                 sums[2 * term.nth + 1] += _sum(w * y, term)
-    return cross, sums
-
-
-def rows(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    terms, slots = 1 if video_weight is None else 2, min(text.shape[1], video.shape[1])
-    dtype = accumulation_dtype(text.dtype)
-    weighted = torch.zeros(terms, len(text), slots, text.shape[2], dtype=dtype, device=text.device)
-    partners = torch.zeros_like(weighted)
-    sums = torch.zeros(2 * terms, text.shape[2], dtype=channels.dtype, device=text.device)
-    with _autocast.off(text.device.type):
-        for chunk in walk(text, video, video_index, text_index, normalize, terms == 2):
-            for term in chunk.terms:
-                w = _weighted(chunk, term, (text_weight, video_weight))
-                x = torch.where(term.there, w * _standard(term.anchors, channels, 2 * term.nth), 0)
-                y = torch.where(term.there, _standard(term.partners, channels, 2 * term.nth + 1), 0)
-                sums[2 * term.nth] += _sum(x, term)
-                sums[2 * term.nth + 1] += _sum(w * y, term)
-                if _by_anchor(text, video, term.nth):
-                    weighted[term.nth, chunk.pairs], partners[term.nth, chunk.pairs] = x, y
-                    continue
-                weighted[term.nth, chunk.pairs] = term.chose.transpose(1, 2) @ x
-                own = _standard(chunk.units[1 - term.nth], channels, 2 * term.nth + 1)
-                partners[term.nth, chunk.pairs] = torch.where(_was_chosen(term), own, 0)
-    return weighted, partners, sums
-
-
-def _was_chosen(term: Term) -> Tensor:
-    return term.chose.any(1)[..., None]
-
-
-def _by_anchor(text: Tensor, video: Tensor, term: int) -> bool:
-    """Whether a product's rows, one a token of the shorter side, are the term's anchors; else they are the partners."""
-    return (term == 1) == (video.shape[1] <= text.shape[1])
+                if full:
+                    rows = product_rows(chunk, term, w * x, y, channels)
+                    cross[term.nth] += rows.weighted.flatten(0, 1).T @ rows.partners.flatten(0, 1)
+                else:
+                    cross[term.nth] += _sum(w * x * y, term)
+    return cross.to(accumulation_dtype(text.dtype)), sums
 
 
 def gradient(
     text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, pull_anchors: Tensor, pull_partners: Tensor, normalize: bool,
+    text_index: Tensor, channels: Tensor, pull: Tensor, normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    both, full = video_weight is not None, pull_anchors.dim() == 4
-    grads = (torch.empty_like(text, memory_format=torch.contiguous_format),
-             torch.empty_like(video, memory_format=torch.contiguous_format))  # fmt: skip
+    both = video_weight is not None
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (text, video)]
     weight_grads = [torch.zeros(x.shape[:2], dtype=text_weight.dtype, device=text.device) for x in (text, video)]
     with _autocast.off(text.device.type):
         for chunk in walk(text, video, video_index, text_index, normalize, both):
             into = [torch.zeros_like(x) for x in chunk.units]
             for term in chunk.terms:
-                w = _weighted(chunk, term, (text_weight, video_weight))
-                x_role, y_role = 2 * term.nth, 2 * term.nth + 1
-                x, y = _standard(term.anchors, channels, x_role), _standard(term.partners, channels, y_role)
-                inverse, offset, along = channels[1:].to(x.dtype)
-                to_y = torch.zeros_like(y)
-                if not full:
-                    to_x, to_y = pull_anchors * y, w * pull_anchors * x
-                else:
-                    to_x, to_slot = pull_anchors[term.nth, chunk.pairs], pull_partners[term.nth, chunk.pairs]
-                    if _by_anchor(text, video, term.nth):
-                        to_y = to_slot
-                    else:
-                        to_x = term.chose @ to_x
-                        into[1 - term.nth] += torch.where(_was_chosen(term), to_slot * inverse[y_role], 0)
-                weight_grads[term.nth][chunk.pairs] = torch.where(term.there, x * to_x, 0).sum(-1)
-                grad_x = (w * to_x - offset[x_role] - x * along[x_role]) * inverse[x_role]
-                grad_y = (to_y - offset[y_role] - y * along[y_role]) * inverse[y_role]
+                w, x, y = _standardized(chunk, term, (text_weight, video_weight), channels)
+                to_x, to_y, to_partner = _back_through(chunk, term, w, x, y, channels, pull)
+                inverse, offset, along = (kind[2 * term.nth : 2 * term.nth + 2] for kind in channels[1:].to(x.dtype))
+                weight_grads[term.nth][chunk.pairs] = (x * to_x).sum(-1)
+                grad_x = (w * to_x - offset[0] - x * along[0]) * inverse[0]
+                grad_y = (to_y - offset[1] - y * along[1]) * inverse[1]
                 into[term.nth] += torch.where(term.there, grad_x, 0)
                 into[1 - term.nth] += term.chose.transpose(1, 2) @ torch.where(term.there, grad_y, 0)
+                into[1 - term.nth] += to_partner * inverse[1]
             for side, out in enumerate(grads):
                 out[chunk.pairs] = _raw(into[side], chunk, side).to(out.dtype)
-    return *grads, weight_grads[0], weight_grads[1] if both else weight_grads[1][:0]
+    return grads[0], grads[1], weight_grads[0], weight_grads[1] if both else weight_grads[1][:0]
+
+
+def _standardized(
+    chunk: Chunk, term: Term, weights: tuple[Tensor, Tensor | None], channels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (C, Na, 1), anchors and partners (C, Na, D); zeros where there is no anchor."""
+    given = weights[term.nth]
+    assert given is not None
+    w = torch.where(term.there, given[chunk.pairs][..., None], 0)
+    x = torch.where(term.there, _standard(term.anchors, channels, 2 * term.nth), 0)
+    return w, x, torch.where(term.there, _standard(term.partners, channels, 2 * term.nth + 1), 0)
+
+
+def _back_through(
+    chunk: Chunk, term: Term, w: Tensor, x: Tensor, y: Tensor, channels: Tensor, pull: Tensor
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """d loss / d (w x~) and d loss / d y~ for each anchor, and what reaches partners once, however many chose them."""
+    if pull.dim() == 1:
+        return pull * y, w * pull * x, 0.0
+    rows = product_rows(chunk, term, w * x, y, channels)
+    to_weighted, to_partners = rows.partners @ pull.T, rows.weighted @ pull
+    if rows.by_anchor:
+        return to_weighted, to_partners, 0.0
+    return term.chose @ to_weighted, torch.zeros_like(y), torch.where(_was_chosen(term), to_partners, 0)
+
+
+def _was_chosen(term: Term) -> Tensor:
+    return term.chose.any(1)[..., None]
 
 
 def _raw(grad: Tensor, chunk: Chunk, side: int) -> Tensor:
