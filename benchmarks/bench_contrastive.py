@@ -53,20 +53,20 @@ class Plan:
 QUICK = Plan(
     (*at(SMALL, 256, 1024), *at(WIDE, 128, 256)),
     {
-        "fused": (*at(SMALL, 1024, 2048, 4096), *at(WIDE, 256, 512)),
-        "two_steps": (*at(SMALL, 1024, 2048, 4096), *at(WIDE, 256, 512)),
-        "eager": (*at(SMALL, 512, 1024), *at(WIDE, 256, 512)),
+        "fused": (*at(SMALL, 1024, 4096), *at(WIDE, 512)),
+        "two_steps": (*at(SMALL, 1024, 4096), *at(WIDE, 512)),
+        "eager": (*at(SMALL, 256, 512), *at(WIDE, 512)),
     },
     ((SMALL, 100),), 1.0, 3,
 )  # fmt: skip
 FULL = Plan(
-    (*at(SMALL, 256, 512, 1024, 2048), *at(WIDE, 64, 128, 256, 512), Shape(256, lengths="real")),
+    (*at(SMALL, 256, 512, 1024), *at(WIDE, 64, 128, 256, 512), Shape(256, lengths="real")),
     {
-        "fused": (*at(SMALL, 512, 1024, 2048, 4096, 8192), *at(WIDE, 256, 512, 1024, 2048)),
-        "two_steps": (*at(SMALL, 512, 1024, 2048, 4096, 8192), *at(WIDE, 256, 512, 1024, 2048)),
-        "eager": (*at(SMALL, 512, 1024, 2048), *at(WIDE, 256, 512, 1024)),
+        "fused": (*at(SMALL, 512, 1024, 2048, 4096), *at(WIDE, 256, 512, 1024)),
+        "two_steps": (*at(SMALL, 512, 1024, 2048, 4096), *at(WIDE, 256, 512, 1024)),
+        "eager": (*at(SMALL, 256, 512, 1024), *at(WIDE, 256, 512)),
     },
-    ((SMALL, 100), (SMALL, 300)), 4.0, 7,
+    ((SMALL, 100),), 2.0, 5,
 )  # fmt: skip
 
 

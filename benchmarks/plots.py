@@ -48,7 +48,8 @@ def draw_contrastive(result: dict[str, Any], folder: Path) -> list[Path]:
 def draw_cdcr(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``cdcr_time.png`` and ``cdcr_memory.png``."""
     pairs = {**result, "time": [{**r, "mode": "train"} for r in result["time"] if r["mode"] == "pairs"]}
-    return _pair(pairs, folder, "cdcr", "cdcr_loss", CDCR, Shape(0), "pairs ({})")
+    family = Shape(**{**result["memory"][0]["shape"], "batch": 0})
+    return _pair(pairs, folder, "cdcr", "cdcr_loss", CDCR, family, "pairs ({})")
 
 
 def _pair(
