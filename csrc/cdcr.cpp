@@ -36,20 +36,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& text, const 
   int16_t* index[2] = {static_cast<int16_t*>(video_index.mutable_data_ptr()),
                        static_cast<int16_t*>(text_index.mutable_data_ptr())};
   std::vector<PairRows<T>> rows = pair_rows(sides);
-  std::vector<std::vector<T>> best(kRuns, std::vector<T>(nv));
-  over_pairs(0, sides.pairs, work_of(sides) * 4, [&](int64_t run, int64_t pair) {
-    find_partners(sides, rows[run], pair, best[run], index[kText] + pair * nt, index[kVideo] + pair * nv);
+  std::vector<std::vector<T>> best(workers(), std::vector<T>(nv));
+  over_pairs(0, sides.pairs, work_of(sides) * 4, [&](int64_t run, int64_t worker, int64_t pair) {
+    find_partners(sides, rows[worker], pair, best[worker], index[kText] + pair * nt, index[kVideo] + pair * nv);
   });
 
   // Relative to the first anchor's tokens: of a constant channel nothing is left then, not even rounding.
   ChannelTable<T> table(roles, sides.dim);
   std::vector<int64_t> count(2, 0);
-  auto over_index = [&](int64_t run, int64_t pair, auto&& body) {
-    rows[run].start(pair);
+  auto over_index = [&](int64_t worker, int64_t pair, auto&& body) {
+    rows[worker].start(pair);
     for (int term = 0; term < terms; term++)
       for (int64_t i = 0; i < sides.length(term); i++) {
         const int64_t partner = index[term][pair * sides.length(term) + i];
-        if (partner >= 0) body(term, rows[run].row(term, i), rows[run].row(1 - term, partner));
+        if (partner >= 0) body(term, rows[worker].row(term, i), rows[worker].row(1 - term, partner));
       }
   };
   std::vector<std::vector<double>> shift(roles);
@@ -71,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& text, const 
   }
   auto sum_over = [&](auto kernel) {
     std::vector<Sums<T>> runs(kRuns, Sums<T>(roles, sides.width));
-    over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t pair) {
-      over_index(run, pair, [&](int term, const T* x, const T* y) {
+    over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
+      over_index(worker, pair, [&](int term, const T* x, const T* y) {
         kernel(x, role_of(term, false), runs[run].row(role_of(term, false)));
         kernel(y, role_of(term, true), runs[run].row(role_of(term, true)));
         runs[run].added();
@@ -100,8 +100,8 @@ template <class T>
 std::tuple<Tensor, Tensor> diagonal(const Sides<T>& sides, const Anchors<T>& anchors, const ChannelTable<T>& table) {
   std::vector<Sums<T>> runs(kRuns, Sums<T>(3 * anchors.terms, sides.width));
   std::vector<PairRows<T>> rows = pair_rows(sides);
-  over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t pair) {
-    over_anchors(sides, anchors, rows[run], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T weight) {
+  over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
+    over_anchors(sides, anchors, rows[worker], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T weight) {
       cdcr_kernels<T>().correlate(x, y, weight, table[role_of(term, false)], table[role_of(term, true)], sides.width,
                                   runs[run].row(2 * anchors.terms + term), runs[run].row(role_of(term, false)),
                                   runs[run].row(role_of(term, true)));
@@ -154,21 +154,21 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
   const Sides<T>& sides = job.sides;
   const int64_t lengths[2] = {sides.length(kText), sides.length(kVideo)}, slots = sides.slots();
   const int64_t size = size_of(sides.side[kText].tokens.dtype);
-  std::vector<std::vector<T>> into(kRuns, std::vector<T>((lengths[0] + lengths[1]) * sides.width));
-  std::vector<std::vector<T>> scratch(kRuns, std::vector<T>(2 * sides.width));
-  std::vector<std::vector<uint8_t>> seen(kRuns, std::vector<uint8_t>(2 * slots));
-  over_pairs(first, last, 2 * work_of(sides), [&](int64_t run, int64_t pair) {
+  std::vector<std::vector<T>> into(workers(), std::vector<T>((lengths[0] + lengths[1]) * sides.width));
+  std::vector<std::vector<T>> scratch(workers(), std::vector<T>(2 * sides.width));
+  std::vector<std::vector<uint8_t>> seen(workers(), std::vector<uint8_t>(2 * slots));
+  over_pairs(first, last, 2 * work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
     auto gradient_of = [&](int s, int64_t position) {
-      return into[run].data() + (s * lengths[0] + position) * sides.width;
+      return into[worker].data() + (s * lengths[0] + position) * sides.width;
     };
-    std::fill(into[run].begin(), into[run].end(), T(0));
-    std::fill(seen[run].begin(), seen[run].end(), 0);
-    over_anchors(sides, job.anchors, rows[run], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y, T weight) {
+    std::fill(into[worker].begin(), into[worker].end(), T(0));
+    std::fill(seen[worker].begin(), seen[worker].end(), 0);
+    over_anchors(sides, job.anchors, rows[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y, T weight) {
       Pull<T> pull = {job.diagonal, nullptr, nullptr};
       if (job.block) {
         const int64_t slot = sides.slot_of(term, i, j);
-        uint8_t& was_here = seen[run][term * slots + slot];
-        pull = job.block->pull(term, pair, slot, !was_here, scratch[run].data());
+        uint8_t& was_here = seen[worker][term * slots + slot];
+        pull = job.block->pull(term, pair, slot, !was_here, scratch[worker].data());
         was_here = 1;
       }
       static_cast<T*>(job.grad_weight[term].mutable_data_ptr())[pair * lengths[term] + i] =
@@ -178,9 +178,9 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
     for (int s = 0; s < 2; s++)
       for (int64_t p = 0; p < lengths[s]; p++) {
         char* out = static_cast<char*>(job.grad[s].mutable_data_ptr()) + (pair * lengths[s] + p) * sides.dim * size;
-        if (rows[run].loaded(s, p))
-          row_kernels<T>().store_gradient(sides.side[s].tokens, gradient_of(s, p), rows[run].row(s, p),
-                                          rows[run].inverse(s, p), out);
+        if (rows[worker].loaded(s, p))
+          row_kernels<T>().store_gradient(sides.side[s].tokens, gradient_of(s, p), rows[worker].row(s, p),
+                                          rows[worker].inverse(s, p), out);
         else
           std::memset(out, 0, sides.dim * size);
       }

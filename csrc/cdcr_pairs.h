@@ -110,10 +110,13 @@ class PairRows {
   std::vector<uint8_t> loaded_;
 };
 
+// Threads that may take part; what one of them works in is not shared.
+int64_t workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
 template <class T>
 std::vector<PairRows<T>> pair_rows(const Sides<T>& sides) {
   std::vector<PairRows<T>> rows;
-  for (int64_t run = 0; run < kRuns; run++) rows.emplace_back(sides);
+  for (int64_t worker = 0; worker < workers(); worker++) rows.emplace_back(sides);
   return rows;
 }
 
@@ -141,12 +144,12 @@ class Sums {
   std::vector<double> total_;
 };
 
-// Run body(run, pair) for pairs [first, last); a run's pairs come in order, whatever thread takes the run.
+// Run body(run, worker, pair) for pairs [first, last); a run's pairs come in order, whatever worker takes the run.
 template <class Body>
 void over_pairs(int64_t first, int64_t last, int64_t work, const Body& body) {
   const int64_t pairs = last - first, runs = std::min(kRuns, std::max<int64_t>(pairs, 1));
-  parallel(runs, threads_for(runs, work), [&](int64_t run, int64_t) {
-    for (int64_t pair = run * pairs / runs; pair < (run + 1) * pairs / runs; pair++) body(run, first + pair);
+  parallel(runs, threads_for(runs, work), [&](int64_t run, int64_t worker) {
+    for (int64_t pair = run * pairs / runs; pair < (run + 1) * pairs / runs; pair++) body(run, worker, first + pair);
   });
 }
 

@@ -142,7 +142,7 @@ def standardize(x: Tensor) -> Tensor:
     std = x.detach().std(0)
     constant = std <= 1e-12
     centred = torch.where(constant, 0, x - x.mean(0))
-    return centred / torch.where(constant, 1, torch.where(constant, 1, x).std(0) if constant.any() else x.std(0))
+    return centred / torch.where(constant, 1, torch.where(constant, 1, x).std(0))
 
 
 def cross_correlation(x: Tensor, y: Tensor, weight: Tensor | None, divisor: Tensor | float) -> Tensor:

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import drl_fast
-from drl_fast import reference
+from drl_fast import functional, reference
+from drl_fast.functional.dot_product import pool
 from drl_fast.modules.wti import weight_head
 from tests.implementations import Implementation
 from tests.oracle import error
@@ -127,10 +128,26 @@ def test_public_code(impl: Implementation, drl: tuple[Case, dict], dtype: torch.
     allowed = for_logits * max(1.0, float(case.arrays["train_logits"].abs().max()))
     assert loss.item() == pytest.approx(float(case.arrays["info_nce"]), abs=allowed)
     if meta["cdcr"] != 0:
-        return  # the recorded gradients hold 0.1 * cdcr_loss
+        decorrelation = cdcr(case, meta, leaves, impl.device)
+        assert decorrelation.item() == pytest.approx(float(case.arrays["cdcr_loss"]), rel=1e-4)
+        total = loss + meta["cdcr_lambda"] * decorrelation
+        assert total.item() == pytest.approx(float(case.arrays["loss"]), abs=allowed)
+        loss = loss + 0.1 * decorrelation  # what the recorded gradients are of
     loss.backward()
     check("grad of logit_scale", log_scale.grad, case.arrays["grad.clip.logit_scale"], for_grads)
     check_grads(leaves, {name: case.arrays[f"grad.{name}"] for name in leaves}, for_grads)
+
+
+def cdcr(case: Case, meta: dict, leaves: dict[str, Tensor], device: str) -> Tensor:
+    """The public code's channel decorrelation 1 (pooled), 2 (tokens) or 3 (weighted tokens)."""
+    assert meta["grad_of"] == "info_nce + 0.1 * cdcr_loss"
+    text, video = leaves["text"], leaves["video"]
+    t_mask, v_mask = (m.to(device) for m in case.masks)
+    alphas = {"alpha_on": meta["cdcr_alpha1"], "alpha_off": meta["cdcr_alpha2"]}
+    if meta["cdcr"] == 1:
+        return functional.cross_correlation_loss(*pool(text, video, t_mask != 0, v_mask != 0), **alphas)
+    weights = case.layer.weights(text, video, t_mask, v_mask) if meta["cdcr"] == 3 else (None, None)
+    return functional.cdcr_loss(text, video, *weights, t_mask, v_mask, **alphas)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

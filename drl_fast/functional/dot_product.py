@@ -44,10 +44,15 @@ def dot_product(
     """
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
     with _autocast.off(text.device.type):
-        end_token = unit(last_real_token(text, t_mask))
-        frames = video if v_mask is None else torch.where(v_mask[..., None], video, 0)
-        pooled = unit((unit(frames) * uniform_weight(v_mask, video)[..., None]).sum(dim=1))
-        return end_token @ pooled.T
+        end_token, mean_frame = pool(text, video, t_mask, v_mask)
+        return end_token @ mean_frame.T
+
+
+def pool(text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Unit vectors (A, D) of the end tokens and (B, D) of the mean frames; boolean masks."""
+    frames = video if video_mask is None else torch.where(video_mask[..., None], video, 0)
+    mean_frame = (unit(frames) * uniform_weight(video_mask, video)[..., None]).sum(dim=1)
+    return unit(last_real_token(text, text_mask)), unit(mean_frame)
 
 
 def last_real_token(text: Tensor, mask: Tensor | None) -> Tensor:

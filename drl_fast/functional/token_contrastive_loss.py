@@ -40,10 +40,10 @@ def token_contrastive_loss(
     weights and ``logit_scale``; a second derivative or forward-mode AD raises.
 
     With ``process_group`` each of W ranks passes its own pairs and all get the loss of the whole batch, the same bits.
-    Pairs, Nt and Nv may differ between ranks, 0 pairs on some are fine; options and D may not. Gradients of features and
-    token weights are W times the one process's and ``logit_scale``'s average to it, so that DDP's mean over ranks
-    is the one process's gradient for encoders, weight heads and ``logit_scale`` alike. All ranks must run the backward
-    if one does, on the same multiple of the loss.
+    Pairs, Nt and Nv may differ between ranks, 0 pairs on some are fine; options and D may not. Gradients of features
+    and token weights are W times the one process's, ``logit_scale``'s average to it, so that DDP's mean over ranks is
+    the one process's gradient for encoders, weight heads and ``logit_scale`` alike. All ranks must run the backward if
+    one does, on the same multiple of the loss.
 
     What is communicated: a header of 26 integers first, one number at the end. Every rank scores its own texts against
     all videos. Up to 256 MB of videos over all ranks they are gathered once, their gradients come back by one

@@ -81,17 +81,33 @@ class WTI(nn.Module):
         return_matches: bool = False,
     ) -> Tensor | tuple[Tensor, Matches]:
         text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        text_weight, video_weight = self._both_weights(text, video, t_mask, v_mask)
+        return token_interaction(
+            text, video, text_weight, video_weight, t_mask, v_mask,
+            normalize=self.normalize, masking=self.masking, bidirectional=self.bidirectional,
+            return_matches=return_matches,
+        )  # fmt: skip
+
+    def weights(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token weights (A, Nt) and (B, Nv), for the losses that take them beside the tokens.
+
+        They sum to 1 over a row's real tokens, 0 elsewhere; float32 or better. The second is None where the layer is
+        not bidirectional.
+        """
+        return self._both_weights(*check_sides(text, video, text_mask, video_mask))
+
+    def _both_weights(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if text.shape[2] != self.dim:
             raise ValueError(
                 f"text and video must have D = {self.dim} channels, the layer's dim, got {text.shape[2]}; "
                 f"build it with WTI(dim={text.shape[2]})"
             )
-        video_weight = self._weights(self.video_weight_fc, video, v_mask) if self.bidirectional else None
-        return token_interaction(
-            text, video, self._weights(self.text_weight_fc, text, t_mask), video_weight, t_mask, v_mask,
-            normalize=self.normalize, masking=self.masking, bidirectional=self.bidirectional,
-            return_matches=return_matches,
-        )  # fmt: skip
+        video_weight = self._weights(self.video_weight_fc, video, video_mask) if self.bidirectional else None
+        return self._weights(self.text_weight_fc, text, text_mask), video_weight
 
     def _weights(self, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over a row's real tokens, in float32 or better; a row without one has weights 0."""

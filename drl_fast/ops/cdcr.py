@@ -3,11 +3,11 @@
 An anchor x is a real token of a pair, its partner y the token of the pair's other side that it matches best; words
 are the anchors of the first term, frames of the second. With channels standardised over all anchors (all partners),
 
-    C_de = sum over anchors of weight x~_d y~_e          loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
+    C_de = sum over anchors of weight x~_d y~_e      loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
 
 The forward takes two steps, each a sum over anchors that processes can add up between them: partners, means and
-scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward reads
-tokens and statistics anew: nothing of size N x D is held in between.
+scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward
+reads tokens and statistics anew: nothing of size N x D is held in between.
 
 Roles, in all (roles, D) tensors: words, their partners, frames, their partners; the last two where there are two terms.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _autocast
 from .._checks import accumulation_dtype, statistics_dtype
+from ._group import Group
 from ._registry import LIBRARY
 from .chunked import cdcr as chunked
 
@@ -89,25 +90,22 @@ class Options(NamedTuple):
     divisor: float | None  # C's; None: the number of anchors of each term
     normalize: bool
     both: bool  # frames are anchors as well, and C is the mean of the two terms
-    group: Any = None  # of processes that hold the other pairs
+    group: Group | None = None  # of processes that hold the other pairs
 
     @property
     def ranks(self) -> int:
-        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+        return 1 if self.group is None else self.group.size
 
     def over_group(self, x: Tensor) -> Tensor:
-        """Sum over the processes, in x's own memory."""
-        if self.group is not None:
-            torch.distributed.all_reduce(x, group=self.group)
-        return x
+        """The sum of every process's x."""
+        return x if self.group is None else self.group.add(x)
 
     def merged(self, count: Tensor, mean: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Statistics of all processes' anchors from those of each, by Chan et al.'s update."""
         if self.group is None:
             return count, mean, scatter
         own = torch.cat([count[:, None], mean, scatter], 1)
-        ranks = own.new_empty((self.ranks, *own.shape))
-        torch.distributed.all_gather_into_tensor(ranks, own, group=self.group)
+        ranks = torch.stack(self.group.gather(own, [len(own)] * self.group.size))
         counts, means, scatters = ranks.split([1, mean.shape[1], mean.shape[1]], 2)
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total.clamp(min=1)
@@ -191,10 +189,22 @@ def _statistics(
     anchors = torch.stack([(index >= 0).sum() for index in (video_index, text_index)])
     count = anchors.to(mean.dtype).repeat_interleave(2)[: len(mean)]
     count, mean, scatter = options.merged(count, mean, scatter)
+    _refuse_too_few(count)
     std = (scatter / (count - 1).clamp(min=1)[:, None]).sqrt()
     # Rounding of the mean is no deviation.
     constant = std <= torch.clamp(16 * torch.finfo(std.dtype).eps * mean.abs(), min=STD_EPS)
     return (video_index, text_index), Statistics(count, mean, torch.where(constant, 0, 1 / std))
+
+
+def _refuse_too_few(count: Tensor) -> None:
+    """Raise where masks leave a deviation nothing to be of; on another device it would cost a synchronisation."""
+    visible = type(count) is Tensor and count.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and bool((count < 2).any()):
+        anchors = " and ".join(str(int(n)) for n in count[::2])
+        raise ValueError(
+            "text_mask and video_mask must leave at least 2 real tokens a side to standardise channels over, in pairs "
+            f"with both sides, got {anchors}; use a larger batch"
+        )
 
 
 def _scaled_weights(

@@ -69,8 +69,8 @@ def pairs(
     kinds = MASKS[masks]
     return Pairs(
         torch.randn(b, nt, dim, dtype=torch.float64).to(dtype), torch.randn(b, nv, dim, dtype=torch.float64).to(dtype),
-        make_weight(weights, b, nt), make_weight(weights, b, nv), make_mask(kinds[0], b, nt), make_mask(kinds[1], b, nv),
-        options or FORMS["full"],
+        make_weight(weights, b, nt), make_weight(weights, b, nv),
+        make_mask(kinds[0], b, nt), make_mask(kinds[1], b, nv), options or FORMS["full"],
     )  # fmt: skip
 
 

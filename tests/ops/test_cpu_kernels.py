@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # The suites in which a kernel's arithmetic, masks and matches are compared with the oracle and with recorded numbers.
 SUITES = (
     "tests/ops/test_fuzz.py", "tests/ops/test_token_interaction.py", "tests/ops/test_token_interaction_masks.py",
-    "tests/ops/test_token_interaction_matches.py", "tests/ops/test_token_interaction_bits.py", "tests/test_golden.py",
+    "tests/ops/test_token_interaction_matches.py", "tests/ops/test_token_interaction_bits.py",
+    "tests/ops/test_cdcr.py", "tests/test_golden.py",
 )  # fmt: skip
 
 
@@ -83,3 +84,37 @@ def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: torc
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.drl_fast.token_interaction_backward(*arguments)
+
+
+SIDES = {"text": torch.randn(4, 3, 8), "video": torch.randn(4, 5, 8)}
+PAIRS = {
+    **SIDES, "text_weight": torch.ones(4, 3), "video_weight": torch.ones(4, 5),
+    "video_index": torch.zeros(4, 3, dtype=torch.int16), "text_index": torch.zeros(4, 5, dtype=torch.int16),
+    "channels": torch.ones(2, 4, 8, dtype=torch.float64), "normalize": True, "full": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("video", torch.randn(3, 5, 8), "as many rows"),
+        ("video", torch.randn(4, 5, 9), "one D"),
+        ("text_weight", torch.ones(4, 2), r"weights must be \(B, tokens\)"),
+        ("text_weight", torch.ones(4, 3).double(), "weights must be .*float32"),
+        ("video_index", torch.zeros(4, 3), "partners must be .* int16"),
+        ("text_index", torch.zeros(4, 4, dtype=torch.int16), "partners must be"),
+        ("video_index", torch.full((4, 3), 5, dtype=torch.int16), "a partner lies beyond its row"),
+        ("channels", torch.ones(2, 4, 7, dtype=torch.float64), r"channels must be \(kinds, roles, D\)"),
+        ("channels", torch.ones(2, 4, 8), "channels must be .*float64"),
+    ],
+)
+def test_cdcr_reads_nothing_beyond_its_arguments(name: str, value: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.cdcr_correlation(*{**PAIRS, name: value}.values())
+
+
+def test_cdcr_gradient_reads_nothing_beyond_its_pull() -> None:
+    arguments = [*list(PAIRS.values())[:6], torch.ones(4, 4, 8, dtype=torch.float64)]
+    for pull in (torch.ones(7), torch.ones(8, 7), torch.ones(8).double()):
+        with pytest.raises(RuntimeError, match=r"pull must be \(D,\) or \(D, D\)"):
+            torch.ops.drl_fast.cdcr_gradient(*arguments, pull, True)
