@@ -19,18 +19,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from benchmarks import bench_contrastive, harness, scaling_tables, tables
+from benchmarks import bench_cdcr, bench_contrastive, harness, scaling_tables, tables
 from benchmarks import contestants as who
 from benchmarks.bench_contrastive import BY_NAME, SCALE, training_call
 from benchmarks.problem import Shape, make_problem
-from benchmarks.scaling_model import WAYS, Way, Work, flop, held, sent
+from benchmarks.scaling_model import WAYS, Way, Work, cdcr_sent, flop, held, sent
 from benchmarks.session import memory_apart
 from drl_fast import functional
 
 FAMILY = Work(0, 1, 16, 8, 128, 4)
 BATCHES = (512, 1024, 2048, 4096)
 GROUPS = (Work(2048, 2, 16, 8, 128, 4), Work(2048, 4, 16, 8, 128, 4), Work(1022, 4, 16, 8, 128, 4))
-PRODUCTS = 4
+CDCR = {"CDCR, diagonal": bench_cdcr.DIAGONAL, "CDCR, full": bench_cdcr.FULL_FORM}
 
 
 def written_bytes() -> int:
@@ -75,7 +75,7 @@ def memory(threads: int, batches: tuple[int, ...] = BATCHES) -> list[dict[str, A
 
 
 # --- a group ----------------------------------------------------------------------------------------------------------
-def rank_step(rank: int, way: Way, work: dict[str, Any], folder: str) -> None:
+def rank_step(rank: int, kind: str, work: dict[str, Any], folder: str) -> None:
     """One process of a group: a warm-up, then one step of which bytes and memory are taken."""
     from drl_fast.ops import _visits
 
@@ -86,14 +86,16 @@ def rank_step(rank: int, way: Way, work: dict[str, Any], folder: str) -> None:
 
     def step(count: int) -> harness.Call:
         problem = make_problem(shape_of(whole, count), train=True)
-        arguments = problem.inputs()[:4]  # all tokens are real
+        tokens = problem.leaves()  # no masks: all are real
 
         def forward() -> torch.Tensor:
-            return functional.token_contrastive_loss(*arguments, logit_scale=SCALE, process_group=dist.group.WORLD)
+            if kind in CDCR:
+                return functional.cdcr_loss(*tokens, **CDCR[kind], process_group=dist.group.WORLD)
+            return functional.token_contrastive_loss(*tokens, logit_scale=SCALE, process_group=dist.group.WORLD)
 
-        return who.loss_step(forward, arguments)
+        return who.loss_step(forward, tokens)
 
-    with mock.patch.object(_visits, "GATHER_BYTES", 1 << 62 if way == "gathered" else 0):
+    with mock.patch.object(_visits, "GATHER_BYTES", 0 if kind == "ring" else 1 << 62):
         step(2)()
         call = step(rows)
         dist.barrier()
@@ -104,14 +106,18 @@ def rank_step(rank: int, way: Way, work: dict[str, Any], folder: str) -> None:
     dist.destroy_process_group()
 
 
-def group(work: Work, way: Way) -> dict[str, Any]:
-    """Rank 0's bytes sent and held; it has most pairs, and blocks are padded to its size."""
+def group(work: Work, kind: str) -> dict[str, Any]:
+    """Rank 0's bytes sent and held, of a way of the contrastive loss or a form of CDCR. Rank 0 has most pairs."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(rank_step, (way, asdict(work), folder), nprocs=work.ranks)
+        mp.spawn(rank_step, (kind, asdict(work), folder), nprocs=work.ranks)
         found = json.loads(Path(folder, "0.json").read_text())
+    row: dict[str, Any] = {"work": asdict(work), "kind": kind}
+    if kind in CDCR:
+        predicted = cdcr_sent(work, kind == "CDCR, full")
+        return {**row, "sent": {"predicted": predicted, "measured": found["sent"]}}
+    way: Way = "ring" if kind == "ring" else "gathered"
     return {
-        "work": asdict(work),
-        "way": way,
+        **row,
         "sent": {"predicted": sum(sent(work, way).values()), "measured": found["sent"]},
         "held": {"predicted": sum(held(work, way).values()), "measured": found["held"]},
     }
@@ -123,7 +129,7 @@ def conduct(out: Path) -> None:
     result = harness.record("scaling_check", "cpu", threads, {"family": asdict(FAMILY)})
     result["contestants"] = {c.name: c.describe() for c in bench_contrastive.CONTESTANTS}
     result["compute"], result["memory"] = compute(threads), memory(threads)
-    result["groups"] = [group(work, way) for work in GROUPS for way in WAYS]
+    result["groups"] = [group(work, kind) for work in GROUPS for kind in (*WAYS, *CDCR)]
     path = out / result["machine"]["slug"] / "scaling_check.json"
     harness.save(result, path)
     console = Console()

@@ -15,8 +15,9 @@ n texts against the videos of all ranks, which are gathered or go round a ring (
 - Held by a rank beside its inputs: the text's gradient in float32 and, where that is another, in the input's type; a
   block of scores (constant); gathered: (W+1) P, and in the backward 3 W G (results, the same packed, what comes back);
   ring: 2 P + 4 G (three results, and what a block adds to one); one process: 2 G.
-- CDCR: counts, means and scatters of four matrices, 2 x 4 x D numbers, then C, D numbers or D x D, and as much again in
-  the backward, in all-reduces of 2 (W-1)/W times their bytes. None of it grows with the batch.
+- CDCR: counts, means and scatters of four matrices are gathered, 4 (2 D + 1) numbers of float64 a rank; then two sums
+  over ranks, each 2 (W-1)/W times its bytes: C's two terms (2 D numbers of float32, full form 2 D x D), and 4 D of
+  float64. The backward sends nothing, and none of it grows with the batch.
 """
 
 from __future__ import annotations
@@ -192,10 +193,13 @@ def bound(work: Work, way: Way, machine: Machine, budget: float) -> str:
     return "compute" if hidden or found["compute"] >= found["network"] else "network"
 
 
-def cdcr_sent(work: Work, full: bool) -> float:
-    """Bytes that a rank sends for ``cdcr_loss``, forward and backward: all-reduces of float32 numbers."""
-    numbers = 8 * work.dim + (work.dim**2 if full else work.dim)
-    return 2 * 4.0 * numbers * 2 * (work.ranks - 1) / work.ranks
+def cdcr_sent(work: Work, full: bool) -> int:
+    """Bytes that a rank sends for ``cdcr_loss``; a sum's pieces are padded to one size."""
+    others = work.ranks - 1
+    gathered = 4 * (2 * work.dim + 1) * 8
+    terms, sums = (2 * work.dim**2 if full else 2 * work.dim), 4 * work.dim
+    pieces = 4 * -(-terms // work.ranks) + 8 * -(-sums // work.ranks)
+    return others * (gathered + 2 * pieces)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------

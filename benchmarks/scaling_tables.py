@@ -91,11 +91,23 @@ def check_alone(result: dict[str, Any]) -> Table:
 def check_group(result: dict[str, Any]) -> Table:
     rows = []
     for row in result["groups"]:
-        cells = [f"{row['work']['pairs']} on {row['work']['ranks']}", row["way"]]
+        cells = [f"{row['work']['pairs']} on {row['work']['ranks']}", row["kind"]]
         for what in ("sent", "held"):
+            if what not in row:
+                cells += [NOTHING] * 3
+                continue
             cells += [f"{row[what][key] / 1e6:.2f} MB" for key in ("predicted", "measured")] + [_off(row[what])]
         rows.append(cells)
-    heads = ["pairs on ranks", "way", "sent, predicted", "measured", "off by", "held, predicted", "measured", "off by"]
+    heads = [
+        "pairs on ranks",
+        "way or form",
+        "sent, predicted",
+        "measured",
+        "off by",
+        "held, predicted",
+        "measured",
+        "off by",
+    ]
     return Table("A gloo group, rank 0: a step at (16, 8, 128), float32", heads, rows)
 
 
