@@ -114,7 +114,10 @@ def _picture(
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    beside = len(drawn) > 4  # so many that some line would pass under them
+    axes.legend(
+        frameon=False, loc="center left" if beside else "upper left", bbox_to_anchor=(1, 0.5) if beside else None
+    )
     axes.set_xlabel(axis)
     axes.set_ylabel(unit)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
