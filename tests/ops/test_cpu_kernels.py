@@ -118,6 +118,18 @@ def test_cdcr_reads_nothing_beyond_its_arguments(name: str, value: torch.Tensor,
         torch.ops.drl_fast.cdcr_correlation(*{**PAIRS, name: value}.values())
 
 
+@pytest.mark.parametrize("empty", ["tokens", "channels"])
+@pytest.mark.parametrize("full", [True, False])
+def test_cdcr_of_nothing(empty: str, full: bool) -> None:
+    tokens, dim = (0, 8) if empty == "tokens" else (3, 0)
+    sides = [torch.zeros(4, tokens, dim), torch.zeros(4, tokens, dim)]
+    index = [torch.full((4, tokens), -1, dtype=torch.int16)] * 2
+    weights, channels = [torch.ones(4, tokens)] * 2, torch.zeros(2, 4, dim, dtype=torch.float64)
+    cross, _ = torch.ops.drl_fast.cdcr_correlation(*sides, *weights, *index, channels, True, full)
+    assert cross.shape == ((2, dim, dim) if full else (2, dim))
+    assert (cross == 0).all()
+
+
 def test_cdcr_gradient_reads_nothing_beyond_its_pull() -> None:
     arguments = [*list(PAIRS.values())[:6], torch.ones(4, 4, 8, dtype=torch.float64)]
     for pull in (torch.ones(7), torch.ones(8, 7), torch.ones(8).double()):
