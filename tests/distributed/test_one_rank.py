@@ -1,4 +1,4 @@
-"""A group of one process, as ``torchrun --nproc-per-node 1`` makes it: the single process's numbers, nothing is sent."""
+"""A group of one process, as `torchrun --nproc-per-node 1` makes it: the one process's numbers, nothing is sent."""
 
 from __future__ import annotations
 
