@@ -18,7 +18,7 @@ from benchmarks import harness, loss_tables, scaling_tables
 from benchmarks.cells import NOTHING, Table, budget, label, machine_line, memory, milliseconds, notes, ratio
 from benchmarks.problem import Shape
 
-PAGES = ("README.md", "docs/performance.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md")
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 # (column title, contestant) of the interaction's tables, and of the one-way table.
 INTERACTIONS = (
@@ -85,9 +85,38 @@ def profile(result: dict[str, Any]) -> Table:
     return Table("Where a training step goes, in percent of samples", ["phase", *heads], rows)
 
 
-PAGE_ONLY = {
+# Of the static report's rows one form of each kernel and precision, at 512 channels; the file has the others.
+SHOWN = (
+    ("bf16", "keyed scores, 32 words"), ("bf16", "keyed matches, 32 words"), ("bf16", "keyed weights, 32 words"),
+    ("bf16", "half, D = 512"), ("bf16", "half, D = 512, later block"), ("fp16", "keyed matches, 16 words"),
+    ("fp16", "half, D = 512"), ("fp32", "tf32 matches, 16 words"), ("fp32", "tf32, D = 512"),
+    ("fp32", "fp32 matches, 16 words"), ("fp32", "fp32, D = 512"),
+)  # fmt: skip
+
+
+def static(result: list[dict[str, Any]]) -> Table:
+    """What the main kernels compile to, and the cost model's share of the chip's rate: nothing in it was measured."""
+    rows = []
+    for row in result:
+        if (row["dtype"], row["what"]) in SHOWN:
+            config = row["config"]
+            rows.append([
+                row["kernel"].removeprefix("interaction_").replace("_", " "), row["arch"], row["dtype"], row["what"],
+                f"{config['BM']} x {config['BN']} x {config['BK']}, {config['num_warps']}", str(row["registers"]),
+                str(row["spill_bytes"]), f"{row['shared_bytes'] / 1024:.0f} KB", row["tensor_core"] or NOTHING,
+                f"{100 * row['predicted_share']:.0f} %",
+            ])  # fmt: skip
+    heads = [
+        "kernel", "GPU", "tokens", "form", "tile, warps", "registers", "bytes spilled", "shared", "tensor cores",
+        "predicted share",
+    ]  # fmt: skip
+    return Table("Static prediction, not measured", heads, rows)
+
+
+PAGE_ONLY: dict[str, Callable[[Any], Table]] = {
     "summary": summary,
     "profile": profile,
+    "static": static,
     **loss_tables.CDCR,
     **loss_tables.CONTRASTIVE,
     **scaling_tables.TABLES,

@@ -218,7 +218,7 @@ def differentiate(
     """Gradients of text, video, text weight, video weight; those not needed may be empty."""
     return torch.ops.drl_fast.token_interaction_backward(
         grad_logits, text.features, video.features, text.weight, video.weight, text.mask, video.mask, *matches,
-        rule.normalize, needs[0] or needs[2], needs[1] or needs[3],
+        rule.normalize, rule.zero_competes, list(needs[:4]),
     )  # fmt: skip
 
 

@@ -73,14 +73,19 @@ def test_the_operator_reads_nothing_beyond_its_arguments(name: str, value: torch
     [
         (0, torch.zeros(4, 3), r"grad_logits must be \(A, B\)"),
         (0, torch.zeros(4, 2).double(), "grad_logits must be"),
-        (7, torch.empty(0, dtype=torch.uint8), "matches must be those that the forward kept"),
+        (
+            7,
+            torch.empty(0, dtype=torch.uint8),
+            "forward kept; on the CPU it finds none again.*keep_matches=True",
+        ),
         (7, torch.zeros(4, 3, 2, dtype=torch.int16), "matches must be those"),
         (8, torch.zeros(4, 4, 2, dtype=torch.uint8), "matches must be those"),
+        (11, [True] * 3, "output_mask must be four bools"),
     ],
 )
-def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: torch.Tensor, message: str) -> None:
+def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: object, message: str) -> None:
     _, by_word, by_frame = torch.ops.drl_fast.token_interaction(*FORWARD.values())
-    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], by_word, by_frame, True, True, True]
+    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], by_word, by_frame, True, True, [True] * 4]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.drl_fast.token_interaction_backward(*arguments)
