@@ -51,7 +51,7 @@ class Plan:
 
 
 QUICK = Plan(
-    (*at(SMALL, 256, 1024), *at(WIDE, 128, 256)),
+    (*at(SMALL, 256, 512), *at(WIDE, 128, 256)),
     {
         "fused": (*at(SMALL, 1024, 4096), *at(WIDE, 512)),
         "two_steps": (*at(SMALL, 1024, 4096), *at(WIDE, 512)),

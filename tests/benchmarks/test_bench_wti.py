@@ -44,11 +44,16 @@ def test_a_small_run_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.
 def test_largest_batch_fits_and_the_next_does_not(
     constant: float, square: float, linear: float, budget: int, want: int
 ) -> None:
+    asked = []
+
     def memory(batch: int) -> dict[str, Any]:
+        asked.append(batch)
         return {"status": "ok", "mb": constant + square * batch**2 + linear * batch}
 
     known = {b: memory(b)["mb"] for b in (256, 512)}
+    asked.clear()
     found = session.largest_batch(memory, "x", budget, known)
+    assert len(asked) <= 5, "two points predict a smooth curve"
     assert found["fits"]["mb"] <= budget < found["fails"]["mb"]
     assert 0.96 * want <= found["fits"]["batch"] <= want
     # The prediction from wrong points is corrected by what is then measured.
