@@ -1,4 +1,5 @@
-// Operators of CDCR on the CPU: partners and channel statistics, the correlation (its diagonal or all of it), the gradient. The mathematics is in cdcr_kernel.h, the walk over pairs in cdcr_pairs.h.
+// Operators of CDCR on the CPU: partners and channel statistics, the correlation (its diagonal or all of it), the
+// gradient. The mathematics is in cdcr_kernel.h, the walk over pairs in cdcr_pairs.h.
 #include "cdcr_products.h"
 
 namespace drl_fast {
@@ -25,69 +26,67 @@ void find_partners(const Sides<T>& sides, PairRows<T>& rows, int64_t pair, std::
   }
 }
 
+// Where a term's sums start: its first anchor and that one's partner, so that of a constant channel nothing is left, not
+// even rounding. Zeros without an anchor. Returns the number of anchors.
+template <class T>
+int64_t first_rows(const Sides<T>& sides, const Anchors<T>& anchors, int term, PairRows<T>& rows,
+                   std::vector<double>* shift) {
+  const int64_t length = sides.length(term), places = sides.pairs * length;
+  int64_t count = 0;
+  shift[0].assign(sides.dim, 0.0), shift[1].assign(sides.dim, 0.0);
+  for (int64_t at = 0; at < places; at++) {
+    const int64_t partner = anchors.index[term][at];
+    if (partner < 0 || count++ > 0) continue;
+    rows.start(at / length);
+    const T *x = rows.row(term, at % length), *y = rows.row(1 - term, partner);
+    shift[0].assign(x, x + sides.dim), shift[1].assign(y, y + sides.dim);
+  }
+  return count;
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& text, const Tensor& video,
                                                       const OptionalTensor& text_mask, const OptionalTensor& video_mask,
                                                       bool normalize, bool both) {
   const Sides<T> sides(text, video, text_mask, video_mask, normalize);
-  const int64_t terms = both ? 2 : 1, roles = 2 * terms, nt = sides.length(kText), nv = sides.length(kVideo);
+  const int64_t nt = sides.length(kText), nv = sides.length(kVideo), dim = sides.dim, roles = both ? 4 : 2;
   Tensor video_index = torch::stable::empty({sides.pairs, nt}, ScalarType::Short);
   Tensor text_index = torch::stable::empty({sides.pairs, nv}, ScalarType::Short);
   int16_t* index[2] = {static_cast<int16_t*>(video_index.mutable_data_ptr()),
                        static_cast<int16_t*>(text_index.mutable_data_ptr())};
   std::vector<PairRows<T>> rows = pair_rows(sides);
   std::vector<std::vector<T>> best(workers(), std::vector<T>(nv));
-  over_pairs(0, sides.pairs, work_of(sides) * 4, [&](int64_t run, int64_t worker, int64_t pair) {
+  auto find = [&](int64_t, int64_t worker, int64_t pair) {
     find_partners(sides, rows[worker], pair, best[worker], index[kText] + pair * nt, index[kVideo] + pair * nv);
-  });
-
-  // Relative to the first anchor's tokens: of a constant channel nothing is left then, not even rounding.
-  ChannelTable<T> table(roles, sides.dim);
-  std::vector<int64_t> count(2, 0);
-  auto over_index = [&](int64_t worker, int64_t pair, auto&& body) {
-    rows[worker].start(pair);
-    for (int term = 0; term < terms; term++)
-      for (int64_t i = 0; i < sides.length(term); i++) {
-        const int64_t partner = index[term][pair * sides.length(term) + i];
-        if (partner >= 0) body(term, rows[worker].row(term, i), rows[worker].row(1 - term, partner));
-      }
   };
-  std::vector<std::vector<double>> shift(roles);
-  for (int64_t pair = 0; pair < sides.pairs; pair++)
-    for (int term = 0; term < terms; term++)
-      for (int64_t i = 0; i < sides.length(term); i++) {
-        const int64_t partner = index[term][pair * sides.length(term) + i];
-        if (partner < 0) continue;
-        if (count[term]++ > 0) continue;
-        rows[0].start(pair);
-        const T* x = rows[0].row(term, i);
-        const T* y = rows[0].row(1 - term, partner);
-        shift[role_of(term, false)].assign(x, x + sides.dim);
-        shift[role_of(term, true)].assign(y, y + sides.dim);
-      }
-  for (int64_t r = 0; r < roles; r++) {
-    if (shift[r].empty()) shift[r].assign(sides.dim, 0.0);
-    table.set_mean(r, shift[r].data());
-  }
+  over_pairs(0, sides.pairs, work_of(sides) * 4, find, sides.pairs);
+
+  const Anchors<T> anchors(both ? 2 : 1, index[kText], index[kVideo]);
+  ChannelTable<T> table(roles, dim);
+  std::vector<double> shift[4];
+  int64_t count[2] = {0, 0};
+  for (int term = 0; term < anchors.terms; term++)
+    count[term] = first_rows(sides, anchors, term, rows[0], shift + 2 * term);
+  for (int64_t r = 0; r < roles; r++) table.set_mean(r, shift[r].data());
   auto sum_over = [&](auto kernel) {
     std::vector<Sums<T>> runs(kRuns, Sums<T>(roles, sides.width));
     over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
-      over_index(worker, pair, [&](int term, const T* x, const T* y) {
+      over_anchors(sides, anchors, rows[worker], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T) {
         kernel(x, role_of(term, false), runs[run].row(role_of(term, false)));
         kernel(y, role_of(term, true), runs[run].row(role_of(term, true)));
         runs[run].added();
       });
     });
-    return collect(runs, roles, sides.dim);
+    return collect(runs, roles, dim);
   };
   Tensor mean = sum_over([&](const T* x, int role, T* to) {
     cdcr_kernels<T>().sum(x, table[role].mean, sides.width, to);
   });
   double* means = static_cast<double*>(mean.mutable_data_ptr());
   for (int64_t r = 0; r < roles; r++) {
-    const double anchors = static_cast<double>(std::max<int64_t>(1, count[r / 2]));
-    for (int64_t k = 0; k < sides.dim; k++) means[r * sides.dim + k] = shift[r][k] + means[r * sides.dim + k] / anchors;
-    table.set_mean(r, means + r * sides.dim);
+    const double divisor = static_cast<double>(std::max<int64_t>(1, count[r / 2]));
+    for (int64_t k = 0; k < dim; k++) means[r * dim + k] = shift[r][k] + means[r * dim + k] / divisor;
+    table.set_mean(r, means + r * dim);
   }
   Tensor scatter = sum_over([&](const T* x, int role, T* to) {
     cdcr_kernels<T>().scatter(x, table[role], sides.width, to);
@@ -163,7 +162,8 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
     };
     std::fill(into[worker].begin(), into[worker].end(), T(0));
     std::fill(seen[worker].begin(), seen[worker].end(), 0);
-    over_anchors(sides, job.anchors, rows[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y, T weight) {
+    over_anchors(sides, job.anchors, rows[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y,
+                                                             T weight) {
       Pull<T> pull = {job.diagonal, nullptr, nullptr};
       if (job.block) {
         const int64_t slot = sides.slot_of(term, i, j);
@@ -184,7 +184,7 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
         else
           std::memset(out, 0, sides.dim * size);
       }
-  });
+  }, last - first);
 }
 
 template <class T>
@@ -212,9 +212,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(const Tensor& text, const Te
   const Tensor dense = torch::stable::contiguous(pull);
   std::vector<T> diagonal(sides.width);
   if (!all) std::copy_n(static_cast<const T*>(dense.const_data_ptr()), sides.dim, diagonal.begin());
-  GradientJob<T> job = {sides, anchors, table, all ? nullptr : diagonal.data(), nullptr, {contiguous_like(text), contiguous_like(video)},
+  const int64_t frames_weighted = anchors.terms == 2 ? sides.pairs : 0;
+  GradientJob<T> job = {sides,   anchors,
+                        table,   all ? nullptr : diagonal.data(),
+                        nullptr, {contiguous_like(text), contiguous_like(video)},
                         {zeros({sides.pairs, sides.length(kText)}, scalar_type<T>, sizeof(T)),
-                         zeros({anchors.terms == 2 ? sides.pairs : 0, sides.length(kVideo)}, scalar_type<T>, sizeof(T))}};
+                         zeros({frames_weighted, sides.length(kVideo)}, scalar_type<T>, sizeof(T))}};
   std::vector<PairRows<T>> rows = pair_rows(sides);
   if (!all) {
     pull_pairs(job, 0, sides.pairs, rows);

@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 20;
 
 void mm_out(const Tensor& a, const Tensor& b, Tensor out) {
-  StableIValue stack[3] = {torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  using torch::stable::detail::from;
+  StableIValue stack[3] = {from(a), from(b), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -24,7 +25,7 @@ class ProductRows {
  public:
   ProductRows(const Sides<T>& sides, const Anchors<T>& anchors, const ChannelTable<T>& table)
       : sides_(sides), anchors_(anchors), table_(table), slots_(sides.slots()), rows_(pair_rows(sides)) {
-    const int64_t fit = kBlockBytes / (slots_ * sides.dim * static_cast<int64_t>(sizeof(T)));
+    const int64_t fit = kBlockBytes / std::max<int64_t>(1, slots_ * sides.dim * static_cast<int64_t>(sizeof(T)));
     pairs_ = std::clamp<int64_t>(fit, 1, std::max<int64_t>(sides.pairs, 1));
     for (int part = 0; part < 4; part++)
       buffer_[part] = torch::stable::empty({anchors.terms, pairs_ * slots_, sides.dim}, scalar_type<T>);
@@ -42,7 +43,8 @@ class ProductRows {
     over_pairs(first, first + loaded_, work_of(sides_), [&](int64_t run, int64_t worker, int64_t pair) {
       std::fill(seen[worker].begin(), seen[worker].end(), 0);
       T* beside = scratch[worker].data();
-      over_anchors(sides_, anchors_, rows_[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y, T weight) {
+      over_anchors(sides_, anchors_, rows_[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y,
+                                                              T weight) {
         const int64_t slot = sides_.slot_of(term, i, j);
         uint8_t& add = seen[worker][term * slots_ + slot];
         T *to = row(0, term, pair, slot), *partner = row(1, term, pair, slot);

@@ -13,6 +13,7 @@ from .. import _checks
 from ..ops import cdcr as op
 from ..ops._group import Group, Terms
 from ._inputs import check_sides
+from .token_interaction import refuse_forward_mode
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,7 +58,8 @@ def cdcr_loss(
         alpha_off: weight of all other entries, >= 0 (published: 0; the public code's default is 0.06).
         process_group: a torch.distributed group whose ranks each hold some of the pairs (their numbers may differ, one
             may have none): every rank returns the whole batch's loss, and gradients are the ranks' number times the
-            single process's, so that DistributedDataParallel's mean over ranks equals it.
+            single process's, so that DistributedDataParallel's mean over ranks equals it. What must agree, and what
+            happens where a rank fails, is as in :func:`token_contrastive_loss`. Not within ``torch.compile``.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
@@ -139,11 +141,6 @@ def cross_correlation_loss(
             raise ValueError(f"weight must be (N,) = ({a.shape[0]},) to match x, got {tuple(given.shape)}")
         return Inputs(a, b, _checks.weight("weight", given[:, None], a, "N", "x"))
 
-    if divisor is not None:
-        if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
-            raise TypeError(f"divisor must be a positive number or None, got {_checks.describe(divisor)}")
-        if not 0 < float(divisor) < math.inf:
-            raise ValueError(f"divisor must be positive and finite, got {divisor}; leave it out to divide by N")
     options = {"alpha_on": alpha_on, "alpha_off": alpha_off, "divisor": divisor}
     return _loss("cross_correlation_loss", ("x", "y"), check, options, process_group)
 
@@ -168,9 +165,10 @@ def _loss(
     checked: list[Inputs] = []
 
     def terms() -> Terms:
-        for name in ("alpha_on", "alpha_off"):
-            _alpha(name, options[name])
+        for name, value in options.items():
+            options[name] = _divisor(value) if name == "divisor" else _alpha(name, value)
         inputs = check()
+        refuse_forward_mode(inputs, kind)
         checked.append(inputs)
         features = inputs.text
         if group is not None:
@@ -185,8 +183,8 @@ def _loss(
         _enough(name, [(size["rows"], size[tokens]) for size in sizes])
     both = kind == "cdcr_loss"
     divisor = float(sum(size["rows"] for size in sizes)) if by_pairs else options.get("divisor")
-    alphas = float(options["alpha_on"]), float(options["alpha_off"])
-    return op.loss(*checked[0], op.Options(*alphas, None if divisor is None else float(divisor), both, both, group))
+    alphas = options["alpha_on"], options["alpha_off"]
+    return op.loss(*checked[0], op.Options(*alphas, divisor, both, both, group))
 
 
 def _rows(name: str, value: object) -> Tensor:
@@ -194,22 +192,37 @@ def _rows(name: str, value: object) -> Tensor:
     x = _checks.tensor(name, value)
     if x.dim() != 2:
         raise ValueError(f"{name} must be (N, D), got shape {tuple(x.shape)}; flatten tokens to rows")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must be (N, D) with at least one channel, got shape {tuple(x.shape)}")
     return x
 
 
 def _alpha(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}; 0 leaves its term out")
-    return float(value)
+    number = _checks.as_float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {number}; 0 leaves its term out")
+    return number
+
+
+def _divisor(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"divisor must be a positive number or None, got {_checks.describe(value)}")
+    number = _checks.as_float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"divisor must be positive and finite, got {number}; leave it out to divide by N")
+    return number
 
 
 def _enough(name: str, shapes: list[tuple[int, int]]) -> None:
     """A standard deviation needs two tokens, of all ranks together."""
     if sum(rows * tokens for rows, tokens in shapes) < 2:
-        found = ", ".join(str(shape) for shape in shapes) + (" on the ranks of the group" if len(shapes) > 1 else "")
+        found = ", ".join(f"{rows} x {tokens}" for rows, tokens in shapes)
+        found += " on the ranks of the group" if len(shapes) > 1 else ""
         raise ValueError(
-            f"{name} must hold at least 2 tokens to standardise channels over, got (rows, tokens) = {found}; "
+            f"{name} must hold at least 2 tokens to standardise channels over, got rows x tokens = {found}; "
             "use a larger batch"
         )

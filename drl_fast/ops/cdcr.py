@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulation_dtype, statistics_dtype
 from ._group import Group
+from ._once import differentiable_once
 from ._registry import LIBRARY
 from .chunked import cdcr as chunked
 
@@ -130,7 +131,7 @@ def loss(
 
 
 class _Decorrelation(torch.autograd.Function):
-    """Forward and backward by the operators above; a second derivative raises in them."""
+    """Forward and backward by the operators above."""
 
     @staticmethod
     def forward(
@@ -155,29 +156,31 @@ class _Decorrelation(torch.autograd.Function):
         _, *state = output
         ctx.mark_non_differentiable(*(x for x in state if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(text, video, *state)
+        ctx.save_for_backward(text, video, text_weight, video_weight, *state)
         ctx.options = options
-        ctx.weight_dtypes = [None if w is None else w.dtype for w in (text_weight, video_weight)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        text, video, text_weight, video_weight, video_index, text_index, channels, pull, count = ctx.saved_tensors
-        options = ctx.options
-        with _autocast.off(text.device.type):
+        *inputs, text_weight, video_weight, video_index, text_index, channels, pull, count = ctx.saved_tensors
+        (text, video, *given), options = inputs, ctx.options
+        with torch.no_grad(), _autocast.off(text.device.type):
             arguments = (text, video, text_weight, video_weight, video_index, text_index)
-            grad = grad * options.ranks
+            factor = grad * options.ranks
             constants, per_anchor = channels.split(2)
-            pull = pull * grad.to(pull.dtype)
+            pull = pull * factor.to(pull.dtype)
             grad_text, grad_video, *grad_weights = torch.ops.drl_fast.cdcr_gradient(
-                *arguments, torch.cat([constants, per_anchor * grad.to(per_anchor.dtype)]), pull, options.normalize
+                *arguments, torch.cat([constants, per_anchor * factor.to(per_anchor.dtype)]), pull, options.normalize
             )
             grad_weights = [
-                None if dtype is None else (g * _weight_scale(count[2 * term], options)).to(dtype)
-                for term, (g, dtype) in enumerate(zip(grad_weights, ctx.weight_dtypes, strict=True))
+                None if weight is None else (g * _weight_scale(count[2 * term], options)).to(weight.dtype)
+                for term, (g, weight) in enumerate(zip(grad_weights, given, strict=True))
             ]
-        return grad_text, grad_video, *grad_weights, None, None, None
+        grads = differentiable_once(
+            (grad_text, grad_video, *grad_weights), (grad, *inputs), "CDCR", "drl_fast.reference.cdcr_loss"
+        )
+        return (*grads, None, None, None)
 
 
 def _statistics(
@@ -193,7 +196,9 @@ def _statistics(
     std = (scatter / (count - 1).clamp(min=1)[:, None]).sqrt()
     # Rounding of the mean is no deviation.
     constant = std <= torch.clamp(16 * torch.finfo(std.dtype).eps * mean.abs(), min=STD_EPS)
-    return (video_index, text_index), Statistics(count, mean, torch.where(constant, 0, 1 / std))
+    # Squares that overflow would make a channel look endlessly wide, and so constant: better a NaN that shows.
+    inverse_std = torch.where(constant, 0, 1 / std).masked_fill(std.isinf(), torch.nan)
+    return (video_index, text_index), Statistics(count, mean, inverse_std)
 
 
 def _refuse_too_few(count: Tensor) -> None:
@@ -236,14 +241,14 @@ def _pull_diagonal(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Ten
 
 def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The same from each term's C (D, D); d loss / d C is (D, D)."""
-    correlation = cross[0] if len(cross) == 1 else cross.sum(0)
-    wide = statistics_dtype(cross.device)
-    diagonal = correlation.diagonal().to(wide)
-    squares = torch.linalg.vector_norm(correlation, dim=1).to(wide).square().sum()
-    value = options.alpha_on * (diagonal - 1).square().sum()
-    value = value + options.alpha_off * (squares - diagonal.square().sum())
-    pull = correlation * (2 * options.alpha_off)
-    pull.diagonal().copy_(2 * options.alpha_on * (diagonal - 1))
+    pull, wide = cross.sum(0), statistics_dtype(cross.device)
+    away = pull.diagonal().to(wide) - 1
+    # Squared apart from the diagonal: what a trained model leaves of the rest would drown in it.
+    pull.diagonal().zero_()
+    off = torch.linalg.vector_norm(pull, dim=1).to(wide).square().sum()
+    value = options.alpha_on * away.square().sum() + options.alpha_off * off
+    pull.mul_(2 * options.alpha_off)
+    pull.diagonal().copy_(2 * options.alpha_on * away)
     along = [(pull * term).sum(dim) for term in cross for dim in (1, 0)]
     return value, pull, torch.stack(along)
 
@@ -258,14 +263,3 @@ def _through_statistics(pull: Tensor, sums: Tensor, along: Tensor, count: Tensor
     return torch.stack(
         [offset.to(sums.dtype) / count.clamp(min=1)[:, None], along.to(sums.dtype) / (count - 1).clamp(min=1)[:, None]]
     )
-
-
-def _no_derivative(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        "drl_fast: CDCR has no second derivative; compute it with drl_fast.reference.cdcr_loss or "
-        "drl_fast.reference.cross_correlation_loss"
-    )
-
-
-for _name in SCHEMAS:
-    torch.library.register_autograd(f"drl_fast::{_name}", _no_derivative, lib=LIBRARY)

@@ -77,6 +77,15 @@ def one_rank(rank: int, size: int) -> dict[str, Any]:
         "alphas": fails(alpha_off=0.0),
         "bad argument": fails(alpha_on=-1.0),
         "unweighted": fails(text_weight=None, video_weight=None),
+        "divisor": error_of(
+            lambda: functional.cross_correlation_loss(
+                own["text"][:, 0],
+                own["video"][:, 0],
+                divisor=-1 if rank == 0 else 5,
+                **FORMS["full"],
+                process_group=dist.group.WORLD,
+            )
+        ),
         "empty": error_of(
             lambda: functional.cross_correlation_loss(
                 torch.zeros(0, 4), torch.zeros(0, 4), alpha_on=1, alpha_off=0, process_group=dist.group.WORLD
@@ -108,3 +117,4 @@ def test_over_ranks(size: int, tmp_path: Path) -> None:
         assert errors["bad argument"].startswith("ValueError" if rank == size - 1 else "RuntimeError: cdcr_loss failed")
         assert "weights must be the same on all ranks" in errors["unweighted"]
         assert "x must hold at least 2 tokens" in errors["empty"]
+        assert "divisor must be positive and finite, got -1" in errors["divisor"]
