@@ -9,14 +9,17 @@ torch.Size([4, 6])
 
 from . import functional, metrics, modules
 from .functional import Matches, info_nce, maxsim, token_contrastive_loss, token_interaction
-from .modules import DP, TI, WTI
+from .modules import DP, HI, MLP, TI, WTI, XTI
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DP",
+    "HI",
+    "MLP",
     "TI",
     "WTI",
+    "XTI",
     "Matches",
     "functional",
     "info_nce",
