@@ -20,7 +20,7 @@ class HI(nn.Module):
 
     - sentence-video: the end token and the mean frame, which is :class:`DP`;
     - sentence-frame: the end token and the frame that is nearest to it;
-    - word-video: a weighted mean over words of the word's similarity to the mean frame, words weighed as in :class:`WTI`;
+    - word-video: a weighted mean over words of the word's similarity to the mean frame, with :class:`WTI`'s weights;
 
     all of unit vectors. A side without a real token scores 0.
 
@@ -65,6 +65,7 @@ class HI(nn.Module):
                 last_real_token(text, t_mask)[:, None], video, None, None, None, v_mask,
                 masking=self.masking, bidirectional=False,
             )  # fmt: skip
+            assert isinstance(sentence_frame, Tensor)
             level = self.level_logits.to(mean_frame.dtype).softmax(dim=0)
             # Both other levels are linear in the text's side: one product serves them.
             weighted_words = (weight[..., None].to(words.dtype) * words).sum(dim=1)

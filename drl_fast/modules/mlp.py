@@ -41,7 +41,8 @@ class MLP(nn.Module):
         super().__init__()
         self.dim = _checks.positive_int("dim", dim)
         self.chunk = None if chunk is None else _checks.positive_int("chunk", chunk)
-        self.similarity_dense = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, 1))
+        self.hidden = nn.Linear(2 * dim, dim)
+        self.similarity_dense = nn.Linear(dim, 1)
         self.apply(start_new)
 
     def extra_repr(self) -> str:
@@ -52,19 +53,20 @@ class MLP(nn.Module):
     ) -> Tensor:
         text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
         check_width(self, text)
-        first = self.similarity_dense[0]
-        dtype = head_dtype(self.similarity_dense, text)
+        dtype = head_dtype(self.hidden, text)
         end_token, mean_frame = pool(text, video, t_mask, v_mask)
-        by_text = F.linear(end_token.to(dtype), first.weight[:, : self.dim], first.bias)
-        by_video = F.linear(mean_frame.to(dtype), first.weight[:, self.dim :])
+        by_text = F.linear(end_token.to(dtype), self.hidden.weight[:, : self.dim], self.hidden.bias)
+        by_video = F.linear(mean_frame.to(dtype), self.hidden.weight[:, self.dim :])
         wide = torch.promote_types(dtype, torch.float32)
         pairs = max(1, CHUNK_ACTIVATIONS // self.dim) if self.chunk is None else self.chunk
         with _autocast.off(text.device.type):
-            logits = score_pairs(self, self._score, by_text.to(wide), (by_video.to(wide),), pairs)
+            logits = score_pairs(
+                self.similarity_dense, self._score, by_text.to(wide), (by_video.to(wide),), pairs, random=False
+            )
         return logits.to(_checks.accumulation_dtype(text.dtype))
 
     def _score(self, by_text: Tensor, by_video: Tensor) -> Tensor:
         """What the first layer makes of each side, (a, D) and (b, D), to (a, b)."""
-        last = self.similarity_dense[2]
         hidden = torch.relu(by_text[:, None] + by_video[None])
-        return F.linear(hidden, last.weight.to(hidden.dtype), last.bias.to(hidden.dtype)).squeeze(-1)
+        weight, bias = (x.to(hidden.dtype) for x in (self.similarity_dense.weight, self.similarity_dense.bias))
+        return F.linear(hidden, weight, bias).squeeze(-1)

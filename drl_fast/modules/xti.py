@@ -105,10 +105,11 @@ class XTI(nn.Module):
         end_token = last_real_token(text, t_mask).to(dtype)
         frames = (video if v_mask is None else torch.where(v_mask[..., None], video, 0)).to(dtype)
         # Fixed here: the backward pass computes anew what this call computed, even after a layer.eval().
-        score = partial(self._score, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        score = partial(self._score, dropout=dropout)
         sides = (frames,) if v_mask is None else (frames, v_mask)
         pairs = max(1, CHUNK_POSITIONS // length) if self.chunk is None else self.chunk
-        logits = score_pairs(self, score, end_token, sides, pairs)
+        logits = score_pairs(self, score, end_token, sides, pairs, random=dropout > 0)
         return logits.to(_checks.accumulation_dtype(text.dtype))
 
     def _score(self, end_token: Tensor, frames: Tensor, mask: Tensor | None = None, *, dropout: float) -> Tensor:
