@@ -17,14 +17,17 @@ from .functional import (
     token_contrastive_loss,
     token_interaction,
 )
-from .modules import DP, TI, WTI
+from .modules import DP, HI, MLP, TI, WTI, XTI
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DP",
+    "HI",
+    "MLP",
     "TI",
     "WTI",
+    "XTI",
     "Matches",
     "cdcr_loss",
     "cross_correlation_loss",

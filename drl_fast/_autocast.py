@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,3 +31,11 @@ def is_on(device: str) -> bool:
 def off(device: str) -> AbstractContextManager[object]:
     """Compute in the dtypes that tensors have: inside autocast a product would silently run in half precision."""
     return torch.autocast(device, enabled=False) if available(device) else nullcontext()
+
+
+def same(device: str) -> Callable[[], AbstractContextManager[object]]:
+    """Make contexts like the present one: a backward pass, which runs outside, computes in the same dtypes by them."""
+    if not available(device):
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled)

@@ -61,7 +61,16 @@ def decorrelation(text: Tensor, video: Tensor, *weights: Tensor, alpha_off: floa
     return functional.cdcr_loss(text, video, *weights, alpha_on=0.11, alpha_off=alpha_off)
 
 
+def pairwise(text: Tensor, video: Tensor, *weights: Tensor, layer: str) -> Tensor:
+    torch.manual_seed(0)
+    options = {"xti": {"chunk": 64}, "mlp": {"chunk": 8192}}[layer]
+    logits = drl_fast.modules.build_interaction(layer, CHANNELS, **options)(text, video)
+    return drl_fast.info_nce(logits, 10.0)
+
+
 LOSSES = {
+    "xti": partial(pairwise, layer="xti"),
+    "mlp": partial(pairwise, layer="mlp"),
     "interaction": interaction,
     "contrastive": contrastive,
     "full": partial(decorrelation, alpha_off=0.06),
@@ -132,6 +141,17 @@ def test_decorrelation_holds_little_beside_its_gradients(name: str, form: str) -
     beside = {"cpp": 16 * MIB, "chunked": 16 * MIB + 12 * gradients}[name]
     assert gradients / 2 < peak < gradients + beside + (8 * WIDTHS[form] ** 2 * 4 if form == "full" else 0), peak
     assert form == "full" or name == "chunked" or peak < 4 * WIDTHS[form] ** 2 / 2
+
+
+@pytest.mark.parametrize(("layer", "small", "large"), [("xti", 24, 48), ("mlp", 256, 512)])
+def test_networks_over_pairs_keep_no_more_than_a_chunk(layer: str, small: int, large: int) -> None:
+    """Kept for the backward pass, the pairs' activations would take hundreds of MB, or at least 32 for the MLP."""
+    peak = peaks("cpp", layer, (small, large))
+    # A block of XTI keeps some 20 tensors of the sequence, and half as many again exist at the peak of one.
+    dense = {"xti": 20 * 4 * (FRAMES + 1) * CHANNELS * 4, "mlp": 4 * CHANNELS}[layer] * large**2
+    logits = 4 * large**2
+    assert peak[large] < dense / 2, peak
+    assert peak[large] - peak[small] < 8 * logits + 8 * MIB, peak
 
 
 if __name__ == "__main__":

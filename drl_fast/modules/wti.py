@@ -101,36 +101,45 @@ class WTI(nn.Module):
     def _both_weights(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if text.shape[2] != self.dim:
-            raise ValueError(
-                f"text and video must have D = {self.dim} channels, the layer's dim, got {text.shape[2]}; "
-                f"build it with WTI(dim={text.shape[2]})"
-            )
+        check_width(self, text)
         video_weight = self._weights(self.video_weight_fc, video, video_mask) if self.bidirectional else None
         return self._weights(self.text_weight_fc, text, text_mask), video_weight
 
     def _weights(self, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax over a row's real tokens, in float32 or better; a row without one has weights 0."""
-        if mask is not None:
-            # A NaN at a masked position would reach the head's gradient, even as 0 * NaN.
-            tokens = torch.where(mask[..., None], tokens, 0)
-        if self.weight_input == "normalized":
-            tokens = unit(tokens)
-        score = head(tokens.to(head_dtype(head, tokens))).squeeze(-1)
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
-        if mask is None:
-            return score.softmax(dim=-1)
-        # A finite floor: an all-masked row of -inf would make softmax and its gradient NaN.
-        return torch.where(mask, score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(dim=-1), 0)
+        return softmax_weights(head, tokens, mask, normalized=self.weight_input == "normalized")
 
 
-def head_dtype(head: nn.Module, tokens: Tensor) -> torch.dtype:
+def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, normalized: bool = False) -> Tensor:
+    """Softmax over a row's real tokens, in float32 or better; a row without one has weights 0."""
+    if mask is not None:
+        # A NaN at a masked position would reach the head's gradient, even as 0 * NaN.
+        tokens = torch.where(mask[..., None], tokens, 0)
+    if normalized:
+        tokens = unit(tokens)
+    score = head(tokens.to(head_dtype(head, tokens))).squeeze(-1)
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    if mask is None:
+        return score.softmax(dim=-1)
+    # A finite floor: an all-masked row of -inf would make softmax and its gradient NaN.
+    return torch.where(mask, score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(dim=-1), 0)
+
+
+def check_width(layer: nn.Module, text: Tensor) -> None:
+    """Check that tokens, of one width already, have the layer's."""
+    if text.shape[2] != layer.dim:
+        raise ValueError(
+            f"text and video must have D = {layer.dim} channels, the layer's dim, got {text.shape[2]}; "
+            f"build it with {type(layer).__name__}(dim={text.shape[2]})"
+        )
+
+
+def head_dtype(head: nn.Module, tokens: Tensor, names: str = "text and video") -> torch.dtype:
     """The dtype of a head's parameters, which is to hold the tokens without loss."""
     # A quantised head has no parameters and says itself what it takes.
     dtype = next((p.dtype for p in head.parameters()), tokens.dtype)
     if torch.promote_types(dtype, tokens.dtype) != dtype and not _autocast.is_on(tokens.device.type):
         raise TypeError(
-            f"text and video must be no wider than the layer's {dtype}, got {tokens.dtype}; convert the layer with "
+            f"{names} must be no wider than the layer's {dtype}, got {tokens.dtype}; convert the layer with "
             f"layer.to({tokens.dtype}), or the tokens"
         )
     return dtype

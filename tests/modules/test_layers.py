@@ -18,6 +18,9 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "WTI one way": lambda: drl_fast.WTI(16, 3, hidden_dim=8, masking="exclude", bidirectional=False),
     "TI": lambda: drl_fast.TI(masking="none", normalize=False),
     "DP": drl_fast.DP,
+    "HI": lambda: drl_fast.HI(16),
+    "MLP": lambda: drl_fast.MLP(16, chunk=7),
+    "XTI": lambda: drl_fast.XTI(16, layers=2, chunk=7).eval(),
 }
 P = make((5, 9, 6, 4), 16, masks=("holes", "empty"))
 ARGS = (P.text, P.video, P.text_mask, P.video_mask)

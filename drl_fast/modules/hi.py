@@ -1,0 +1,72 @@
+"""HI: a learned mixture of three levels of matching."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _autocast, _checks
+from ..functional import token_interaction
+from ..functional._inputs import check_sides
+from ..functional.dot_product import last_real_token, pool, unit
+from .wti import check_width, softmax_weights, weight_head
+
+
+class HI(nn.Module):
+    """Hierarchical interaction: sentence against video, sentence against frames, words against video.
+
+    ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)`` logits in float32 (float64
+    for float64 input), a convex combination, with learned coefficients, of
+
+    - sentence-video: the end token and the mean frame, which is :class:`DP`;
+    - sentence-frame: the end token and the frame that is nearest to it;
+    - word-video: a weighted mean over words of the word's similarity to the mean frame, with :class:`WTI`'s weights;
+
+    all of unit vectors. A side without a real token scores 0.
+
+    This is a reading. The paper's table has an HI that its public code does not contain, and no more than the name
+    says what it is. The levels are those of hierarchical matching elsewhere: sentence-video is CLIP4Clip's (Luo et al.,
+    arXiv 2104.08860), sentence-frame and word-video are X-CLIP's (Ma et al., arXiv 2207.07285), and learning from a
+    mixture of levels is HGR's (Chen et al., arXiv 2003.00392). Numbers will not be those of the paper's row.
+
+    Args:
+        dim: D, the width of the tokens.
+        masking: what a masked frame does at the sentence-frame level: ``"drl"`` (its similarity is 0 and competes),
+            ``"exclude"`` or ``"none"``; see :func:`drl_fast.token_interaction`.
+
+    Raises:
+        ValueError: an unknown ``masking``, a size below 1; in the call, tokens of another width.
+        TypeError: a size that is no integer; in the call, tokens wider than the parameters (float64 into float32).
+
+    Source: arXiv 2203.07111, table 1, "HI"; and the papers above.
+    """
+
+    def __init__(self, dim: int = 512, *, masking: str = "drl") -> None:
+        super().__init__()
+        self.dim = _checks.positive_int("dim", dim)
+        _checks.option("masking", masking, _checks.MASKINGS)
+        self.masking = masking
+        self.text_weight_fc = weight_head(dim, dim, arch=2)
+        self.level_logits = nn.Parameter(torch.zeros(3))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, masking={self.masking!r}"
+
+    def forward(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> Tensor:
+        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        check_width(self, text)
+        weight = softmax_weights(self.text_weight_fc, text, t_mask)
+        end_token, mean_frame = pool(text, video, t_mask, v_mask)
+        words = unit(text if t_mask is None else torch.where(t_mask[..., None], text, 0))
+        with _autocast.off(text.device.type):
+            sentence_frame = token_interaction(
+                last_real_token(text, t_mask)[:, None], video, None, None, None, v_mask,
+                masking=self.masking, bidirectional=False,
+            )  # fmt: skip
+            assert isinstance(sentence_frame, Tensor)
+            level = self.level_logits.to(mean_frame.dtype).softmax(dim=0)
+            # Both other levels are linear in the text's side: one product serves them.
+            weighted_words = (weight[..., None].to(words.dtype) * words).sum(dim=1)
+            return (level[0] * end_token + level[2] * weighted_words) @ mean_frame.T + level[1] * sentence_frame

@@ -1,0 +1,72 @@
+"""MLP: a small network judges two global vectors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _autocast, _checks
+from ..functional._inputs import check_sides
+from ..functional.dot_product import pool
+from ._pairs import score_pairs
+from .blocks import start_new
+from .wti import check_width, head_dtype
+
+# Hidden activations of one block where the caller names no chunk: 16 MB in float32.
+CHUNK_ACTIVATIONS = 2**22
+
+
+class MLP(nn.Module):
+    """Two-layer network on [end token; mean frame], DP's unit vectors: Linear(2D, D), ReLU, Linear(D, 1).
+
+    ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)`` logits in float32 (float64
+    for float64 input). The first layer reads each side once, as a sum of two products; what pairs add to that runs in
+    chunks, and in training is computed again in the backward pass. A side without a real token is a zero vector: its
+    scores are finite, and what the network makes of that.
+
+    Args:
+        dim: D, the width of the tokens and of the hidden layer.
+        chunk: pairs at a time; None: as many as make 4 M hidden activations.
+
+    Raises:
+        ValueError: a size below 1; in the call, tokens of another width.
+        TypeError: a size that is no integer; in the call, tokens wider than the parameters (float64 into float32).
+
+    Source: arXiv 2203.07111, table 1, "MLP". The public code declares it and never calls it, so there are no numbers of
+    its own to compare with.
+    """
+
+    def __init__(self, dim: int = 512, *, chunk: int | None = None) -> None:
+        super().__init__()
+        self.dim = _checks.positive_int("dim", dim)
+        self.chunk = None if chunk is None else _checks.positive_int("chunk", chunk)
+        self.hidden = nn.Linear(2 * dim, dim)
+        self.similarity_dense = nn.Linear(dim, 1)
+        self.apply(start_new)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, chunk={self.chunk}"
+
+    def forward(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> Tensor:
+        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        check_width(self, text)
+        dtype = head_dtype(self.hidden, text)
+        end_token, mean_frame = pool(text, video, t_mask, v_mask)
+        by_text = F.linear(end_token.to(dtype), self.hidden.weight[:, : self.dim], self.hidden.bias)
+        by_video = F.linear(mean_frame.to(dtype), self.hidden.weight[:, self.dim :])
+        wide = torch.promote_types(dtype, torch.float32)
+        pairs = max(1, CHUNK_ACTIVATIONS // self.dim) if self.chunk is None else self.chunk
+        with _autocast.off(text.device.type):
+            logits = score_pairs(
+                self.similarity_dense, self._score, by_text.to(wide), (by_video.to(wide),), pairs, random=False
+            )
+        return logits.to(_checks.accumulation_dtype(text.dtype))
+
+    def _score(self, by_text: Tensor, by_video: Tensor) -> Tensor:
+        """What the first layer makes of each side, (a, D) and (b, D), to (a, b)."""
+        hidden = torch.relu(by_text[:, None] + by_video[None])
+        weight, bias = (x.to(hidden.dtype) for x in (self.similarity_dense.weight, self.similarity_dense.bias))
+        return F.linear(hidden, weight, bias).squeeze(-1)

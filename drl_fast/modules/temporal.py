@@ -1,0 +1,135 @@
+"""Temporal modules: what frames learn of each other before they meet a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from .blocks import Transformer, copy_from_clip, start_new
+from .wti import head_dtype
+
+HEAD_WIDTH = 64
+
+
+class SeqTransf(nn.Module):
+    """Temporal transformer: positions and blocks of CLIP's text form over the frames, plus the frames themselves.
+
+    ``module(video (B, Nv, D), mask (B, Nv) or None) -> (B, Nv, D)``, in the frames' dtype. Attention is masked, not
+    causal, with ``dim // 64`` heads (at least 1). A masked frame is not read and comes out as it went in.
+
+    Args:
+        dim: D, the width of the frames.
+        layers: blocks.
+        max_positions: the most frames that there are positions for.
+
+    Raises:
+        ValueError: a size below 1, a ``dim`` that its heads do not divide; in the call, frames of another width or more
+            than ``max_positions``, a mask of another shape.
+        TypeError: a size that is no integer, frames wider than the parameters (float64 into float32).
+
+    Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3, "sequential type"; arXiv 2203.07111, section 4.1.
+    """
+
+    def __init__(self, dim: int = 512, layers: int = 4, max_positions: int = 77) -> None:
+        super().__init__()
+        self.dim = _checks.positive_int("dim", dim)
+        self.frame_position_embeddings = nn.Embedding(_checks.positive_int("max_positions", max_positions), dim)
+        self.transformer = Transformer(dim, layers, max(1, dim // HEAD_WIDTH))
+        self.apply(start_new)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+    def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> bool:
+        """Start as CLIP's text positions and first blocks; see :func:`drl_fast.modules.blocks.copy_from_clip`."""
+        return copy_from_clip(self.frame_position_embeddings, self.transformer, positional_embedding, blocks)
+
+    def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = check_frames(video, mask, self.dim, type(self).__name__)
+        frames, positions = video.shape[1], self.frame_position_embeddings
+        if frames > positions.num_embeddings:
+            raise ValueError(
+                f"video must have at most {positions.num_embeddings} frames, the module's max_positions, got {frames}; "
+                "take fewer frames or build it with more positions"
+            )
+        x = real_frames(video, mask).to(head_dtype(positions, video, "video"))
+        attends = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
+        out = self.transformer(x + positions.weight[:frames], attends)
+        return add_to_real(video, out, mask)
+
+
+class SeqLSTM(nn.Module):
+    """Temporal LSTM: one layer over each video's real frames, plus the frames themselves.
+
+    ``module(video (B, Nv, D), mask (B, Nv) or None) -> (B, Nv, D)``, in the frames' dtype. A masked frame is not read
+    and comes out as it went in; the frames after a hole follow those before it directly.
+
+    Args:
+        dim: D, the width of the frames.
+        max_positions: rows of ``frame_position_embeddings``, a table that public checkpoints carry beside the LSTM and
+            that nothing reads; None: no table. It takes no gradient.
+
+    Raises:
+        ValueError: a size below 1; in the call, frames of another width, a mask of another shape.
+        TypeError: a size that is no integer, frames wider than the parameters (float64 into float32).
+
+    Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3, "sequential type".
+    """
+
+    def __init__(self, dim: int = 512, max_positions: int | None = None) -> None:
+        super().__init__()
+        self.dim = _checks.positive_int("dim", dim)
+        self.lstm = nn.LSTM(dim, dim, batch_first=True)
+        if max_positions is not None:
+            self.frame_position_embeddings = nn.Embedding(_checks.positive_int("max_positions", max_positions), dim)
+            self.frame_position_embeddings.requires_grad_(False)
+            self.apply(start_new)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+    def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> bool:
+        """Start the unread table as CLIP's text positions; the LSTM has nothing to take from CLIP."""
+        if not hasattr(self, "frame_position_embeddings"):
+            return False
+        return copy_from_clip(self.frame_position_embeddings, None, positional_embedding, blocks)
+
+    def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = check_frames(video, mask, self.dim, type(self).__name__)
+        x = real_frames(video, mask).to(head_dtype(self.lstm, video, "video"))
+        if len(video) == 0:  # nn.LSTM refuses it
+            return video + x.to(video.dtype)
+        if mask is None:
+            return add_to_real(video, self.lstm(x)[0], None)
+        # Real frames first: the LSTM only looks back, so what follows them changes nothing, and lengths stay on the
+        # device. Packing would fetch them to the host.
+        order = mask.int().argsort(dim=1, descending=True, stable=True)
+        index = order[..., None].expand_as(x)
+        out, _ = self.lstm(x.gather(1, index))
+        return add_to_real(video, torch.empty_like(out).scatter(1, index, out), mask)
+
+
+def check_frames(video: Tensor, mask: Tensor | None, dim: int, layer: str) -> Tensor | None:
+    """Check the frames and return the mask as bool."""
+    _checks.tokens("video", video, "B, Nv, D")
+    if video.shape[2] != dim:
+        raise ValueError(
+            f"video must have D = {dim} channels, the module's dim, got {video.shape[2]}; "
+            f"build it with {layer}(dim={video.shape[2]})"
+        )
+    return _checks.mask("mask", mask, video, "B, Nv", "video")
+
+
+def real_frames(video: Tensor, mask: Tensor | None) -> Tensor:
+    """The frames, 0 where masked: a NaN there would reach the parameters' gradient, even as 0 * NaN."""
+    return video if mask is None else torch.where(mask[..., None], video, 0)
+
+
+def add_to_real(video: Tensor, out: Tensor, mask: Tensor | None) -> Tensor:
+    """``video + out`` on real frames, ``video`` on masked ones, in the frames' dtype."""
+    if mask is not None:
+        out = torch.where(mask[..., None], out, 0)
+    return (video + out).to(video.dtype)

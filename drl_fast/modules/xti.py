@@ -1,0 +1,124 @@
+"""XTI: a cross transformer reads a text and a video together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _checks
+from ..functional._inputs import check_sides
+from ..functional.dot_product import last_real_token
+from ._pairs import score_pairs
+from .blocks import LayerNorm, QuickGELU, Transformer, copy_from_clip, start_new
+from .wti import check_width, head_dtype
+
+# Positions of one block where the caller names no chunk: with 512 channels some 650 MB of activations in training.
+CHUNK_POSITIONS = 4096
+
+
+class Pooler(nn.Module):
+    """LayerNorm, first position, Linear, QuickGELU: (R, N, D) -> (R, D)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.ln_pool = LayerNorm(dim)
+        self.dense = nn.Linear(dim, dim)
+        self.activation = QuickGELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dense(self.ln_pool(x[:, 0])))
+
+
+class XTI(nn.Module):
+    """Cross-transformer interaction: every pair's sequence [end token; frames] runs through a transformer of its own.
+
+    ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)`` logits in float32 (float64
+    for float64 input). Raw features; masked frames get no attention and are never read. The A x B sequences run in
+    chunks, and in training each chunk's activations are computed again in the backward pass, so that memory does not
+    grow with the number of pairs. A text without a real token counts as a zero vector and a video without a real frame
+    leaves the text alone in its sequence: their scores are finite, and what the network makes of that.
+
+    Args:
+        dim: D, the width of the tokens.
+        layers: blocks of CLIP's text form.
+        heads: attention heads, whatever the width.
+        max_positions: the longest sequence, frames and one.
+        dropout: on the sequence, in training.
+        chunk: pairs at a time; None: as many as make 4096 positions.
+
+    Raises:
+        ValueError: a size below 1, ``dim`` that is no multiple of ``heads``, ``dropout`` outside [0, 1); in the call,
+            tokens of another width, more frames than there are positions for.
+        TypeError: a size that is no integer; in the call, tokens wider than the parameters (float64 into float32).
+
+    Source: arXiv 2203.07111, table 1, "XTI"; Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3, "tight type".
+    """
+
+    def __init__(
+        self,
+        dim: int = 512,
+        layers: int = 4,
+        heads: int = 8,
+        max_positions: int = 128,
+        dropout: float = 0.1,
+        *,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = _checks.positive_int("dim", dim)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout must be a probability, got {_checks.describe(dropout)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout}")
+        self.dropout = dropout
+        self.chunk = None if chunk is None else _checks.positive_int("chunk", chunk)
+        self.position_embeddings = nn.Embedding(_checks.positive_int("max_positions", max_positions), dim)
+        self.transformer = Transformer(dim, layers, heads)
+        self.pooler = Pooler(dim)
+        self.similarity_dense = nn.Linear(dim, 1)
+        self.apply(start_new)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, dropout={self.dropout}, chunk={self.chunk}"
+
+    def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> bool:
+        """Start as CLIP's text positions and first blocks; see :func:`drl_fast.modules.blocks.copy_from_clip`."""
+        return copy_from_clip(self.position_embeddings, self.transformer, positional_embedding, blocks)
+
+    def forward(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> Tensor:
+        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        check_width(self, text)
+        length = video.shape[1] + 1
+        if length > self.position_embeddings.num_embeddings:
+            most = self.position_embeddings.num_embeddings - 1
+            raise ValueError(
+                f"video must have at most {most} frames, the layer's max_positions less the text's, got "
+                f"{video.shape[1]}; take fewer frames or build it with XTI(max_positions={length})"
+            )
+        dtype = head_dtype(self.similarity_dense, text)
+        end_token = last_real_token(text, t_mask).to(dtype)
+        frames = (video if v_mask is None else torch.where(v_mask[..., None], video, 0)).to(dtype)
+        # Fixed here: the backward pass computes anew what this call computed, even after a layer.eval().
+        dropout = self.dropout if self.training else 0.0
+        score = partial(self._score, dropout=dropout)
+        sides = (frames,) if v_mask is None else (frames, v_mask)
+        pairs = max(1, CHUNK_POSITIONS // length) if self.chunk is None else self.chunk
+        logits = score_pairs(self, score, end_token, sides, pairs, random=dropout > 0)
+        return logits.to(_checks.accumulation_dtype(text.dtype))
+
+    def _score(self, end_token: Tensor, frames: Tensor, mask: Tensor | None = None, *, dropout: float) -> Tensor:
+        """Rows (a, D), (b, Nv, D), (b, Nv) -> (a, b)."""
+        a, (b, count, dim) = len(end_token), frames.shape
+        sequence = torch.cat(
+            [end_token[:, None, None].expand(a, b, 1, dim), frames.expand(a, b, count, dim)], dim=2
+        ).flatten(0, 1)
+        attends = None if mask is None else F.pad(mask, (1, 0), value=True).repeat(a, 1)
+        x = sequence + self.position_embeddings.weight[: count + 1]
+        x = self.transformer(F.dropout(x, dropout, training=dropout > 0), attends, queries=1)
+        return self.similarity_dense(self.pooler(x)).view(a, b)

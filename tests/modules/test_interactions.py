@@ -1,0 +1,152 @@
+"""What the six interactions promise alike, under the names they are built by."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import drl_fast
+from drl_fast.modules import INTERACTIONS, build_interaction
+from tests.modules.plain import scramble
+from tests.oracle import Problem, make
+
+DIM = 16
+# What no real token makes: a network's own idea, elsewhere 0.
+NETWORKS = ("mlp", "xti")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=INTERACTIONS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def layer(name: str) -> nn.Module:
+    options = {"chunk": 7} if name in NETWORKS else {}
+    return scramble(build_interaction(name, DIM, **options)).eval()
+
+
+def gradients(layer: nn.Module, p: Problem) -> dict[str, Tensor]:
+    layer.zero_grad()
+    text, video = p.text.clone().requires_grad_(), p.video.clone().requires_grad_()
+    logits = layer(text, video, p.text_mask, p.video_mask)
+    logits.square().sum().backward()
+    return {
+        "logits": logits.detach(), "text": text.grad, "video": video.grad,
+        **{k: v.grad.clone() for k, v in layer.named_parameters()},
+    }  # fmt: skip
+
+
+def test_names() -> None:
+    assert list(INTERACTIONS) == ["dp", "hi", "mlp", "xti", "ti", "wti"]
+    for name, layer in INTERACTIONS.items():
+        assert type(build_interaction(name, 8)) is layer is getattr(drl_fast, name.upper())
+    assert build_interaction("wti", 8, arch=1).text_weight_fc.weight.shape == (1, 8)
+    assert build_interaction("ti", 8, masking="none").masking == "none"
+    assert build_interaction("xti", 16, layers=1).dim == 16
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(ValueError, match="interaction must be one of 'dp', 'hi', 'mlp', 'xti', 'ti', 'wti', got 'WTI'"):
+        build_interaction("WTI", 8)
+    with pytest.raises(TypeError, match="arch must be an option of DP, which has: none; leave it out"):
+        build_interaction("dp", 8, arch=2)
+    with pytest.raises(TypeError, match="layers must be an option of MLP, which has: chunk; leave it out"):
+        build_interaction("mlp", 8, layers=2)
+    with pytest.raises(TypeError, match="dim must be a positive integer"):
+        build_interaction("dp", "512")
+
+
+def test_every_parameter_gets_a_gradient(layer: nn.Module) -> None:
+    found = gradients(layer, make((5, 9, 6, 4), DIM, masks=("holes", "holes")))
+    assert all(bool(x.isfinite().all()) for x in found.values())
+    # A softmax does not feel what is added to all its entries.
+    still = [k for k, v in found.items() if not v.abs().max() > 1e-6 and not k.endswith("weight_fc.2.bias")]
+    assert still == []
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_masked_features_reach_nothing(layer: nn.Module, poison: float) -> None:
+    clean = make((5, 9, 6, 4), DIM, masks=("empty", "empty"))
+    dirty = make((5, 9, 6, 4), DIM, masks=("empty", "empty"))
+    dirty.text[~dirty.text_mask] = poison
+    dirty.video[~dirty.video_mask] = poison
+    want, got = gradients(layer, clean), gradients(layer, dirty)
+    for key in want:
+        assert torch.equal(got[key], want[key]), key
+    assert not got["text"][~clean.text_mask].any()
+    assert not got["video"][~clean.video_mask].any()
+
+
+def test_a_side_without_a_real_token_is_finite(layer: nn.Module, name: str) -> None:
+    p = make((5, 9, 6, 4), DIM, masks=("empty", "empty"))
+    found = gradients(layer, p)
+    assert all(bool(x.isfinite().all()) for x in found.values())
+    if name not in NETWORKS:
+        assert not found["logits"][0].any()
+        assert not found["logits"][:, 0].any()
+
+
+@pytest.mark.parametrize("rows", [(0, 6), (5, 0), (0, 0)])
+def test_empty_batches(layer: nn.Module, rows: tuple[int, int]) -> None:
+    found = gradients(layer, make((rows[0], 9, rows[1], 4), DIM, masks=("holes", "holes")))
+    assert found["logits"].shape == rows
+    assert found["logits"].dtype == torch.float32
+    assert not any(bool(x.any()) for x in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("parameters", ["float32", "half"])
+def test_half_precision(name: str, dtype: torch.dtype, parameters: str) -> None:
+    layer = build_interaction(name, DIM).eval()
+    p = make((5, 9, 6, 4), DIM, dtype, masks=("prefix", "holes"))
+    want = gradients(layer, p.map(lambda x: x.float() if x.is_floating_point() else x))
+    got = gradients(layer.to(dtype) if parameters == "half" else layer, p)
+    assert got["logits"].dtype == torch.float32
+    assert got["text"].dtype == dtype
+    for key, truth in want.items():
+        # No bias moves a softmax: its true gradient is 0, and what stands there is rounding.
+        floor = 1e-1 if key.endswith("weight_fc.2.bias") else 1e-3
+        assert (got[key].float() - truth).abs().max() <= 3e-2 * max(float(truth.abs().max()), floor), key
+
+
+def test_under_autocast(name: str) -> None:
+    layer = build_interaction(name, DIM).eval()
+    p = make((5, 9, 6, 4), DIM, masks=("prefix", "holes"))
+    want = layer(p.text, p.video, p.text_mask, p.video_mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gradients(layer, p)
+    assert got["logits"].dtype == torch.float32
+    torch.testing.assert_close(got["logits"], want, atol=1e-2, rtol=0)
+    assert all(bool(x.isfinite().all()) and x.dtype == torch.float32 for x in got.values())
+
+
+def test_strides_and_mask_dtypes_do_not_matter(layer: nn.Module) -> None:
+    p = make((5, 9, 6, 4), DIM, masks=("prefix", "holes"))
+    want = layer(p.text, p.video, p.text_mask, p.video_mask)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.text, p.video)]
+    assert torch.equal(layer(*strided, p.text_mask.int() * 3, p.video_mask.half()), want)
+
+
+def test_the_same_bits_run_after_run(layer: nn.Module) -> None:
+    p = make((5, 9, 6, 4), DIM, masks=("prefix", "holes"))
+    want, got = gradients(layer, p), gradients(layer, p)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_bad_input(layer: nn.Module, name: str) -> None:
+    text, video = torch.randn(2, 3, DIM), torch.randn(2, 4, DIM)
+    with pytest.raises(ValueError, match=r"video_mask must be \(B, Nv\) = \(2, 4\) to match video, got \(2, 3\)"):
+        layer(text, video, None, torch.ones(2, 3))
+    if any(True for _ in layer.parameters()):
+        layer_name = type(layer).__name__
+        with pytest.raises(
+            ValueError, match=rf"must have D = 16 channels, .* got 8; build it with {layer_name}\(dim=8"
+        ):
+            layer(text[..., :8], video[..., :8])
+        with pytest.raises(TypeError, match=r"must be no wider than the layer's torch.float32, got torch.float64"):
+            layer(text.double(), video.double())
