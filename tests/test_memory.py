@@ -143,15 +143,14 @@ def test_decorrelation_holds_little_beside_its_gradients(name: str, form: str) -
     assert form == "full" or name == "chunked" or peak < 4 * WIDTHS[form] ** 2 / 2
 
 
-@pytest.mark.parametrize(("layer", "small", "large"), [("xti", 24, 48), ("mlp", 256, 512)])
-def test_networks_over_pairs_keep_no_more_than_a_chunk(layer: str, small: int, large: int) -> None:
-    """Kept for the backward pass, the pairs' activations would take hundreds of MB, or at least 32 for the MLP."""
+@pytest.mark.parametrize(("layer", "small", "large"), [("xti", 24, 48), ("mlp", 512, 1024)])
+def test_networks_over_pairs_hold_one_block_at_a_time(layer: str, small: int, large: int) -> None:
+    """The dense form keeps some 20 tensors of the sequence for each of XTI's four blocks, and MLP's hidden layer."""
     peak = peaks("cpp", layer, (small, large))
-    # A block of XTI keeps some 20 tensors of the sequence, and half as many again exist at the peak of one.
-    dense = {"xti": 20 * 4 * (FRAMES + 1) * CHANNELS * 4, "mlp": 4 * CHANNELS}[layer] * large**2
-    logits = 4 * large**2
-    assert peak[large] < dense / 2, peak
-    assert peak[large] - peak[small] < 8 * logits + 8 * MIB, peak
+    dense = {"xti": 4 * 20 * 4 * (FRAMES + 1) * CHANNELS, "mlp": 4 * CHANNELS}[layer] * large**2
+    assert peak[large] < dense / 3, peak
+    # What grows is the logits and what the loss makes of them; a checkpoint's graph for each block would show.
+    assert peak[large] - peak[small] < 6 * 4 * large**2 + 4 * MIB, peak
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def score_pairs(
 
     Args:
         layer: the module whose parameters ``score`` reads, all of them.
-        score: ``score(text rows (a, ...), video rows (b, ...), ...) -> (a, b)``.
+        score: ``score(text rows (a, ...), video rows (b, ...), ...) -> (a, b)``, no wider than ``text``.
         text: (A, ...).
         video: tensors of B rows each.
         random: whether ``score`` draws random numbers; the backward pass then draws the same.
@@ -100,7 +100,7 @@ class _Blocks(torch.autograd.Function):
         ctx.plan = plan
         ctx.random_state = _random_state(text.device) if plan.random else None
         ctx.save_for_backward(*tensors)
-        logits = text.new_empty(len(text), len(video[0]), dtype=_wide(text))
+        logits = text.new_empty(len(text), len(video[0]))
         for a, b in plan.slices(*logits.shape):
             logits[a, b] = plan.block([text[a], *(x[b] for x in video)], list(tensors[plan.sides :]))
         return logits

@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In half precision eps would be 0 and a constant row NaN.
+        # In half precision eps is 0 and a constant row NaN, unless a device's kernel widens by itself.
         wide = torch.promote_types(x.dtype, torch.float32)
         y = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         return y.to(x.dtype)

@@ -35,7 +35,7 @@ def build_interaction(name: str, dim: int, **options: Any) -> nn.Module:
     _checks.positive_int("dim", dim)
     known = list(inspect.signature(layer.__init__).parameters)[1:] if layer.__init__ is not nn.Module.__init__ else []
     for option in options:
-        if option not in known or option == "dim":
+        if option not in known:
             choices = ", ".join(k for k in known if k != "dim") or "none"
             raise TypeError(f"{option} must be an option of {layer.__name__}, which has: {choices}; leave it out")
     return layer(dim, **options) if "dim" in known else layer(**options)

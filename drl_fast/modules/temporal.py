@@ -56,6 +56,7 @@ class SeqTransf(nn.Module):
                 "take fewer frames or build it with more positions"
             )
         x = real_frames(video, mask).to(head_dtype(positions, video, "video"))
+        # Kernels differ in what they make of a row that attends to nothing; its output is not used.
         attends = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
         out = self.transformer(x + positions.weight[:frames], attends)
         return add_to_real(video, out, mask)
@@ -100,7 +101,7 @@ class SeqLSTM(nn.Module):
     def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = check_frames(video, mask, self.dim, type(self).__name__)
         x = real_frames(video, mask).to(head_dtype(self.lstm, video, "video"))
-        if len(video) == 0:  # nn.LSTM refuses it
+        if len(video) == 0:  # cuDNN refuses it
             return video + x.to(video.dtype)
         if mask is None:
             return add_to_real(video, self.lstm(x)[0], None)

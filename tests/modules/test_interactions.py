@@ -125,6 +125,29 @@ def test_under_autocast(name: str) -> None:
     assert all(bool(x.isfinite().all()) and x.dtype == torch.float32 for x in got.values())
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_backward_pass_computes_under_the_autocast_of_the_call(name: str) -> None:
+    layer = build_interaction(name, DIM).eval()
+    p = make((5, 9, 6, 4), DIM, masks=("prefix", "holes"))
+    found = []
+    for layer.chunk in (7, None):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = layer(p.text, p.video, p.text_mask, p.video_mask)
+        logits.square().sum().backward()  # outside
+        found.append({k: v.grad.clone() for k, v in layer.named_parameters()})
+    for key, whole in found[1].items():
+        assert (found[0][key] - whole).abs().max() <= 4e-3 * max(float(whole.abs().max()), 1e-3), key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_many_blocks_are_summed_in_float32(name: str) -> None:
+    """In bfloat16 a sum of ones ends at 256."""
+    layer = build_interaction(name, DIM, chunk=2).bfloat16().eval()
+    layer(torch.randn(40, 3, DIM).bfloat16(), torch.randn(40, 2, DIM).bfloat16()).sum().backward()
+    assert layer.similarity_dense.bias.grad.tolist() == [1600]
+
+
 def test_strides_and_mask_dtypes_do_not_matter(layer: nn.Module) -> None:
     p = make((5, 9, 6, 4), DIM, masks=("prefix", "holes"))
     want = layer(p.text, p.video, p.text_mask, p.video_mask)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drl_fast.modules import SeqLSTM, SeqTransf
+from drl_fast.modules.blocks import LayerNorm
 from tests.modules.plain import blocks, load, scramble, under
 from tests.oracle import make_mask
 
@@ -155,6 +157,25 @@ def test_empty_batches_copies_and_repr(module: nn.Module) -> None:
         assert torch.equal(other(video, mask), module(video, mask))
     assert torch.equal(module(video, mask > 0), module(video, mask))
     assert f"dim={DIM}" in repr(module)
+
+
+def test_every_row_attends_to_something() -> None:
+    module, seen = SeqTransf(DIM, layers=1, max_positions=6), []
+    module.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    mask = make_mask("empty", 5, 6)
+    module(torch.randn(5, 6, DIM), mask)
+    assert torch.equal(seen[0][1:], mask[1:])
+    assert seen[0][0].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_computes_in_float32(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    seen, layer_norm = [], F.layer_norm
+    monkeypatch.setattr(F, "layer_norm", lambda x, *args: seen.append((x.dtype, args[-1])) or layer_norm(x, *args))
+    out = LayerNorm(DIM).to(dtype)(torch.ones(2, DIM, dtype=dtype))
+    assert out.dtype == dtype
+    assert not out.any()
+    assert seen == [(torch.float32, 1e-12)]
 
 
 def test_heads_are_64_wide() -> None:
