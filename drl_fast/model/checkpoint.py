@@ -54,6 +54,7 @@ def from_upstream(cls: type[DRL], state: Mapping[str, Any] | str | os.PathLike[s
             ``weights_only=True``: no other pickle is read).
         config: :class:`Config`'s fields, or upstream's names for them (``agg_module``, ``cdcr_alpha1``, ...). What is
             left out is read off the entries; without weight heads or cross transformer the interaction is ``"dp"``.
+            ``cdcr_padding`` is ``"competes"`` where not given, so that training goes on as it would have there.
 
     Raises:
         ValueError: entries that are missing, unexpected or of another shape, each named; a file that holds no state
@@ -125,7 +126,7 @@ def read_state(state: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, T
 
 def infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the entries say of the model."""
-    options: dict[str, Any] = {"interaction": "dp", "temporal": None}
+    options: dict[str, Any] = {"interaction": "dp", "temporal": None, "cdcr_padding": "competes"}
     heads = [name for name in state if re.fullmatch(r"text_weight_fc(\.\d+)?\.weight", name)]
     if heads:
         options |= {"interaction": "wti", "wti_arch": len(heads)}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import functional, info_nce
 from .._checks import describe, option
 from ..functional.dot_product import pool
-from ..modules import INTERACTIONS, TI, WTI, SeqLSTM, SeqTransf, build_interaction
+from ..modules import INTERACTIONS, TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from . import padding
 from .clip import build_clip, check_clip, clip_from_state_dict
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Config:
         cdcr_alpha_on: weight of the correlation's diagonal.
         cdcr_alpha_off: weight of all its other entries.
         cdcr_weight: lambda, the regulariser's share in the total loss.
+        cdcr_padding: ``"never"`` leaves padding out of CDCR; ``"competes"`` is the public code's rule, with which its
+            checkpoints load: see :mod:`drl_fast.model.padding`. It costs the towers' work on padding, in training.
     """
 
     interaction: str = "wti"
@@ -49,12 +52,14 @@ class Config:
     cdcr_alpha_on: float = 0.11
     cdcr_alpha_off: float = 0.0
     cdcr_weight: float = 0.001
+    cdcr_padding: str = "never"
 
     def __post_init__(self) -> None:
         option("interaction", self.interaction, tuple(INTERACTIONS))
         if self.temporal not in TEMPORAL:
             raise ValueError(f"temporal must be one of None, 'seqLSTM', 'seqTransf', got {self.temporal!r}")
         option("cdcr", self.cdcr, (0, 1, 2, 3))
+        option("cdcr_padding", self.cdcr_padding, ("never", "competes"))
         if self.cdcr == 3 and self.interaction != "wti":
             raise ValueError(
                 f"cdcr must be 0, 1 or 2 with interaction={self.interaction!r}, got 3, which wants WTI's weights; "
@@ -108,8 +113,8 @@ class DRL(nn.Module):
             options["max_positions"] = context
         self.interaction = build_interaction(self.config.interaction, dim, **options)
         for module in (self.temporal, self.interaction):
-            if hasattr(module, "init_from_clip"):
-                module.init_from_clip(self.clip.positional_embedding, self.clip.transformer.state_dict())
+            if isinstance(module, SeqTransf | SeqLSTM | XTI):
+                module.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
     def from_clip_state_dict(cls, state: Mapping[str, Tensor], **config: Any) -> DRL:
@@ -227,17 +232,19 @@ class DRL(nn.Module):
             ValueError, TypeError: frames of another rank, size or type, a mask of another shape.
         """
         real = self._check_frames(frames, mask)
-        pictures = frames[real]
-        if pictures.dtype == torch.uint8:
-            pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if len(pictures) == 0:  # CLIP's own reshapes fail then
-            tokens = self.clip.text_projection.new_zeros((*real.shape, self.dim))
-        else:
-            features = self.clip.encode_image(pictures.to(self.clip.visual.conv1.weight.dtype))
-            tokens = features.new_zeros((*real.shape, features.shape[-1])).index_put((real,), features)
+        features = self.frame_features(frames[real])
+        tokens = features.new_zeros((*real.shape, self.dim)).index_put((real,), features)
         if self.temporal is not None:
             tokens = self.temporal(tokens, real)
         return tokens.masked_fill(~real[..., None], 0)
+
+    def frame_features(self, pictures: Tensor) -> Tensor:
+        """Pictures (N, 3, H, W), uint8 or normalised, -> (N, D) by the image tower."""
+        if pictures.dtype == torch.uint8:
+            pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if len(pictures) == 0:  # CLIP's own reshapes fail then
+            return self.clip.text_projection.new_zeros((0, self.dim))
+        return self.clip.encode_image(pictures.to(self.clip.visual.conv1.weight.dtype))
 
     def _check_frames(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         size = self.clip.visual.image_size
@@ -281,7 +288,10 @@ class DRL(nn.Module):
         video = self.encode_video(batch["video"], video_mask)
         sides = (text, video, text_mask, video_mask)
         contrast = self._contrast(*sides, batch.get("owner"), process_group)
-        regulariser = self._decorrelation(*sides, process_group)
+        if self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes":
+            regulariser = self._decorrelation_with_padding(*sides, batch, process_group)
+        else:
+            regulariser = self._decorrelation(*sides, process_group)
         total = contrast if self.config.cdcr == 0 else contrast + self.config.cdcr_weight * regulariser
         return {"total": total, "info_nce": contrast, "cdcr": regulariser}
 
@@ -291,9 +301,9 @@ class DRL(nn.Module):
     ) -> Tensor:  # fmt: skip
         layer = self.interaction
         if isinstance(layer, WTI | TI):
-            weights = layer.weights(text, video, text_mask, video_mask) if isinstance(layer, WTI) else (None, None)
+            wt, wv = layer.weights(text, video, text_mask, video_mask) if isinstance(layer, WTI) else (None, None)
             return functional.token_contrastive_loss(
-                text, video, *weights, text_mask, video_mask, logit_scale=self.logit_scale, owner=owner,
+                text, video, wt, wv, text_mask, video_mask, logit_scale=self.logit_scale, owner=owner,
                 process_group=process_group,
             )  # fmt: skip
         if owner is not None or process_group is not None:
@@ -319,6 +329,22 @@ class DRL(nn.Module):
             assert isinstance(self.interaction, WTI)
             weights = self.interaction.weights(text, video, text_mask, video_mask)
         return functional.cdcr_loss(text, video, *weights, text_mask, video_mask, **options)
+
+    def _decorrelation_with_padding(
+        self, text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor | None, batch: Mapping[str, Tensor],
+        process_group: ProcessGroup | None,
+    ) -> Tensor:  # fmt: skip
+        if process_group is not None:
+            raise ValueError("cdcr_padding must be 'never' over a process group, got 'competes'")
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(self.interaction, WTI) and self.config.cdcr == 3:
+            weights = self.interaction.weights(text, video, text_mask, video_mask)
+        frames_real = torch.ones_like(video[..., 0], dtype=torch.bool) if video_mask is None else video_mask != 0
+        return padding.cdcr_loss(
+            self._text_tower(self._check_ids(batch["text_ids"])),
+            padding.frames_with_padding(self, batch["video"], frames_real), *weights, text_mask != 0, frames_real,
+            alpha_on=self.config.cdcr_alpha_on, alpha_off=self.config.cdcr_alpha_off,
+        )  # fmt: skip
 
     def describe_config(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` writes beside the weights."""

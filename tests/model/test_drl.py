@@ -13,7 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("open_clip")
 import drl_fast
+from drl_fast import reference
 from drl_fast.model import checkpoint
+from drl_fast.model.drl import Config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 CASES = sorted(GOLDEN.glob("*.npz"))
@@ -79,6 +81,25 @@ def test_loss_and_gradients(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[st
         assert float((grad - recorded).abs().max()) <= 3e-4 * float(recorded.abs().max())
 
 
+def test_padding_is_left_out_unless_asked_for() -> None:
+    """In the recorded batch every similarity of a pair is negative, so the public code's padding wins all of them."""
+    arrays, meta = load(GOLDEN / "model_wti_seqtransf.npz")
+    state, inputs = part(arrays, "state."), batch(arrays)
+    upstream = drl_fast.DRL.from_upstream(state, **config(meta))(inputs)
+    model = drl_fast.DRL.from_upstream(state, **config(meta), cdcr_padding="never")
+    ours = model(inputs)
+    assert torch.equal(ours["info_nce"], upstream["info_nce"])
+    assert abs(float(ours["cdcr"] - upstream["cdcr"])) > 0.1
+    text, mask = model.encode_text(inputs["text_ids"])
+    video = model.encode_video(inputs["video"], inputs["video_mask"])
+    weights = model.interaction.weights(text, video, mask, inputs["video_mask"])
+    alphas = {"alpha_on": meta["cdcr_alpha1"], "alpha_off": meta["cdcr_alpha2"]}
+    want = reference.cdcr_loss(text, video, *weights, mask, inputs["video_mask"], **alphas)
+    torch.testing.assert_close(ours["cdcr"], want, rtol=1e-5, atol=0)
+    inputs["video"][inputs["video_mask"] == 0] = float("nan")
+    assert model(inputs)["total"].isfinite()
+
+
 def test_fresh_modules_start_as_upstream_does(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
     """Blocks and positions from CLIP; what upstream draws at random, from the same distribution."""
     _, arrays, meta = case
@@ -117,7 +138,7 @@ def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
     """CLIP and, with seqTransf, positions and blocks: no weight heads."""
     arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
     state = {k: v for k, v in part(arrays, "state.").items() if "weight_fc" not in k}
-    assert drl_fast.DRL.from_upstream(state).config == drl_fast.model.drl.Config("dp", "seqTransf")
+    assert drl_fast.DRL.from_upstream(state).config == Config("dp", "seqTransf", cdcr_padding="competes")
     mean_pooling = {k: v for k, v in state.items() if k.startswith("clip.")}
     mean_pooling |= {"clip.context_length": torch.tensor(16), "clip.vocab_size": torch.tensor(60)}
     model = drl_fast.DRL.from_upstream({k: v.half() if v.is_floating_point() else v for k, v in mean_pooling.items()})
@@ -132,7 +153,7 @@ def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
         (lambda s: s.pop("text_weight_fc.2.bias"), {}, ["no interaction.text_weight_fc.2.bias"]),
         (lambda s: s.update({"spare.weight": torch.zeros(3)}), {}, ["unexpected spare.weight"]),
         (lambda s: s.update({"video_weight_fc.0.bias": torch.zeros(3)}), {}, ["video_weight_fc.0.bias", "(3,)"]),
-        (lambda s: None, {"interaction": "ti"}, ["unexpected text_weight_fc.0.weight"]),
+        (lambda s: None, {"interaction": "ti"}, ["unexpected interaction.text_weight_fc.0.weight"]),
         (lambda s: None, {"temporal": None, "cdcr": 0}, ["unexpected temporal.transformer.resblocks.0"]),
         (lambda s: None, {"interaction": "wtii"}, ["interaction must be one of", "wtii"]),
         (lambda s: None, {"agg_module": "tightTransf"}, ["temporal must be one of", "tightTransf"]),
