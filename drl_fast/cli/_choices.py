@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import WTI
 from ..engine.train import Pairs
 from ..functional.dot_product import unit
-from ..model.two_tower import TwoTower
+from ..model.drl import DRL
 
 NONE = "none"
 
@@ -33,7 +33,7 @@ class Choices:
 
 
 @torch.no_grad()
-def choices(model: TwoTower, pair: Pairs, tokenizer: open_clip.SimpleTokenizer) -> Choices:
+def choices(model: DRL, pair: Pairs, tokenizer: open_clip.SimpleTokenizer) -> Choices:
     """Ask a model with a WTI for the choices within the only pair of ``pair``."""
     model.eval()
     wti = model.interaction

@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .. import DP, TI
+from .. import DP
 from ..data.folder import read_captions
 from ..data.video import Sampling, read_video
 from ..engine.evaluate import encode_texts, encode_videos
 from ..metrics import ranks, retrieval_metrics
 from ..model.clip import load_clip
-from ..model.two_tower import TwoTower
+from ..model.drl import DRL
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress, served_by
 
 MAX_WORDS = 32
@@ -39,7 +39,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
     from_where = "random weights" if pretrained is None else f"weights {escape(pretrained)} (a tag is fetched once)"
     console.print(f"loading {escape(clip_name)}, {from_where}", highlight=False)
     clip, tokenizer = load_clip(clip_name, pretrained)
-    model = TwoTower(clip, TI()).eval()
+    model = DRL(clip, interaction="ti", temporal=None).eval()
     size = clip.visual.image_size
     sampling = Sampling(size=size[0] if isinstance(size, tuple) else size)
     print_machine(console)
@@ -78,7 +78,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
 
 
 def _encode_folder(
-    model: TwoTower, folder: Path, files: list[str], sampling: Sampling, console: Console
+    model: DRL, folder: Path, files: list[str], sampling: Sampling, console: Console
 ) -> tuple[list[str], Tensor, Tensor, list[str]]:
     """Names, tokens (B, Nv, D) and mask (B, Nv) of the readable videos, and why the others are left out.
 

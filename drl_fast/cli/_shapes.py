@@ -23,7 +23,8 @@ from ..data.video import Sampling, read_video
 from ..engine.evaluate import encode_texts, encode_videos
 from ..engine.train import Pairs, Schedule, train
 from ..metrics import ranks, recall_interval, retrieval_metrics
-from ..model.two_tower import TwoTower, small_model
+from ..model.drl import DRL
+from ..model.small import small_model
 from ._choices import choices, frame_table, word_table
 from ._measure import CHANNELS, FRAMES, REPEATS, WORDS, measure_apart
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress, served_by
@@ -134,7 +135,7 @@ def _decode(paths: list[Path], bars: Progress) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _score(model: TwoTower, pairs: Pairs) -> Tensor:
+def _score(model: DRL, pairs: Pairs) -> Tensor:
     """Similarities (texts, videos)."""
     text, text_mask = encode_texts(model, pairs.ids)
     return model.similarity(text, encode_videos(model, pairs.frames, pairs.mask), text_mask, pairs.mask)

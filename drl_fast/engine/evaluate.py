@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.two_tower import TwoTower
+from ..model.drl import DRL
 
 
 @torch.no_grad()
-def encode_texts(model: TwoTower, ids: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
+def encode_texts(model: DRL, ids: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
     """Token ids (A, Nt) -> tokens (A, Nt, D), mask (A, Nt)."""
     model.eval()
     parts = [model.encode_text(rows) for rows in ids.split(batch)]
@@ -17,7 +17,7 @@ def encode_texts(model: TwoTower, ids: Tensor, batch: int = 64) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def encode_videos(model: TwoTower, frames: Tensor, mask: Tensor, batch: int = 16) -> Tensor:
+def encode_videos(model: DRL, frames: Tensor, mask: Tensor, batch: int = 16) -> Tensor:
     """Frames (B, Nv, 3, H, W) uint8, mask (B, Nv) bool -> tokens (B, Nv, D)."""
     model.eval()
     parts = zip(frames.split(batch), mask.split(batch), strict=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import info_nce
-from ..model.two_tower import TwoTower
+from ..model.drl import DRL
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Schedule:
 
 
 def train(
-    model: TwoTower, pairs: Pairs, schedule: Schedule, on_step: Callable[[int, float], None] | None = None
+    model: DRL, pairs: Pairs, schedule: Schedule, on_step: Callable[[int, float], None] | None = None
 ) -> list[float]:
     """Train in place; the same schedule on the same machine gives the same weights.
 
@@ -104,7 +104,7 @@ def _some_frames(frames: Tensor, mask: Tensor, limit: int, generator: torch.Gene
     return frames[rows, chosen], mask[rows, chosen]
 
 
-def _groups(model: TwoTower, weight_decay: float) -> list[dict]:
+def _groups(model: DRL, weight_decay: float) -> list[dict]:
     """Weight decay on matrices alone, not on biases, LayerNorm or the temperature."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drl_fast.engine.evaluate import encode_texts, encode_videos
-from drl_fast.model.two_tower import small_model
+from drl_fast.model.small import small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

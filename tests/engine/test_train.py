@@ -9,19 +9,18 @@ import open_clip
 import pytest
 import torch
 
-from drl_fast import WTI
 from drl_fast.engine import train as engine
 from drl_fast.engine.train import Pairs, Schedule, rate, train
-from drl_fast.model.two_tower import TwoTower
+from drl_fast.model.drl import DRL
 
 SIZE = 32
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def problem(name: str, count: int = 12) -> tuple[TwoTower, Pairs]:
+def problem(name: str, count: int = 12) -> tuple[DRL, Pairs]:
     """Videos of one colour each, and a text that names it; two to five real frames."""
     torch.manual_seed(0)
-    model = TwoTower(open_clip.create_model(name), WTI(dim=24))
+    model = DRL(open_clip.create_model(name), temporal=None)
     tokenizer = open_clip.get_tokenizer(name)
     generator = torch.Generator().manual_seed(1)
     colours = torch.randint(0, 256, (count, 1, 3, 1, 1), generator=generator, dtype=torch.uint8)
@@ -98,7 +97,7 @@ def repaint(pairs: Pairs) -> Pairs:
     return Pairs(torch.where(pairs.mask[:, :, None, None, None], pairs.frames, 0), pairs.mask, pairs.ids)
 
 
-def run(name: str, change: Callable[[Pairs], Pairs] | None = None, **options: int) -> tuple[list[float], TwoTower]:
+def run(name: str, change: Callable[[Pairs], Pairs] | None = None, **options: int) -> tuple[list[float], DRL]:
     model, pairs = problem(name)
     schedule = Schedule(**{"steps": 30, "batch": 8, "frames": 2, "lr": 3e-3, **options})
     return train(model, change(pairs) if change else pairs, schedule), model

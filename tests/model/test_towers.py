@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drl_fast import TI, WTI
-from drl_fast.model.two_tower import TwoTower, small_model
+from drl_fast import WTI
+from drl_fast.model.drl import DRL
+from drl_fast.model.small import small_model
 
 SIZE, CONTEXT = 32, 16
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,18 +25,18 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def small() -> tuple[TwoTower, open_clip.SimpleTokenizer]:
+def small() -> tuple[DRL, open_clip.SimpleTokenizer]:
     model, tokenizer = small_model(SIZE, CONTEXT, seed=0)
     return model.eval(), tokenizer
 
 
 @pytest.fixture
-def model(small: tuple[TwoTower, open_clip.SimpleTokenizer]) -> TwoTower:
+def model(small: tuple[DRL, open_clip.SimpleTokenizer]) -> DRL:
     return small[0]
 
 
 @pytest.fixture
-def ids(small: tuple[TwoTower, open_clip.SimpleTokenizer]) -> Tensor:
+def ids(small: tuple[DRL, open_clip.SimpleTokenizer]) -> Tensor:
     return small[1](TEXTS)
 
 
@@ -47,14 +48,14 @@ def clips() -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test_end_token_is_open_clips_text_vector(model: TwoTower, ids: Tensor) -> None:
+def test_end_token_is_open_clips_text_vector(model: DRL, ids: Tensor) -> None:
     tokens, _ = model.encode_text(ids)
     end = tokens[torch.arange(len(ids)), ids.argmax(dim=1)]
     torch.testing.assert_close(end, model.clip.encode_text(ids), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_text_mask_ends_with_the_end_token(model: TwoTower, ids: Tensor) -> None:
+def test_text_mask_ends_with_the_end_token(model: DRL, ids: Tensor) -> None:
     """Also where a token's id is 0, which is a piece of a word, and where the text was cut."""
     ids = ids.clone()
     ids[1, 1] = 0
@@ -65,7 +66,7 @@ def test_text_mask_ends_with_the_end_token(model: TwoTower, ids: Tensor) -> None
 
 
 @torch.no_grad()
-def test_short_context_equals_full_context(model: TwoTower, ids: Tensor) -> None:
+def test_short_context_equals_full_context(model: DRL, ids: Tensor) -> None:
     """Attention looks back only, so padding behind the end changes nothing before it."""
     full, full_mask = model.encode_text(ids[:3])
     short, mask = model.encode_text(ids[:3, :7])
@@ -74,7 +75,7 @@ def test_short_context_equals_full_context(model: TwoTower, ids: Tensor) -> None
 
 
 @torch.no_grad()
-def test_frame_token_is_open_clips_image_vector(model: TwoTower, clips: tuple[Tensor, Tensor]) -> None:
+def test_frame_token_is_open_clips_image_vector(model: DRL, clips: tuple[Tensor, Tensor]) -> None:
     """From the same picture through open_clip's own preprocessing."""
     frames, mask = clips
     tokens = model.encode_video(frames, mask)
@@ -83,7 +84,7 @@ def test_frame_token_is_open_clips_image_vector(model: TwoTower, clips: tuple[Te
     torch.testing.assert_close(tokens[mask], model.clip.encode_image(torch.stack(pictures)), rtol=1e-4, atol=1e-5)
 
 
-def test_masked_frames_are_not_computed(model: TwoTower, clips: tuple[Tensor, Tensor]) -> None:
+def test_masked_frames_are_not_computed(model: DRL, clips: tuple[Tensor, Tensor]) -> None:
     frames, mask = clips
     seen: list[int] = []
     hook = model.clip.visual.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
@@ -99,7 +100,7 @@ def test_masked_frames_are_not_computed(model: TwoTower, clips: tuple[Tensor, Te
 
 
 @torch.no_grad()
-def test_videos_without_a_frame(model: TwoTower, clips: tuple[Tensor, Tensor]) -> None:
+def test_videos_without_a_frame(model: DRL, clips: tuple[Tensor, Tensor]) -> None:
     tokens = model.encode_video(clips[0], torch.zeros(3, 4, dtype=torch.bool))
     assert tokens.shape == (3, 4, 128)
     assert not tokens.any()
@@ -118,16 +119,17 @@ def test_gradient_reaches_both_towers_and_the_interaction(clips: tuple[Tensor, T
 
 @pytest.mark.parametrize(("stored", "served"), [(math.log(50), 50.0), (math.log(100), 100.0), (math.log(1e4), 100.0)])
 def test_logit_scale_is_at_most_100(tiny_clip: str, stored: float, served: float) -> None:
-    model = TwoTower(open_clip.create_model(tiny_clip), TI())
+    model = DRL(open_clip.create_model(tiny_clip), interaction="ti", temporal=None)
     model.clip.logit_scale.data.fill_(stored)
     assert model.logit_scale.item() == pytest.approx(served, rel=1e-5)
 
 
 def test_mean_and_std_are_the_models_own(tiny_clip: str) -> None:
     clip = open_clip.create_model(tiny_clip)
-    assert TwoTower(clip, TI()).mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    model = DRL(clip, interaction="ti", temporal=None)
+    assert model.mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
     own, _, _ = open_clip.create_model_and_transforms(tiny_clip, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
-    model = TwoTower(own, TI())
+    model = DRL(own, interaction="ti", temporal=None)
     assert model.mean.shape == (3, 1, 1)
     assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert model.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
@@ -144,4 +146,4 @@ def test_small_model_comes_from_its_seed() -> None:
 
 def test_another_build_is_refused(tiny_clip: str) -> None:
     with pytest.raises(ValueError, match=r"clip must be of the original CLIP's form.*got CustomTextCLIP"):
-        TwoTower(open_clip.create_model(f"{tiny_clip}-custom"), TI())
+        DRL(open_clip.create_model(f"{tiny_clip}-custom"), interaction="ti", temporal=None)
