@@ -16,6 +16,7 @@ import drl_fast
 from drl_fast import reference
 from drl_fast.model import checkpoint
 from drl_fast.model.drl import Config
+from drl_fast.model.small import small_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 CASES = sorted(GOLDEN.glob("*.npz"))
@@ -204,3 +205,85 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# What a model says to its inputs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> drl_fast.DRL:
+    return small_model(32, 16, seed=0)[0].eval()
+
+
+def test_captions_by_length_are_the_captions(small: drl_fast.DRL) -> None:
+    """Groups of one length each, in any order: the same tokens as in one pass."""
+    ids = torch.zeros(9, 16, dtype=torch.int64)
+    for row, end in enumerate((3, 15, 1, 8, 7, 9, 3, 12, 0)):
+        ids[row, : end + 1] = torch.arange(1, end + 2)
+        ids[row, end] = 49407
+    tokens, mask = small.encode_text(ids)
+    whole = small._text_tower(ids)
+    torch.testing.assert_close(tokens[mask], whole[mask], rtol=1e-4, atol=1e-5)
+    assert mask.sum(1).tolist() == [4, 16, 2, 9, 8, 10, 4, 13, 1]
+    assert (tokens[~mask] == 0).all()
+    assert small.encode_text(ids[:0])[0].shape == (0, 16, 128)
+
+
+def test_long_captions_are_cut_and_counted(small: drl_fast.DRL) -> None:
+    ids = torch.arange(1, 31).repeat(3, 1)
+    ids[0, 20] = ids[1, 10] = ids[2, 29] = 49407
+    with pytest.warns(RuntimeWarning, match="2 of 3 captions are longer than the CLIP's context of 16"):
+        tokens, mask = small.encode_text(ids)
+    assert tokens.shape == (3, 16, 128)
+    assert mask.sum(1).tolist() == [16, 11, 16]
+    same = ids[:, :16].clone()
+    same[[0, 2], -1] = 49407
+    torch.testing.assert_close(tokens, small.encode_text(same)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m: m.encode_text([1, 2]), ValueError, r"ids must be \(A, Nt\) token ids, got list"),
+        (lambda m: m.encode_text(torch.zeros(2, 3)), TypeError, "ids must be integers"),
+        (lambda m: m.encode_text(torch.full((2, 3), 60000)), ValueError, r"ids must lie in 0\.\.49407"),
+        (lambda m: m.encode_video(torch.zeros(2, 3, 3, 31, 32)), ValueError, r"frames must be \(B, Nv, 3, 32, 32\)"),
+        (lambda m: m.encode_video(torch.zeros(2, 3, 32, 32)), ValueError, "frames must be"),
+        (lambda m: m.encode_video(torch.zeros(2, 3, 3, 32, 32).int()), TypeError, "frames must be uint8"),
+        (lambda m: m.encode_video(torch.zeros(2, 3, 3, 32, 32), torch.ones(2, 4)), ValueError, "mask must be .*2, 3"),
+        (lambda m: m({"text_ids": torch.ones(2, 4).long()}), ValueError, "batch must hold 'video', got 'text_ids'"),
+        (lambda m: drl_fast.DRL(m.clip, temporal="lstm"), ValueError, "temporal must be one of None"),
+        (lambda m: drl_fast.DRL(m.clip, interaction="max"), ValueError, "interaction must be one of"),
+        (lambda m: drl_fast.DRL(m.clip, cdcr=4), ValueError, "cdcr must be one of"),
+        (lambda m: drl_fast.DRL("ViT-B-33"), ValueError, "nearest: ViT-B-32"),
+    ],
+)  # fmt: skip
+def test_bad_input(small: drl_fast.DRL, call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(small)
+
+
+@pytest.mark.parametrize("interaction", sorted(drl_fast.modules.INTERACTIONS))
+@pytest.mark.parametrize("temporal", [None, "seqLSTM", "seqTransf"])
+def test_every_interaction_trains(small: drl_fast.DRL, interaction: str, temporal: str | None, tmp_path: Path) -> None:
+    cdcr = {"dp": 1, "ti": 2, "wti": 3}.get(interaction, 0)
+    model = drl_fast.DRL(small.clip, interaction=interaction, temporal=temporal, cdcr=cdcr, cdcr_alpha_off=0.01)
+    ids = torch.tensor([[5, 49407, 0, 0], [5, 6, 7, 49407], [9, 8, 49407, 0]])
+    inputs = {
+        "text_ids": ids,
+        "video": torch.rand(3, 4, 3, 32, 32),
+        "video_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 0, 0]]),
+    }
+    losses = model(inputs)
+    assert losses.keys() == {"total", "info_nce", "cdcr"}
+    losses["total"].backward()
+    small.zero_grad()
+    still = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None and "clip." not in name]
+    assert still == []
+    assert (float(losses["cdcr"]) > 0) == (cdcr > 0)
+    if interaction in ("ti", "wti"):
+        owned = model({**inputs, "owner": torch.tensor([0, 0, 1])})
+        assert owned["info_nce"] < losses["info_nce"]
+    else:
+        with pytest.raises(ValueError, match="owner is served by"):
+            model({**inputs, "owner": torch.tensor([0, 0, 1])})
