@@ -73,15 +73,15 @@ def cdcr_partners(
         a_pair, a_token = (first + a // OTHER).to(tl.int64), (chunk * OTHER + a % OTHER).to(tl.int64)
         there = (a_pair < pairs) & (a_token < other_tokens)
         if OTHER_MASKED:
-            at = a_pair * other_mask_pair + a_token * other_mask_token
-            there &= tl.load(other_mask + at, mask=there, other=0) != 0
+            flag = other_mask + a_pair * other_mask_pair + a_token * other_mask_token
+            there &= tl.load(flag, mask=there, other=0) != 0
         s = tl.zeros((PAIRS * OWN, PAIRS * OTHER), tl.float32)
         for d0 in tl.range(0, dim, BD):
             d = (d0 + tl.arange(0, BD)).to(tl.int64)
-            at = (pair * own_pair + token * own_token)[:, None] + d[None, :] * own_channel
-            x = tl.load(own + at, mask=real[:, None] & (d < dim)[None, :], other=0.0)
-            at = (a_pair * other_pair + a_token * other_token)[:, None] + d[None, :] * other_channel
-            y = tl.load(other + at, mask=there[:, None] & (d < dim)[None, :], other=0.0)
+            x = own + (pair * own_pair + token * own_token)[:, None] + d[None, :] * own_channel
+            x = tl.load(x, mask=real[:, None] & (d < dim)[None, :], other=0.0)
+            y = other + (a_pair * other_pair + a_token * other_token)[:, None] + d[None, :] * other_channel
+            y = tl.load(y, mask=there[:, None] & (d < dim)[None, :], other=0.0)
             s = tl.dot(x, y.T, s, input_precision="ieee")
         if NORMALIZE:
             s *= tl.load(own_inverse + pair * own_tokens + token, mask=real, other=0.0)[:, None]

@@ -28,6 +28,9 @@ from .cdcr_tokens import (
     terms,
 )  # fmt: skip
 
+# Twice the warps: the widest kernel here, and half of it a thread then.
+GRADIENT = {**OPTIONS, "num_warps": 8}
+
 
 @triton.jit
 def _through_statistics(to_x, x, count, channels, role, roles, d, dim):
@@ -170,5 +173,5 @@ def _walk(
             pairs, n, m, dim, channels.shape[1], 2 * anchors.nth, 2 * choosing.nth,
             *own.features.stride(), *other.features.stride(),
             **tile, BD=channel_block(dim, DEPTH), NORMALIZE=normalize, ANCHORS=as_anchors is not None,
-            PARTNERS=as_partners is not None, FULL=back is not None, SHORT=s == short_side(found), **OPTIONS,
+            PARTNERS=as_partners is not None, FULL=back is not None, SHORT=s == short_side(found), **GRADIENT,
         )  # fmt: skip

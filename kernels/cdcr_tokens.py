@@ -182,8 +182,8 @@ def channel_block(dim: int, most: int = CHANNELS) -> int:
     return min(most, max(LEAST, triton.next_power_of_2(dim)))
 
 
-def pair_tile(own: int, other: int, most_other: int) -> dict[str, int]:
+def pair_tile(own: int, other: int, most: int) -> dict[str, int]:
     """How many pairs a program takes, and room for how many tokens of each: every side of a product at least LEAST."""
-    own, other = min(MOST, triton.next_power_of_2(own)), min(most_other, triton.next_power_of_2(other))
+    own, other = (min(most, triton.next_power_of_2(n)) for n in (own, other))
     pairs = max(1, LEAST // max(own, other))
     return {"PAIRS": pairs, "OWN": max(own, LEAST // pairs), "OTHER": max(other, LEAST // pairs)}
