@@ -27,6 +27,11 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, Any] = tokens.OPTIONS
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Half precisions differ in the one product that they reach."""
+        return ("bf16", "fp16", "fp32") if self.fn is forward.cdcr_partners else ("bf16", "fp32")
+
     def signature(self, dtype: str) -> dict[str, str]:
         """Argument types as the launchers pass them."""
         return {

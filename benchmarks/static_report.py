@@ -64,7 +64,7 @@ class Job:
     source: str = "static"
     types: dict[str, str] | None = None  # of the arguments, where their names do not say it
     divisible: list[str] = field(default_factory=list)  # arguments that are multiples of 16, beside addresses
-    fused: bool = True  # a * b + c in one rounding
+    options: dict[str, Any] = field(default_factory=dict)  # of the launch, beside warps and stages
 
 
 INT32 = (
@@ -124,6 +124,7 @@ def jobs(dim: int = 512) -> Iterator[Job]:
             for d in (dim, 128, 64) if dtype == "bf16" else (dim,):
                 yield from (backward_job(arch, side, precision, dtype, d) for side in tuning.SIDES)
         yield from packing_jobs(arch, dim)
+    for arch in ARCHS:
         yield from cdcr_jobs(arch, dim)
 
 
@@ -182,11 +183,11 @@ def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
 
 def cdcr_jobs(arch: str, dim: int) -> Iterator[Job]:
     for launch in static_cdcr.launches(dim):
-        for dtype in ("bf16", "fp16", "fp32"):
-            fused = launch.options["enable_fp_fusion"]
+        for dtype in launch.dtypes:
             yield Job(
-                launch.fn, arch, dtype, launch.what, launch.fixed(), launch.options["num_warps"], 3,
-                types=launch.signature(dtype), divisible=launch.divisible(), fused=fused,
+                launch.fn, arch, dtype, launch.what, launch.fixed(),
+                launch.options["num_warps"], launch.options["num_stages"],
+                types=launch.signature(dtype), divisible=launch.divisible(), options=launch.options,
             )  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     }
     source = ASTSource(job.fn, signature=signature(job), constexprs=job.constants, attrs=attributes)
     target = GPUTarget("cuda", int(job.arch[3:]), 32)
-    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": job.fused}
+    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True, **job.options}
     compiled = triton.compile(source, target=target, options=options)
     usage, sass = disassemble(compiled.asm["cubin"])
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTION.items()}

@@ -198,7 +198,7 @@ def cdcr_product_rows(
     tile = tl.program_id(0) // blocks
     first = tile // chunks * PAIRS
     r = tl.arange(0, PAIRS * OWN)
-    pair, token = (first + r // OWN).to(tl.int64), (tile % chunks * OWN + r % OWN).to(tl.int64)
+    pair, token = (first + r // OWN).to(tl.int64), tile % chunks * OWN + r % OWN
     chosen = tl.zeros((PAIRS * OWN,), tl.int32)
     for chunk in tl.range(0, tl.cdiv(other_tokens, OTHER)):
         hit, _, _, _ = choosers(index, token, pair, first, chunk, pairs, other_tokens, PAIRS, OTHER)

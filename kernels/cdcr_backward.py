@@ -28,8 +28,9 @@ from .cdcr_tokens import (
     terms,
 )  # fmt: skip
 
-# Twice the warps: the widest kernel here, and half of it a thread then.
-GRADIENT = {**OPTIONS, "num_warps": 8}
+# The widest kernel here: twice the warps, and registers for two programs a multiprocessor. Left to itself, ptxas spills
+# a few to make room for a third.
+GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
 
 
 @triton.jit
@@ -72,12 +73,12 @@ def cdcr_gradient(
     chunks = tl.cdiv(own_tokens, OWN)
     first = tl.program_id(0) // chunks * PAIRS
     r = tl.arange(0, PAIRS * OWN)
-    pair, token = (first + r // OWN).to(tl.int64), (tl.program_id(0) % chunks * OWN + r % OWN).to(tl.int64)
+    pair, token = (first + r // OWN).to(tl.int64), tl.program_id(0) % chunks * OWN + r % OWN
     inside = (pair < pairs) & (token < own_tokens)
     at = pair * own_tokens + token
-    partner = tl.full((PAIRS * OWN,), -1, tl.int64)
+    partner = tl.full((PAIRS * OWN,), -1, tl.int32)
     if ANCHORS:
-        partner = tl.load(own_index + at, mask=inside, other=-1).to(tl.int64)
+        partner = tl.load(own_index + at, mask=inside, other=-1).to(tl.int32)
     anchor = partner >= 0
     w = tl.load(own_weight + at, mask=anchor, other=0.0)[:, None]
     chosen = tl.zeros((PAIRS * OWN,), tl.float32)

@@ -36,7 +36,7 @@ CHANNELS = 128
 DEPTH = 64
 # The smallest side of a product on chip, and the largest that we give it.
 LEAST, MOST = 16, 32
-OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def read_units(
     NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """Channels d of unit tokens (rows, BD), float32; zeros where there is none."""
-    at = (pair * stride_pair + position * stride_token)[:, None] + d.to(tl.int64)[None, :] * stride_channel
+    at = (pair * stride_pair + position.to(tl.int64) * stride_token)[:, None] + d.to(tl.int64)[None, :] * stride_channel
     x = tl.load(features + at, mask=there[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
     if NORMALIZE:
         x *= tl.load(inverse + pair * tokens + position, mask=there, other=0.0)[:, None]
@@ -67,8 +67,8 @@ def choosers(index, position, pair, first, chunk, pairs, tokens, PAIRS: tl.const
     """A chunk of the other side's anchors, and who of them chose which of ours: (rows, PAIRS OTHER) bool."""
     a = tl.arange(0, PAIRS * OTHER)
     of_pair = (first + a // OTHER).to(tl.int64)
-    at = (chunk * OTHER + a % OTHER).to(tl.int64)
-    chosen = tl.load(index + of_pair * tokens + at, mask=(of_pair < pairs) & (at < tokens), other=-1).to(tl.int64)
+    at = chunk * OTHER + a % OTHER
+    chosen = tl.load(index + of_pair * tokens + at, mask=(of_pair < pairs) & (at < tokens), other=-1).to(tl.int32)
     hit = (chosen[None, :] == position[:, None]) & (of_pair[None, :] == pair[:, None])
     return hit, of_pair, at, chosen >= 0
 
