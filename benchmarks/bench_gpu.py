@@ -27,6 +27,7 @@ from benchmarks import harness
 from benchmarks.contestants import Contestant
 from benchmarks.harness import Call
 from benchmarks.problem import Problem, Shape, make_problem
+from benchmarks.session import take_part
 
 LENGTHS = ((32, 12), (64, 64), (77, 20))
 FULL = tuple(
@@ -72,42 +73,30 @@ def both_ways(name: str) -> Any:
 
 CONTESTANTS = (
     *(c for c in who.INTERACTIONS if c.name in (who.YARDSTICK, who.OURS, "eager", "compile")),
-    Contestant("premasked", "pre-masked product + reductions", premasked, "the best of plain PyTorch"),
+    Contestant(
+        "premasked",
+        "pre-masked product + reductions",
+        premasked,
+        "the best of plain PyTorch",
+        needs=who.similarities(2, 5),
+    ),
 )
 PEERS = tuple(
     replace(c, label=f"{c.label}, once a direction", make=both_ways(c.name), devices=("cuda",))
     for c in who.MAXSIMS
     if c.name in ("late-interaction-kernels", "flash-maxsim")
 )
-# Similarity tensors held at once: see contestants.DENSE.
-HELD = {**who.DENSE, "premasked": (2, 5)}
-
-
-def refusal(contestant: Contestant, shape: Shape, mode: str) -> str | None:
-    if contestant.name in HELD:
-        needed = HELD[contestant.name][mode == "train"] * shape.similarity_bytes()
-        if needed > who.SAFE_SHARE * harness.available_bytes("cuda"):
-            return f"skipped: needs about {needed / 1e9:.0f} GB"
-    return contestant.refusal(shape, "cuda", mode)
 
 
 def time_shape(shape: Shape, mode: str) -> dict[str, Any]:
     """Everyone at one shape, side by side, with TFLOP/s and the share of the yardstick's."""
     problem = make_problem(shape, "cuda", train=True)
-    calls: dict[str, Call] = {}
-    absent: dict[str, str] = {}
-    for contestant in CONTESTANTS if mode == "train" else (*CONTESTANTS, *PEERS):
-        reason = refusal(contestant, shape, mode)
-        try:
-            if reason is None:
-                call = who.make_call(contestant, problem, mode)
-                for _ in range(3):
-                    call()
-                calls[contestant.name] = call
-        except Exception as error:  # a peer that breaks must not end the run, nor go unmentioned
-            reason = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
-        if reason is not None:
-            absent[contestant.name] = reason
+    calls, absent = take_part(
+        CONTESTANTS if mode == "train" else (*CONTESTANTS, *PEERS),
+        lambda c: who.make_call(c, problem, mode),
+        lambda c: c.refusal(shape, "cuda", mode),
+        warm_up=3,
+    )
     results: dict[str, Any] = harness.summarize(
         harness.interleave(calls, "cuda", SECONDS, ROUNDS), who.YARDSTICK
     )  # fmt: skip
@@ -193,7 +182,7 @@ def main(
             torch.cuda.empty_cache()
     names = [c.name for c in CONTESTANTS if c.name != who.YARDSTICK]
     wide = [s for s in shapes if s.dim == 512 and s.batch in (1024, 4096)]
-    result["memory"] = [memory(n, s) for s in wide for n in names if refusal(_named(n), s, "train") is None]
+    result["memory"] = [memory(n, s) for s in wide for n in names if _named(n).refusal(s, "cuda", "train") is None]
     result["largest"] = [largest(n, Shape(1024, dtype="bfloat16")) for n in names]
     folder = out / result["machine"]["slug"]
     harness.save(result, folder / "gpu.json")

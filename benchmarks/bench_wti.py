@@ -9,24 +9,23 @@ taken is said in benchmarks/harness.py, who takes part in benchmarks/contestants
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 if str(Path(__file__).resolve().parents[1]) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import contestants as who
 from benchmarks import harness, plots, tables
+from benchmarks.contestants import Contestant
 from benchmarks.problem import Shape, make_problem
+from benchmarks.session import Bars, conduct, known_memory, largest_batch, memory_apart, take_part
 
 QUICK_TIMES = (
     Shape(8, dim=64), Shape(8), Shape(64), Shape(128), Shape(256), Shape(64, 64, 64),
@@ -64,39 +63,16 @@ FULL = Plan(
 )  # fmt: skip
 
 
-class Bars:
-    """One progress bar over the steps of a section."""
-
-    def __init__(self, progress: Progress, title: str, steps: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task(title, total=steps, note="")
-
-    def at(self, note: str) -> None:
-        self.progress.update(self.task, note=note)
-
-    def done(self) -> None:
-        self.progress.update(self.task, advance=1, note="")
-
-
 def measure_time(shape: Shape, mode: str, plan: Plan, device: str) -> dict[str, Any]:
     """All contestants of one mode at one shape, side by side."""
     problem = make_problem(shape, device, train=True)
-    calls: dict[str, harness.Call] = {}
-    absent: dict[str, str] = {}
-    for contestant in who.MODES[mode]:
-        reason = contestant.refusal(shape, device, mode)
+
+    def refusal(contestant: Contestant) -> str | None:
         if contestant.name == "compile" and shape not in plan.compiled:
-            reason = "compiling takes longer than measuring"
-        if reason is not None:
-            absent[contestant.name] = reason
-            continue
-        try:
-            call = who.make_call(contestant, problem, mode)
-            call()
-        except Exception as error:  # a peer that breaks must not end the run, nor go unmentioned
-            absent[contestant.name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
-        else:
-            calls[contestant.name] = call
+            return "compiling takes longer than measuring"
+        return contestant.refusal(shape, device, mode)
+
+    calls, absent = take_part(who.MODES[mode], lambda c: who.make_call(c, problem, mode), refusal)
     times = harness.interleave(calls, device, plan.seconds, plan.rounds)
     return {
         "shape": shape.as_dict(),
@@ -107,48 +83,7 @@ def measure_time(shape: Shape, mode: str, plan: Plan, device: str) -> dict[str, 
 
 
 def measure_memory(contestant: str, shape: Shape, device: str, threads: int) -> dict[str, Any]:
-    """Peak of one training step beyond its inputs, in a process of its own."""
-    by_name = {c.name: c for c in who.INTERACTIONS}
-    refused = by_name[contestant].refusal(shape, device, "train")
-    found = {"status": refused} if refused else harness.measure_apart(
-        "memory", "benchmarks.contestants:memory_step",
-        contestant=contestant, shape=asdict(shape), device=device, threads=threads,
-    )  # fmt: skip
-    return {"contestant": contestant, "shape": shape.as_dict(), **found}
-
-
-def largest_batch(contestant: str, budget: int, known: dict[int, float], device: str, threads: int) -> dict[str, Any]:
-    """The largest batch, to about two percent, whose training step adds at most ``budget`` MB to its inputs.
-
-    Memory is a quadratic in the batch; two measured points predict where it meets the budget. From there on in strides
-    that double until one batch fits and another does not, then halving what is between.
-    """
-    (b1, m1), (b2, m2) = sorted(known.items())[-2:]
-    square = max((m2 / b2 - m1 / b1) / (b2 - b1), 1e-9)  # noise alone could make it negative
-    linear = max(m1 / b1 - square * b1, 0.0)
-    guess = (-linear + math.sqrt(linear * linear + 4 * square * budget)) / (2 * square)
-    step = 8 * max(1, round(guess / 400))
-    batch, stride = step * max(1, int(guess / step)), step
-    fits: dict[str, Any] | None = None
-    fails: dict[str, Any] | None = None
-    while not (fits and fails and fails["batch"] - fits["batch"] <= step) and not (fails and fails["batch"] == step):
-        found = {"batch": batch, **measure_memory(contestant, Shape(batch), device, threads)}
-        if found["status"] == "ok" and found["mb"] <= budget:
-            fits = found
-        else:
-            fails = found
-        if fits and fails:
-            batch = (fits["batch"] + fails["batch"]) // (2 * step) * step
-        else:
-            batch = max(batch + (stride if fits else -stride), step)
-            stride *= 2
-    keys = ("batch", "status", "mb")
-    return {
-        "contestant": contestant,
-        "budget_mb": budget,
-        "fits": fits and {k: fits[k] for k in keys},
-        "fails": fails and {k: fails.get(k) for k in keys},
-    }
+    return memory_apart("benchmarks.contestants:memory_step", who.BY_NAME[contestant], shape, device, threads)
 
 
 def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, Any]:
@@ -179,13 +114,13 @@ def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, 
     for budget in plan.budgets:
         for name in plan.memory:
             bars.at(f"{name} in {budget} MB")
-            known = {
-                row["shape"]["batch"]: row["mb"]
-                for row in result["memory"]
-                if row["contestant"] == name and row["status"] == "ok"
-            }
+            known = known_memory(result["memory"], name, Shape(0))
             if len(known) >= 2:
-                result["budget"].append(largest_batch(name, budget, known, device, threads))
+
+                def measure(batch: int, name: str = name) -> dict[str, Any]:
+                    return measure_memory(name, Shape(batch), device, threads)
+
+                result["budget"].append(largest_batch(measure, name, budget, known))
             bars.done()
     if device == "cpu":
         result["yardstick"] = measure_yardstick(Shape(256), threads)
@@ -208,31 +143,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Results go to OUT/<machine>/.")] = Path("bench_out"),
 ) -> None:
     """Measure the token interaction beside what it replaces."""
-    console = Console()
     torch.set_num_threads(threads)
     plan = FULL if full else QUICK
-    begin = time.perf_counter()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        result = run(plan, device, threads, progress)
-    result["seconds"] = time.perf_counter() - begin
-    folder = out / result["machine"]["slug"]
-    harness.save(result, folder / "wti.json")
-    result = harness.load(folder / "wti.json")
-    console.print(tables.machine_line(result), highlight=False)
-    if "yardstick" in result:
-        console.print(tables.yardstick_line(result), highlight=False)
-    for table in tables.ALL.values():
-        console.print(tables.rich_table(table(result)))
-    for picture in plots.draw(result, folder):
-        console.print(f"wrote {picture}", highlight=False)
-    console.print(f"wrote {folder / 'wti.json'} after {result['seconds']:.0f} s", highlight=False)
+    lines = (tables.machine_line, tables.yardstick_line) if device == "cpu" else (tables.machine_line,)
+    conduct("wti", lambda bars: run(plan, device, threads, bars), tables.ALL.values(), lines, plots.draw, out)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,18 @@ from benchmarks.problem import Problem, Shape, make_problem
 
 YARDSTICK = "mm"
 OURS = "drl_fast"
-# Similarity tensors that a contestant may hold at once, forward and in training: only to refuse what cannot fit.
-DENSE = {"eager": (3, 3), "compile": (3, 4)}
+# Of the memory that can be had, what a contestant may be expected to need: only to refuse what cannot fit.
 SAFE_SHARE = 0.55
+Needs = Callable[[Shape, bool], float]
+
+
+def nothing(shape: Shape, train: bool) -> float:
+    return 0.0
+
+
+def similarities(forward: int, train: int) -> Needs:
+    """Bytes of so many A x B x Nt x Nv tensors at once."""
+    return lambda shape, training: (train if training else forward) * shape.similarity_bytes()
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Contestant:
     module: str | None = None  # and what it imports as
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16", "float64")
+    needs: Needs = nothing  # bytes, in training or not
 
     def refusal(self, shape: Shape, device: str, mode: str) -> str | None:
         """Why it does not take part, or None."""
@@ -50,10 +60,9 @@ class Contestant:
             return f"needs {' or '.join(self.devices)}"
         if shape.dtype not in self.dtypes:
             return f"no {shape.dtype}"
-        if self.name in DENSE:
-            needed = DENSE[self.name][mode == "train"] * shape.similarity_bytes()
-            if needed > SAFE_SHARE * available_bytes(device):
-                return f"skipped: needs about {needed / 1e9:.0f} GB"
+        needed = self.needs(shape, mode == "train")
+        if needed and needed > SAFE_SHARE * available_bytes(device):
+            return f"skipped: needs about {needed / 1e9:.0f} GB"
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -64,7 +73,7 @@ class Contestant:
 
 
 # --- both directions --------------------------------------------------------------------------------------------------
-def _mm(problem: Problem) -> Call:
+def dense_product(problem: Problem) -> Call:
     words, frames = problem.text.detach().flatten(0, 1), problem.video.detach().flatten(0, 1).T
     return lambda: torch.mm(words, frames)
 
@@ -101,7 +110,7 @@ def product(by: str, shape: dict[str, Any], threads: int) -> tuple[Call, Call, s
     """
     torch.set_num_threads(threads)
     ThreadpoolController().limit(limits=threads, user_api="blas")
-    make = {"mm": _mm, "numpy": _other_blas}[by]
+    make = {"mm": dense_product, "numpy": _other_blas}[by]
     return make(make_problem(Shape(4))), make(make_problem(Shape(**shape))), "cpu"
 
 
@@ -171,19 +180,33 @@ def _flash_maxsim(problem: Problem) -> Call:
 
 
 _PRODUCT = (
-    Contestant(YARDSTICK, "torch.mm", _mm, "the yardstick: one dense product of all padded tokens, nothing else"),
+    Contestant(
+        YARDSTICK, "torch.mm", dense_product, "the yardstick: one dense product of all padded tokens, nothing else"
+    ),
     Contestant("mm_out", "torch.mm, out=", _mm_into, "the same into memory that is already there"),
 )
 INTERACTIONS = (
     *_PRODUCT,
     Contestant(OURS, "drl-fast", _ours, "drl_fast.token_interaction"),
-    Contestant("eager", "eager PyTorch", _eager, "as public retrieval code writes it (benchmarks/eager.py)"),
-    Contestant("compile", "torch.compile", _compiled, "torch.compile of the eager form, static shapes"),
+    Contestant(
+        "eager",
+        "eager PyTorch",
+        _eager,
+        "as public retrieval code writes it (benchmarks/eager.py)",
+        needs=similarities(3, 3),
+    ),
+    Contestant(
+        "compile",
+        "torch.compile",
+        _compiled,
+        "torch.compile of the eager form, static shapes",
+        needs=similarities(3, 4),
+    ),
 )
 MAXSIMS = (
     *_PRODUCT,
     Contestant(OURS, "drl-fast", _our_maxsim, "drl_fast.maxsim"),
-    Contestant("eager", "eager PyTorch", _eager_maxsim, "einsum, max, sum"),
+    Contestant("eager", "eager PyTorch", _eager_maxsim, "einsum, max, sum", needs=similarities(3, 3)),
     Contestant(
         "maxsim-cpu", "maxsim-cpu", _maxsim_cpu, "one call a query, real query tokens only",
         "maxsim-cpu", "maxsim_cpu", ("cpu",), ("float32",),
@@ -201,15 +224,28 @@ MAXSIMS = (
         "flash-maxsim", "flash_maxsim", ("cuda",), ("float32", "float16", "bfloat16"),
     ),
 )  # fmt: skip
+BY_NAME = {c.name: c for c in INTERACTIONS}
 MODES = {"forward": INTERACTIONS, "train": INTERACTIONS, "maxsim": MAXSIMS}
 
 
 def training_step(forward: Call, problem: Problem) -> Call:
     """Forward, then gradients of both features and both weights for a given gradient of the logits."""
 
+    grad = problem.grad  # drawn before anything is measured
+
     def step() -> tuple[Tensor, ...]:
         logits = forward()
-        return logits.detach(), *torch.autograd.grad(logits, problem.leaves(), problem.grad.to(logits.dtype))
+        return logits.detach(), *torch.autograd.grad(logits, problem.leaves(), grad.to(logits.dtype))
+
+    return step
+
+
+def loss_step(forward: Call, leaves: tuple[Tensor, ...]) -> Call:
+    """A loss and its gradients."""
+
+    def step() -> tuple[Tensor, ...]:
+        loss = forward()
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     return step
 
@@ -233,7 +269,7 @@ def memory_step(contestant: str, shape: dict[str, Any], device: str, threads: in
     Compiled code is warmed up at the very shape, since compiling for it takes memory of its own.
     """
     torch.set_num_threads(threads)
-    who = next(c for c in INTERACTIONS if c.name == contestant)
+    who = BY_NAME[contestant]
     full = Shape(**shape)
     problem = make_problem(full, device, train=True)
     call = make_call(who, problem, "train")

@@ -1,9 +1,13 @@
-"""What users replace: the token interaction as public text-video retrieval code writes it, in plain PyTorch.
+"""What users replace, in plain PyTorch: the token interaction and its losses as public retrieval code writes them.
 
-All A x B x Nt x Nv similarities exist at once, masks multiply them, and each maximum is a pass of its own.
+All A x B x Nt x Nv similarities exist at once, masks multiply them, and each maximum is a pass of its own. The channel
+decorrelation comes in three forms: with the N x D x D tensor of the public code, with one matrix product, and its
+diagonal alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,3 +33,61 @@ def maxsim(query: Tensor, document: Tensor, query_mask: Tensor) -> Tensor:
     """One direction, tokens already normalised: the sum over real query tokens of the best document token."""
     similarity = torch.einsum("atd,bvd->abtv", query, document)
     return torch.einsum("abt,at->ab", similarity.max(dim=3).values, query_mask)
+
+
+def contrastive_loss(logits: Tensor, logit_scale: float) -> Tensor:
+    """Cross-entropies along rows and columns of logits (B, B), targets on the diagonal."""
+    scaled = logits * logit_scale
+    target = torch.arange(len(scaled), device=scaled.device)
+    return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
+
+
+# --- channel decorrelation --------------------------------------------------------------------------------------------
+# (rows x, rows y, weights, divisor) -> cross-correlation, (D, D) or its diagonal (D,)
+Correlate = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def standardize(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / x.std(0)
+
+
+def by_outer(x: Tensor, y: Tensor, weight: Tensor, divisor: int) -> Tensor:
+    """One D x D matrix a row, weighted, then their sum: N x D x D numbers exist at once."""
+    outer = standardize(x)[:, :, None] * standardize(y)[:, None, :]
+    return (outer * weight[:, None, None]).sum(0) / divisor
+
+
+def by_product(x: Tensor, y: Tensor, weight: Tensor, divisor: int) -> Tensor:
+    return (standardize(x) * weight[:, None]).T @ standardize(y) / divisor
+
+
+def by_channel(x: Tensor, y: Tensor, weight: Tensor, divisor: int) -> Tensor:
+    """The diagonal alone."""
+    return (standardize(x) * weight[:, None] * standardize(y)).sum(0) / divisor
+
+
+def decorrelation(correlation: Tensor, alpha_on: float, alpha_off: float) -> Tensor:
+    if correlation.dim() == 1:
+        return alpha_on * (correlation - 1).square().sum()
+    on = correlation.diagonal()
+    off = correlation - torch.diag(on)
+    return alpha_on * (on - 1).square().sum() + alpha_off * off.square().sum()
+
+
+def pair_correlation(
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor, text_mask: Tensor, video_mask: Tensor,
+    correlate: Correlate,
+) -> Tensor:  # fmt: skip
+    """CDCR's C of B pairs, from each token and its best match in its own pair: the mean of both sides' correlations."""
+    words, frames = F.normalize(text, dim=-1), F.normalize(video, dim=-1)
+    similarity = words @ frames.transpose(1, 2)
+    similarity = similarity.masked_fill((text_mask[:, :, None] * video_mask[:, None, :]) == 0, -torch.inf)
+    best_frame, best_word = similarity.argmax(2), similarity.argmax(1)
+    halves = []
+    for own, other, best, weight, mask in (
+        (words, frames, best_frame, text_weight, text_mask), (frames, words, best_word, video_weight, video_mask)
+    ):  # fmt: skip
+        partner = other.gather(1, best[:, :, None].expand(-1, -1, own.shape[2]))
+        real = mask != 0
+        halves.append(correlate(own[real], partner[real], weight[real], len(text)))
+    return (halves[0] + halves[1]) / 2

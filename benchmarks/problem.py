@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,7 +55,6 @@ class Problem:
     video_weight: Tensor
     text_mask: Tensor
     video_mask: Tensor
-    grad: Tensor
     _unit: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def inputs(self) -> tuple[Tensor, ...]:
@@ -63,6 +63,15 @@ class Problem:
     def leaves(self) -> tuple[Tensor, ...]:
         """What a training step wants gradients of."""
         return self.inputs()[:4]
+
+    @functools.cached_property
+    def grad(self) -> Tensor:
+        """A gradient of the (A, B) logits, drawn for whoever asks: a loss without logits has no use for it.
+
+        float32 whatever the features are, as the interaction's own result is; eager code's is in the input's dtype.
+        """
+        b = self.shape.batch
+        return torch.randn(b, b, generator=torch.Generator().manual_seed(SEED + 1)).to(self.text.device)
 
     def unit(self) -> tuple[Tensor, Tensor]:
         """Normalised features, made once: max-sim libraries expect them."""
@@ -106,6 +115,4 @@ def make_problem(shape: Shape, device: str = "cpu", train: bool = False) -> Prob
         ready(weight(video_mask), leaf=True),
         ready(text_mask),
         ready(video_mask),
-        # The interaction's own result is float32 or better whatever its input; eager code's is in the input's dtype.
-        torch.randn(b, b, generator=generator).to(device),
     )

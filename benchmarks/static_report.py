@@ -123,6 +123,7 @@ def jobs(dim: int = 512) -> Iterator[Job]:
         for precision, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("fp32", "fp32")):
             for d in (dim, 128, 64) if dtype == "bf16" else (dim,):
                 yield from (backward_job(arch, side, precision, dtype, d) for side in tuning.SIDES)
+                yield backward_job(arch, "video", precision, dtype, d, add=True)
         yield from packing_jobs(arch, dim)
     for arch in ARCHS:
         yield from cdcr_jobs(arch, dim)
@@ -149,16 +150,18 @@ def forward_job(
     )  # fmt: skip
 
 
-def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int) -> Job:
-    tile = tuning.backward_tile(arch, side, precision, dim)
+def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, add: bool = False) -> Job:
+    tile = tuning.backward_tile(arch, side, precision, dim, add=add)
     fn = backward.interaction_backward_text if side == "text" else backward.interaction_backward_video
     other, size = "video" if side == "text" else "text", 4 if dtype == "fp32" else 2
     constants = {
         "D": dim, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BOTH": True,
         "PRECISION": "tf32" if precision == "tf32" else "ieee", "TMA": tile.tma,
+        **({"ADD": add} if side == "video" else {}),
     }  # fmt: skip
     return Job(
-        fn, arch, dtype, f"{precision}, D = {dim}", constants, tile.warps, tile.stages,
+        fn, arch, dtype, f"{precision}, D = {dim}" + (", later block" if add else ""),
+        constants, tile.warps, tile.stages,
         {other: [tile.k, tile.m]} if tile.tma else {},
         2.0 * tile.m * tile.n * tile.k, float(tile.m * tile.k * size + tile.k * tile.n * (1 + 5 / 16)),
         WORK["coefficient"] * tile.k * tile.n, tile.source,
@@ -177,7 +180,7 @@ def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
         side = "frames" if frames else "words"
         yield Job(packing.pack_slots, arch, "bf16", side, {**pack, "FRAMES": frames}, 4, 3)
         yield Job(packing.unpack_gradient, arch, "bf16", side, {**shared, "FRAMES": frames}, 4, 3)
-        constants = {"BLOCK": 32, "FRAMES": frames}
+        constants = {"BLOCK": 32, "FRAMES": frames, "ADD": True}
         yield Job(packing.unpack_weight_gradient, arch, "bf16", side, constants, 4, 3)
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import rich.table
 
-from benchmarks import harness
+from benchmarks import harness, loss_tables, scaling_tables
+from benchmarks.cells import NOTHING, Table, budget, label, machine_line, memory, milliseconds, notes, ratio
 from benchmarks.problem import Shape
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md")
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
-NOTHING = "-"
 # (column title, contestant) of the interaction's tables, and of the one-way table.
 INTERACTIONS = (
     ("mm, out=", "mm_out"), ("drl-fast", "drl_fast"), ("eager", "eager"), ("torch.compile", "compile"),
@@ -28,13 +28,6 @@ MAXSIMS = (
     ("drl-fast", "drl_fast"), ("eager", "eager"), ("maxsim-cpu", "maxsim-cpu"), ("NumKong", "numkong"),
     ("late-interaction-kernels", "late-interaction-kernels"), ("flash-maxsim", "flash-maxsim"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 # --- what is in them --------------------------------------------------------------------------------------------------
@@ -58,52 +51,19 @@ def _times(result: dict[str, Any], mode: str, title: str, columns: tuple[tuple[s
     taking_part = [(head, name) for head, name in columns if any(name in r["results"] for r in records)]
     for record in records:
         times = record["results"]
-        cells = [_ratio(times[name]) if name in times else NOTHING for _, name in taking_part]
+        cells = [ratio(times[name]) if name in times else NOTHING for _, name in taking_part]
         gain = _gain(times) if "eager" in times else None
         rows.append([
-            _label(record["shape"]), _milliseconds(times["mm"]), *cells,
+            label(record["shape"]), milliseconds(times["mm"]), *cells,
             f"{gain:.1f}x" if gain else NOTHING,
         ])  # fmt: skip
     heads = ["batch, words, frames", "torch.mm", *(head for head, _ in taking_part), "gain over eager"]
     return Table(title, heads, rows)
 
 
-def _milliseconds(times: dict[str, Any]) -> str:
-    median = times["ms"]["median"]
-    return f"{median:.0f} ms" if median >= 100 else f"{median:.3g} ms"
-
-
 def _gain(times: dict[str, Any]) -> float:
     """How many times faster than eager code. Of ratios, not of milliseconds: each was taken within a round."""
     return times["eager"]["ratio"]["median"] / times["drl_fast"]["ratio"]["median"]
-
-
-def _ratio(times: dict[str, Any]) -> str:
-    """The median, and the quartiles where they are wider than the digits shown."""
-    median, q1, q3 = (f"{times['ratio'][key]:.2f}" for key in ("median", "q1", "q3"))
-    return median if q1 == q3 else f"{median} ({q1} to {q3})"
-
-
-def memory(result: dict[str, Any]) -> Table:
-    names = list(dict.fromkeys(row["contestant"] for row in result["memory"]))
-    batches = sorted({row["shape"]["batch"] for row in result["memory"]})
-    found = {(row["contestant"], row["shape"]["batch"]): row for row in result["memory"]}
-    rows = []
-    for batch in batches:
-        cells = [found.get((name, batch)) for name in names]
-        rows.append([str(batch), *(_megabytes(cell) for cell in cells)])
-    title = "Peak memory of a training step beyond its inputs, batch x (32 words, 12 frames), D = 512, float32"
-    return Table(title, ["batch", *(_head(result, name) for name in names)], rows)
-
-
-def budget(result: dict[str, Any]) -> Table:
-    names = list(dict.fromkeys(row["contestant"] for row in result["budget"]))
-    rows = []
-    for size in sorted({row["budget_mb"] for row in result["budget"]}):
-        fits = {r["contestant"]: r["fits"] for r in result["budget"] if r["budget_mb"] == size}
-        rows.append([f"{size} MB", *(str(fits[name]["batch"]) if fits.get(name) else NOTHING for name in names)])
-    title = "Largest batch whose training step adds at most so much to its inputs"
-    return Table(title, ["budget", *(_head(result, name) for name in names)], rows)
 
 
 def summary(result: dict[str, Any]) -> Table:
@@ -113,19 +73,54 @@ def summary(result: dict[str, Any]) -> Table:
         shape, times = record["shape"], record["results"]
         if record["mode"] != "train" or shape["batch"] < 64 or shape["dim"] != 512 or shape["dtype"] != "float32":
             continue
-        milliseconds = [_milliseconds(times[name]) for name in ("eager", "drl_fast")]
-        rows.append([_label(shape), *milliseconds, f"{_gain(times):.1f}x"])
+        cells = [milliseconds(times[name]) for name in ("eager", "drl_fast")]
+        rows.append([label(shape), *cells, f"{_gain(times):.1f}x"])
     return Table("Training steps", ["batch, words, frames", "eager", "drl-fast", "gain"], rows)
 
 
 def profile(result: dict[str, Any]) -> Table:
     shapes = result["profile"]
-    heads = [f"{_label(row['shape'])}: {row['ms']:.3g} ms" for row in shapes]
+    heads = [f"{label(row['shape'])}: {row['ms']:.3g} ms" for row in shapes]
     rows = [[phase, *(f"{row['percent'][phase]:.0f} %" for row in shapes)] for phase in shapes[0]["percent"]]
     return Table("Where a training step goes, in percent of samples", ["phase", *heads], rows)
 
 
-PAGE_ONLY = {"summary": summary, "profile": profile}
+# Of the static report's rows one form of each kernel and precision, at 512 channels; the file has the others.
+SHOWN = (
+    ("bf16", "keyed scores, 32 words"), ("bf16", "keyed matches, 32 words"), ("bf16", "keyed weights, 32 words"),
+    ("bf16", "half, D = 512"), ("bf16", "half, D = 512, later block"), ("fp16", "keyed matches, 16 words"),
+    ("fp16", "half, D = 512"), ("fp32", "tf32 matches, 16 words"), ("fp32", "tf32, D = 512"),
+    ("fp32", "fp32 matches, 16 words"), ("fp32", "fp32, D = 512"),
+)  # fmt: skip
+
+
+def static(result: list[dict[str, Any]]) -> Table:
+    """What the main kernels compile to, and the cost model's share of the chip's rate: nothing in it was measured."""
+    rows = []
+    for row in result:
+        if (row["dtype"], row["what"]) in SHOWN:
+            config = row["config"]
+            rows.append([
+                row["kernel"].removeprefix("interaction_").replace("_", " "), row["arch"], row["dtype"], row["what"],
+                f"{config['BM']} x {config['BN']} x {config['BK']}, {config['num_warps']}", str(row["registers"]),
+                str(row["spill_bytes"]), f"{row['shared_bytes'] / 1024:.0f} KB", row["tensor_core"] or NOTHING,
+                f"{100 * row['predicted_share']:.0f} %",
+            ])  # fmt: skip
+    heads = [
+        "kernel", "GPU", "tokens", "form", "tile, warps", "registers", "bytes spilled", "shared", "tensor cores",
+        "predicted share",
+    ]  # fmt: skip
+    return Table("Static prediction, not measured", heads, rows)
+
+
+PAGE_ONLY: dict[str, Callable[[Any], Table]] = {
+    "summary": summary,
+    "profile": profile,
+    "static": static,
+    **loss_tables.CDCR,
+    **loss_tables.CONTRASTIVE,
+    **scaling_tables.TABLES,
+}
 # What bench_wti.py prints.
 ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
     "forward": forward, "train": train, "maxsim": maxsim, "memory": memory, "budget": budget,
@@ -134,17 +129,17 @@ ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
 
 def headline(result: dict[str, Any]) -> str:
     """The claim in one sentence."""
-    gains, memory = {}, {}
+    gains, used = {}, {}
     for record in result["time"]:
         if record["mode"] == "train" and record["shape"] in (asdict(Shape(256)), asdict(Shape(256, lengths="real"))):
             gains[record["shape"]["lengths"]] = _gain(record["results"])
     for row in result["memory"]:
         if row["shape"]["batch"] == 256:
-            memory[row["contestant"]] = row["mb"]
+            used[row["contestant"]] = row["mb"]
     return (
         f"**On {result['threads']} CPU threads a training step of the interaction at batch 256 runs "
         f"{gains['full']:.1f}x faster than the eager form, {gains['real']:.0f}x at MSR-VTT's caption lengths, and adds "
-        f"{memory['drl_fast']:.0f} MB to its inputs instead of {memory['eager']:.0f} MB.**"
+        f"{used['drl_fast']:.0f} MB to its inputs instead of {used['eager']:.0f} MB.**"
     )
 
 
@@ -155,52 +150,17 @@ def yardstick_line(result: dict[str, Any]) -> str:
     name = (
         f"numpy's {found['blas'].get('internal_api', 'BLAS')} ({found['blas'].get('architecture', 'unknown')} kernels)"
     )
-    return f"The product of {_label(found['shape'])} alone: torch.mm {mm:.3g} ms, {name} {other:.3g} ms."
+    return f"The product of {label(found['shape'])} alone: torch.mm {mm:.3g} ms, {name} {other:.3g} ms."
 
 
-def notes(result: dict[str, Any]) -> str:
-    """What each contestant is and how it was called, one a line."""
-    names = dict.fromkeys(name for record in result["time"] for name in record["results"])
-    lines = []
-    for name in names:
-        about = result["contestants"][name]
-        version = f" {about['version']}" if about.get("version") else ""
-        lines.append(f"- {about['label']}{version}: {about['note']}")
-    absent = dict.fromkeys(
-        (name, reason)
-        for record in result["time"]
-        for name, reason in record["absent"].items()
-        if not any(name in other["results"] for other in result["time"])
-    )
-    lines += [f"- {result['contestants'][name]['label']}: not measured, {reason}" for name, reason in absent]
-    return "\n".join(lines)
-
-
-def machine_line(result: dict[str, Any]) -> str:
-    """What was measured where, by which command."""
-    machine, versions = result["machine"], result["versions"]
-    name = machine["gpu"] or f"{machine['cpu']}, {result['threads']} threads"
-    return (
-        f"{name}; torch {versions['torch']}, Python {versions['python']}, drl-fast {versions['drl_fast']} "
-        f"({versions['commit']}), {result['date'][:10]}; `{result['command']}`"
-    )
-
-
-LINES = {"headline": headline, "machine": machine_line, "yardstick": yardstick_line, "notes": notes}
-
-
-def _head(result: dict[str, Any], name: str) -> str:
-    return result["contestants"][name]["label"]
-
-
-def _megabytes(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return NOTHING
-    return f"{row['mb']:.0f} MB" if row["status"] == "ok" else row["status"]
-
-
-def _label(shape: dict[str, Any]) -> str:
-    return Shape(**shape).label()
+LINES = {
+    "headline": headline,
+    "machine": machine_line,
+    "yardstick": yardstick_line,
+    "notes": notes,
+    **loss_tables.LINES,
+    **scaling_tables.LINES,
+}
 
 
 # --- how they are shown -----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from drl_fast.kernels import packing, tuning
@@ -53,19 +52,14 @@ def calls(kind: str, side: str | None, shape: Shape) -> Call:
     if side is None:
         return lambda: forward.forward(text, video, normalize, True, True)
     _, by_word, by_frame = forward.forward(text, video, normalize, True, True)
-    grad = p.grad.float()
     words = packing.pack_words(text, tuning.STEP, True, grain=packing.GRAIN, classes=False, copies=False)
     # Blocks of 128 rows: a multiple of what any candidate needs.
     frames = packing.pack_frames(video, tuning.STEP, 128, True, copies=False)
-    boost = torch.ones((), device="cuda")
-    precision = tuning.product(p.text.dtype)
+    sums = torch.empty(frames.tokens.shape, dtype=torch.float32, device="cuda")
+    block = backward.Block(slice(0, len(p.text)), text, p.grad.float(), by_word, by_frame)
+    shared = backward.Shared(video, frames, sums, torch.ones((), device="cuda"), True)
     run = backward._text if side == "text" else backward._video
-
-    def call() -> Any:
-        tile = tuning.backward_tile(tuning.architecture(p.text.device), side, precision, shape.dim)
-        return run(words, frames, (by_word, by_frame, grad), boost, text, video, tile, precision, True)
-
-    return call
+    return lambda: run(words, block, shared)
 
 
 def measure(table: dict[str, Tile], kind: str, side: str | None, candidates: list[Tile]) -> dict[Tile, list[float]]:

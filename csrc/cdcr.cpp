@@ -1,4 +1,5 @@
-// Operators of CDCR on the CPU: partners and channel statistics, the correlation (its diagonal or all of it), the gradient. The mathematics is in cdcr_kernel.h, the walk over pairs in cdcr_pairs.h.
+// Operators of CDCR on the CPU: partners and channel statistics, the correlation (its diagonal or all of it), the
+// gradient. The mathematics is in cdcr_kernel.h, the walk over pairs in cdcr_pairs.h.
 #include "cdcr_products.h"
 
 namespace drl_fast {
@@ -25,69 +26,67 @@ void find_partners(const Sides<T>& sides, PairRows<T>& rows, int64_t pair, std::
   }
 }
 
+// Where a term's sums start: its first anchor and that one's partner, so that of a constant channel nothing is left, not
+// even rounding. Zeros without an anchor. Returns the number of anchors.
+template <class T>
+int64_t first_rows(const Sides<T>& sides, const Anchors<T>& anchors, int term, PairRows<T>& rows,
+                   std::vector<double>* shift) {
+  const int64_t length = sides.length(term), places = sides.pairs * length;
+  int64_t count = 0;
+  shift[0].assign(sides.dim, 0.0), shift[1].assign(sides.dim, 0.0);
+  for (int64_t at = 0; at < places; at++) {
+    const int64_t partner = anchors.index[term][at];
+    if (partner < 0 || count++ > 0) continue;
+    rows.start(at / length);
+    const T *x = rows.row(term, at % length), *y = rows.row(1 - term, partner);
+    shift[0].assign(x, x + sides.dim), shift[1].assign(y, y + sides.dim);
+  }
+  return count;
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& text, const Tensor& video,
                                                       const OptionalTensor& text_mask, const OptionalTensor& video_mask,
                                                       bool normalize, bool both) {
   const Sides<T> sides(text, video, text_mask, video_mask, normalize);
-  const int64_t terms = both ? 2 : 1, roles = 2 * terms, nt = sides.length(kText), nv = sides.length(kVideo);
+  const int64_t nt = sides.length(kText), nv = sides.length(kVideo), dim = sides.dim, roles = both ? 4 : 2;
   Tensor video_index = torch::stable::empty({sides.pairs, nt}, ScalarType::Short);
   Tensor text_index = torch::stable::empty({sides.pairs, nv}, ScalarType::Short);
   int16_t* index[2] = {static_cast<int16_t*>(video_index.mutable_data_ptr()),
                        static_cast<int16_t*>(text_index.mutable_data_ptr())};
   std::vector<PairRows<T>> rows = pair_rows(sides);
-  std::vector<std::vector<T>> best(kRuns, std::vector<T>(nv));
-  over_pairs(0, sides.pairs, work_of(sides) * 4, [&](int64_t run, int64_t pair) {
-    find_partners(sides, rows[run], pair, best[run], index[kText] + pair * nt, index[kVideo] + pair * nv);
-  });
-
-  // Relative to the first anchor's tokens: of a constant channel nothing is left then, not even rounding.
-  ChannelTable<T> table(roles, sides.dim);
-  std::vector<int64_t> count(2, 0);
-  auto over_index = [&](int64_t run, int64_t pair, auto&& body) {
-    rows[run].start(pair);
-    for (int term = 0; term < terms; term++)
-      for (int64_t i = 0; i < sides.length(term); i++) {
-        const int64_t partner = index[term][pair * sides.length(term) + i];
-        if (partner >= 0) body(term, rows[run].row(term, i), rows[run].row(1 - term, partner));
-      }
+  std::vector<std::vector<T>> best(workers(), std::vector<T>(nv));
+  auto find = [&](int64_t, int64_t worker, int64_t pair) {
+    find_partners(sides, rows[worker], pair, best[worker], index[kText] + pair * nt, index[kVideo] + pair * nv);
   };
-  std::vector<std::vector<double>> shift(roles);
-  for (int64_t pair = 0; pair < sides.pairs; pair++)
-    for (int term = 0; term < terms; term++)
-      for (int64_t i = 0; i < sides.length(term); i++) {
-        const int64_t partner = index[term][pair * sides.length(term) + i];
-        if (partner < 0) continue;
-        if (count[term]++ > 0) continue;
-        rows[0].start(pair);
-        const T* x = rows[0].row(term, i);
-        const T* y = rows[0].row(1 - term, partner);
-        shift[role_of(term, false)].assign(x, x + sides.dim);
-        shift[role_of(term, true)].assign(y, y + sides.dim);
-      }
-  for (int64_t r = 0; r < roles; r++) {
-    if (shift[r].empty()) shift[r].assign(sides.dim, 0.0);
-    table.set_mean(r, shift[r].data());
-  }
+  over_pairs(0, sides.pairs, work_of(sides) * 4, find, sides.pairs);
+
+  const Anchors<T> anchors(both ? 2 : 1, index[kText], index[kVideo]);
+  ChannelTable<T> table(roles, dim);
+  std::vector<double> shift[4];
+  int64_t count[2] = {0, 0};
+  for (int term = 0; term < anchors.terms; term++)
+    count[term] = first_rows(sides, anchors, term, rows[0], shift + 2 * term);
+  for (int64_t r = 0; r < roles; r++) table.set_mean(r, shift[r].data());
   auto sum_over = [&](auto kernel) {
     std::vector<Sums<T>> runs(kRuns, Sums<T>(roles, sides.width));
-    over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t pair) {
-      over_index(run, pair, [&](int term, const T* x, const T* y) {
+    over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
+      over_anchors(sides, anchors, rows[worker], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T) {
         kernel(x, role_of(term, false), runs[run].row(role_of(term, false)));
         kernel(y, role_of(term, true), runs[run].row(role_of(term, true)));
         runs[run].added();
       });
     });
-    return collect(runs, roles, sides.dim);
+    return collect(runs, roles, dim);
   };
   Tensor mean = sum_over([&](const T* x, int role, T* to) {
     cdcr_kernels<T>().sum(x, table[role].mean, sides.width, to);
   });
   double* means = static_cast<double*>(mean.mutable_data_ptr());
   for (int64_t r = 0; r < roles; r++) {
-    const double anchors = static_cast<double>(std::max<int64_t>(1, count[r / 2]));
-    for (int64_t k = 0; k < sides.dim; k++) means[r * sides.dim + k] = shift[r][k] + means[r * sides.dim + k] / anchors;
-    table.set_mean(r, means + r * sides.dim);
+    const double divisor = static_cast<double>(std::max<int64_t>(1, count[r / 2]));
+    for (int64_t k = 0; k < dim; k++) means[r * dim + k] = shift[r][k] + means[r * dim + k] / divisor;
+    table.set_mean(r, means + r * dim);
   }
   Tensor scatter = sum_over([&](const T* x, int role, T* to) {
     cdcr_kernels<T>().scatter(x, table[role], sides.width, to);
@@ -100,8 +99,8 @@ template <class T>
 std::tuple<Tensor, Tensor> diagonal(const Sides<T>& sides, const Anchors<T>& anchors, const ChannelTable<T>& table) {
   std::vector<Sums<T>> runs(kRuns, Sums<T>(3 * anchors.terms, sides.width));
   std::vector<PairRows<T>> rows = pair_rows(sides);
-  over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t pair) {
-    over_anchors(sides, anchors, rows[run], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T weight) {
+  over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
+    over_anchors(sides, anchors, rows[worker], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T weight) {
       cdcr_kernels<T>().correlate(x, y, weight, table[role_of(term, false)], table[role_of(term, true)], sides.width,
                                   runs[run].row(2 * anchors.terms + term), runs[run].row(role_of(term, false)),
                                   runs[run].row(role_of(term, true)));
@@ -154,21 +153,22 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
   const Sides<T>& sides = job.sides;
   const int64_t lengths[2] = {sides.length(kText), sides.length(kVideo)}, slots = sides.slots();
   const int64_t size = size_of(sides.side[kText].tokens.dtype);
-  std::vector<std::vector<T>> into(kRuns, std::vector<T>((lengths[0] + lengths[1]) * sides.width));
-  std::vector<std::vector<T>> scratch(kRuns, std::vector<T>(2 * sides.width));
-  std::vector<std::vector<uint8_t>> seen(kRuns, std::vector<uint8_t>(2 * slots));
-  over_pairs(first, last, 2 * work_of(sides), [&](int64_t run, int64_t pair) {
+  std::vector<std::vector<T>> into(workers(), std::vector<T>((lengths[0] + lengths[1]) * sides.width));
+  std::vector<std::vector<T>> scratch(workers(), std::vector<T>(2 * sides.width));
+  std::vector<std::vector<uint8_t>> seen(workers(), std::vector<uint8_t>(2 * slots));
+  over_pairs(first, last, 2 * work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
     auto gradient_of = [&](int s, int64_t position) {
-      return into[run].data() + (s * lengths[0] + position) * sides.width;
+      return into[worker].data() + (s * lengths[0] + position) * sides.width;
     };
-    std::fill(into[run].begin(), into[run].end(), T(0));
-    std::fill(seen[run].begin(), seen[run].end(), 0);
-    over_anchors(sides, job.anchors, rows[run], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y, T weight) {
+    std::fill(into[worker].begin(), into[worker].end(), T(0));
+    std::fill(seen[worker].begin(), seen[worker].end(), 0);
+    over_anchors(sides, job.anchors, rows[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y,
+                                                             T weight) {
       Pull<T> pull = {job.diagonal, nullptr, nullptr};
       if (job.block) {
         const int64_t slot = sides.slot_of(term, i, j);
-        uint8_t& was_here = seen[run][term * slots + slot];
-        pull = job.block->pull(term, pair, slot, !was_here, scratch[run].data());
+        uint8_t& was_here = seen[worker][term * slots + slot];
+        pull = job.block->pull(term, pair, slot, !was_here, scratch[worker].data());
         was_here = 1;
       }
       static_cast<T*>(job.grad_weight[term].mutable_data_ptr())[pair * lengths[term] + i] =
@@ -178,13 +178,13 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
     for (int s = 0; s < 2; s++)
       for (int64_t p = 0; p < lengths[s]; p++) {
         char* out = static_cast<char*>(job.grad[s].mutable_data_ptr()) + (pair * lengths[s] + p) * sides.dim * size;
-        if (rows[run].loaded(s, p))
-          row_kernels<T>().store_gradient(sides.side[s].tokens, gradient_of(s, p), rows[run].row(s, p),
-                                          rows[run].inverse(s, p), out);
+        if (rows[worker].loaded(s, p))
+          row_kernels<T>().store_gradient(sides.side[s].tokens, gradient_of(s, p), rows[worker].row(s, p),
+                                          rows[worker].inverse(s, p), out);
         else
           std::memset(out, 0, sides.dim * size);
       }
-  });
+  }, last - first);
 }
 
 template <class T>
@@ -212,9 +212,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradient(const Tensor& text, const Te
   const Tensor dense = torch::stable::contiguous(pull);
   std::vector<T> diagonal(sides.width);
   if (!all) std::copy_n(static_cast<const T*>(dense.const_data_ptr()), sides.dim, diagonal.begin());
-  GradientJob<T> job = {sides, anchors, table, all ? nullptr : diagonal.data(), nullptr, {contiguous_like(text), contiguous_like(video)},
+  const int64_t frames_weighted = anchors.terms == 2 ? sides.pairs : 0;
+  GradientJob<T> job = {sides,   anchors,
+                        table,   all ? nullptr : diagonal.data(),
+                        nullptr, {contiguous_like(text), contiguous_like(video)},
                         {zeros({sides.pairs, sides.length(kText)}, scalar_type<T>, sizeof(T)),
-                         zeros({anchors.terms == 2 ? sides.pairs : 0, sides.length(kVideo)}, scalar_type<T>, sizeof(T))}};
+                         zeros({frames_weighted, sides.length(kVideo)}, scalar_type<T>, sizeof(T))}};
   std::vector<PairRows<T>> rows = pair_rows(sides);
   if (!all) {
     pull_pairs(job, 0, sides.pairs, rows);

@@ -24,7 +24,8 @@ struct Standard {
 template <class T>
 void cdcr_sum(const T* row, const T* shift, int64_t width, T* sum) {
   using S = Simd<T>;
-  for (int64_t k = 0; k < width; k += S::N) S::store(sum + k, S::load(sum + k) + (S::load(row + k) - S::load(shift + k)));
+  for (int64_t k = 0; k < width; k += S::N)
+    S::store(sum + k, S::load(sum + k) + (S::load(row + k) - S::load(shift + k)));
 }
 
 template <class T>

@@ -58,12 +58,14 @@ template <class T>
 struct Sides {
   Sides(const Tensor& text, const Tensor& video, const OptionalTensor& text_mask, const OptionalTensor& video_mask,
         bool normalize)
-      : side{Side<T>(text, std::nullopt, text_mask, normalize, false), Side<T>(video, std::nullopt, video_mask, normalize, false)},
+      : side{Side<T>(text, std::nullopt, text_mask, normalize, false),
+             Side<T>(video, std::nullopt, video_mask, normalize, false)},
         pairs(text.size(0)),
         dim(text.size(2)),
         width(padded(dim)) {
     STD_TORCH_CHECK(video.size(0) == pairs && video.size(2) == dim && video.scalar_type() == text.scalar_type(),
                     "drl_fast::cdcr: text and video must have as many rows, one D and one dtype");
+    STD_TORCH_CHECK(std::max(length(kText), length(kVideo)) <= 32767, "drl_fast::cdcr: at most 32767 tokens a row");
   }
   int64_t length(int s) const { return side[s].tokens.length; }
   // A product has one row for each token of the shorter side: what chose it there, or what it chose, is added up before
@@ -110,10 +112,13 @@ class PairRows {
   std::vector<uint8_t> loaded_;
 };
 
+// Threads that may take part; what one of them works in is not shared.
+int64_t workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
 template <class T>
 std::vector<PairRows<T>> pair_rows(const Sides<T>& sides) {
   std::vector<PairRows<T>> rows;
-  for (int64_t run = 0; run < kRuns; run++) rows.emplace_back(sides);
+  for (int64_t worker = 0; worker < workers(); worker++) rows.emplace_back(sides);
   return rows;
 }
 
@@ -141,12 +146,13 @@ class Sums {
   std::vector<double> total_;
 };
 
-// Run body(run, pair) for pairs [first, last); a run's pairs come in order, whatever thread takes the run.
+// Run body(run, worker, pair) for pairs [first, last); a run's pairs come in order, whatever worker takes the run. Where
+// nothing is summed over pairs there may be as many runs as pairs.
 template <class Body>
-void over_pairs(int64_t first, int64_t last, int64_t work, const Body& body) {
-  const int64_t pairs = last - first, runs = std::min(kRuns, std::max<int64_t>(pairs, 1));
-  parallel(runs, threads_for(runs, work), [&](int64_t run, int64_t) {
-    for (int64_t pair = run * pairs / runs; pair < (run + 1) * pairs / runs; pair++) body(run, first + pair);
+void over_pairs(int64_t first, int64_t last, int64_t work, const Body& body, int64_t most_runs = kRuns) {
+  const int64_t pairs = last - first, runs = std::min(most_runs, std::max<int64_t>(pairs, 1));
+  parallel(runs, threads_for(runs, work), [&](int64_t run, int64_t worker) {
+    for (int64_t pair = run * pairs / runs; pair < (run + 1) * pairs / runs; pair++) body(run, worker, first + pair);
   });
 }
 
@@ -210,6 +216,9 @@ class ChannelTable {
 // Each anchor's partner and weight, as the operators hand them on.
 template <class T>
 struct Anchors {
+  // Without weights: 1 for every anchor of a term that there is.
+  Anchors(int terms, const int16_t* video_index, const int16_t* text_index)
+      : terms(terms), weight{nullptr, nullptr}, index{video_index, text_index} {}
   Anchors(const Sides<T>& sides, const Tensor& text_weight, const OptionalTensor& video_weight,
           const Tensor& video_index, const Tensor& text_index)
       : terms(video_weight ? 2 : 1) {
@@ -224,13 +233,13 @@ struct Anchors {
                     "drl_fast::cdcr: partners must be (B, tokens) int16");
     held[2 * term] = torch::stable::contiguous(given_weight);
     held[2 * term + 1] = torch::stable::contiguous(given_index);
-    weight[term] = static_cast<const T*>(held[2 * term].const_data_ptr());
-    index[term] = static_cast<const int16_t*>(held[2 * term + 1].const_data_ptr());
+    weight[term] = static_cast<const T*>(held[2 * term]->const_data_ptr());
+    index[term] = static_cast<const int16_t*>(held[2 * term + 1]->const_data_ptr());
     for (int64_t i = 0; i < sides.pairs * length; i++)
       STD_TORCH_CHECK(index[term][i] < others, "drl_fast::cdcr: a partner lies beyond its row");
   }
   int terms;
-  Tensor held[4];
+  std::optional<Tensor> held[4];
   const T* weight[2];
   const int16_t* index[2];
 };
@@ -243,7 +252,8 @@ void over_anchors(const Sides<T>& sides, const Anchors<T>& anchors, PairRows<T>&
     for (int64_t i = 0; i < sides.length(term); i++) {
       const int64_t at = pair * sides.length(term) + i, partner = anchors.index[term][at];
       if (partner >= 0)
-        body(term, i, partner, rows.row(term, i), rows.row(1 - term, partner), anchors.weight[term][at]);
+        body(term, i, partner, rows.row(term, i), rows.row(1 - term, partner),
+             anchors.weight[term] ? anchors.weight[term][at] : T(1));
     }
 }
 

@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 20;
 
 void mm_out(const Tensor& a, const Tensor& b, Tensor out) {
-  StableIValue stack[3] = {torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
+  using torch::stable::detail::from;
+  StableIValue stack[3] = {from(a), from(b), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -24,7 +25,7 @@ class ProductRows {
  public:
   ProductRows(const Sides<T>& sides, const Anchors<T>& anchors, const ChannelTable<T>& table)
       : sides_(sides), anchors_(anchors), table_(table), slots_(sides.slots()), rows_(pair_rows(sides)) {
-    const int64_t fit = kBlockBytes / (slots_ * sides.dim * static_cast<int64_t>(sizeof(T)));
+    const int64_t fit = kBlockBytes / std::max<int64_t>(1, slots_ * sides.dim * static_cast<int64_t>(sizeof(T)));
     pairs_ = std::clamp<int64_t>(fit, 1, std::max<int64_t>(sides.pairs, 1));
     for (int part = 0; part < 4; part++)
       buffer_[part] = torch::stable::empty({anchors.terms, pairs_ * slots_, sides.dim}, scalar_type<T>);
@@ -37,14 +38,15 @@ class ProductRows {
   void load(int64_t first, std::vector<Sums<T>>* sums) {
     first_ = first;
     loaded_ = std::min(pairs_, sides_.pairs - first);
-    std::vector<std::vector<T>> scratch(kRuns, std::vector<T>(4 * sides_.width));
-    std::vector<std::vector<uint8_t>> seen(kRuns, std::vector<uint8_t>(2 * slots_));
-    over_pairs(first, first + loaded_, work_of(sides_), [&](int64_t run, int64_t pair) {
-      std::fill(seen[run].begin(), seen[run].end(), 0);
-      T* beside = scratch[run].data();
-      over_anchors(sides_, anchors_, rows_[run], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y, T weight) {
+    std::vector<std::vector<T>> scratch(workers(), std::vector<T>(4 * sides_.width));
+    std::vector<std::vector<uint8_t>> seen(workers(), std::vector<uint8_t>(2 * slots_));
+    over_pairs(first, first + loaded_, work_of(sides_), [&](int64_t run, int64_t worker, int64_t pair) {
+      std::fill(seen[worker].begin(), seen[worker].end(), 0);
+      T* beside = scratch[worker].data();
+      over_anchors(sides_, anchors_, rows_[worker], pair, [&](int term, int64_t i, int64_t j, const T* x, const T* y,
+                                                              T weight) {
         const int64_t slot = sides_.slot_of(term, i, j);
-        uint8_t& add = seen[run][term * slots_ + slot];
+        uint8_t& add = seen[worker][term * slots_ + slot];
         T *to = row(0, term, pair, slot), *partner = row(1, term, pair, slot);
         // Kernels write whole vectors: rows of another width are built beside the buffer.
         const bool whole = sides_.width == sides_.dim;
@@ -60,7 +62,7 @@ class ProductRows {
       });
       for (int term = 0; term < anchors_.terms; term++)
         for (int64_t slot = 0; slot < slots_; slot++)
-          if (!seen[run][term * slots_ + slot])
+          if (!seen[worker][term * slots_ + slot])
             for (int part = 0; part < 2; part++) std::memset(row(part, term, pair, slot), 0, sides_.dim * sizeof(T));
     });
   }

@@ -76,7 +76,8 @@ ScalarType index_type(int64_t indexed) { return indexed <= 255 ? ScalarType::Byt
 
 void check_index(const Tensor& index, std::initializer_list<int64_t> sizes, int64_t indexed) {
   STD_TORCH_CHECK(has_sizes(index, sizes) && index.scalar_type() == index_type(indexed),
-                  "drl_fast::token_interaction_backward: matches must be those that the forward kept");
+                  "drl_fast::token_interaction_backward: matches must be those that the forward kept; on the CPU it "
+                  "finds none again, so call the forward with keep_matches=True");
 }
 
 template <class T>
@@ -209,7 +210,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_logits, const Tensor& text, const Tensor& video, const Tensor& text_weight,
     const OptionalTensor& video_weight, const OptionalTensor& text_mask, const OptionalTensor& video_mask,
-    const Tensor& video_index, const Tensor& text_index, bool normalize, bool need_text, bool need_video) {
+    const Tensor& video_index, const Tensor& text_index, bool normalize, const std::vector<bool>& output_mask) {
   Side<T> t(text, text_weight, text_mask, normalize, false);
   Side<T> v(video, video_weight, video_mask, normalize, false);
   check_pair(text, video);
@@ -218,17 +219,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
                   "drl_fast::token_interaction_backward: grad_logits must be (A, B), of the logits' dtype");
   check_index(video_index, {a, text.size(1), b}, video.size(1));
   if (video_weight) check_index(text_index, {a, video.size(1), b}, text.size(1));
-  Tensor grad_text = make({0}, text.scalar_type()), grad_video = make({0}, video.scalar_type());
-  Tensor grad_text_weight = make({0}, scalar_type<T>), grad_video_weight = make({0}, scalar_type<T>);
+  STD_TORCH_CHECK(output_mask.size() == 4, "drl_fast::token_interaction_backward: output_mask must be four bools");
+  std::vector<Tensor> grads;
+  for (int i = 0; i < 4; i++) grads.push_back(make({0}, i < 2 ? text.scalar_type() : scalar_type<T>));
   const Matches chosen_frames = view(video_index, true), chosen_words = view(text_index, false);
-  if (need_text)
-    std::tie(grad_text, grad_text_weight) = gradient(text, t, v, grad_logits, chosen_frames, chosen_words, true);
-  if (need_video) {
-    Tensor unused = make({0}, scalar_type<T>);
-    std::tie(grad_video, video_weight ? grad_video_weight : unused) =
-        gradient(video, v, t, grad_logits, chosen_words, chosen_frames, false);
+  // One gather gives both gradients of a side: it is saved where neither is wanted.
+  for (int side : {0, 1}) {
+    if (!output_mask[side] && !output_mask[side + 2]) continue;
+    auto [grad, grad_weight] = side == 0
+                                   ? gradient(text, t, v, grad_logits, chosen_frames, chosen_words, true)
+                                   : gradient(video, v, t, grad_logits, chosen_words, chosen_frames, false);
+    if (output_mask[side]) grads[side] = grad;
+    if (output_mask[side + 2] && (side == 0 || video_weight)) grads[side + 2] = grad_weight;
   }
-  return {grad_text, grad_video, grad_text_weight, grad_video_weight};
+  return {grads[0], grads[1], grads[2], grads[3]};
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_interaction(Tensor text, Tensor video, Tensor text_weight,
@@ -242,10 +246,10 @@ std::tuple<Tensor, Tensor, Tensor> token_interaction(Tensor text, Tensor video, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(
     Tensor grad_logits, Tensor text, Tensor video, Tensor text_weight, OptionalTensor video_weight,
     OptionalTensor text_mask, OptionalTensor video_mask, Tensor video_index, Tensor text_index, bool normalize,
-    bool need_text, bool need_video) {
+    bool, std::vector<bool> output_mask) {
   auto run = text.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
   return run(grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,
-             normalize, need_text, need_video);
+             normalize, output_mask);
 }
 
 }  // namespace

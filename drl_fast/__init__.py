@@ -8,7 +8,15 @@ torch.Size([4, 6])
 """
 
 from . import functional, metrics, modules
-from .functional import Matches, info_nce, maxsim, token_contrastive_loss, token_interaction
+from .functional import (
+    Matches,
+    cdcr_loss,
+    cross_correlation_loss,
+    info_nce,
+    maxsim,
+    token_contrastive_loss,
+    token_interaction,
+)
 from .modules import DP, TI, WTI
 
 __version__ = "0.1.0"
@@ -18,6 +26,8 @@ __all__ = [
     "TI",
     "WTI",
     "Matches",
+    "cdcr_loss",
+    "cross_correlation_loss",
     "functional",
     "info_nce",
     "maxsim",

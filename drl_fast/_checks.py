@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import reprlib
 
 import torch
@@ -143,6 +145,14 @@ def positive_int(name: str, value: object) -> int:
     if value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value}")
     return value
+
+
+def as_float(value: numbers.Real) -> float:
+    """The number, infinite where no float holds it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

@@ -134,19 +134,21 @@ def unpack_gradient(
 @triton.jit
 def unpack_weight_gradient(
     partial, out, length, start, position, tokens, parts, part_stride, companion_rows,
-    BLOCK: tl.constexpr, FRAMES: tl.constexpr,
+    BLOCK: tl.constexpr, FRAMES: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One row: add up its tokens' partial sums, always in the same order, into their padded places."""
+    """One row: add its tokens' partial sums, always in the same order, to what stands in their padded places."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK)
     is_real = s < tl.load(length + row)
     companion = s * companion_rows + row if FRAMES else tl.load(start + row).to(tl.int64) + s
+    token = tl.load(position + companion, mask=is_real, other=0)
     total = tl.zeros((BLOCK,), tl.float32)
+    if ADD:
+        total = tl.load(out + row * tokens + token, mask=is_real, other=0.0)
     at = partial + companion
     for _ in range(0, parts):
         total += tl.load(at, mask=is_real, other=0.0)
         at += part_stride
-    token = tl.load(position + companion, mask=is_real, other=0)
     tl.store(out + row * tokens + token, total, mask=is_real)
 
 
@@ -282,27 +284,23 @@ def pack_frames(side: Side, step: int, block: int, normalize: bool, *, copies: b
     return packed
 
 
-def unpack(grad: Tensor, side: Side, packed: Packed, factor: Tensor, normalize: bool, *, frames: bool) -> Tensor:
-    """Gradient of the raw features from that of the slots' unit tokens."""
+def unpack(
+    grad: Tensor, side: Side, packed: Packed, factor: Tensor, normalize: bool, out: Tensor, *, frames: bool
+) -> None:
+    """Write the raw features' gradient, from that of the slots' unit tokens, to real tokens' places in ``out``."""
     rows, tokens, dim = side.features.shape
-    # Contiguous whatever the features' strides: that is what the operator's fake promises.
-    out = torch.empty if side.mask is None else torch.zeros
-    result = out((rows, tokens, dim), dtype=side.features.dtype, device=grad.device)
     blocks, tile = _tile(packed, tokens)
     unpack_gradient[(rows * blocks,)](
-        grad, side.features, result, packed.length, packed.start, packed.scale, packed.position, factor,
+        grad, side.features, out, packed.length, packed.start, packed.scale, packed.position, factor,
         tokens, dim, blocks, packed.rows_allocated, *side.features.stride(),
         D=packed.dim, FRAMES=frames, NORMALIZE=normalize, **tile,
     )  # fmt: skip
-    return result
 
 
-def unpack_weight(partial: Tensor, side: Side, packed: Packed, *, frames: bool) -> Tensor:
-    """Gradient (rows, N) of the weights from partial sums (parts, companions)."""
-    rows, tokens = side.features.shape[:2]
-    result = torch.zeros((rows, tokens), dtype=torch.float32, device=partial.device)
+def unpack_weight(partial: Tensor, packed: Packed, out: Tensor, *, frames: bool, add: bool) -> None:
+    """Sum up (parts, companions) parts of the weights' gradients, into real tokens' places of ``out`` (rows, N)."""
+    rows, tokens = out.shape
     unpack_weight_gradient[(rows,)](
-        partial, result, packed.length, packed.start, packed.position, tokens, partial.shape[0], partial.stride(0),
-        packed.rows_allocated, BLOCK=triton.next_power_of_2(tokens), FRAMES=frames,
+        partial, out, packed.length, packed.start, packed.position, tokens, partial.shape[0], partial.stride(0),
+        packed.rows_allocated, BLOCK=triton.next_power_of_2(tokens), FRAMES=frames, ADD=add,
     )  # fmt: skip
-    return result

@@ -15,9 +15,15 @@ never a register operand: ptxas does not serialise the products, and no product'
 FLOP a step: 2 BM BN BK; bytes: BM BK itemsize of tokens, BK BN of words' choices, 5 BK BN / 16 of frames' and of g.
 
 Words come in chunks of GRAIN slots, each of one caption, so that what belongs to a pair is loaded once a chunk.
+
+The launcher walks over blocks of text rows. A block's matches are a part of the kept ones, or found again by the
+forward's kernel: nothing else differs, so neither do the bits. G_bf grows from block to block in float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,11 +32,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .packing import GRAIN, LONGEST_CLASS, TAIL, Packed, Side, pack_frames, pack_words, unpack, unpack_weight
-from .token_interaction import WEIGHTS, Outputs, sweep
+from .packing import GRAIN, LONGEST_CLASS, NORM_EPS, TAIL, Packed, Side, pack_frames, pack_words, unpack, unpack_weight
+from .token_interaction import WEIGHTS, Outputs, forward, sweep
 from .tuning import Tile
 
 CHUNK = tl.constexpr(GRAIN)
+# Bytes of matches in a block of text rows. Large: a block ends with a pass over all video gradients, and starts with
+# packing. Small beside what a training step holds anyway: batches up to 2,400 at 32 words x 12 frames are one block.
+BLOCK_BYTES = 256 << 20
+# Rows in a block are a multiple of this, so that a block's part of any tensor starts at 16 bytes, as the whole does.
+BLOCK_ROWS = 16
 
 
 @triton.jit
@@ -93,9 +104,9 @@ def interaction_backward_video(
     video_index, text_index, grad_logits, grad, boost,
     texts, videos, text_tokens, video_tokens, video_rows, factor,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BOTH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BOTH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """BM channels of the gradients of one frame of BN videos."""
+    """BM channels of the gradients of one frame of BN videos; if ADD, added to those of earlier blocks of text rows."""
     CHUNKS: tl.constexpr = BK // CHUNK
     parts: tl.constexpr = (D + BM - 1) // BM
     blocks = tl.cdiv(videos, BN)
@@ -111,6 +122,10 @@ def interaction_backward_video(
     scale_all = tl.load(boost) * factor
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
+    if ADD:
+        # Now, not at the end: there the tile just computed stands in the registers as well.
+        earlier = grad + (b[None, :].to(tl.int64) * video_tokens + f) * D + channel[:, None]
+        acc = tl.load(earlier, mask=(channel < D)[:, None], other=0.0)
     for t0 in tl.range(0, tl.load(start + texts), BK):
         slot = t0 + tl.arange(0, BK)
         row = tl.load(chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
@@ -137,124 +152,197 @@ def interaction_backward_video(
     tl.store(target, acc, mask=(channel < D)[:, None])
 
 
+class Block(NamedTuple):
+    """Some rows of text, and what belongs to their pairs with every video."""
+
+    rows: slice
+    text: Side
+    grad_logits: Tensor  # (rows, B) float32
+    video_index: Tensor
+    text_index: Tensor
+
+
+class Shared(NamedTuple):
+    """What every block needs of the video side."""
+
+    video: Side
+    frames: Packed | None  # where gradients of features are wanted
+    grad_frames: Tensor | None  # (rows_allocated, N D') float32, the sum over blocks so far
+    boost: Tensor
+    normalize: bool
+
+    @property
+    def both(self) -> bool:
+        return self.video.weight is not None
+
+
 def backward(
     grad_logits: Tensor, text: Side, video: Side, video_index: Tensor, text_index: Tensor, normalize: bool,
-    need_text: bool, need_video: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of both features (their dtype) and both weights (float32); empty where not needed."""
+    zero_competes: bool, output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of both features (their dtype) and both weights (float32); no elements where ``output_mask`` is False.
+
+    Matches without elements were not kept: each block of text rows finds its own again.
+    """
     both = video.weight is not None
-    if len(text.features) == 0 or len(video.features) == 0:
-        by_text, by_video = _empty_sum(text, need_text, True), _empty_sum(video, need_video, both)
-        return by_text[0], by_video[0], by_text[1], by_video[1]
+    grads = _outputs(text, video, (*output_mask[:3], output_mask[3] and both))
+    a, b = len(text.features), len(video.features)
+    if a == 0 or b == 0:
+        return grads
     grad_logits = grad_logits.to(torch.float32).contiguous()
-    arch, precision = tuning.architecture(text.features.device), tuning.product(text.features.dtype)
-    by_text, by_video = (tuning.backward_tile(arch, side, precision, text.features.shape[2]) for side in tuning.SIDES)
-    block = max(by_text.k, by_video.n)
-    words = pack_words(text, tuning.STEP, normalize, grain=GRAIN, classes=False, copies=False)
-    frames = pack_frames(video, tuning.STEP, block, normalize, copies=False)
-    boost = _boost(grad_logits, words, frames)
-    shared = (video_index, text_index, grad_logits)
-    (grad_text, grad_text_weight), (grad_video, grad_video_weight) = (
-        _empty_sum(x, False, False) for x in (text, video)
-    )
-    if need_text:
-        grad = _text(words, frames, shared, boost, text, video, by_text, precision, both)
-        grad_text = unpack(grad, text, words, 1 / boost, normalize, frames=False)
-    if need_video:
-        grad = _video(words, frames, shared, boost, text, video, by_video, precision, both)
-        grad_video = unpack(grad, video, frames, 1 / boost, normalize, frames=True)
-    del words, frames  # packed anew by the last pass, which wants other slots
-    of_text, of_video = weight_gradients(grad_logits, text, video, video_index, text_index, normalize)
-    return (
-        grad_text,
-        grad_video,
-        of_text if need_text else grad_text_weight,
-        of_video if need_video and both else grad_video_weight,
-    )
+    boost = _boost(grad_logits, text, video, normalize)
+    frames = grad_frames = None
+    if output_mask[0] or output_mask[1]:
+        block = max(_tile("text", text).k, _tile("video", text).n)
+        frames = pack_frames(video, tuning.STEP, block, normalize, copies=False)
+        grad_frames = torch.empty(frames.tokens.shape, dtype=torch.float32, device=boost.device)
+    shared = Shared(video, frames, grad_frames, boost, normalize)
+    step = _rows_of_a_block(text, video)
+    for start in range(0, a, step):
+        rows = slice(start, start + step)
+        part = Side(*(None if x is None else x[rows] for x in text))
+        if len(video_index):
+            matches = video_index[rows], text_index[rows] if both else text_index
+        else:
+            matches = forward(part, video, normalize, zero_competes, True)[1:]
+        _take(Block(rows, part, grad_logits[rows], *matches), shared, grads)
+        del matches  # before the next block's are found
+    if len(grads[1]):
+        unpack(grad_frames, video, frames, 1 / boost, normalize, grads[1], frames=True)
+    return grads
 
 
-def _empty_sum(side: Side, need: bool, weighted: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of one side's features and weights where the other has no rows; no elements where not needed."""
-    shape, device = side.features.shape, side.features.device
-    return (
-        torch.zeros(shape if need else (0,), dtype=side.features.dtype, device=device),
-        torch.zeros(shape[:2] if need and weighted else (0,), dtype=torch.float32, device=device),
-    )
+def _outputs(text: Side, video: Side, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Memory for the gradients; zeros where masked tokens, or a side whose other side has no rows, keep them."""
+    written = len(text.features) > 0 and len(video.features) > 0
+    grads = []
+    for i, (side, want) in enumerate(zip((text, video, text, video), wanted, strict=True)):
+        # Contiguous whatever the features' strides: that is what the operator's fake promises.
+        new = torch.empty if side.mask is None and written else torch.zeros
+        shape, dtype = (side.features.shape, side.features.dtype) if i < 2 else (side.features.shape[:2], torch.float32)
+        grads.append(new(shape if want else (0,), dtype=dtype, device=side.features.device))
+    return tuple(grads)
 
 
-def weight_gradients(
-    grad_logits: Tensor, text: Side, video: Side, video_index: Tensor, text_index: Tensor, normalize: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32; one direction has no use for the second.
+def _rows_of_a_block(text: Side, video: Side) -> int:
+    """How many text rows make a block: from shapes alone, so that keeping matches has no part in it."""
+    nt, (b, nv, _) = text.features.shape[1], video.features.shape
+    a_pair = nt * (1 if nv <= 255 else 2) + (nv * (1 if nt <= 255 else 2) if video.weight is not None else 0)
+    return max(1, BLOCK_BYTES // (b * a_pair) // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def _take(block: Block, shared: Shared, grads: tuple[Tensor, ...]) -> None:
+    """Write a block's gradients, and add to the video's."""
+    of_text, of_video, *of_weights = (len(x) > 0 for x in grads)
+    if shared.frames is not None:
+        words = pack_words(block.text, tuning.STEP, shared.normalize, grain=GRAIN, classes=False, copies=False)
+        if of_text:
+            grad = _text(words, block, shared)
+            unpack(grad, block.text, words, 1 / shared.boost, shared.normalize, grads[0][block.rows], frames=False)
+            del grad
+        if of_video:
+            _video(words, block, shared)
+        del words  # packed anew by the last pass, which wants other slots
+    if any(of_weights):
+        weight_gradients(block, shared.video, shared.normalize, grads[2], grads[3])
+
+
+def weight_gradients(block: Block, video: Side, normalize: bool, of_text: Tensor, of_video: Tensor) -> None:
+    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32: a block's rows, and a block's share of the sum.
 
     The maxima are found again, at the price of one product: kept from the forward they would take two to four times the
     matches' memory. Where the matches name nobody the maximum was the masked 0. No atomics: partial sums, then one sum
-    in a fixed order.
+    in a fixed order. A gradient without elements is not wanted.
     """
-    b, nt = video.features.shape[0], text.features.shape[1]
-    nv, both = video.features.shape[1], video.weight is not None
-    out = Outputs(grad_logits, (b, 1), video_index, (nt * b, b, 1), text_index)
-    if nt <= LONGEST_CLASS or not both:
-        p = sweep(text, video, out, WEIGHTS, both, normalize, False, 0.5 if both else 1.0)
-        by_text = unpack_weight(p.by_word, text, p.words, frames=False)
-        return by_text, unpack_weight(p.by_frame.flatten(1), video, p.frames, frames=True) if both else by_text[:0]
-    p = sweep(text, video, out, WEIGHTS, False, normalize, False, 0.5)
-    by_text = unpack_weight(p.by_word, text, p.words, frames=False)
-    out = Outputs(grad_logits, (1, b), text_index, (1, b, nv * b), text_index)
-    p = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
-    return by_text, unpack_weight(p.by_word, video, p.words, frames=False)
+    text, b, nt = block.text, video.features.shape[0], block.text.features.shape[1]
+    nv, both, add = video.features.shape[1], video.weight is not None, block.rows.start > 0
+    together = nt <= LONGEST_CLASS and both
+    if together or len(of_text):
+        out = Outputs(block.grad_logits, (b, 1), block.video_index, (nt * b, b, 1), block.text_index)
+        p = sweep(text, video, out, WEIGHTS, together, normalize, False, 0.5 if both else 1.0)
+        if len(of_text):
+            unpack_weight(p.by_word, p.words, of_text[block.rows], frames=False, add=False)
+        if together and len(of_video):
+            unpack_weight(p.by_frame.flatten(1), p.frames, of_video, frames=True, add=add)
+    if len(of_video) and not together:
+        out = Outputs(block.grad_logits, (1, b), block.text_index, (1, b, nv * b), block.text_index)
+        p = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
+        unpack_weight(p.by_word, p.words, of_video, frames=False, add=add)
 
 
-def _text(
-    words: Packed, frames: Packed, shared: tuple[Tensor, ...], boost: Tensor, text: Side, video: Side, tile: Tile,
-    precision: str, both: bool,
-) -> Tensor:  # fmt: skip
-    a, nt, _ = text.features.shape
-    b, nv, _ = video.features.shape
-    grad = torch.empty(words.tokens.shape, dtype=torch.float32, device=boost.device)
+def _tile(side: str, text: Side, add: bool = False) -> Tile:
+    features = text.features
+    arch, precision = tuning.architecture(features.device), tuning.product(features.dtype)
+    return tuning.backward_tile(arch, side, precision, features.shape[2], add=add)
+
+
+def _text(words: Packed, block: Block, shared: Shared) -> Tensor:
+    """Gradients (slots, D') float32 of a block's unit words, times the boost."""
+    tile, frames = _tile("text", block.text), shared.frames
+    grad = torch.empty(words.tokens.shape, dtype=torch.float32, device=shared.boost.device)
     # The tail only serves reads beyond the last word; no gradient belongs there.
     tiles = triton.cdiv(len(grad) - TAIL, tile.n)
     interaction_backward_text[(tiles * triton.cdiv(words.dim, tile.m),)](
         _operand(frames.tokens, tile), frames.scale, frames.weight, frames.position, frames.length.amax(),
-        words.weight, words.position, words.chunk_row, words.start, *shared, grad, boost,
-        a, b, nt, nv, frames.rows_allocated, 0.5 if both else 1.0,
-        D=words.dim, BM=tile.m, BN=tile.n, BK=tile.k, BOTH=both,
-        PRECISION="tf32" if precision == "tf32" else "ieee", TMA=tile.tma, **tuning.launch_options(tile),
+        words.weight, words.position, words.chunk_row, words.start, block.video_index, block.text_index,
+        block.grad_logits, grad, shared.boost, *_sizes(block, shared), **_options(words, block, shared, tile),
     )  # fmt: skip
     return grad
 
 
-def _video(
-    words: Packed, frames: Packed, shared: tuple[Tensor, ...], boost: Tensor, text: Side, video: Side, tile: Tile,
-    precision: str, both: bool,
-) -> Tensor:  # fmt: skip
-    a, nt, _ = text.features.shape
-    b, nv, _ = video.features.shape
-    grad = torch.empty(frames.tokens.shape, dtype=torch.float32, device=boost.device)
+def _video(words: Packed, block: Block, shared: Shared) -> None:
+    """Add a block's share of the unit frames' gradients, times the boost."""
+    add, frames, (b, nv, _) = block.rows.start > 0, shared.frames, shared.video.features.shape
+    tile = _tile("video", block.text, add)
     blocks, parts = triton.cdiv(b, tile.n), triton.cdiv(words.dim, tile.m)
     interaction_backward_video[(nv * blocks * parts,)](
         _operand(words.tokens, tile), words.scale, words.weight, words.position, words.chunk_row, words.start,
-        frames.weight, frames.position, frames.length, *shared, grad, boost,
-        a, b, nt, nv, frames.rows_allocated, 0.5 if both else 1.0,
-        D=words.dim, BM=tile.m, BN=tile.n, BK=tile.k, BOTH=both,
-        PRECISION="tf32" if precision == "tf32" else "ieee", TMA=tile.tma, **tuning.launch_options(tile),
+        frames.weight, frames.position, frames.length, block.video_index, block.text_index, block.grad_logits,
+        shared.grad_frames, shared.boost, *_sizes(block, shared), **_options(words, block, shared, tile),
+        ADD=add,
     )  # fmt: skip
-    return grad
+
+
+def _sizes(block: Block, shared: Shared) -> tuple[int | float, ...]:
+    (a, nt, _), (b, nv, _) = block.text.features.shape, shared.video.features.shape
+    return a, b, nt, nv, shared.frames.rows_allocated, 0.5 if shared.both else 1.0
+
+
+def _options(words: Packed, block: Block, shared: Shared, tile: Tile) -> dict[str, object]:
+    tf32 = tuning.product(block.text.features.dtype) == "tf32"
+    return {
+        "D": words.dim, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BOTH": shared.both,
+        "PRECISION": "tf32" if tf32 else "ieee", "TMA": tile.tma, **tuning.launch_options(tile),
+    }  # fmt: skip
 
 
 def _operand(tokens: Tensor, tile: Tile) -> object:
     return TensorDescriptor.from_tensor(tokens, [tile.k, tile.m]) if tile.tma else tokens
 
 
-def _boost(grad_logits: Tensor, words: Packed, frames: Packed) -> Tensor:
+def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Tensor:
     """A power of two that brings the largest coefficient near float16's upper end; 1 for other dtypes.
 
-    Gradients of a mean over many pairs lie below what float16 can hold. Found on the device: no synchronisation.
+    Gradients of a mean over many pairs lie below what float16 can hold. Of all rows, so that blocks add up. Found on
+    the device: no synchronisation.
     """
-    if words.tokens.dtype != torch.float16:
+    if text.features.dtype != torch.float16:
         return torch.ones((), dtype=torch.float32, device=grad_logits.device)
-    weight = torch.maximum(*(x.weight.nan_to_num(0.0, 0.0, 0.0).abs().amax() for x in (words, frames)))
-    scale = torch.maximum(words.scale.amax(), frames.scale.amax())
-    peak = grad_logits.abs().amax() * weight * 2 * scale
+    (weight, scale), (video_weight, video_scale) = _peaks(text, normalize), _peaks(video, normalize)
+    peak = grad_logits.abs().amax() * torch.maximum(weight, video_weight) * 2 * torch.maximum(scale, video_scale)
     exponent = (14 - peak.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100)
     return torch.ldexp(torch.ones_like(peak), exponent.to(torch.int32))
+
+
+def _peaks(side: Side, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The largest weight and the largest 1 / |x| of one side's real tokens."""
+    zero = torch.zeros((), dtype=torch.float32, device=side.features.device)
+    real = torch.ones_like(zero, dtype=torch.bool) if side.mask is None else side.mask
+    weight = zero
+    if side.weight is not None:
+        weight = torch.where(real, side.weight.to(torch.float32), 0.0).nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    if not normalize:
+        return weight, zero + 1
+    norm = torch.linalg.vector_norm(side.features, dim=-1, dtype=torch.float32)
+    alive = real & (norm > NORM_EPS) & (norm < torch.inf)
+    return weight, torch.where(alive, 1 / norm, 0.0).amax()

@@ -120,8 +120,11 @@ def forward_tile(arch: str, kind: str, slots: int) -> Tile:
     return tile._replace(n=max(tile.n, slots))
 
 
-def backward_tile(arch: str, side: str, precision: str, dim: int) -> Tile:
+def backward_tile(arch: str, side: str, precision: str, dim: int, *, add: bool = False) -> Tile:
     tile = BACKWARD[arch][side][precision]
+    if add:
+        # Starting from the sum so far costs registers that four warps do not have.
+        tile = tile._replace(warps=8)
     return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
 
 

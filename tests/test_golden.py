@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import drl_fast
 from drl_fast import functional, reference
-from drl_fast.functional.dot_product import pool
 from drl_fast.modules.wti import weight_head
 from tests.implementations import Implementation
 from tests.oracle import error
@@ -145,7 +144,7 @@ def cdcr(case: Case, meta: dict, leaves: dict[str, Tensor], device: str) -> Tens
     t_mask, v_mask = (m.to(device) for m in case.masks)
     alphas = {"alpha_on": meta["cdcr_alpha1"], "alpha_off": meta["cdcr_alpha2"]}
     if meta["cdcr"] == 1:
-        return functional.cross_correlation_loss(*pool(text, video, t_mask != 0, v_mask != 0), **alphas)
+        return functional.cross_correlation_loss(*case.layer.pool(text, video, t_mask, v_mask), **alphas)
     weights = case.layer.weights(text, video, t_mask, v_mask) if meta["cdcr"] == 3 else (None, None)
     return functional.cdcr_loss(text, video, *weights, t_mask, v_mask, **alphas)
 

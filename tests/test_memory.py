@@ -1,4 +1,4 @@
-"""A training step's memory grows as what it keeps: a byte a token and pair, and in the contrastive loss the batch.
+"""A training step's memory grows as what it keeps: a byte a token and pair, and in the other losses the batch.
 
 Each row runs in a process of its own, whose high-water mark of resident memory is set back before each step.
 """
@@ -10,6 +10,7 @@ import gc
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import drl_fast
+from drl_fast import functional
 from tests.conftest import use
 from tests.implementations import IMPLEMENTATIONS
 
@@ -55,13 +57,24 @@ def contrastive(*tensors: Tensor) -> Tensor:
     return drl_fast.token_contrastive_loss(*tensors, logit_scale=100.0)
 
 
-LOSSES = {"interaction": interaction, "contrastive": contrastive}
+def decorrelation(text: Tensor, video: Tensor, *weights: Tensor, alpha_off: float) -> Tensor:
+    return functional.cdcr_loss(text, video, *weights, alpha_on=0.11, alpha_off=alpha_off)
+
+
+LOSSES = {
+    "interaction": interaction,
+    "contrastive": contrastive,
+    "full": partial(decorrelation, alpha_off=0.06),
+    "diagonal": partial(decorrelation, alpha_off=0.0),
+}
+WIDTHS = {"full": 512, "diagonal": 4096}
 
 
 def step(batch: int, loss: str) -> int:
     """Run one forward and backward; bytes at its peak beyond what was there before it."""
-    text = torch.randn(batch, WORDS, CHANNELS, requires_grad=True)
-    video = torch.randn(batch, FRAMES, CHANNELS, requires_grad=True)
+    width = WIDTHS.get(loss, CHANNELS)
+    text = torch.randn(batch, WORDS, width, requires_grad=True)
+    video = torch.randn(batch, FRAMES, width, requires_grad=True)
     weights = [torch.rand(x.shape[:2], requires_grad=True) for x in (text, video)]
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # pages that are only used again would not show
@@ -106,6 +119,19 @@ def test_the_contrastive_loss_grows_with_the_batch_alone() -> None:
     # One logit matrix would be 16 MB and kept matches 184 MB at 2048.
     assert peak[large] - peak[small] < contrastive_kept(large) - contrastive_kept(small) + 8 * MIB, peak
     assert contrastive_kept(large) + BUFFERS < kept(large) / 2
+
+
+@pytest.mark.parametrize("name", ["cpp", "chunked"])
+@pytest.mark.parametrize("form", ["full", "diagonal"])
+def test_decorrelation_holds_little_beside_its_gradients(name: str, form: str) -> None:
+    """The public code's N x D x D would be 1.6 GB here; with alpha_off = 0 even D x D, 64 MB, is never made."""
+    batch = {"full": 48, "diagonal": 8}[form]
+    gradients = 4 * batch * (WORDS + FRAMES) * (WIDTHS[form] + 1)
+    peak = peaks(name, form, (batch, batch))[batch]
+    # Chunked PyTorch makes some ten temporaries of a chunk's tokens, here of all of them.
+    beside = {"cpp": 16 * MIB, "chunked": 16 * MIB + 12 * gradients}[name]
+    assert gradients / 2 < peak < gradients + beside + (8 * WIDTHS[form] ** 2 * 4 if form == "full" else 0), peak
+    assert form == "full" or name == "chunked" or peak < 4 * WIDTHS[form] ** 2 / 2
 
 
 if __name__ == "__main__":

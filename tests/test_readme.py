@@ -22,7 +22,9 @@ def test_python_blocks_run_one_after_the_other() -> None:
     assert names["text"].grad is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md"]
+)
 def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

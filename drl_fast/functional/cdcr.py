@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .. import _checks
 from ..ops import cdcr as op
+from ..ops._group import Group, Terms
 from ._inputs import check_sides
+from .token_interaction import refuse_forward_mode
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def cdcr_loss(
@@ -23,7 +29,7 @@ def cdcr_loss(
     *,
     alpha_on: float,
     alpha_off: float,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Channel decorrelation of matched tokens: text a belongs to video a.
 
@@ -52,7 +58,8 @@ def cdcr_loss(
         alpha_off: weight of all other entries, >= 0 (published: 0; the public code's default is 0.06).
         process_group: a torch.distributed group whose ranks each hold some of the pairs (their numbers may differ, one
             may have none): every rank returns the whole batch's loss, and gradients are the ranks' number times the
-            single process's, so that DistributedDataParallel's mean over ranks equals it.
+            single process's, so that DistributedDataParallel's mean over ranks equals it. What must agree, and what
+            happens where a rank fails, is as in :func:`token_contrastive_loss`. Not within ``torch.compile``.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
@@ -65,23 +72,22 @@ def cdcr_loss(
 
     Source: arXiv 2203.07111, section 3.3, "Channel Decorrelation Regularization".
     """
-    alphas = (_alpha("alpha_on", alpha_on), _alpha("alpha_off", alpha_off))
-    text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-    if text.shape[0] != video.shape[0]:
-        raise ValueError(
-            f"video must have B = {text.shape[0]} rows to pair with text, got {video.shape[0]}; row b of each is pair b"
-        )
-    if (text_weight is None) != (video_weight is None):
-        name, other = ("video_weight", "text_weight") if video_weight is None else ("text_weight", "video_weight")
-        raise ValueError(f"{name} must be given where {other} is, got None; give both (weighted) or neither")
-    if text_weight is not None and video_weight is not None:
-        text_weight = _checks.weight("text_weight", text_weight, text, "B, Nt", "text")
-        video_weight = _checks.weight("video_weight", video_weight, video, "B, Nv", "video")
-    _enough("text", text.shape[0], text.shape[1], "B, Nt")
-    _enough("video", video.shape[0], video.shape[1], "B, Nv")
-    divisor = None if text_weight is None else float(text.shape[0])
-    options = op.Options(*alphas, divisor, True, True)
-    return op.loss(text, video, text_weight, video_weight, t_mask, v_mask, options)
+
+    def check() -> Inputs:
+        t, v, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        if t.shape[0] != v.shape[0]:
+            raise ValueError(
+                f"video must have B = {t.shape[0]} rows to pair with text, got {v.shape[0]}; row b of each is pair b"
+            )
+        if (text_weight is None) != (video_weight is None):
+            name, other = ("video_weight", "text_weight") if video_weight is None else ("text_weight", "video_weight")
+            raise ValueError(f"{name} must be given where {other} is, got None; give both (weighted) or neither")
+        wt = None if text_weight is None else _checks.weight("text_weight", text_weight, t, "B, Nt", "text")
+        wv = None if video_weight is None else _checks.weight("video_weight", video_weight, v, "B, Nv", "video")
+        return Inputs(t, v, wt, wv, t_mask, v_mask)
+
+    alphas = {"alpha_on": alpha_on, "alpha_off": alpha_off}
+    return _loss("cdcr_loss", ("text", "video"), check, alphas, process_group, by_pairs=text_weight is not None)
 
 
 def cross_correlation_loss(
@@ -92,7 +98,7 @@ def cross_correlation_loss(
     alpha_on: float,
     alpha_off: float,
     divisor: float | None = None,
-    process_group: Any = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Barlow Twins' loss between paired rows: channels of x and y are to agree with themselves and with no other.
 
@@ -120,24 +126,65 @@ def cross_correlation_loss(
 
     Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230, section 2.1; arXiv 2203.07111, section 3.3.
     """
-    alphas = (_alpha("alpha_on", alpha_on), _alpha("alpha_off", alpha_off))
-    x, y = _rows("x", x), _rows("y", y)
-    if x.shape[0] != y.shape[0]:
-        raise ValueError(f"y must be (N, D) = {tuple(x.shape)} to pair with x, got {tuple(y.shape)}; row n pairs row n")
-    x, y, _, _ = check_sides(x[:, None], y[:, None], None, None, ("x", "y"))
-    if weight is not None:
+
+    def check() -> Inputs:
+        a, b = _rows("x", x), _rows("y", y)
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(
+                f"y must be (N, D) = {tuple(a.shape)} to pair with x, got {tuple(b.shape)}; row n pairs row n"
+            )
+        a, b, _, _ = check_sides(a[:, None], b[:, None], None, None, ("x", "y"))
+        if weight is None:
+            return Inputs(a, b)
         given = _checks.tensor("weight", weight)
-        if tuple(given.shape) != (x.shape[0],):
-            raise ValueError(f"weight must be (N,) = ({x.shape[0]},) to match x, got {tuple(given.shape)}")
-        weight = _checks.weight("weight", given[:, None], x, "N", "x")
-    if divisor is not None:
-        if isinstance(divisor, bool) or not isinstance(divisor, numbers.Real):
-            raise TypeError(f"divisor must be a positive number or None, got {_checks.describe(divisor)}")
-        if not 0 < float(divisor) < math.inf:
-            raise ValueError(f"divisor must be positive and finite, got {divisor}; leave it out to divide by N")
-        divisor = float(divisor)
-    _enough("x", x.shape[0], 1, "N")
-    return op.loss(x, y, weight, None, None, None, op.Options(*alphas, divisor, False, False))
+        if tuple(given.shape) != (a.shape[0],):
+            raise ValueError(f"weight must be (N,) = ({a.shape[0]},) to match x, got {tuple(given.shape)}")
+        return Inputs(a, b, _checks.weight("weight", given[:, None], a, "N", "x"))
+
+    options = {"alpha_on": alpha_on, "alpha_off": alpha_off, "divisor": divisor}
+    return _loss("cross_correlation_loss", ("x", "y"), check, options, process_group)
+
+
+class Inputs(NamedTuple):
+    """Checked arguments, as pairs of rows of tokens."""
+
+    text: Tensor
+    video: Tensor
+    text_weight: Tensor | None = None
+    video_weight: Tensor | None = None
+    text_mask: Tensor | None = None
+    video_mask: Tensor | None = None
+
+
+def _loss(
+    kind: str, names: tuple[str, str], check: Callable[[], Inputs], options: dict[str, Any], process_group: Any,
+    *, by_pairs: bool = False,
+) -> Tensor:  # fmt: skip
+    """Check, agree with the other ranks where there are any, and call the operators."""
+    group = None if process_group is None else Group(process_group)
+    checked: list[Inputs] = []
+
+    def terms() -> Terms:
+        for name, value in options.items():
+            options[name] = _divisor(value) if name == "divisor" else _alpha(name, value)
+        inputs = check()
+        refuse_forward_mode(inputs, kind)
+        checked.append(inputs)
+        features = inputs.text
+        if group is not None:
+            group.require(names[0], features)
+        weighted = "None" if inputs.text_weight is None else "weights"
+        same = {"D": features.shape[2], "dtype": features.dtype, "device type": features.device.type,
+                f"{names[0]} weights": weighted, **options}  # fmt: skip
+        return Terms({"rows": features.shape[0], "Nt": features.shape[1], "Nv": inputs.video.shape[1]}, same)
+
+    sizes = [terms().sizes] if group is None else group.agree(kind, terms)
+    for name, tokens in zip(names, ("Nt", "Nv"), strict=True):
+        _enough(name, [(size["rows"], size[tokens]) for size in sizes])
+    both = kind == "cdcr_loss"
+    divisor = float(sum(size["rows"] for size in sizes)) if by_pairs else options.get("divisor")
+    alphas = options["alpha_on"], options["alpha_off"]
+    return op.loss(*checked[0], op.Options(*alphas, divisor, both, both, group))
 
 
 def _rows(name: str, value: object) -> Tensor:
@@ -145,21 +192,37 @@ def _rows(name: str, value: object) -> Tensor:
     x = _checks.tensor(name, value)
     if x.dim() != 2:
         raise ValueError(f"{name} must be (N, D), got shape {tuple(x.shape)}; flatten tokens to rows")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must be (N, D) with at least one channel, got shape {tuple(x.shape)}")
     return x
 
 
 def _alpha(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}; 0 leaves its term out")
-    return float(value)
+    number = _checks.as_float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {number}; 0 leaves its term out")
+    return number
 
 
-def _enough(name: str, rows: int, tokens: int, letters: str) -> None:
-    """A standard deviation needs two tokens."""
-    if rows * tokens < 2:
+def _divisor(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"divisor must be a positive number or None, got {_checks.describe(value)}")
+    number = _checks.as_float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"divisor must be positive and finite, got {number}; leave it out to divide by N")
+    return number
+
+
+def _enough(name: str, shapes: list[tuple[int, int]]) -> None:
+    """A standard deviation needs two tokens, of all ranks together."""
+    if sum(rows * tokens for rows, tokens in shapes) < 2:
+        found = ", ".join(f"{rows} x {tokens}" for rows, tokens in shapes)
+        found += " on the ranks of the group" if len(shapes) > 1 else ""
         raise ValueError(
-            f"{name} must hold at least 2 tokens to standardise channels over, got ({letters}) = "
-            f"{(rows,) if letters == 'N' else (rows, tokens)}; use a larger batch"
+            f"{name} must hold at least 2 tokens to standardise channels over, got rows x tokens = {found}; "
+            "use a larger batch"
         )

@@ -38,23 +38,30 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
         raise ValueError("logits must hold at least one pair, got shape (0, 0); skip empty batches")
     if not x.is_floating_point():
         raise TypeError(f"logits must be floating point, got {x.dtype}; convert them with logits.float()")
-    scaled = x.to(_checks.accumulation_dtype(x.dtype)) * check_scale(logit_scale)
+    scaled = x.to(_checks.accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
     target = torch.arange(scaled.shape[0], device=scaled.device)
     return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
 
 
-def check_scale(logit_scale: float | Tensor) -> float | Tensor:
+def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Tensor:
     """Accept a positive finite number or a one-element tensor, as a factor that broadcasts over logits."""
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be a scalar, got shape {tuple(logit_scale.shape)}")
         if logit_scale.is_complex():
             raise TypeError(f"logit_scale must be real, got {logit_scale.dtype}")
+        # torch takes a scalar on the CPU everywhere.
+        if logit_scale.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"logit_scale must be on the device of what it scales, {device}, or the CPU, got {logit_scale.device}; "
+                f"move it with logit_scale.to({str(device)!r})"
+            )
         return logit_scale.reshape(())
     if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real):
         raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {_checks.describe(logit_scale)}")
-    if not 0 < logit_scale < float("inf"):
+    number = _checks.as_float(logit_scale)
+    if not 0 < number < float("inf"):
         raise ValueError(
-            f"logit_scale must be positive and finite, got {logit_scale}; pass the factor itself, exp already taken"
+            f"logit_scale must be positive and finite, got {number}; pass the factor itself, exp already taken"
         )
-    return float(logit_scale)
+    return number

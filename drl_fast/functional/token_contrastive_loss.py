@@ -40,10 +40,10 @@ def token_contrastive_loss(
     weights and ``logit_scale``; a second derivative or forward-mode AD raises.
 
     With ``process_group`` each of W ranks passes its own pairs and all get the loss of the whole batch, the same bits.
-    Pairs, Nt and Nv may differ between ranks, 0 pairs on some are fine; options and D may not. Gradients of features and
-    token weights are W times the one process's and ``logit_scale``'s average to it, so that DDP's mean over ranks
-    is the one process's gradient for encoders, weight heads and ``logit_scale`` alike. All ranks must run the backward
-    if one does, on the same multiple of the loss.
+    Pairs, Nt and Nv may differ between ranks, 0 pairs on some are fine; options and D may not. Gradients of features
+    and token weights are W times the one process's, ``logit_scale``'s average to it, so that DDP's mean over ranks is
+    the one process's gradient for encoders, weight heads and ``logit_scale`` alike. All ranks must run the backward if
+    one does, on the same multiple of the loss.
 
     What is communicated: a header of 26 integers first, one number at the end. Every rank scores its own texts against
     all videos. Up to 256 MB of videos over all ranks they are gathered once, their gradients come back by one
@@ -77,7 +77,8 @@ def token_contrastive_loss(
 
         Over a group: a rank's own error on that rank and RuntimeError with its words on all others; ValueError with the
         same words on all where they differ in D, dtype, options or what needs gradients, or hold no pair
-        together. A rank that died or never calls shows by the group's timeout alone: 30 minutes for gloo, 10 for NCCL,
+        together. A rank that died, never calls or fails while computing shows by the group's timeout alone: 30
+        minutes for gloo, 10 for NCCL,
         unless ``init_process_group`` or ``new_group`` got ``timeout=timedelta(...)``.
 
     Source: arXiv 2203.07111, section 3.4; the running log-sum-exp is Milakov & Gimelshein's, arXiv 1805.02867.
@@ -133,12 +134,19 @@ def _terms(group: Group, pairs: Pairs, *arguments: Any) -> Terms:
         "text_weight": "None" if text_weight is None else "weights",
         "video_weight": "None" if video_weight is None else "weights",
         "owner": "None" if owner is None else "ids",
-        "logit_scale": "a tensor" if isinstance(scale, Tensor) else scale,
+        "logit_scale": _value(pairs.logit_scale),
     }
     differentiated = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
     # Else one rank's backward would wait for others that have none. An empty batch must ask for gradients as well.
     same["what needs gradients"] = (", ".join(differentiated) if torch.is_grad_enabled() else "") or "nothing"
     return Terms({"rows": len(features), "Nv": features.shape[1], "masked": int(mask is not None)}, same)
+
+
+def _value(scale: float | Tensor) -> object:
+    """What the ranks compare: the number, but for a tensor elsewhere than on the CPU, where reading it would wait."""
+    if not isinstance(scale, Tensor):
+        return scale
+    return f"a tensor of {scale.item()}" if scale.device.type == "cpu" else "a tensor"
 
 
 def _check(
@@ -155,8 +163,8 @@ def _check(
 ) -> Pairs:
     _checks.option("masking", masking, _checks.MASKINGS)
     _checks.flag("normalize", normalize)
-    scale = check_scale(logit_scale)
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+    scale = check_scale(logit_scale, text.device)
     if len(text) != len(video):
         raise ValueError(
             f"video must have as many rows as text, one video a text: {len(text)}, got {len(video)}; "

@@ -102,12 +102,13 @@ def interact(
     zero_competes: bool,
     return_matches: bool,
 ) -> Tensor | tuple[Tensor, Matches]:
-    """Call the operator on checked arguments; matches are kept only where a backward or the caller needs them."""
+    """Call the operator on checked arguments; matches are kept where the caller wants them, or a backward does."""
     inputs = (text, video, text_weight, video_weight)
     refuse_forward_mode(inputs, "token interaction")
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    keep = return_matches or (train and op.keeps_matches(text, video, video_weight is not None))
     logits, video_index, text_index = op.token_interaction(
-        *inputs, text_mask, video_mask, normalize, zero_competes, train or return_matches
+        *inputs, text_mask, video_mask, normalize, zero_competes, keep
     )
     if not return_matches:
         return logits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional.dot_product import dot_product
+from ..functional._inputs import check_sides
+from ..functional.dot_product import dot_product, pool
 
 
 class DP(nn.Module):
@@ -18,3 +19,9 @@ class DP(nn.Module):
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> Tensor:
         return dot_product(text, video, text_mask, video_mask)
+
+    def pool(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The two unit vectors of each row, (A, D) and (B, D): what CDCR 1 decorrelates."""
+        return pool(*check_sides(text, video, text_mask, video_mask))

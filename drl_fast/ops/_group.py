@@ -78,8 +78,8 @@ class Group:
             RuntimeError: another rank raised; names the rank and its error.
             ValueError: the ranks differ in what must be the same; the same words on all ranks.
 
-        A rank that died, or never calls, is noticed by the group's own timeout alone: 30 minutes for gloo, 10 for NCCL,
-        unless ``timeout=`` of ``init_process_group`` or ``new_group`` says otherwise.
+        A rank that died, never calls, or fails after this is noticed by the group's own timeout alone: 30 minutes for
+        gloo, 10 for NCCL, unless ``timeout=`` of ``init_process_group`` or ``new_group`` says otherwise.
         """
         own: Exception | None = None
         try:
@@ -93,7 +93,10 @@ class Group:
         if failed:
             texts = self._texts(f"{type(own).__name__}: {own}" if own else "")
             if own is not None:
-                raise own
+                try:
+                    raise own
+                finally:
+                    del own  # else its traceback, which holds this frame, would keep the arguments alive
             raise RuntimeError(f"{kind} failed on rank {failed[0]}: {texts[failed[0]]}")
         names = ["loss", *mine.same]
         for name, *values in zip(names, *([row[1], *row[2 + SIZES :]] for row in found), strict=False):

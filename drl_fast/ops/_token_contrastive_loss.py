@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .._checks import accumulation_dtype
 from . import token_interaction as op
+from ._once import differentiable_once
 from ._visits import Alone, Tokens, Visits
 
 # One block's matches and logits. With 16 MiB a block of 4096 videos and 24 tokens a pair still has 1500 words.
@@ -100,29 +101,10 @@ class Loss(torch.autograd.Function):
             grads = gradients(
                 grad_loss, _unpack((*inputs, ctx.rule, ctx.visits)), rows, columns, ctx.needs_input_grad[:5]
             )
-        if torch.is_grad_enabled():  # create_graph=True
-            sources = [x for x in (grad_loss, *inputs) if isinstance(x, Tensor) and x.requires_grad]
-            grads = [None if x is None else OnlyOnce.apply(x, *sources) for x in grads]
-        return (*grads, None, None, None, None, None)
-
-
-class OnlyOnce(torch.autograd.Function):
-    """A gradient that raises where it is differentiated. (``once_differentiable`` would drop the term in silence.)"""
-
-    @staticmethod
-    def forward(grad: Tensor, *sources: Tensor) -> Tensor:
-        return grad.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(
-            "drl_fast: the token contrastive loss has no second derivative; compute it with "
-            "drl_fast.reference.token_contrastive_loss"
+        grads = differentiable_once(
+            grads, (grad_loss, *inputs), "the token contrastive loss", "drl_fast.reference.token_contrastive_loss"
         )
+        return (*grads, None, None, None, None, None)
 
 
 Arguments = tuple[Tokens, Tokens, float | Tensor, Rule, Visits]
@@ -218,7 +200,7 @@ def differentiate(
     """Gradients of text, video, text weight, video weight; those not needed may be empty."""
     return torch.ops.drl_fast.token_interaction_backward(
         grad_logits, text.features, video.features, text.weight, video.weight, text.mask, video.mask, *matches,
-        rule.normalize, needs[0] or needs[2], needs[1] or needs[3],
+        rule.normalize, rule.zero_competes, list(needs[:4]),
     )  # fmt: skip
 
 

@@ -151,13 +151,16 @@ class Gathered(_Shared):
     """Every rank holds all videos from the forward to the backward."""
 
     _packed: list[Tensor] | None = None
+    _gathered_before = False
 
     def visit(self, videos: Tokens, work: Work, merge: Merge, size: Size) -> Tensor:
         packed, self._packed = self._packed, None
         if packed is None:
             own = pack(videos, self._shapes[self.rank])
             packed = self._group.gather(own, [packed_bytes(videos, shape) for shape in self._shapes])
-            self._packed = packed  # for the next round alone: the graph may live on long after its backward
+            # For the first backward alone: the graph may live on, and be run again, long after it.
+            if not self._gathered_before:
+                self._packed, self._gathered_before = packed, True
         parts = [
             work(source, unpack(x, videos, shape))
             for source, (x, shape) in enumerate(zip(packed, self._shapes, strict=True))
@@ -191,7 +194,9 @@ class Ring(_Shared):
         return result_arrives()
 
 
-def over(group: Group, videos: Tokens, shapes: list[Shape]) -> Gathered | Ring:
+def over(group: Group, videos: Tokens, shapes: list[Shape]) -> Visits:
     """The way for these sizes; the same on every rank, for every rank knows all of them."""
+    if group.size == 1:
+        return Alone()
     largest = max(packed_bytes(videos, shape) for shape in shapes)
     return (Gathered if group.size * largest <= GATHER_BYTES else Ring)(group, shapes)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .. import _autocast
 from .._checks import accumulation_dtype, statistics_dtype
+from ._group import Group
+from ._once import differentiable_once
 from ._registry import LIBRARY
 from .chunked import cdcr as chunked
 from .gpu import cdcr as gpu
@@ -91,25 +93,22 @@ class Options(NamedTuple):
     divisor: float | None  # C's; None: the number of anchors of each term
     normalize: bool
     both: bool  # frames are anchors as well, and C is the mean of the two terms
-    group: Any = None  # of processes that hold the other pairs
+    group: Group | None = None  # of processes that hold the other pairs
 
     @property
     def ranks(self) -> int:
-        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+        return 1 if self.group is None else self.group.size
 
     def over_group(self, x: Tensor) -> Tensor:
-        """Sum over the processes, in x's own memory."""
-        if self.group is not None:
-            torch.distributed.all_reduce(x, group=self.group)
-        return x
+        """The sum of every process's x."""
+        return x if self.group is None else self.group.add(x)
 
     def merged(self, count: Tensor, mean: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Statistics of all processes' anchors from those of each, by Chan et al.'s update."""
         if self.group is None:
             return count, mean, scatter
         own = torch.cat([count[:, None], mean, scatter], 1)
-        ranks = own.new_empty((self.ranks, *own.shape))
-        torch.distributed.all_gather_into_tensor(ranks, own, group=self.group)
+        ranks = torch.stack(self.group.gather(own, [len(own)] * self.group.size))
         counts, means, scatters = ranks.split([1, mean.shape[1], mean.shape[1]], 2)
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total.clamp(min=1)
@@ -134,7 +133,7 @@ def loss(
 
 
 class _Decorrelation(torch.autograd.Function):
-    """Forward and backward by the operators above; a second derivative raises in them."""
+    """Forward and backward by the operators above."""
 
     @staticmethod
     def forward(
@@ -159,29 +158,31 @@ class _Decorrelation(torch.autograd.Function):
         _, *state = output
         ctx.mark_non_differentiable(*(x for x in state if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(text, video, *state)
+        ctx.save_for_backward(text, video, text_weight, video_weight, *state)
         ctx.options = options
-        ctx.weight_dtypes = [None if w is None else w.dtype for w in (text_weight, video_weight)]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
-        text, video, text_weight, video_weight, video_index, text_index, channels, pull, count = ctx.saved_tensors
-        options = ctx.options
-        with _autocast.off(text.device.type):
+        *inputs, text_weight, video_weight, video_index, text_index, channels, pull, count = ctx.saved_tensors
+        (text, video, *given), options = inputs, ctx.options
+        with torch.no_grad(), _autocast.off(text.device.type):
             arguments = (text, video, text_weight, video_weight, video_index, text_index)
-            grad = grad * options.ranks
+            factor = grad * options.ranks
             constants, per_anchor = channels.split(2)
-            pull = pull * grad.to(pull.dtype)
+            pull = pull * factor.to(pull.dtype)
             grad_text, grad_video, *grad_weights = torch.ops.drl_fast.cdcr_gradient(
-                *arguments, torch.cat([constants, per_anchor * grad.to(per_anchor.dtype)]), pull, options.normalize
+                *arguments, torch.cat([constants, per_anchor * factor.to(per_anchor.dtype)]), pull, options.normalize
             )
             grad_weights = [
-                None if dtype is None else (g * _weight_scale(count[2 * term], options)).to(dtype)
-                for term, (g, dtype) in enumerate(zip(grad_weights, ctx.weight_dtypes, strict=True))
+                None if weight is None else (g * _weight_scale(count[2 * term], options)).to(weight.dtype)
+                for term, (g, weight) in enumerate(zip(grad_weights, given, strict=True))
             ]
-        return grad_text, grad_video, *grad_weights, None, None, None
+        grads = differentiable_once(
+            (grad_text, grad_video, *grad_weights), (grad, *inputs), "CDCR", "drl_fast.reference.cdcr_loss"
+        )
+        return (*grads, None, None, None)
 
 
 def _statistics(
@@ -193,10 +194,24 @@ def _statistics(
     anchors = torch.stack([(index >= 0).sum() for index in (video_index, text_index)])
     count = anchors.to(mean.dtype).repeat_interleave(2)[: len(mean)]
     count, mean, scatter = options.merged(count, mean, scatter)
+    _refuse_too_few(count)
     std = (scatter / (count - 1).clamp(min=1)[:, None]).sqrt()
     # Rounding of the mean is no deviation.
     constant = std <= torch.clamp(16 * torch.finfo(std.dtype).eps * mean.abs(), min=STD_EPS)
-    return (video_index, text_index), Statistics(count, mean, torch.where(constant, 0, 1 / std))
+    # Squares that overflow would make a channel look endlessly wide, and so constant: better a NaN that shows.
+    inverse_std = torch.where(constant, 0, 1 / std).masked_fill(std.isinf(), torch.nan)
+    return (video_index, text_index), Statistics(count, mean, inverse_std)
+
+
+def _refuse_too_few(count: Tensor) -> None:
+    """Raise where masks leave a deviation nothing to be of; on another device it would cost a synchronisation."""
+    visible = type(count) is Tensor and count.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and bool((count < 2).any()):
+        anchors = " and ".join(str(int(n)) for n in count[::2])
+        raise ValueError(
+            "text_mask and video_mask must leave at least 2 real tokens a side to standardise channels over, in pairs "
+            f"with both sides, got {anchors}; use a larger batch"
+        )
 
 
 def _scaled_weights(
@@ -228,14 +243,14 @@ def _pull_diagonal(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Ten
 
 def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """The same from each term's C (D, D); d loss / d C is (D, D)."""
-    correlation = cross[0] if len(cross) == 1 else cross.sum(0)
-    wide = statistics_dtype(cross.device)
-    diagonal = correlation.diagonal().to(wide)
-    squares = torch.linalg.vector_norm(correlation, dim=1).to(wide).square().sum()
-    value = options.alpha_on * (diagonal - 1).square().sum()
-    value = value + options.alpha_off * (squares - diagonal.square().sum())
-    pull = correlation * (2 * options.alpha_off)
-    pull.diagonal().copy_(2 * options.alpha_on * (diagonal - 1))
+    pull, wide = cross.sum(0), statistics_dtype(cross.device)
+    away = pull.diagonal().to(wide) - 1
+    # Squared apart from the diagonal: what a trained model leaves of the rest would drown in it.
+    pull.diagonal().zero_()
+    off = torch.linalg.vector_norm(pull, dim=1).to(wide).square().sum()
+    value = options.alpha_on * away.square().sum() + options.alpha_off * off
+    pull.mul_(2 * options.alpha_off)
+    pull.diagonal().copy_(2 * options.alpha_on * away)
     along = [(pull * term).sum(dim) for term in cross for dim in (1, 0)]
     return value, pull, torch.stack(along)
 
@@ -250,14 +265,3 @@ def _through_statistics(pull: Tensor, sums: Tensor, along: Tensor, count: Tensor
     return torch.stack(
         [offset.to(sums.dtype) / count.clamp(min=1)[:, None], along.to(sums.dtype) / (count - 1).clamp(min=1)[:, None]]
     )
-
-
-def _no_derivative(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        "drl_fast: CDCR has no second derivative; compute it with drl_fast.reference.cdcr_loss or "
-        "drl_fast.reference.cross_correlation_loss"
-    )
-
-
-for _name in SCHEMAS:
-    torch.library.register_autograd(f"drl_fast::{_name}", _no_derivative, lib=LIBRARY)

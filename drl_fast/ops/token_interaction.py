@@ -1,8 +1,9 @@
 """Operator ``drl_fast::token_interaction`` and its backward.
 
 Forward keeps, in training only, which token each token chose (one byte each up to 255 tokens a row, int16 beyond);
-the backward reads nothing else of the similarities. One schema, one gradient formula; the C++ extension serves CPU
-tensors, the Triton kernels CUDA tensors, chunked PyTorch everything else.
+the backward reads nothing else of the similarities. On CUDA they are kept while they fit a budget; beyond it the
+backward is given none and finds them again, block by block. One schema, one gradient formula; the C++ extension serves
+CPU tensors, the Triton kernels CUDA tensors, chunked PyTorch everything else.
 
 Matches are laid out with the video last: ``video_index`` (A, Nt, B) holds the frame that word i of text a chose in
 video b, ``text_index`` (A, Nv, B) the word that frame j of video b chose in text a. "None chosen" is the largest value
@@ -30,7 +31,7 @@ LIBRARY.define(
 LIBRARY.define(
     "token_interaction_backward(Tensor grad_logits, Tensor text, Tensor video, Tensor text_weight, "
     "Tensor? video_weight, Tensor? text_mask, Tensor? video_mask, Tensor video_index, Tensor text_index, "
-    "bool normalize, bool need_text, bool need_video) "
+    "bool normalize, bool zero_competes, bool[4] output_mask) "
     "-> (Tensor grad_text, Tensor grad_video, Tensor grad_text_weight, Tensor grad_video_weight)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
@@ -42,10 +43,26 @@ LIBRARY.impl("token_interaction_backward", gpu.backward, "CUDA")
 
 token_interaction = torch.ops.drl_fast.token_interaction.default
 
+# Bytes of matches that a training step may keep, by device type; a type that is not here keeps all. Finding them again
+# costs one more product, a third to a fifth of the step; keeping them beyond this would make them, and not the features
+# and the towers' activations, what decides the largest batch. 1 GiB is a batch of 4,900 at 32 words x 12 frames.
+MATCH_BUDGET = {"cuda": 1 << 30}
+
 
 def index_dtype(length: int) -> torch.dtype:
     """The dtype that indexes a row of ``length`` tokens and still has a value for "none chosen"."""
     return torch.uint8 if length <= 255 else torch.int16
+
+
+def keeps_matches(text: Tensor, video: Tensor, both: bool) -> bool:
+    """Whether training keeps the matches of ``both`` directions or the first alone; decided by device and shapes."""
+    budget = MATCH_BUDGET.get(text.device.type)
+    if budget is None:
+        return True
+    a, nt, _ = text.shape
+    b, nv, _ = video.shape
+    a_pair = nt * index_dtype(nv).itemsize + (nv * index_dtype(nt).itemsize if both else 0)
+    return a * b * a_pair <= budget
 
 
 def public_index(index: Tensor) -> Tensor:
@@ -90,28 +107,30 @@ def _(
     video_index: Tensor,
     text_index: Tensor,
     normalize: bool,
-    need_text: bool,
-    need_video: bool,
+    zero_competes: bool,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_text, of_video, of_text_weight, of_video_weight = output_mask
+    of_video_weight = of_video_weight and video_weight is not None
     dtype = text_weight.dtype
-    weighted = need_video and video_weight is not None
     return (
-        text.new_empty(text.shape if need_text else (0,)),
-        video.new_empty(video.shape if need_video else (0,)),
-        text.new_empty(text.shape[:2] if need_text else (0,), dtype=dtype),
-        video.new_empty(video.shape[:2] if weighted else (0,), dtype=dtype),
+        text.new_empty(text.shape if of_text else (0,)),
+        video.new_empty(video.shape if of_video else (0,)),
+        text.new_empty(text.shape[:2] if of_text_weight else (0,), dtype=dtype),
+        video.new_empty(video.shape[:2] if of_video_weight else (0,), dtype=dtype),
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    text, video, text_weight, video_weight, text_mask, video_mask, normalize, _, keep_matches = inputs
-    _, video_index, text_index = output
-    if not keep_matches:
+    text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches = inputs
+    _, *matches = output
+    if not keeps_matches(text, video, video_weight is not None):
+        # Whoever asked for them has them; the graph does not hold them as well.
+        matches = [x.new_empty(0) for x in matches]
+    elif not keep_matches:
         raise RuntimeError("drl_fast::token_interaction needs keep_matches=True where gradients are wanted")
-    ctx.save_for_backward(
-        text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index
-    )  # fmt: skip
-    ctx.normalize = normalize
+    ctx.save_for_backward(text, video, text_weight, video_weight, text_mask, video_mask, *matches)
+    ctx.normalize, ctx.zero_competes = normalize, zero_competes
     # Else autograd hands in zeros as the matches' gradient: as many bytes as the matches once more.
     ctx.set_materialize_grads(False)
 
@@ -119,14 +138,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _differentiate(ctx: Any, grad_logits: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_logits is None:
         return (None,) * 9
-    text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index = ctx.saved_tensors
-    t, v, wt, wv = ctx.needs_input_grad[:4]
-    grad_t, grad_v, grad_wt, grad_wv = torch.ops.drl_fast.token_interaction_backward(
-        grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,
-        ctx.normalize, t or wt, v or wv,
-    )  # fmt: skip
-    grads = (grad_t if t else None, grad_v if v else None, grad_wt if wt else None, grad_wv if wv else None)
-    return (*grads, None, None, None, None, None)
+    needed = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.drl_fast.token_interaction_backward(
+        grad_logits, *ctx.saved_tensors, ctx.normalize, ctx.zero_competes, needed
+    )
+    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 5)
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import bench_wti, contestants, eager, harness, plots, tables
+from benchmarks import bench_wti, contestants, eager, harness, plots, session, tables
 from benchmarks.problem import CAPTION_LENGTHS, Shape, caption_lengths, make_problem
 from drl_fast import reference
 
@@ -37,21 +37,28 @@ def test_a_small_run_prints_saves_and_draws(tmp_path: Path, monkeypatch: pytest.
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("square", "linear", "budget", "want"), [(1e-4, 0.05, 500, 2000), (4e-3, 0.0, 500, 353)])
+@pytest.mark.parametrize(
+    ("constant", "square", "linear", "budget", "want"),
+    [(0, 1e-4, 0.05, 500, 2000), (0, 4e-3, 0.0, 500, 353), (30, 0.0, 0.05, 500, 9400)],
+)
 def test_largest_batch_fits_and_the_next_does_not(
-    monkeypatch: pytest.MonkeyPatch, square: float, linear: float, budget: int, want: int
+    constant: float, square: float, linear: float, budget: int, want: int
 ) -> None:
-    def memory(contestant: str, shape: Shape, device: str, threads: int) -> dict[str, Any]:
-        return {"status": "ok", "mb": square * shape.batch**2 + linear * shape.batch}
+    asked = []
 
-    monkeypatch.setattr(bench_wti, "measure_memory", memory)
-    known = {b: memory("", Shape(b), "", 0)["mb"] for b in (256, 512)}
-    found = bench_wti.largest_batch("x", budget, known, "cpu", 1)
+    def memory(batch: int) -> dict[str, Any]:
+        asked.append(batch)
+        return {"status": "ok", "mb": constant + square * batch**2 + linear * batch}
+
+    known = {b: memory(b)["mb"] for b in (256, 512)}
+    asked.clear()
+    found = session.largest_batch(memory, "x", budget, known)
+    assert len(asked) <= 5, "two points predict a smooth curve"
     assert found["fits"]["mb"] <= budget < found["fails"]["mb"]
     assert 0.96 * want <= found["fits"]["batch"] <= want
     # The prediction from wrong points is corrected by what is then measured.
     skewed = {b: mb * (1.2 if b == 512 else 1) for b, mb in known.items()}
-    found = bench_wti.largest_batch("x", budget, skewed, "cpu", 1)
+    found = session.largest_batch(memory, "x", budget, skewed)
     assert found["fits"]["mb"] <= budget < found["fails"]["mb"]
 
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import harness, tables
 
 RESULTS = sorted(harness.RESULTS.glob("*/wti.json"))
+MEASURED = [path for name in ("wti", "contrastive", "cdcr") for path in sorted(harness.RESULTS.glob(f"*/{name}.json"))]
 
 
 def test_pages_show_what_the_results_hold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +33,7 @@ def test_an_edited_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", MEASURED, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_results_say_where_they_come_from(path: Path) -> None:
     result = harness.load(path)
     assert result["machine"]["cpu"]
@@ -40,8 +41,8 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     # A + marks a working tree that nobody else can have.
     assert not result["versions"]["commit"].endswith("+")
     assert result["command"].startswith("python benchmarks/")
-    for name in ("wti_time.png", "wti_memory.png"):
-        assert (path.parent / name).is_file()
+    for what in ("time", "memory"):
+        assert (path.parent / f"{path.stem}_{what}.png").is_file()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
@@ -52,3 +53,22 @@ def test_never_slower_than_eager(path: Path) -> None:
         if "eager" in times:
             ours, eager = (times[name]["ratio"]["median"] for name in ("drl_fast", "eager"))
             assert ours <= eager, (record["shape"], record["mode"])
+
+
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/contrastive.json")), ids=lambda p: p.parent.name)
+def test_the_contrastive_loss_costs_what_it_may(path: Path) -> None:
+    result = harness.load(path)
+    for record in result["time"]:
+        assert record["against"]["eager"]["median"] <= 1.35, record["shape"]
+        assert record["against"]["two_steps"]["median"] <= 1.8, record["shape"]
+    used = {row["shape"]["batch"]: row["mb"] for row in result["memory"]
+            if row["contestant"] == "fused" and row["shape"]["dim"] == 128}  # fmt: skip
+    assert used[4096] <= 300
+    assert used[4096] < 2.2 * used[2048], "memory is to grow linearly"
+
+
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/cdcr.json")), ids=lambda p: p.parent.name)
+def test_cross_correlation_costs_what_it_may(path: Path) -> None:
+    (record,) = (r for r in harness.load(path)["time"] if r["mode"] == "rows")
+    assert record["results"]["full"]["ratio"]["median"] <= 1.6
+    assert record["results"]["diagonal"]["ratio"]["median"] <= 0.6

@@ -130,11 +130,13 @@ def test_blocks_are_even_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_confident_positive_keeps_its_gradient() -> None:
     """Where every positive's probability is all but 1 its gradient is the small rest, not rounding."""
-    text = torch.eye(6)[:, None] + 1e-2 * torch.randn(6, 1, 6)
-    problem = Problem(text, torch.eye(6)[:, None])
-    loss, grads = step(token_contrastive_loss, problem, 12.0)
-    truth, want = step(reference.token_contrastive_loss, problem.double(), 12.0)
-    assert 0 < truth < 1e-4
+    # Logits near 1000, where a float32 holds 6e-5, and negatives 10 below.
+    common = torch.full((6, 1, 1), 0.99**0.5)
+    video = torch.cat([common, 0.1 * torch.eye(6)[:, None]], 2)
+    problem = Problem(video + 1e-3 * torch.randn(6, 1, 7), video)
+    loss, grads = step(token_contrastive_loss, problem, 1000.0)
+    truth, want = step(reference.token_contrastive_loss, problem.double(), 1000.0)
+    assert 0 < truth < 2e-3
     assert loss.item() == pytest.approx(truth.item(), rel=1e-2)
     for name in grads:
         torch.testing.assert_close(grads[name].double(), want[name], rtol=0, atol=1e-2 * float(want[name].abs().max()))

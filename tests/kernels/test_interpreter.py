@@ -63,6 +63,13 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_descriptors.py", "test_values", [
         "(5, 9, 6, 4)-torch.float32", "(2, 140, 3, 5)-torch.float16",
     ]),
+    ("tests/kernels/test_recompute.py", "test_equal_bits", [
+        "blocks-(17, 5, 3, 3)-torch.float32-drl-both", "blocks-(17, 5, 3, 3)-torch.float16-exclude-both",
+        "blocks-(17, 5, 3, 3)-torch.float32-exclude-one way", "blocks-(17, 130, 1, 3)-torch.float16-drl-both",
+    ]),
+    ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
+    ("tests/kernels/test_recompute.py", "test_small_gradients_of_one_block_beside_large_ones", ["blocks"]),
+    ("tests/kernels/test_recompute.py", "test_the_graph_holds_matches_within_the_budget_alone", ["True"]),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]  # fmt: skip
 

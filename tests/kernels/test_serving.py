@@ -75,7 +75,7 @@ def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatc
     ours, want = (f(*inputs, True, True, True) for f in (gpu.forward, chunked.forward))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
     grad = torch.randn_like(want[0])
-    ours, want = (f(grad, *inputs, *want[1:], True, True, True) for f in (gpu.backward, chunked.backward))
+    ours, want = (f(grad, *inputs, *want[1:], True, True, [True] * 4) for f in (gpu.backward, chunked.backward))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
 
 

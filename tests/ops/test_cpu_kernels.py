@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # The suites in which a kernel's arithmetic, masks and matches are compared with the oracle and with recorded numbers.
 SUITES = (
     "tests/ops/test_fuzz.py", "tests/ops/test_token_interaction.py", "tests/ops/test_token_interaction_masks.py",
-    "tests/ops/test_token_interaction_matches.py", "tests/ops/test_token_interaction_bits.py", "tests/test_golden.py",
+    "tests/ops/test_token_interaction_matches.py", "tests/ops/test_token_interaction_bits.py",
+    "tests/ops/test_cdcr.py", "tests/test_golden.py",
 )  # fmt: skip
 
 
@@ -72,14 +73,65 @@ def test_the_operator_reads_nothing_beyond_its_arguments(name: str, value: torch
     [
         (0, torch.zeros(4, 3), r"grad_logits must be \(A, B\)"),
         (0, torch.zeros(4, 2).double(), "grad_logits must be"),
-        (7, torch.empty(0, dtype=torch.uint8), "matches must be those that the forward kept"),
+        (
+            7,
+            torch.empty(0, dtype=torch.uint8),
+            "forward kept; on the CPU it finds none again.*keep_matches=True",
+        ),
         (7, torch.zeros(4, 3, 2, dtype=torch.int16), "matches must be those"),
         (8, torch.zeros(4, 4, 2, dtype=torch.uint8), "matches must be those"),
+        (11, [True] * 3, "output_mask must be four bools"),
     ],
 )
-def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: torch.Tensor, message: str) -> None:
+def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: object, message: str) -> None:
     _, by_word, by_frame = torch.ops.drl_fast.token_interaction(*FORWARD.values())
-    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], by_word, by_frame, True, True, True]
+    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], by_word, by_frame, True, True, [True] * 4]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.drl_fast.token_interaction_backward(*arguments)
+
+
+SIDES = {"text": torch.randn(4, 3, 8), "video": torch.randn(4, 5, 8)}
+PAIRS = {
+    **SIDES, "text_weight": torch.ones(4, 3), "video_weight": torch.ones(4, 5),
+    "video_index": torch.zeros(4, 3, dtype=torch.int16), "text_index": torch.zeros(4, 5, dtype=torch.int16),
+    "channels": torch.ones(2, 4, 8, dtype=torch.float64), "normalize": True, "full": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("video", torch.randn(3, 5, 8), "as many rows"),
+        ("video", torch.randn(4, 5, 9), "one D"),
+        ("text_weight", torch.ones(4, 2), r"weights must be \(B, tokens\)"),
+        ("text_weight", torch.ones(4, 3).double(), "weights must be .*float32"),
+        ("video_index", torch.zeros(4, 3), "partners must be .* int16"),
+        ("text_index", torch.zeros(4, 4, dtype=torch.int16), "partners must be"),
+        ("video_index", torch.full((4, 3), 5, dtype=torch.int16), "a partner lies beyond its row"),
+        ("channels", torch.ones(2, 4, 7, dtype=torch.float64), r"channels must be \(kinds, roles, D\)"),
+        ("channels", torch.ones(2, 4, 8), "channels must be .*float64"),
+    ],
+)
+def test_cdcr_reads_nothing_beyond_its_arguments(name: str, value: torch.Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.cdcr_correlation(*{**PAIRS, name: value}.values())
+
+
+@pytest.mark.parametrize("empty", ["tokens", "channels"])
+@pytest.mark.parametrize("full", [True, False])
+def test_cdcr_of_nothing(empty: str, full: bool) -> None:
+    tokens, dim = (0, 8) if empty == "tokens" else (3, 0)
+    sides = [torch.zeros(4, tokens, dim), torch.zeros(4, tokens, dim)]
+    index = [torch.full((4, tokens), -1, dtype=torch.int16)] * 2
+    weights, channels = [torch.ones(4, tokens)] * 2, torch.zeros(2, 4, dim, dtype=torch.float64)
+    cross, _ = torch.ops.drl_fast.cdcr_correlation(*sides, *weights, *index, channels, True, full)
+    assert cross.shape == ((2, dim, dim) if full else (2, dim))
+    assert (cross == 0).all()
+
+
+def test_cdcr_gradient_reads_nothing_beyond_its_pull() -> None:
+    arguments = [*list(PAIRS.values())[:6], torch.ones(4, 4, 8, dtype=torch.float64)]
+    for pull in (torch.ones(7), torch.ones(8, 7), torch.ones(8).double()):
+        with pytest.raises(RuntimeError, match=r"pull must be \(D,\) or \(D, D\)"):
+            torch.ops.drl_fast.cdcr_gradient(*arguments, pull, True)

@@ -145,12 +145,6 @@ def _standard(x: Tensor, channels: Tensor, role: int) -> Tensor:
     return ((x - mean) - rest) * channels[1, role].to(x.dtype)
 
 
-def _weighted(chunk: Chunk, term: Term, weights: tuple[Tensor, Tensor | None]) -> Tensor:
-    given = weights[term.nth]
-    assert given is not None
-    return torch.where(term.there, given[chunk.pairs][..., None], 0)
-
-
 class Rows(NamedTuple):
     """A chunk's rows of one term's product C = weighted^T partners, one a token of the shorter side."""
 

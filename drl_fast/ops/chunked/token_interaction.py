@@ -94,6 +94,19 @@ def best(similarity: Tensor, dim: int, competes: Tensor, zero: Tensor, counts: T
     return torch.where(index == none, 0, value), index
 
 
+def best_frames(s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool) -> tuple[Tensor, ...]:
+    """Every word's maximum over frames and its argmax, LARGEST where none was chosen: (C, Nt, V) each."""
+    zero = zero_competes & video.has_masked[sb][None, None]
+    return best(s, 3, video.real[sb][None, None], zero, text.real[sa][:, :, None], LARGEST)
+
+
+def best_words(s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool) -> tuple[Tensor, ...]:
+    """Every frame's maximum over words and its argmax, likewise: (C, Nv, V) each."""
+    zero = zero_competes & text.has_masked[sa][:, None, None]
+    value, index = best(s, 1, text.real[sa][:, :, None, None], zero, video.real[sb][None], LARGEST)
+    return value.transpose(1, 2), index.transpose(1, 2)
+
+
 def weighted_sum(value: Tensor, weight: Tensor) -> Tensor:
     """Sum over dim 1 of value (C, N, V) with weight, one token after the other."""
     total = torch.zeros_like(value[:, 0])
@@ -127,19 +140,16 @@ def forward(
         wv = None if video_weight is None else _pad_rows(video_weight, v)
         for sa, sb in blocks(t, v, a, b):
             s = similarities(t, v, sa, sb)
-            t_real, v_real = t.real[sa][:, :, None, None], v.real[sb][None, None]
-            zero_v = zero_competes & v.has_masked[sb][None, None]
-            value, index = best(s, 3, v_real, zero_v, t_real[..., 0], LARGEST)
+            value, index = best_frames(s, t, v, sa, sb, zero_competes)
             total = weighted_sum(value, wt[sa][:, :, None])
             na, nb = logits[sa, sb].shape
             if keep_matches:
                 video_index[sa, :, sb] = index.masked_fill(index == LARGEST, none_v)[:na, :, :nb].to(video_index.dtype)
             if wv is not None:
-                zero_t = zero_competes & t.has_masked[sa][:, None, None]
-                value, index = best(s, 1, t_real, zero_t, v_real[0], LARGEST)
-                total = (total + weighted_sum(value.transpose(1, 2), wv[sb].T[None, :, :])) / 2
+                value, index = best_words(s, t, v, sa, sb, zero_competes)
+                total = (total + weighted_sum(value, wv[sb].T[None, :, :])) / 2
                 if keep_matches:
-                    index = index.masked_fill(index == LARGEST, none_t).transpose(1, 2)[:na, :, :nb]
+                    index = index.masked_fill(index == LARGEST, none_t)[:na, :, :nb]
                     text_index[sa, :, sb] = index.to(text_index.dtype)
             logits[sa, sb] = total[:na, :nb]
     return logits, video_index, text_index
@@ -156,11 +166,14 @@ def backward(
     video_index: Tensor,
     text_index: Tensor,
     normalize: bool,
-    need_text: bool,
-    need_video: bool,
+    zero_competes: bool,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a, nt, _ = text.shape
     b, nv, _ = video.shape
+    of_text, of_video, of_text_weight, of_video_weight = output_mask
+    # Not kept: found again, block by block. With no pairs there are none to find.
+    kept = video_index.numel() > 0
     words = torch.arange(nt, device=text.device)[None, :, None, None]
     frames = torch.arange(nv, device=text.device)
     with _autocast.off(text.device.type):
@@ -168,29 +181,34 @@ def backward(
         grad_t, grad_v = torch.zeros_like(t.tokens), torch.zeros_like(v.tokens)
         grad_wt, grad_wv = torch.zeros_like(t.tokens[..., 0]), torch.zeros_like(v.tokens[..., 0])
         for sa, sb in blocks(t, v, a, b):
-            s = similarities(t, v, sa, sb)[: len(text[sa]), :, : len(video[sb])]
-            g = grad_logits[sa, sb].to(s.dtype)[:, None, :, None]
+            g = grad_logits[sa, sb].to(t.tokens.dtype)[:, None, :, None]
             if video_weight is not None:
                 g = g / 2
             na, nb = g.shape[0], g.shape[2]
+            s = similarities(t, v, sa, sb) if of_text_weight or of_video_weight or not kept else text.new_empty(0)
             # d loss / d S is sparse: one entry a word and video, one a frame and text.
-            hit = video_index[sa, :, sb, None] == frames
-            grad_wt[sa][:na] += torch.where(hit, s * g, 0).sum((2, 3))
+            chosen = video_index[sa, :, sb] if kept else best_frames(s, t, v, sa, sb, zero_competes)[1][:na, :, :nb]
+            # Contiguous, kept or not: the order of the sums below goes by the layout.
+            hit = chosen.contiguous()[..., None] == frames
+            if of_text_weight:
+                grad_wt[sa][:na] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((2, 3))
             coefficient = torch.where(hit, g * text_weight[sa][:, :, None, None], 0)
             if video_weight is not None:
-                hit = text_index[sa, :, sb].transpose(1, 2)[:, None] == words
-                grad_wv[sb][:nb] += torch.where(hit, s * g, 0).sum((0, 1))
+                chosen = text_index[sa, :, sb] if kept else best_words(s, t, v, sa, sb, zero_competes)[1][:na, :, :nb]
+                hit = chosen.contiguous().transpose(1, 2)[:, None] == words
+                if of_video_weight:
+                    grad_wv[sb][:nb] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((0, 1))
                 coefficient = coefficient + torch.where(hit, g * video_weight[sb][None, None], 0)
             flat = coefficient.reshape(na * nt, nb * nv)
-            if need_text:
+            if of_text:
                 grad_t[sa][:na] += (flat @ v.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
-            if need_video:
+            if of_video:
                 grad_v[sb][:nb] += (flat.T @ t.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
         return (
-            _unnormalize(grad_t, t, text) if need_text else text.new_empty(0),
-            _unnormalize(grad_v, v, video) if need_video else video.new_empty(0),
-            grad_wt[:a].clone() if need_text else text_weight.new_empty(0),
-            grad_wv[:b].clone() if need_video and video_weight is not None else text_weight.new_empty(0),
+            _unnormalize(grad_t, t, text) if of_text else text.new_empty(0),
+            _unnormalize(grad_v, v, video) if of_video else video.new_empty(0),
+            grad_wt[:a].clone() if of_text_weight else text_weight.new_empty(0),
+            grad_wv[:b].clone() if of_video_weight and video_weight is not None else text_weight.new_empty(0),
         )
 
 

@@ -49,13 +49,13 @@ def backward(
     video_index: Tensor,
     text_index: Tensor,
     normalize: bool,
-    need_text: bool,
-    need_video: bool,
+    zero_competes: bool,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _registry.triton_serves(text):
         return chunked.backward(
             grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,
-            normalize, need_text, need_video,
+            normalize, zero_competes, output_mask,
         )  # fmt: skip
     from drl_fast.kernels import token_interaction_backward as kernels
     from drl_fast.kernels.packing import Side
@@ -63,5 +63,5 @@ def backward(
     with on_device_of(text):
         return kernels.backward(
             grad_logits, Side(text, text_weight, text_mask), Side(video, video_weight, video_mask),
-            video_index, text_index, normalize, need_text, need_video,
+            video_index, text_index, normalize, zero_competes, output_mask,
         )  # fmt: skip
