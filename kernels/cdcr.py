@@ -29,8 +29,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .cdcr_tokens import (
-    DEPTH, LEAST, MOST, OPTIONS, ROWS, Term, Tokens, channel_block, choosers, norms, pair_tile, read_units, standardize,
-    sum_of_choosers, terms,
+    DEPTH,
+    LEAST,
+    MOST,
+    OPTIONS,
+    ROWS,
+    Term,
+    Tokens,
+    channel_block,
+    choosers,
+    norms,
+    pair_tile,
+    read_units,
+    standardize,
+    sum_of_choosers,
+    terms,
 )  # fmt: skip
 from .packing import Side
 

@@ -24,7 +24,16 @@ from torch import Tensor
 
 from .cdcr import product_rows, short_side
 from .cdcr_tokens import (
-    DEPTH, LEAST, OPTIONS, Term, channel_block, choosers, pair_tile, read_units, standardize, sum_of_choosers,
+    DEPTH,
+    LEAST,
+    OPTIONS,
+    Term,
+    channel_block,
+    choosers,
+    pair_tile,
+    read_units,
+    standardize,
+    sum_of_choosers,
     terms,
 )  # fmt: skip
 
