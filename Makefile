@@ -35,7 +35,7 @@ demo: setup ## train a small model on generated clips and search them; VIDEOS=di
 	@$(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
 
 test: setup ## all tests, one process a core; TESTS=path picks some
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(TESTS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

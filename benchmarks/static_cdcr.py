@@ -71,4 +71,6 @@ def launches(dim: int) -> Iterator[Launch]:
             yield Launch(forward.cdcr_product_rows, size, tile)
         for full in (False, True):
             form = {"ANCHORS": True, "PARTNERS": True, "FULL": full, "SHORT": own < other}
-            yield Launch(backward.cdcr_gradient, f"{'full' if full else 'diagonal'}, {size}", {**tile, **form}, backward.GRADIENT)
+            yield Launch(
+                backward.cdcr_gradient, f"{'full' if full else 'diagonal'}, {size}", {**tile, **form}, backward.GRADIENT
+            )
