@@ -34,8 +34,8 @@ $(STAMP): .venv/.packages $(SOURCES)
 demo: setup ## train a small model on generated clips and search them; VIDEOS=dir [PRETRAINED= CLIP=] scores your own
 	@$(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
 
-test: setup ## all tests
-	$(BIN)/python -m pytest
+test: setup ## all tests, one process a core; TESTS=path picks some
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(TESTS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

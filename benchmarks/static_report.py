@@ -29,6 +29,8 @@ from drl_fast.kernels import token_interaction_backward as backward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import static_cdcr
+
 ARCHS = ("sm_80", "sm_90", "sm_100")
 INSTRUCTION = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA"}
 # Shared memory that one block may have.
@@ -60,6 +62,9 @@ class Job:
     bytes: float = 0.0
     work: float = 0.0  # instructions outside the product
     source: str = "static"
+    types: dict[str, str] | None = None  # of the arguments, where their names do not say it
+    divisible: list[str] = field(default_factory=list)  # arguments that are multiples of 16, beside addresses
+    options: dict[str, Any] = field(default_factory=dict)  # of the launch, beside warps and stages
 
 
 INT32 = (
@@ -71,6 +76,8 @@ SCALARS = {"zero_competes": "i1", "factor": "fp32"}
 
 def signature(job: Job) -> dict[str, str]:
     """Argument types as the launchers pass them."""
+    if job.types is not None:
+        return job.types
     types = {}
     for name in job.fn.arg_names:
         if name in job.constants:
@@ -118,6 +125,8 @@ def jobs(dim: int = 512) -> Iterator[Job]:
                 yield from (backward_job(arch, side, precision, dtype, d) for side in tuning.SIDES)
                 yield backward_job(arch, "video", precision, dtype, d, add=True)
         yield from packing_jobs(arch, dim)
+    for arch in ARCHS:
+        yield from cdcr_jobs(arch, dim)
 
 
 def forward_job(
@@ -175,14 +184,26 @@ def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
         yield Job(packing.unpack_weight_gradient, arch, "bf16", side, constants, 4, 3)
 
 
+def cdcr_jobs(arch: str, dim: int) -> Iterator[Job]:
+    for launch in static_cdcr.launches(dim):
+        for dtype in launch.dtypes:
+            yield Job(
+                launch.fn, arch, dtype, launch.what, launch.fixed(),
+                launch.options["num_warps"], launch.options["num_stages"],
+                types=launch.signature(dtype), divisible=launch.divisible(), options=launch.options,
+            )  # fmt: skip
+
+
 def compile_job(job: Job) -> dict[str, Any]:
     """Compile, disassemble, and count."""
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature(job).values()) if kind.startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature(job).items())
+        if kind.startswith("*") or name in job.divisible
     }
     source = ASTSource(job.fn, signature=signature(job), constexprs=job.constants, attrs=attributes)
     target = GPUTarget("cuda", int(job.arch[3:]), 32)
-    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True}
+    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True, **job.options}
     compiled = triton.compile(source, target=target, options=options)
     usage, sass = disassemble(compiled.asm["cubin"])
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTION.items()}

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core: threads of one would take the others' cores, and spin. Before torch reads it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from tests.implementations import IMPLEMENTATIONS, Implementation, must_exist

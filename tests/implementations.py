@@ -16,6 +16,7 @@ import torch
 
 from drl_fast.ops import _registry, cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
+from drl_fast.ops.gpu import cdcr as gpu_cdcr
 from drl_fast.ops.gpu import token_interaction as gpu
 
 CHUNKED = {
@@ -23,7 +24,7 @@ CHUNKED = {
     "token_interaction_backward": chunked.backward,
     **cdcr.CHUNKED,
 }
-GPU = {"token_interaction": gpu.forward, "token_interaction_backward": gpu.backward}
+GPU = {"token_interaction": gpu.forward, "token_interaction_backward": gpu.backward, **gpu_cdcr.GPU}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ._group import Group
 from ._once import differentiable_once
 from ._registry import LIBRARY
 from .chunked import cdcr as chunked
+from .gpu import cdcr as gpu
 
 # A channel whose deviation is smaller counts as constant: it is 0 when standardised, and gets no gradient.
 STD_EPS = 1e-12
@@ -45,6 +46,7 @@ CHUNKED = {
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(_name, CHUNKED[_name], "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, gpu.GPU[_name], "CUDA")
 
 
 @torch.library.register_fake("drl_fast::cdcr_statistics", lib=LIBRARY)

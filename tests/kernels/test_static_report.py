@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+# The report takes minutes: once for all of them.
+pytestmark = pytest.mark.xdist_group("static report")
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "static" / "kernels.json"
 ARCHS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}

@@ -5,14 +5,11 @@ They do not serve float64, a GPU without bfloat16 tensor cores, and an installat
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
-
-import torch
 from torch import Tensor
 
-from ... import _autocast
 from .. import _registry
 from ..chunked import token_interaction as chunked
+from ._device import on_device_of
 
 
 def forward(
@@ -34,7 +31,7 @@ def forward(
     from drl_fast.kernels import token_interaction as kernels
     from drl_fast.kernels.packing import Side
 
-    with _on_device_of(text):
+    with on_device_of(text):
         return kernels.forward(
             Side(text, text_weight, text_mask), Side(video, video_weight, video_mask),
             normalize, zero_competes, keep_matches,
@@ -63,17 +60,8 @@ def backward(
     from drl_fast.kernels import token_interaction_backward as kernels
     from drl_fast.kernels.packing import Side
 
-    with _on_device_of(text):
+    with on_device_of(text):
         return kernels.backward(
             grad_logits, Side(text, text_weight, text_mask), Side(video, video_weight, video_mask),
             video_index, text_index, normalize, zero_competes, output_mask,
         )  # fmt: skip
-
-
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; autocast must not touch what the launchers compute."""
-    stack = ExitStack()
-    if x.is_cuda:
-        stack.enter_context(torch.cuda.device(x.device))
-    stack.enter_context(_autocast.off(x.device.type))
-    return stack
