@@ -49,10 +49,11 @@ lint: setup ## ruff and mypy
 	  echo "no $$peer for this machine; the benchmark goes without it"; done
 	@touch $@
 
-bench: setup .venv/.peers ## the benchmarks' tables, JSON and plots: interaction, contrastive loss, CDCR
+bench: setup .venv/.peers ## the benchmarks' tables, JSON and plots: interaction, contrastive loss, CDCR, a whole training step
 	$(BIN)/python benchmarks/bench_wti.py
 	$(BIN)/python benchmarks/bench_contrastive.py
 	$(BIN)/python benchmarks/bench_cdcr.py
+	$(BIN)/python benchmarks/bench_model.py
 
 gpu: setup ## on a machine with a CUDA GPU: the kernels' tests at real sizes, then their benchmark; FULL=1 the whole grid
 	$(BIN)/drl-fast doctor

@@ -107,12 +107,12 @@ def summarize(times: dict[str, list[float]], yardstick: str) -> dict[str, dict[s
 
 
 # --- memory, and whatever wants a process of its own ------------------------------------------------------------------
-def _status(field: str) -> float:
+def resident(field: str) -> float:
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return freed heap to the system: pages that a call only reuses would not show up as its own."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -121,7 +121,7 @@ def _give_back() -> None:
 
 def peak_bytes(call: Call, device: str) -> tuple[float, str]:
     """Peak memory of one call beyond what was held before it, and how it was measured."""
-    _give_back()
+    give_back()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -131,9 +131,9 @@ def peak_bytes(call: Call, device: str) -> tuple[float, str]:
         return torch.cuda.max_memory_allocated() - before, "torch.cuda.max_memory_allocated"
     try:
         Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak resident set size
-        before = _status("VmRSS")
+        before = resident("VmRSS")
         result = call()
-        method, after = "VmHWM", _status("VmHWM")
+        method, after = "VmHWM", resident("VmHWM")
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -144,7 +144,7 @@ def peak_bytes(call: Call, device: str) -> tuple[float, str]:
 
 
 def measure_apart(what: str, factory: str, **arguments: Any) -> dict[str, Any]:
-    """Measure "memory" or "time" of what ``factory`` ("module:function") makes, in a process of its own.
+    """Measure "memory" or "time" of what ``factory`` ("module:function") makes, or "call" it, in a process of its own.
 
     See :func:`worker` for what the factory returns. The answer has a ``status``, "ok" or what went wrong.
     """
@@ -168,7 +168,8 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     """The fresh process: the factory gives (warm-up, call, device); only ``call`` is measured.
 
     The warm-up must run the same code on a tiny problem, so that libraries, thread pools and compiled code are there
-    before; inputs are the factory's and so do not count either. Time: 25 calls, in milliseconds.
+    before; inputs are the factory's and so do not count either. Time: 25 calls, in milliseconds. "call": the call
+    measures itself, and its result, which JSON must hold, is handed on.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if the machine runs out, this process goes first
@@ -178,6 +179,8 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
     if job["what"] == "time":
         call()
         return {"status": "ok", "ms": spread([seconds(call, 1, device) * 1e3 for _ in range(25)])}
+    if job["what"] == "call":
+        return {"status": "ok", "result": call()}
     used, method = peak_bytes(call, device)
     return {"status": "ok", "mb": used / MB, "method": method}
 

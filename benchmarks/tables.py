@@ -14,7 +14,7 @@ from typing import Any
 
 import rich.table
 
-from benchmarks import harness, loss_tables, scaling_tables
+from benchmarks import harness, loss_tables, model_tables, scaling_tables
 from benchmarks.cells import NOTHING, Table, budget, label, machine_line, memory, milliseconds, notes, ratio
 from benchmarks.problem import Shape
 
@@ -119,6 +119,7 @@ PAGE_ONLY: dict[str, Callable[[Any], Table]] = {
     "static": static,
     **loss_tables.CDCR,
     **loss_tables.CONTRASTIVE,
+    **model_tables.TABLES,
     **scaling_tables.TABLES,
 }
 # What bench_wti.py prints.
@@ -159,6 +160,7 @@ LINES = {
     "yardstick": yardstick_line,
     "notes": notes,
     **loss_tables.LINES,
+    **model_tables.LINES,
     **scaling_tables.LINES,
 }
 

@@ -1,0 +1,36 @@
+"""30 training steps beside a dense model of upstream's form, whose losses record_parity.py wrote down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import drl_fast
+from tests.model.record_parity import CURVE, batches, digest, initial_state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("one_thread")
+def test_the_loss_curve_is_the_dense_models(dtype: torch.dtype) -> None:
+    recorded = json.loads(CURVE.read_text())
+    steps, recipe = batches(), recorded["recipe"]
+    assert digest(steps) == recorded["batches_sha256"], "this numpy draws other batches than the recorded ones"
+    model = drl_fast.DRL.from_upstream(
+        initial_state(), cdcr=3, cdcr_alpha1=recipe["alpha_on"], cdcr_alpha2=recipe["alpha_off"],
+        cdcr_lambda=recipe["lambda"], cdcr_padding="never",
+    ).to(dtype).train()  # fmt: skip
+    adam = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=recipe["betas"], eps=recipe["eps"])
+    assert len(recorded["curve"]) == len(steps) == 30
+    for step, (batch, want) in enumerate(zip(steps, recorded["curve"], strict=True)):
+        # What stands in an absent frame is read by the dense model and is not by ours.
+        batch["video"][batch["video_mask"] == 0] = float("nan")
+        losses = model({**batch, "video": batch["video"].to(dtype)})
+        adam.zero_grad()
+        losses["total"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip_norm"])
+        adam.step()
+        for name, value in want.items():
+            assert losses[name].item() == pytest.approx(value, abs=1e-4), (step, name)
+    assert recorded["curve"][-1]["info_nce"] < recorded["curve"][0]["info_nce"] / 2, "it has learned something"
