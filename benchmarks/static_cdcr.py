@@ -68,7 +68,8 @@ def launches(dim: int) -> Iterator[Launch]:
         yield Launch(forward.cdcr_partners, size, {**wide, **deep, **unit, **masked})
         tile = {**tokens.pair_tile(own, other, tokens.LEAST), **deep, **unit}
         if own <= other:
-            yield Launch(forward.cdcr_product_rows, size, tile)
+            yield Launch(forward.cdcr_product_rows, size, tile, forward.PRODUCT)
         for full in (False, True):
             form = {"ANCHORS": True, "PARTNERS": True, "FULL": full, "SHORT": own < other}
-            yield Launch(backward.cdcr_gradient, f"{'full' if full else 'diagonal'}, {size}", {**tile, **form}, backward.GRADIENT)
+            what = f"{'full' if full else 'diagonal'}, {size}"
+            yield Launch(backward.cdcr_gradient, what, {**tile, **form}, backward.GRADIENT)

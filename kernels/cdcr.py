@@ -29,8 +29,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .cdcr_tokens import (
-    DEPTH, LEAST, MOST, OPTIONS, ROWS, Term, Tokens, channel_block, choosers, norms, pair_tile, read_units, standardize,
-    sum_of_choosers, terms,
+    DEPTH,
+    LEAST,
+    MOST,
+    OPTIONS,
+    ROWS,
+    Term,
+    Tokens,
+    channel_block,
+    count_choosers,
+    norms,
+    pair_tile,
+    read_units,
+    standardize,
+    sum_of_choosers,
+    terms,
 )  # fmt: skip
 from .packing import Side
 
@@ -38,6 +51,8 @@ from .packing import Side
 MOST_PARTS = 256
 # The full form's products go by blocks of pairs, whose rows take this much memory a tensor.
 BLOCK_BYTES = 1 << 26
+# Registers enough for a product row on chip: left to itself, ptxas spills a few to make room for one more program.
+PRODUCT = {**OPTIONS, "maxnreg": 128}
 NOBODY = tl.constexpr(1 << 30)
 
 
@@ -99,7 +114,7 @@ def cdcr_partners(
 
 @triton.jit
 def _merge(x, there, here, before, mean, scatter):
-    """Mean and scatter with one more tile of tokens in them, by Chan et al.'s update; the tile's own take two passes."""
+    """Mean and scatter with one more tile in them, by Chan et al.'s update; the tile's own are found in two passes."""
     # Relative to one of its values: of a constant channel nothing is left then, not even rounding.
     pivot = tl.where(here > 0, tl.max(tl.where(there[:, None], x, float("-inf")), 0), 0.0)
     away = tl.where(there[:, None], x - pivot[None, :], 0.0)
@@ -192,22 +207,18 @@ def cdcr_product_rows(
     own_pair, own_token, own_channel, other_pair, other_token, other_channel,
     PAIRS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Product rows of OWN partners of PAIRS pairs: each with the sum of the anchors, on the other side, that chose it."""
+    """Product rows of OWN partners of PAIRS pairs, each with the sum of the other side's anchors that chose it."""
     chunks, blocks = tl.cdiv(own_tokens, OWN), tl.cdiv(dim, BD)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     tile = tl.program_id(0) // blocks
     first = tile // chunks * PAIRS
     r = tl.arange(0, PAIRS * OWN)
     pair, token = (first + r // OWN).to(tl.int64), tile % chunks * OWN + r % OWN
-    chosen = tl.zeros((PAIRS * OWN,), tl.int32)
-    for chunk in tl.range(0, tl.cdiv(other_tokens, OTHER)):
-        hit, _, _, _ = choosers(index, token, pair, first, chunk, pairs, other_tokens, PAIRS, OTHER)
-        chosen += tl.sum(hit.to(tl.int32), 1)
+    there = count_choosers(index, token, pair, first, pairs, other_tokens, PAIRS, OTHER) > 0
     x = sum_of_choosers(
         other, other_inverse, index, weight, channels, weighted, role, roles, token, pair, first, d, pairs,
         other_tokens, dim, other_pair, other_token, other_channel, PAIRS, OTHER, NORMALIZE, False,
     )  # fmt: skip
-    there = chosen > 0
     y = read_units(
         own, own_inverse, pair, token, there, d, dim, own_tokens, own_pair, own_token, own_channel, NORMALIZE
     )  # fmt: skip
@@ -289,7 +300,7 @@ def correlation(
 
 
 def correlate(term: Term, channels: Tensor, normalize: bool, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Sums of weighted anchors and of partners, and C's diagonal: (3, D) float64; also a row of each anchor, if asked."""
+    """Sums of weighted anchors and of partners, and C's diagonal, (3, D) float64; fills each anchor's product rows."""
     own, other = term.anchors, term.partners
     (pairs, n, dim), m = own.features.shape, other.features.shape[1]
     parts, tiles = _split(pairs * n)
@@ -340,5 +351,5 @@ def _rows_of_partners(term: Term, channels: Tensor, normalize: bool, rows: tuple
     cdcr_product_rows[(programs,)](
         own.features, other.features, own.inverse, other.inverse, term.index, term.weight, channels, *rows,
         pairs, n, m, dim, 2 * term.nth, channels.shape[1], *own.features.stride(), *other.features.stride(),
-        **tile, BD=block, NORMALIZE=normalize, **OPTIONS,
+        **tile, BD=block, NORMALIZE=normalize, **PRODUCT,
     )  # fmt: skip

@@ -22,15 +22,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cdcr import product_rows, short_side
+from .cdcr import PRODUCT, product_rows, short_side
 from .cdcr_tokens import (
-    DEPTH, LEAST, OPTIONS, Term, channel_block, choosers, pair_tile, read_units, standardize, sum_of_choosers,
+    DEPTH,
+    LEAST,
+    Term,
+    channel_block,
+    count_choosers,
+    pair_tile,
+    read_units,
+    standardize,
+    sum_of_choosers,
     terms,
 )  # fmt: skip
 
-# The widest kernel here: twice the warps, and registers for two programs a multiprocessor. Left to itself, ptxas spills
-# a few to make room for a third.
-GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
+# The widest kernel here: twice the warps, and registers that leave room for two programs a multiprocessor.
+GRADIENT = {**PRODUCT, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -61,6 +68,24 @@ def _to_anchors(
 
 
 @triton.jit
+def _to_partners(
+    other, inverse, index, weight, channels, pull, to_partners, role, roles, position, pair, at, there, first, d,
+    pairs, tokens, dim, stride_pair, stride_token, stride_channel,
+    PAIRS: tl.constexpr, OTHER: tl.constexpr, FULL: tl.constexpr, SHORT: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """d loss / d y~ of partners, from all anchors that chose them."""
+    if FULL and SHORT:
+        inside = there[:, None] & (d < dim)[None, :]
+        return tl.load(to_partners + at[:, None] * dim + d[None, :], mask=inside, other=0.0)
+    else:
+        to_y = sum_of_choosers(
+            other, inverse, index, weight, channels, to_partners, role, roles, position, pair, first, d, pairs, tokens,
+            dim, stride_pair, stride_token, stride_channel, PAIRS, OTHER, NORMALIZE, FULL,
+        )  # fmt: skip
+        return to_y if FULL else to_y * tl.load(pull + d, mask=d < dim, other=0.0)[None, :]
+
+
+@triton.jit
 def cdcr_gradient(
     own, other, own_inverse, other_inverse, own_index, other_index, own_weight, other_weight,
     channels, pull, to_weighted, to_partners, grad, grad_weight,
@@ -83,9 +108,7 @@ def cdcr_gradient(
     w = tl.load(own_weight + at, mask=anchor, other=0.0)[:, None]
     chosen = tl.zeros((PAIRS * OWN,), tl.float32)
     if PARTNERS:
-        for chunk in tl.range(0, tl.cdiv(other_tokens, OTHER)):
-            hit, _, _, _ = choosers(other_index, token, pair, first, chunk, pairs, other_tokens, PAIRS, OTHER)
-            chosen += tl.sum(hit.to(tl.float32), 1)
+        chosen = count_choosers(other_index, token, pair, first, pairs, other_tokens, PAIRS, OTHER)
     needed = anchor | (chosen > 0)
     along_unit, of_weight = tl.zeros((PAIRS * OWN,), tl.float32), tl.zeros((PAIRS * OWN,), tl.float32)
     blocks = tl.cdiv(dim, BD)
@@ -106,17 +129,11 @@ def cdcr_gradient(
             of_weight += tl.where(again, 0.0, tl.sum(x * to_x, 1))
             g += _through_statistics(w * to_x, x, anchor.to(tl.float32), channels, anchor_role, roles, d, dim)
         if PARTNERS:
-            if FULL and SHORT:
-                theirs = (chosen > 0)[:, None] & (d < dim)[None, :]
-                to_y = tl.load(to_partners + at[:, None] * dim + d[None, :], mask=theirs, other=0.0)
-            else:
-                to_y = sum_of_choosers(
-                    other, other_inverse, other_index, other_weight, channels, to_partners, chooser_role, roles,
-                    token, pair, first, d, pairs, other_tokens, dim, other_pair, other_token, other_channel,
-                    PAIRS, OTHER, NORMALIZE, FULL,
-                )  # fmt: skip
-            if not FULL:
-                to_y *= tl.load(pull + d, mask=d < dim, other=0.0)[None, :]
+            to_y = _to_partners(
+                other, other_inverse, other_index, other_weight, channels, pull, to_partners, chooser_role, roles,
+                token, pair, at, chosen > 0, first, d, pairs, other_tokens, dim,
+                other_pair, other_token, other_channel, PAIRS, OTHER, FULL, SHORT, NORMALIZE,
+            )  # fmt: skip
             y = standardize(u, chosen > 0, channels, chooser_role + 1, roles, d, dim)
             g += _through_statistics(to_y, y, chosen, channels, chooser_role + 1, roles, d, dim)
         if NORMALIZE:

@@ -74,6 +74,16 @@ def choosers(index, position, pair, first, chunk, pairs, tokens, PAIRS: tl.const
 
 
 @triton.jit
+def count_choosers(index, position, pair, first, pairs, tokens, PAIRS: tl.constexpr, OTHER: tl.constexpr):
+    """How many anchors chose each of our tokens, float32."""
+    count = tl.zeros((position.shape[0],), tl.float32)
+    for chunk in tl.range(0, tl.cdiv(tokens, OTHER)):
+        hit, _, _, _ = choosers(index, position, pair, first, chunk, pairs, tokens, PAIRS, OTHER)
+        count += tl.sum(hit.to(tl.float32), 1)
+    return count
+
+
+@triton.jit
 def sum_of_choosers(
     other, inverse, index, weight, channels, rows, role, roles, position, pair, first, d, pairs, tokens, dim,
     stride_pair, stride_token, stride_channel,

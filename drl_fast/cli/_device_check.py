@@ -5,13 +5,14 @@ Compilers have got kernels like these wrong before, and only on the device does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._checks import statistics_dtype
 from ..ops import _registry
 
 
@@ -44,11 +45,35 @@ CASES = (
 )
 
 
+class PairCase(NamedTuple):
+    """A little problem of CDCR's operators."""
+
+    pairs: int
+    words: int
+    frames: int
+    normalize: bool = True
+    both: bool = True
+
+
+PAIR_CASES = (
+    PairCase(9, 12, 5),
+    PairCase(5, 4, 12),
+    PairCase(3, 40, 70),  # tokens beyond one tile, on both sides
+    PairCase(50, 1, 1, normalize=False, both=False),  # the cross-correlation loss
+)
+
+
 def worst_error(device: str, dtype: torch.dtype) -> float:
-    """Largest relative error of logits and gradients, with and without competing zeros, holes in the masks.
+    """Largest relative error of any operator's results.
 
     The truth is chunked PyTorch in float64 on the CPU: another implementation, from the same rounded features.
     """
+    # torch's maximum and not Python's, which loses a NaN.
+    return float(torch.stack([*interaction_errors(device, dtype), *decorrelation_errors(device, dtype)]).max())
+
+
+def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Of logits and gradients, with and without competing zeros, holes in the masks."""
     from ..ops.chunked import token_interaction as chunked
 
     op = torch.ops.drl_fast
@@ -64,12 +89,53 @@ def worst_error(device: str, dtype: torch.dtype) -> float:
                     op.token_interaction, op.token_interaction_backward, here, probe.to(device), *options,
                     keep=not case.large or device == "cpu",
                 )  # fmt: skip
-            wide = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
-            truth = run(chunked.forward, chunked.backward, wide, probe.double(), *options)
-            pairs = zip(ours, truth, strict=True)
-            errors += [(x.cpu().double() - y).abs().max() / y.abs().max() for x, y in pairs if y.numel()]
-    # torch's maximum and not Python's, which loses a NaN.
-    return float(torch.stack(errors).max())
+            truth = run(chunked.forward, chunked.backward, wide(inputs), probe.double(), *options)
+            errors += relative(ours, truth)
+    return errors
+
+
+def decorrelation_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Of CDCR's partners, statistics, correlations and gradients, the diagonal's and the full form's."""
+    from ..ops.cdcr import CHUNKED
+
+    op: Any = torch.ops.drl_fast
+    true: dict[str, Any] = CHUNKED
+    errors = []
+    for case in PAIR_CASES:
+        inputs, pull = pair_problem(case, dtype)
+        tokens, weights, masks = wide(inputs[:2]), wide(inputs[2:4]), inputs[4:]
+        truth = true["cdcr_statistics"](*tokens, *masks, case.normalize, case.both)
+        channels = torch.stack([truth[2], 1 / truth[3].sqrt(), truth[2], truth[3]])  # any offset and along will do
+        here = [None if x is None else x.to(device) for x in inputs]
+        indices = [index.to(device) for index in truth[:2]]
+        constants = channels.to(device, statistics_dtype(torch.device(device)))
+        ours = op.cdcr_statistics(*here[:2], *here[4:], case.normalize, case.both)
+        errors += relative(ours, truth)
+        for full in (False, True):
+            ours = op.cdcr_correlation(*here[:4], *indices, constants[:2], case.normalize, full)
+            known = (*tokens, *weights, *truth[:2])
+            errors += relative(ours, true["cdcr_correlation"](*known, channels[:2], case.normalize, full))
+            of_form = pull if full else pull.diagonal()
+            ours = op.cdcr_gradient(*here[:4], *indices, constants, of_form.to(device), case.normalize)
+            errors += relative(ours, true["cdcr_gradient"](*known, channels, of_form.double(), case.normalize))
+    return errors
+
+
+def relative(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Tensor]:
+    pairs = [(x.cpu().double(), y.double()) for x, y in zip(ours, truth, strict=True) if y.numel()]
+    # Partners that are all 0 leave nothing to divide by.
+    return [(x - y).abs().max() / y.abs().max().clamp(min=1e-30) for x, y in pairs]
+
+
+def wide(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+
+
+def pair_problem(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
+    """Features, weights and masks of pairs, and a gradient of C."""
+    same = Case(case.pairs, case.words, case.pairs, case.frames, case.normalize, case.both)
+    inputs, _ = problem(same, dtype)
+    return inputs, torch.randn(80, 80, generator=torch.Generator().manual_seed(1))
 
 
 @contextmanager

@@ -26,3 +26,12 @@ def test_no_near_ties(dtype: torch.dtype, masking: str) -> None:
         found = choices(Problem(*inputs, {"masking": masking, "normalize": case.normalize}))
         gaps = [found.video_gap, *([found.text_gap] if case.both else [])]
         assert all(float(gap.min()) > 1e-6 for gap in gaps), case
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_near_ties_in_pairs(dtype: torch.dtype) -> None:
+    for case in check.PAIR_CASES:
+        inputs, _ = check.pair_problem(case, dtype)
+        found = choices(Problem(*inputs, {"masking": "exclude", "normalize": case.normalize}))
+        own = torch.arange(case.pairs)
+        assert all(float(gap[own, own].min()) > 1e-6 for gap in (found.video_gap, found.text_gap)), case

@@ -15,8 +15,9 @@ import drl_fast
 from drl_fast.cli import app
 from drl_fast.cli.doctor import limit, worst_error
 from drl_fast.ops import _registry
+from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
-from tests.implementations import Implementation, chunked_on_cpu
+from tests.implementations import Implementation, chunked_on_cpu, on_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WRONG = "A value is wrong on this device: do not train on it"
@@ -94,6 +95,21 @@ def test_a_wrong_kernel_is_found(forward: Callable, backward: Callable) -> None:
         result = doctor()
     assert result.exit_code == 1
     assert WRONG in result.stdout
+
+
+@pytest.mark.parametrize(("name", "results"), [("statistics", 4), ("correlation", 2), ("gradient", 4)])
+def test_a_wrong_decorrelation_is_found(name: str, results: int) -> None:
+    """Any one of an operator's results."""
+    right = getattr(chunked_cdcr, name)
+    for number in range(results):
+
+        def wrong(*arguments: Any, number: int = number) -> tuple[Tensor, ...]:
+            found = list(right(*arguments))
+            found[number] = found[number] + 1
+            return tuple(found)
+
+        with on_cpu({f"cdcr_{name}": wrong}):
+            assert worst_error("cpu", torch.float32) > limit(torch.float32), number
 
 
 def test_wrong_matches_are_found() -> None:

@@ -13,6 +13,7 @@ import torch
 
 import drl_fast
 from drl_fast.ops import _registry
+from tests.ops import test_cdcr as cdcr
 from tests.oracle import Problem, judge, make, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -123,3 +124,55 @@ def test_an_offset_beyond_32_bits() -> None:
         text[-3:], video[-5:], text[-3:, :, 0].float(), None, None, None, True, False, True
     )[:2]
     assert torch.equal(whole[-3:, :, -5:], part)
+
+
+def pairs_on_gpu(shape: tuple[int, int, int], dtype: torch.dtype, seed: int = 0, **options: float) -> cdcr.Pairs:
+    torch.manual_seed(seed)
+    return cdcr.pairs(shape, 512, dtype, "holes", **options).map(lambda x: x.cuda())
+
+
+@pytest.mark.parametrize("form", cdcr.FORMS)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(128, 32, 12), (32, 64, 64), (33, 77, 20), (4, 300, 3)], ids=str)
+def test_cdcr_at_real_sizes(shape: tuple[int, int, int], dtype: torch.dtype, form: str) -> None:
+    for dim in (512, 80):
+        cdcr.judge(cdcr.pairs(shape, dim, dtype, "holes", **cdcr.FORMS[form]), "cuda")
+
+
+@pytest.mark.parametrize("form", cdcr.FORMS)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_cdcr_of_single_rows(dtype: torch.dtype, form: str) -> None:
+    cdcr.judge(cdcr.rows(5000, 512, dtype, **cdcr.FORMS[form]), "cuda")
+
+
+@pytest.mark.parametrize("form", cdcr.FORMS)
+def test_cdcr_has_equal_bits(form: str) -> None:
+    p = pairs_on_gpu((128, 32, 12), torch.bfloat16, **cdcr.FORMS[form])
+    first, second = (p.grads(drl_fast.functional) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(g, second[1][n]) for n, g in first[1].items())
+
+
+@pytest.mark.parametrize("form", cdcr.FORMS)
+def test_cdcr_in_a_cuda_graph(form: str) -> None:
+    """Replayed on other pairs: nothing was decided on the host."""
+    p, other = (pairs_on_gpu((64, 32, 12), torch.bfloat16, seed, **cdcr.FORMS[form]) for seed in (0, 1))
+    inputs = {name: getattr(p, name) for name in (*cdcr.LEAVES, "text_mask", "video_mask")}
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss, grads = p.grads(drl_fast.functional)
+        return loss, *grads.values()
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for name, old in inputs.items():
+        old.copy_(getattr(other, name))
+    graph.replay()
+    for got, want in zip([x.clone() for x in captured], step(), strict=True):
+        assert torch.equal(got, want)

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/ops/test_token_interaction"
+CDCR = "tests/ops/test_cdcr.py"
 ROW = "interpreter"
 # File, test, and the parameters behind the row's name.
 SUITE: list[tuple[str, str, list[str]]] = [
@@ -70,6 +71,27 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
     ("tests/kernels/test_recompute.py", "test_small_gradients_of_one_block_beside_large_ones", ["blocks"]),
     ("tests/kernels/test_recompute.py", "test_the_graph_holds_matches_within_the_budget_alone", ["True"]),
+    (CDCR, "test_shapes", [
+        f"{weights}-{shape}-{form}" for weights, shape, form in (
+            ("plain", "(4, 1, 1)", "full"), ("weighted", "(33, 9, 5)", "diagonal"), ("weighted", "(7, 4, 9)", "full"),
+            ("plain", "(16, 32, 12)", "full"), ("weighted", "(9, 6, 1)", "diagonal"), ("plain", "(9, 1, 6)", "full"),
+            ("weighted", "(2, 300, 3)", "full"), ("weighted", "(2, 3, 300)", "diagonal"),
+        )
+    ]),
+    (CDCR, "test_masks", ["(12, 9, 5)-empty rows-full", "(12, 4, 7)-holes-diagonal", "(12, 4, 7)-video only-full"]),
+    (CDCR, "test_widths", ["3-diagonal", "3-full", "64-full", "512-diagonal"]),
+    (CDCR, "test_dtypes", ["None-torch.float16-full", "torch.float16-torch.float16-diagonal"]),
+    (CDCR, "test_rows", ["weighted-2-diagonal", "weighted-65-full", "plain-300-diagonal"]),
+    (CDCR, "test_rows_in_half_precision", ["torch.float16"]),
+    (CDCR, "test_a_constant_channel_is_left_out", ["diagonal", "full"]),
+    (CDCR, "test_a_nearly_constant_channel_is_not", ["diagonal-1e-06", "full-1e-06"]),
+    (CDCR, "test_masked_tokens_are_never_read", ["nan-diagonal", "inf-full"]),
+    (CDCR, "test_a_real_nan_is_not_hidden", []),
+    (CDCR, "test_zero_tokens", ["diagonal", "full"]),
+    (CDCR, "test_strides", ["diagonal", "full"]),
+    ("tests/kernels/test_cdcr.py", "test_blocks_and_parts", ["(40, 5, 3)", "(40, 3, 5)"]),
+    ("tests/kernels/test_cdcr.py", "test_equal_bits", []),
+    ("tests/kernels/test_cdcr.py", "test_the_first_of_equals_beyond_one_tile", []),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]  # fmt: skip
 

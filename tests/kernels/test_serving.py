@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from drl_fast.ops import _registry
+from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
+from drl_fast.ops.gpu import cdcr as gpu_cdcr
 from drl_fast.ops.gpu import token_interaction as gpu
 
 DEVICE = torch.device("cuda:0")
@@ -77,6 +79,21 @@ def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatc
     grad = torch.randn_like(want[0])
     ours, want = (f(grad, *inputs, *want[1:], True, True, [True] * 4) for f in (gpu.backward, chunked.backward))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_cdcr_falls_back_as_well(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    if dtype != torch.float64:
+        monkeypatch.setattr(_registry, "triton_serves", lambda x: False)
+    text, video, *weights, mask, _ = arguments(dtype)
+    sides = (text[:2], video, mask[:2], None)
+    ours, want = (home.statistics(*sides, True, True) for home in (gpu_cdcr, chunked_cdcr))
+    assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
+    tokens = (text[:2], video, weights[0][:2], weights[1], *want[:2])
+    channels, pull = torch.stack([want[2], want[3]] * 2), torch.randn(8, dtype=weights[0].dtype)
+    for name, more in (("correlation", (channels[:2], True, False)), ("gradient", (channels, pull, True))):
+        ours, want = (getattr(home, name)(*tokens, *more) for home in (gpu_cdcr, chunked_cdcr))
+        assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
 
 
 def test_more_rows_than_32_bits_count() -> None:

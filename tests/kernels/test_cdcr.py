@@ -1,0 +1,57 @@
+"""CDCR's kernels where little problems would not go: several blocks of product rows, several parts of a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from drl_fast import functional
+from tests.implementations import Implementation
+from tests.ops.test_cdcr import FORMS, judge, pairs, rows
+
+
+@pytest.mark.parametrize("shape", [(40, 5, 3), (40, 3, 5)], ids=str)
+def test_blocks_and_parts(impl: Implementation, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
+    """Against the oracle with a few pairs a block, and with parts of more than one tile."""
+    if impl.name not in ("interpreter", "cuda"):
+        pytest.skip("the kernels' own sizes")
+    from drl_fast.kernels import cdcr
+
+    problem = pairs(shape, 20, masks="holes", **FORMS["full"])
+    monkeypatch.setattr(cdcr, "BLOCK_BYTES", 4 * 2 * 3 * 20 * 17)
+    monkeypatch.setattr(cdcr, "MOST_PARTS", 2)
+    seen, whole = [], cdcr.product_rows
+
+    def watched(*given: Any) -> Iterator[tuple[Any, ...]]:
+        for block, *found in whole(*given):
+            seen.append((block.start, block.stop))
+            yield block, *found
+
+    monkeypatch.setattr(cdcr, "product_rows", watched)
+    judge(problem, impl.device)
+    assert seen == [(0, 17), (17, 34), (34, 40)]
+    judge(rows(300, 20, **FORMS["diagonal"]), impl.device)
+
+
+def test_equal_bits(impl: Implementation) -> None:
+    """Run after run: nothing is added in the order in which programs end."""
+    problem = pairs((12, 9, 6), 40, masks="holes", **FORMS["full"]).map(lambda x: x.to(impl.device))
+    first, second = (problem.grads(functional) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(grad, second[1][name]) for name, grad in first[1].items())
+
+
+def test_the_first_of_equals_beyond_one_tile(impl: Implementation) -> None:
+    """Zeros tie with everything, and a NaN beats everything, wherever in a long row they stand."""
+    text, video = torch.randn(2, 3, 20), torch.zeros(2, 70, 20)
+    real = torch.ones(2, 70, dtype=torch.bool)
+    real[:, :2] = False
+    video[1, 40] = video[1, 60] = torch.nan
+    arguments = [x.to(impl.device) for x in (text, video)]
+    statistics = torch.ops.drl_fast.cdcr_statistics(*arguments, None, real.to(impl.device), True, True)
+    video_index, text_index = (index.cpu() for index in statistics[:2])
+    assert (video_index == torch.tensor([[2], [40]])).all()
+    assert (text_index == torch.where(real, 0, -1)).all()
