@@ -22,11 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cdcr import product_rows, short_side
+from .cdcr import PRODUCT, product_rows, short_side
 from .cdcr_tokens import (
     DEPTH,
     LEAST,
-    OPTIONS,
     Term,
     channel_block,
     count_choosers,
@@ -37,9 +36,8 @@ from .cdcr_tokens import (
     terms,
 )  # fmt: skip
 
-# The widest kernel here: twice the warps, and registers for two programs a multiprocessor. Left to itself, ptxas spills
-# a few to make room for a third.
-GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
+# The widest kernel here: twice the warps, and registers that leave room for two programs a multiprocessor.
+GRADIENT = {**PRODUCT, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
