@@ -1,6 +1,6 @@
 """A whole training step of DRL: what the towers cost and what the interaction with its losses, ours and dense.
 
-    python benchmarks/bench_model.py            # about three minutes on two cores
+    python benchmarks/bench_model.py            # some minutes on two idle cores; ten on busy ones
     python benchmarks/bench_model.py --full     # batches of 16 to 64, as far as memory goes
 
 ViT-B/32 with random weights, seqTransf, WTI and CDCR 3 in the published setting (alpha_off = 0). The step is cut at
