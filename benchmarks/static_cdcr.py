@@ -68,7 +68,7 @@ def launches(dim: int) -> Iterator[Launch]:
         yield Launch(forward.cdcr_partners, size, {**wide, **deep, **unit, **masked})
         tile = {**tokens.pair_tile(own, other, tokens.LEAST), **deep, **unit}
         if own <= other:
-            yield Launch(forward.cdcr_product_rows, size, tile, forward.PRODUCT)
+            yield Launch(forward.cdcr_product_rows, size, tile, forward.PRODUCT_ROWS)
         for full in (False, True):
             form = {"ANCHORS": True, "PARTNERS": True, "FULL": full, "SHORT": own < other}
             what = f"{'full' if full else 'diagonal'}, {size}"

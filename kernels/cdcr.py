@@ -49,10 +49,10 @@ from .packing import Side
 
 # Sums over anchors are kept in so many parts at most: enough programs for a GPU, little to add up.
 MOST_PARTS = 256
+# With four warps a form of it spills.
+PRODUCT_ROWS = {**OPTIONS, "num_warps": 8}
 # The full form's products go by blocks of pairs, whose rows take this much memory a tensor.
 BLOCK_BYTES = 1 << 26
-# Registers enough for a product row on chip: left to itself, ptxas spills a few to make room for one more program.
-PRODUCT = {**OPTIONS, "maxnreg": 128}
 NOBODY = tl.constexpr(1 << 30)
 
 
@@ -351,5 +351,5 @@ def _rows_of_partners(term: Term, channels: Tensor, normalize: bool, rows: tuple
     cdcr_product_rows[(programs,)](
         own.features, other.features, own.inverse, other.inverse, term.index, term.weight, channels, *rows,
         pairs, n, m, dim, 2 * term.nth, channels.shape[1], *own.features.stride(), *other.features.stride(),
-        **tile, BD=block, NORMALIZE=normalize, **PRODUCT,
+        **tile, BD=block, NORMALIZE=normalize, **PRODUCT_ROWS,
     )  # fmt: skip

@@ -22,10 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cdcr import PRODUCT, product_rows, short_side
+from .cdcr import product_rows, short_side
 from .cdcr_tokens import (
     DEPTH,
     LEAST,
+    OPTIONS,
     Term,
     channel_block,
     count_choosers,
@@ -37,7 +38,7 @@ from .cdcr_tokens import (
 )  # fmt: skip
 
 # The widest kernel here: twice the warps, and registers that leave room for two programs a multiprocessor.
-GRADIENT = {**PRODUCT, "num_warps": 8, "num_stages": 1}
+GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
 
 
 @triton.jit
