@@ -53,8 +53,9 @@ def from_upstream(cls: type[DRL], state: Mapping[str, Any] | str | os.PathLike[s
             DistributedDataParallel's ``module.``; or the path of a file that holds one (``torch.load`` with
             ``weights_only=True``: no other pickle is read).
         config: :class:`Config`'s fields, or upstream's names for them (``agg_module``, ``cdcr_alpha1``, ...). What is
-            left out is read off the entries; without weight heads or cross transformer the interaction is ``"dp"``.
-            ``cdcr_padding`` is ``"competes"`` where not given, so that training goes on as it would have there.
+            left out is read off the entries, as ``patch`` and ``image_size`` are in any case; without weight heads or
+            cross transformer the interaction is ``"dp"``. ``cdcr_padding`` is ``"competes"`` where not given, so that
+            training goes on as it would have there.
 
     Raises:
         ValueError: entries that are missing, unexpected or of another shape, each named; a file that holds no state
@@ -62,6 +63,7 @@ def from_upstream(cls: type[DRL], state: Mapping[str, Any] | str | os.PathLike[s
     """
     tensors = read_state(state)
     options = infer(tensors)
+    sizes = {name: config.pop(name) for name in ("patch", "image_size") if name in config}
     for name, value in config.items():
         ours = OPTIONS.get(name, name)
         options[ours] = None if ours == "temporal" and value in ("None", "") else value
@@ -70,6 +72,11 @@ def from_upstream(cls: type[DRL], state: Mapping[str, Any] | str | os.PathLike[s
         parts[to_ours(name)] = x
     clip = {name.removeprefix("clip."): x for name, x in parts.items() if name.startswith("clip.")}
     model = cls(clip_from_state_dict(clip), **options)
+    own = {"patch": model.clip.visual.patch_size, "image_size": model.clip.visual.image_size}
+    for name, value in sizes.items():
+        found = own[name][0] if isinstance(own[name], tuple) else own[name]
+        if value != found:
+            raise ValueError(f"{name} must be the state's own, {found}, got {value}; it can be left out")
     kept = {name: x for name, x in parts.items() if name.removeprefix("clip.") not in SIZES_IN_STATE}
     load_strictly(model, kept, "state")
     return model

@@ -39,7 +39,7 @@ def case(request: pytest.FixtureRequest) -> tuple[drl_fast.DRL, dict[str, Tensor
 
 
 def config(meta: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in meta.items() if k not in ("patch", "image_size")}
+    return dict(meta)
 
 
 def close(ours: Tensor, recorded: Tensor, mask: Tensor | None = None, tolerance: float = 2e-5) -> None:
@@ -104,7 +104,7 @@ def test_padding_is_left_out_unless_asked_for() -> None:
 def test_fresh_modules_start_as_upstream_does(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
     """Blocks and positions from CLIP; what upstream draws at random, from the same distribution."""
     _, arrays, meta = case
-    options = {checkpoint.OPTIONS.get(k, k): v for k, v in config(meta).items()}
+    options = {checkpoint.OPTIONS.get(k, k): v for k, v in meta.items() if k not in ("patch", "image_size")}
     options["temporal"] = None if options["temporal"] == "None" else options["temporal"]
     torch.manual_seed(0)
     fresh = drl_fast.DRL.from_clip_state_dict(part(arrays, "state.clip."), **options).to_upstream()
@@ -159,6 +159,7 @@ def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
         (lambda s: None, {"interaction": "wtii"}, ["interaction must be one of", "wtii"]),
         (lambda s: None, {"agg_module": "tightTransf"}, ["temporal must be one of", "tightTransf"]),
         (lambda s: None, {"interaction": "dp", "cdcr": 3}, ["cdcr must be 0, 1 or 2"]),
+        (lambda s: None, {"patch": 16}, ["patch must be the state's own, 8, got 16"]),
         (lambda s: s.update({"clip.visual.proj": torch.zeros(60, 64)}), {}, ["visual.proj", "(60, 64)"]),
     ],
 )  # fmt: skip
