@@ -21,4 +21,20 @@ extern const Capability avx2, avx512;
 
 const Capability& capability();
 
+template <class T>
+const Kernels<T>& chosen_kernels() {
+  if constexpr (sizeof(T) == 8)
+    return capability().f64;
+  else
+    return capability().f32;
+}
+
+template <class T>
+const CdcrKernels<T>& chosen_cdcr_kernels() {
+  if constexpr (sizeof(T) == 8)
+    return capability().cdcr_f64;
+  else
+    return capability().cdcr_f32;
+}
+
 }  // namespace drl_fast

@@ -18,7 +18,7 @@ void find_partners(const Sides<T>& sides, PairRows<T>& rows, int64_t pair, std::
     T of_word = 0;
     for (int64_t j = 0; j < video.length; j++) {
       if (video.token_at[pair * video.length + j] < 0) continue;
-      const T s = cdcr_kernels<T>().dot(rows.row(kText, i), rows.row(kVideo, j), sides.width);
+      const T s = chosen_cdcr_kernels<T>().dot(rows.row(kText, i), rows.row(kVideo, j), sides.width);
       auto beats = [s](int16_t index, T top) { return index < 0 || s > top || (s != s && top == top); };
       if (beats(frame_of[i], of_word)) of_word = s, frame_of[i] = static_cast<int16_t>(j);
       if (beats(word_of[j], best[j])) best[j] = s, word_of[j] = static_cast<int16_t>(i);
@@ -26,8 +26,8 @@ void find_partners(const Sides<T>& sides, PairRows<T>& rows, int64_t pair, std::
   }
 }
 
-// Where a term's sums start: its first anchor and that one's partner, so that of a constant channel nothing is left, not
-// even rounding. Zeros without an anchor. Returns the number of anchors.
+// Where a term's sums start: its first anchor and that one's partner, so that of a constant channel nothing is left,
+// not even rounding. Zeros without an anchor. Returns the number of anchors.
 template <class T>
 int64_t first_rows(const Sides<T>& sides, const Anchors<T>& anchors, int term, PairRows<T>& rows,
                    std::vector<double>* shift) {
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& text, const 
     return collect(runs, roles, dim);
   };
   Tensor mean = sum_over([&](const T* x, int role, T* to) {
-    cdcr_kernels<T>().sum(x, table[role].mean, sides.width, to);
+    chosen_cdcr_kernels<T>().sum(x, table[role].mean, sides.width, to);
   });
   double* means = static_cast<double*>(mean.mutable_data_ptr());
   for (int64_t r = 0; r < roles; r++) {
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& text, const 
     table.set_mean(r, means + r * dim);
   }
   Tensor scatter = sum_over([&](const T* x, int role, T* to) {
-    cdcr_kernels<T>().scatter(x, table[role], sides.width, to);
+    chosen_cdcr_kernels<T>().scatter(x, table[role], sides.width, to);
   });
   return {video_index, text_index, mean, scatter};
 }
@@ -101,9 +101,10 @@ std::tuple<Tensor, Tensor> diagonal(const Sides<T>& sides, const Anchors<T>& anc
   std::vector<PairRows<T>> rows = pair_rows(sides);
   over_pairs(0, sides.pairs, work_of(sides), [&](int64_t run, int64_t worker, int64_t pair) {
     over_anchors(sides, anchors, rows[worker], pair, [&](int term, int64_t, int64_t, const T* x, const T* y, T weight) {
-      cdcr_kernels<T>().correlate(x, y, weight, table[role_of(term, false)], table[role_of(term, true)], sides.width,
-                                  runs[run].row(2 * anchors.terms + term), runs[run].row(role_of(term, false)),
-                                  runs[run].row(role_of(term, true)));
+      chosen_cdcr_kernels<T>().correlate(
+          x, y, weight, table[role_of(term, false)], table[role_of(term, true)], sides.width,
+          runs[run].row(2 * anchors.terms + term), runs[run].row(role_of(term, false)),
+          runs[run].row(role_of(term, true)));
       runs[run].added();
     });
   });
@@ -172,14 +173,14 @@ void pull_pairs(GradientJob<T>& job, int64_t first, int64_t last, std::vector<Pa
         was_here = 1;
       }
       static_cast<T*>(job.grad_weight[term].mutable_data_ptr())[pair * lengths[term] + i] =
-          cdcr_kernels<T>().pull(x, y, weight, job.table[role_of(term, false)], job.table[role_of(term, true)], pull,
-                                 sides.width, gradient_of(term, i), gradient_of(1 - term, j));
+          chosen_cdcr_kernels<T>().pull(x, y, weight, job.table[role_of(term, false)], job.table[role_of(term, true)],
+                                        pull, sides.width, gradient_of(term, i), gradient_of(1 - term, j));
     });
     for (int s = 0; s < 2; s++)
       for (int64_t p = 0; p < lengths[s]; p++) {
         char* out = static_cast<char*>(job.grad[s].mutable_data_ptr()) + (pair * lengths[s] + p) * sides.dim * size;
         if (rows[worker].loaded(s, p))
-          row_kernels<T>().store_gradient(sides.side[s].tokens, gradient_of(s, p), rows[worker].row(s, p),
+          chosen_kernels<T>().store_gradient(sides.side[s].tokens, gradient_of(s, p), rows[worker].row(s, p),
                                           rows[worker].inverse(s, p), out);
         else
           std::memset(out, 0, sides.dim * size);

@@ -21,22 +21,6 @@ constexpr int64_t kRuns = 16;
 // Rows that are summed in T before they go into the double sums: few enough that float loses nothing that shows.
 constexpr int64_t kFlush = 64;
 
-template <class T>
-const CdcrKernels<T>& cdcr_kernels() {
-  if constexpr (sizeof(T) == 8)
-    return capability().cdcr_f64;
-  else
-    return capability().cdcr_f32;
-}
-
-template <class T>
-const Kernels<T>& row_kernels() {
-  if constexpr (sizeof(T) == 8)
-    return capability().f64;
-  else
-    return capability().f32;
-}
-
 Tensor contiguous_like(const Tensor& x) {
   return torch::stable::empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
 }
@@ -97,7 +81,7 @@ class PairRows {
     const int64_t token = tokens.token_at[pair_ * tokens.length + position];
     T* out = rows_.get() + at * sides_.width;
     const bool as_it_is = !tokens.normalize && size_of(tokens.dtype) == sizeof(T) && sides_.width == sides_.dim;
-    if (!loaded_[at] && !as_it_is) row_kernels<T>().load_row(tokens, token, out, &inverse_[at]);
+    if (!loaded_[at] && !as_it_is) chosen_kernels<T>().load_row(tokens, token, out, &inverse_[at]);
     loaded_[at] = 1;
     return as_it_is ? reinterpret_cast<const T*>(tokens.row[token]) : out;
   }
@@ -146,8 +130,8 @@ class Sums {
   std::vector<double> total_;
 };
 
-// Run body(run, worker, pair) for pairs [first, last); a run's pairs come in order, whatever worker takes the run. Where
-// nothing is summed over pairs there may be as many runs as pairs.
+// Run body(run, worker, pair) for pairs [first, last); a run's pairs come in order, whatever worker takes the run.
+// Where nothing is summed over pairs there may be as many runs as pairs.
 template <class Body>
 void over_pairs(int64_t first, int64_t last, int64_t work, const Body& body, int64_t most_runs = kRuns) {
   const int64_t pairs = last - first, runs = std::min(most_runs, std::max<int64_t>(pairs, 1));

@@ -51,7 +51,7 @@ class ProductRows {
         // Kernels write whole vectors: rows of another width are built beside the buffer.
         const bool whole = sides_.width == sides_.dim;
         if (!whole && add) std::copy_n(to, sides_.dim, beside);
-        cdcr_kernels<T>().standardize(
+        chosen_cdcr_kernels<T>().standardize(
             x, y, weight, table_[role_of(term, false)], table_[role_of(term, true)], sides_.width, add,
             whole ? to : beside, whole ? partner : beside + sides_.width,
             sums ? (*sums)[run].row(role_of(term, false)) : beside + 2 * sides_.width,

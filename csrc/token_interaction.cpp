@@ -11,14 +11,6 @@
 namespace drl_fast {
 namespace {
 
-template <class T>
-const Kernels<T>& kernels() {
-  if constexpr (sizeof(T) == 8)
-    return capability().f64;
-  else
-    return capability().f32;
-}
-
 Tensor make(std::vector<int64_t> size, ScalarType dtype) { return torch::stable::empty(size, dtype); }
 
 // Bytes of source rows and of target gradients that the backward works on at a time.
@@ -34,7 +26,7 @@ Matches view(const Tensor& index, bool other_last) {
 
 template <class T>
 void run_forward(const Side<T>& rows, const Side<T>& lanes_side, Lanes<T>& lanes, ForwardJob<T> job) {
-  const Kernels<T>& k = kernels<T>();
+  const Kernels<T>& k = chosen_kernels<T>();
   if (lanes.groups.empty() || rows.count() == 0) return;
   lanes.pack(k);
   // Enough tasks to keep every thread busy to the end, blocks long enough to reuse a panel from cache.
@@ -106,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& text, const Tensor& vid
   ForwardJob<T> job = {};
   job.scale = both ? T(0.5) : T(1);
   job.logits = scores;
-  const int vector = kernels<T>().vector;
+  const int vector = chosen_kernels<T>().vector;
   Lanes<T> video_lanes(v.tokens, vector), text_lanes(t.tokens, vector);
   // Few videos leave lanes empty, many lengths leave slots empty: put the side in lanes that wastes less.
   if (t.count() * video_lanes.steps <= v.count() * text_lanes.steps * 1.1) {
@@ -138,7 +130,7 @@ class SourceRows {
       for (int64_t r = task * kRowsAtOnce; r < std::min(count, (task + 1) * kRowsAtOnce); r++) {
         T* out = in_place ? unused.get() + thread * width : copy_->get() + r * width;
         // In place a row is loaded for its norm alone.
-        if (!in_place || tokens.normalize) kernels<T>().load_row(tokens, r, out, &scale_[r]);
+        if (!in_place || tokens.normalize) chosen_kernels<T>().load_row(tokens, r, out, &scale_[r]);
         row_[r] = in_place ? reinterpret_cast<const T*>(tokens.row[r]) : out;
       }
     });
@@ -202,7 +194,9 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& features, const Side<T>& targe
                        own_row.get() + w * max_items, own.get() + w * max_items, begin.get() + w * (length + 1),
                        other_row.get() + w * max_chunk, other.get() + w * max_chunk,
                        chooser_of.get() + w * max_chunk});
-  parallel(tasks, workers, [&](int64_t task, int64_t worker) { kernels<T>().backward(job, task, scratch[worker]); });
+  parallel(tasks, workers, [&](int64_t task, int64_t worker) {
+    chosen_kernels<T>().backward(job, task, scratch[worker]);
+  });
   return {grad, grad_weight};
 }
 

@@ -128,6 +128,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of channel statistics: float64, float32 on the devices that have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not isinstance(value, str | int) or value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
@@ -153,8 +158,3 @@ def as_float(value: numbers.Real) -> float:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of channel statistics: float64, float32 on the devices that have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -78,8 +78,7 @@ def token_contrastive_loss(
         Over a group: a rank's own error on that rank and RuntimeError with its words on all others; ValueError with the
         same words on all where they differ in D, dtype, options or what needs gradients, or hold no pair
         together. A rank that died, never calls or fails while computing shows by the group's timeout alone: 30
-        minutes for gloo, 10 for NCCL,
-        unless ``init_process_group`` or ``new_group`` got ``timeout=timedelta(...)``.
+        minutes for gloo, 10 for NCCL, unless ``init_process_group`` or ``new_group`` got ``timeout=timedelta(...)``.
 
     Source: arXiv 2203.07111, section 3.4; the running log-sum-exp is Milakov & Gimelshein's, arXiv 1805.02867.
     """

@@ -67,9 +67,7 @@ def from_upstream(cls: type[DRL], state: Mapping[str, Any] | str | os.PathLike[s
     for name, value in config.items():
         ours = OPTIONS.get(name, name)
         options[ours] = None if ours == "temporal" and value in ("None", "") else value
-    parts: dict[str, Tensor] = {}
-    for name, x in tensors.items():
-        parts[to_ours(name)] = x
+    parts = {to_ours(name): x for name, x in tensors.items()}
     clip = {name.removeprefix("clip."): x for name, x in parts.items() if name.startswith("clip.")}
     model = cls(clip_from_state_dict(clip), **options)
     own = {"patch": model.clip.visual.patch_size, "image_size": model.clip.visual.image_size}

@@ -21,7 +21,13 @@ WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, Callable[..., Tensor]]:
-    """A CLIP and its tokenizer (``tokenizer(texts, context_length=32) -> ids``).
+    """The CLIP of :func:`build_clip` and its tokenizer (``tokenizer(texts, context_length=32) -> ids``)."""
+    # The tokenizer last: those of other kinds of text tower would have to be fetched.
+    return build_clip(name, pretrained), open_clip.get_tokenizer(name)
+
+
+def build_clip(name: str, pretrained: str | None = None) -> open_clip.CLIP:
+    """An open_clip model by name.
 
     Args:
         name: one of ``open_clip.list_models()``, e.g. ``"ViT-B-32"``. A local file of OpenAI's weights wants the
@@ -52,13 +58,7 @@ def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP,
     # Whatever a broken file or a missing network raises: urllib, huggingface_hub, torch and pickle each have their own.
     except Exception as error:
         raise ValueError(_advice(name, pretrained, error)) from error
-    # Before the tokenizer, which other kinds of text tower would have to fetch.
-    return check_clip(clip), open_clip.get_tokenizer(name)
-
-
-def build_clip(name: str, pretrained: str | None = None) -> open_clip.CLIP:
-    """The CLIP of :func:`load_clip` without its tokenizer."""
-    return load_clip(name, pretrained)[0]
+    return check_clip(clip)
 
 
 def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:

@@ -175,10 +175,9 @@ class DRL(nn.Module):
             ValueError, TypeError: ids that are no (A, Nt) integers, or lie outside the vocabulary (CPU only).
         """
         ids = self._check_ids(ids)
-        longest = ids.argmax(dim=1) + 1
-        mask = torch.arange(ids.shape[1], device=ids.device) < longest[:, None]
+        mask = _until_end(ids)
         # Causal attention: nothing behind the end token reaches what is before it.
-        groups = (longest + LENGTH_STEP - 1) // LENGTH_STEP
+        groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
         order, parts = groups.argsort(stable=True), []
         for rows in order.split(groups.bincount().tolist()):
             if len(rows):
@@ -282,71 +281,75 @@ class DRL(nn.Module):
         for name in ("text_ids", "video"):
             if name not in batch:
                 raise ValueError(f"batch must hold {name!r}, got {', '.join(map(repr, batch)) or 'nothing'}")
-        text, text_mask = self.encode_text(batch["text_ids"])
-        text_mask = batch.get("text_mask", text_mask)
-        video_mask = batch.get("video_mask")
-        video = self.encode_video(batch["video"], video_mask)
-        sides = (text, video, text_mask, video_mask)
+        text, video, text_mask, video_mask, padded = self._encode(batch)
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(self.interaction, WTI):
+            weights = self.interaction.weights(text, video, text_mask, video_mask)
+        sides = (text, video, *weights, text_mask, video_mask)
         contrast = self._contrast(*sides, batch.get("owner"), process_group)
-        if self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes":
-            regulariser = self._decorrelation_with_padding(*sides, batch, process_group)
-        else:
-            regulariser = self._decorrelation(*sides, process_group)
+        regulariser = self._decorrelation(*sides, padded, process_group)
         total = contrast if self.config.cdcr == 0 else contrast + self.config.cdcr_weight * regulariser
         return {"total": total, "info_nce": contrast, "cdcr": regulariser}
 
+    def _encode(
+        self, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Tokens and masks (bool) of both sides; tokens that include padding's, where CDCR is to see them."""
+        ids, frames = batch["text_ids"], batch["video"]
+        video_mask = self._check_frames(frames, batch.get("video_mask"))
+        padded = None
+        if self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes":
+            ids = self._check_ids(ids)
+            text_mask = _until_end(ids)
+            padded = self._text_tower(ids), padding.frames_with_padding(self, frames, video_mask)
+            text, video = (
+                x.masked_fill(~real[..., None], 0) for x, real in zip(padded, (text_mask, video_mask), strict=True)
+            )
+        else:
+            text, text_mask = self.encode_text(ids)
+            video = self.encode_video(frames, video_mask)
+        return text, video, batch["text_mask"] != 0 if "text_mask" in batch else text_mask, video_mask, padded
+
     def _contrast(
-        self, text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor | None, owner: Tensor | None,
-        process_group: ProcessGroup | None,
+        self, text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor,
+        video_mask: Tensor, owner: Tensor | None, process_group: ProcessGroup | None,
     ) -> Tensor:  # fmt: skip
-        layer = self.interaction
-        if isinstance(layer, WTI | TI):
-            wt, wv = layer.weights(text, video, text_mask, video_mask) if isinstance(layer, WTI) else (None, None)
+        if isinstance(self.interaction, WTI | TI):
             return functional.token_contrastive_loss(
-                text, video, wt, wv, text_mask, video_mask, logit_scale=self.logit_scale, owner=owner,
-                process_group=process_group,
+                text, video, text_weight, video_weight, text_mask, video_mask, logit_scale=self.logit_scale,
+                owner=owner, process_group=process_group,
             )  # fmt: skip
         if owner is not None or process_group is not None:
             name = "owner" if owner is not None else "process_group"
             raise ValueError(f"{name} is served by interaction='ti' and 'wti', got {self.config.interaction!r}")
-        return info_nce(layer(text, video, text_mask, video_mask), self.logit_scale)
+        return info_nce(self.interaction(text, video, text_mask, video_mask), self.logit_scale)
 
     def _decorrelation(
-        self, text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor | None,
-        process_group: ProcessGroup | None,
+        self, text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor,
+        video_mask: Tensor, padded: tuple[Tensor, Tensor] | None, process_group: ProcessGroup | None,
     ) -> Tensor:  # fmt: skip
         config = self.config
-        options: dict[str, Any] = {
-            "alpha_on": config.cdcr_alpha_on, "alpha_off": config.cdcr_alpha_off, "process_group": process_group
-        }  # fmt: skip
+        alphas: dict[str, Any] = {"alpha_on": config.cdcr_alpha_on, "alpha_off": config.cdcr_alpha_off}
         if config.cdcr == 0:
             return text.new_zeros((), dtype=torch.float32)
         if config.cdcr == 1:
-            masks = (None if m is None else m != 0 for m in (text_mask, video_mask))
-            return functional.cross_correlation_loss(*pool(text, video, *masks), **options)
-        weights: tuple[Tensor | None, Tensor | None] = (None, None)
-        if config.cdcr == 3:
-            assert isinstance(self.interaction, WTI)
-            weights = self.interaction.weights(text, video, text_mask, video_mask)
-        return functional.cdcr_loss(text, video, *weights, text_mask, video_mask, **options)
-
-    def _decorrelation_with_padding(
-        self, text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor | None, batch: Mapping[str, Tensor],
-        process_group: ProcessGroup | None,
-    ) -> Tensor:  # fmt: skip
+            pooled = pool(text, video, text_mask, video_mask)
+            return functional.cross_correlation_loss(*pooled, **alphas, process_group=process_group)
+        weights = (text_weight, video_weight) if config.cdcr == 3 else (None, None)
+        if padded is None:
+            return functional.cdcr_loss(
+                text, video, *weights, text_mask, video_mask, **alphas, process_group=process_group
+            )  # fmt: skip
         if process_group is not None:
             raise ValueError("cdcr_padding must be 'never' over a process group, got 'competes'")
-        weights: tuple[Tensor | None, Tensor | None] = (None, None)
-        if isinstance(self.interaction, WTI) and self.config.cdcr == 3:
-            weights = self.interaction.weights(text, video, text_mask, video_mask)
-        frames_real = torch.ones_like(video[..., 0], dtype=torch.bool) if video_mask is None else video_mask != 0
-        return padding.cdcr_loss(
-            self._text_tower(self._check_ids(batch["text_ids"])),
-            padding.frames_with_padding(self, batch["video"], frames_real), *weights, text_mask != 0, frames_real,
-            alpha_on=self.config.cdcr_alpha_on, alpha_off=self.config.cdcr_alpha_off,
-        )  # fmt: skip
+        return padding.cdcr_loss(*padded, *weights, text_mask, video_mask, **alphas)
 
     def describe_config(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` writes beside the weights."""
         quick = any(type(module).__name__ == "QuickGELU" for module in self.clip.modules())
         return {"clip": self.clip_name, "quick_gelu": quick, **asdict(self.config)}
+
+
+def _until_end(ids: Tensor) -> Tensor:
+    """(A, Nt) bool: the positions up to and including the end token, the largest id of a row."""
+    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)

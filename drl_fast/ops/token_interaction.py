@@ -20,6 +20,7 @@ from torch import Tensor
 from .._checks import accumulation_dtype
 from ._registry import LIBRARY
 from .chunked import token_interaction as chunked
+from .chunked.token_interaction import index_dtype
 from .gpu import token_interaction as gpu
 
 LIBRARY.define(
@@ -47,11 +48,6 @@ token_interaction = torch.ops.drl_fast.token_interaction.default
 # costs one more product, a third to a fifth of the step; keeping them beyond this would make them, and not the features
 # and the towers' activations, what decides the largest batch. 1 GiB is a batch of 4,900 at 32 words x 12 frames.
 MATCH_BUDGET = {"cuda": 1 << 30}
-
-
-def index_dtype(length: int) -> torch.dtype:
-    """The dtype that indexes a row of ``length`` tokens and still has a value for "none chosen"."""
-    return torch.uint8 if length <= 255 else torch.int16
 
 
 def keeps_matches(text: Tensor, video: Tensor, both: bool) -> bool:

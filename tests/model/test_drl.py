@@ -34,12 +34,8 @@ def part(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @pytest.fixture(params=CASES, ids=lambda p: p.stem)
 def case(request: pytest.FixtureRequest) -> tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]:
     arrays, meta = load(request.param)
-    model = drl_fast.DRL.from_upstream(part(arrays, "state."), **config(meta))
+    model = drl_fast.DRL.from_upstream(part(arrays, "state."), **meta)
     return model.eval(), arrays, meta
-
-
-def config(meta: dict[str, Any]) -> dict[str, Any]:
-    return dict(meta)
 
 
 def close(ours: Tensor, recorded: Tensor, mask: Tensor | None = None, tolerance: float = 2e-5) -> None:
@@ -86,8 +82,8 @@ def test_padding_is_left_out_unless_asked_for() -> None:
     """In the recorded batch every similarity of a pair is negative, so the public code's padding wins all of them."""
     arrays, meta = load(GOLDEN / "model_wti_seqtransf.npz")
     state, inputs = part(arrays, "state."), batch(arrays)
-    upstream = drl_fast.DRL.from_upstream(state, **config(meta))(inputs)
-    model = drl_fast.DRL.from_upstream(state, **config(meta), cdcr_padding="never")
+    upstream = drl_fast.DRL.from_upstream(state, **meta)(inputs)
+    model = drl_fast.DRL.from_upstream(state, **meta, cdcr_padding="never")
     ours = model(inputs)
     assert torch.equal(ours["info_nce"], upstream["info_nce"])
     assert abs(float(ours["cdcr"] - upstream["cdcr"])) > 0.1

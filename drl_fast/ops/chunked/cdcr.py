@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _autocast
 from ..._checks import accumulation_dtype, statistics_dtype
-from .token_interaction import NORM_EPS
+from .token_interaction import LARGEST, best, through_norm, unit
 
 # Tokens of one side in a chunk: temporaries stay at some ten times that many rows of D.
 CHUNK_TOKENS = 4096
@@ -32,27 +32,16 @@ class Term(NamedTuple):
     chose: Tensor  # (C, Na, Np): 1 where this anchor has that partner. Sums by partner are products with it: no atomics
 
 
-def unit(features: Tensor, needed: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens in the dtype of sums, and 1 / norm (0 for a zero token); what is not needed is not read."""
-    x = torch.where(needed[..., None], features, 0).to(accumulation_dtype(features.dtype))
-    if not normalize:
-        return x, None
-    norm = x.norm(dim=-1, keepdim=True)
-    inverse = torch.where(norm <= NORM_EPS, 0, 1 / norm)
-    return torch.where(norm <= NORM_EPS, 0, x * inverse), inverse
-
-
 def chunks(text: Tensor, video: Tensor) -> Iterator[slice]:
     step = max(1, CHUNK_TOKENS // max(text.shape[1], video.shape[1]))
     for first in range(0, len(text), step):
         yield slice(first, first + step)
 
 
-def needed(own: Tensor, other: Tensor, length: int, both: bool) -> Tensor:
-    """(C, length) bool: the tokens that are an anchor or somebody's partner."""
-    partner = torch.zeros(len(other), length + 1, dtype=torch.bool, device=other.device)
-    partner.scatter_(1, torch.where(other >= 0, other, length).long(), True)
-    return partner[:, :length] | (own >= 0) if both else partner[:, :length]
+def partners_of(index: Tensor, length: int) -> Tensor:
+    """(C, length) bool: the tokens that some anchor of the other side has for its partner."""
+    partner = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
+    return partner.scatter_(1, torch.where(index >= 0, index, length).long(), True)[:, :length]
 
 
 class Chunk(NamedTuple):
@@ -70,10 +59,9 @@ def walk(
 ) -> Iterator[Chunk]:
     for pairs in chunks(text, video):
         index = (video_index[pairs], text_index[pairs])
-        words = index[0] >= 0
+        words, frames = index[0] >= 0, partners_of(index[0], video.shape[1])
         if both:
-            words = needed(index[0], index[1], text.shape[1], True)
-        frames = needed(index[1], index[0], video.shape[1], both)
+            words, frames = words | partners_of(index[1], text.shape[1]), frames | (index[1] >= 0)
         t, t_inverse = unit(text[pairs], words, normalize)
         v, v_inverse = unit(video[pairs], frames, normalize)
         terms = []
@@ -124,18 +112,11 @@ def _partners(
     words = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_mask is None else text_mask
     frames = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device) if video_mask is None else video_mask
     s = unit(text, words, normalize)[0] @ unit(video, frames, normalize)[0].transpose(1, 2)
-    paired = words[:, :, None] & frames[:, None, :]
-    found = []
-    for dim in (2, 1):
-        top = s.masked_fill(~paired, -torch.inf).amax(dim, keepdim=True)
-        hit = ((s == top) | s.isnan()) & paired
-        # Written out: argmax promises no order among ties on every device.
-        shape = [1, 1, 1]
-        shape[dim] = -1
-        position = torch.arange(s.shape[dim], device=s.device).view(shape)
-        index = torch.where(hit, position, s.shape[dim]).amin(dim)
-        found.append(torch.where(index == s.shape[dim], -1, index).to(torch.int16))
-    return found[0], found[1]
+    never = torch.zeros((), dtype=torch.bool, device=s.device)  # a masked 0 does not compete
+    _, frame_of = best(s, 2, frames[:, None, :], never, words, LARGEST)
+    _, word_of = best(s, 1, words[:, :, None], never, frames, LARGEST)
+    by_word, by_frame = (index.masked_fill(index == LARGEST, -1).to(torch.int16) for index in (frame_of, word_of))
+    return by_word, by_frame
 
 
 def _standard(x: Tensor, channels: Tensor, role: int) -> Tensor:
@@ -203,7 +184,8 @@ def gradient(
                 into[1 - term.nth] += term.chose.transpose(1, 2) @ torch.where(term.there, grad_y, 0)
                 into[1 - term.nth] += to_partner * inverse[1]
             for side, out in enumerate(grads):
-                out[chunk.pairs] = _raw(into[side], chunk, side).to(out.dtype)
+                raw = through_norm(into[side], chunk.units[side], chunk.inverses[side], chunk.needed[side])
+                out[chunk.pairs] = raw.to(out.dtype)
     return grads[0], grads[1], weight_grads[0], weight_grads[1] if both else weight_grads[1][:0]
 
 
@@ -233,11 +215,3 @@ def _back_through(
 
 def _was_chosen(term: Term) -> Tensor:
     return term.chose.any(1)[..., None]
-
-
-def _raw(grad: Tensor, chunk: Chunk, side: int) -> Tensor:
-    """Gradient of the raw tokens from that of the unit tokens."""
-    inverse, token = chunk.inverses[side], chunk.units[side]
-    if inverse is not None:
-        grad = torch.where(inverse == 0, 0, (grad - token * (token * grad).sum(-1, keepdim=True)) * inverse)
-    return torch.where(chunk.needed[side][..., None], grad, 0)

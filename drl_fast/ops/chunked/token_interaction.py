@@ -41,21 +41,33 @@ def prepare(features: Tensor, mask: Tensor | None, normalize: bool) -> Side:
     block = max(1, edge // length)
     pad = -rows % block
     real = torch.ones(rows, length, dtype=torch.bool, device=features.device) if mask is None else mask
-    tokens = features.to(accumulation_dtype(features.dtype))
-    if mask is not None:
-        tokens = torch.where(real[..., None], tokens, 0)
-    inverse = None
-    if normalize:
-        norm = tokens.norm(dim=-1, keepdim=True)
-        inverse = torch.where(norm <= NORM_EPS, 0, 1 / norm)
-        # where, not a product: Inf * 0 would turn a finite but overflowing row into NaN
-        tokens = torch.where(norm <= NORM_EPS, 0, tokens * inverse)
+    tokens, inverse = unit(features, mask, normalize)
     has_masked = ~real.all(dim=1)
     if pad:
         tokens = torch.nn.functional.pad(tokens, (0, 0, 0, 0, 0, pad))
         real = torch.nn.functional.pad(real, (0, 0, 0, pad))
         has_masked = torch.nn.functional.pad(has_masked, (0, pad))
     return Side(tokens, inverse, real, has_masked, block)
+
+
+def unit(features: Tensor, real: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Real tokens in the dtype of sums, else zeros, and 1 / norm: 0 of a zero token, None of tokens as they are."""
+    tokens = features.to(accumulation_dtype(features.dtype))
+    if real is not None:
+        tokens = torch.where(real[..., None], tokens, 0)
+    if not normalize:
+        return tokens, None
+    norm = tokens.norm(dim=-1, keepdim=True)
+    inverse = torch.where(norm <= NORM_EPS, 0, 1 / norm)
+    # where, not a product: Inf * 0 would turn a finite but overflowing row into NaN
+    return torch.where(norm <= NORM_EPS, 0, tokens * inverse), inverse
+
+
+def through_norm(grad: Tensor, tokens: Tensor, inverse: Tensor | None, real: Tensor) -> Tensor:
+    """Gradient of the raw features from that of :func:`unit`'s tokens."""
+    if inverse is not None:
+        grad = torch.where(inverse == 0, 0, (grad - tokens * (tokens * grad).sum(-1, keepdim=True)) * inverse)
+    return torch.where(real[..., None], grad, 0)
 
 
 def blocks(text: Side, video: Side, a: int, b: int) -> Iterator[tuple[slice, slice]]:
@@ -131,8 +143,8 @@ def forward(
     both = video_weight is not None
     dtype = accumulation_dtype(text.dtype)
     logits = text.new_empty((a, b), dtype=dtype)
-    video_index = text.new_empty((a, nt, b) if keep_matches else (0,), dtype=_index_dtype(nv))
-    text_index = text.new_empty((a, nv, b) if keep_matches and both else (0,), dtype=_index_dtype(nt))
+    video_index = text.new_empty((a, nt, b) if keep_matches else (0,), dtype=index_dtype(nv))
+    text_index = text.new_empty((a, nv, b) if keep_matches and both else (0,), dtype=index_dtype(nt))
     none_v, none_t = _none(video_index), _none(text_index)
     with _autocast.off(text.device.type):
         t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
@@ -213,12 +225,10 @@ def backward(
 
 
 def _unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
-    """Gradient of the raw features from that of the normalised tokens."""
-    grad, tokens = grad[: len(features)], side.tokens[: len(features)]
-    if side.inverse_norm is not None:
-        grad = (grad - tokens * (tokens * grad).sum(-1, keepdim=True)) * side.inverse_norm
-        grad = torch.where(side.inverse_norm == 0, 0, grad)
-    return torch.where(side.real[: len(features), :, None], grad, 0).to(features.dtype).contiguous()
+    """Without the rows that padded the last block, in the features' dtype."""
+    rows = len(features)
+    grad = through_norm(grad[:rows], side.tokens[:rows], side.inverse_norm, side.real[:rows])
+    return grad.to(features.dtype).contiguous()
 
 
 def _pad_rows(weight: Tensor, side: Side) -> Tensor:
@@ -228,7 +238,8 @@ def _pad_rows(weight: Tensor, side: Side) -> Tensor:
 LARGEST = 1 << 30
 
 
-def _index_dtype(length: int) -> torch.dtype:
+def index_dtype(length: int) -> torch.dtype:
+    """The dtype that indexes a row of ``length`` tokens and still has a value for "none chosen"."""
     return torch.uint8 if length <= 255 else torch.int16
 
 
