@@ -30,7 +30,7 @@ from benchmarks import eager, harness, loss_tables, plots, tables
 from benchmarks.contestants import Contestant
 from benchmarks.harness import Call
 from benchmarks.problem import Problem, Shape, make_problem
-from benchmarks.session import Bars, conduct, memory_apart, take_part
+from benchmarks.session import OUT, THREADS, Device, Out, Threads, conduct, memory_apart, take_part, tracked
 from drl_fast import functional
 
 YARDSTICK = "products"
@@ -201,29 +201,23 @@ def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, 
     jobs = [(shape, mode) for mode, shapes in (("rows", plan.rows), ("pairs", plan.pairs)) for shape in shapes]
     # Where it is slow, it is measured for the pairs as well.
     jobs += [(shape, "pairs") for shape in plan.outer if shape not in plan.pairs]
-    bars = Bars(progress, "time", len(jobs))
-    result["time"] = []
-    for shape, mode in jobs:
-        bars.at(f"{shape.label()} {mode}")
-        result["time"].append(measure_time(shape, mode, plan, device))
-        bars.done()
+    result["time"] = [
+        measure_time(shape, mode, plan, device)
+        for shape, mode in tracked(progress, "time", jobs, lambda job: f"{job[0].label()} {job[1]}")
+    ]
     sizes = [(name, shape) for name, shapes in plan.memory.items() for shape in shapes]
-    bars = Bars(progress, "memory", len(sizes))
-    result["memory"] = []
-    for name, shape in sizes:
-        bars.at(f"{name} at {shape.batch}")
-        result["memory"].append(
-            memory_apart("benchmarks.bench_cdcr:memory_step", by_name[name], shape, device, threads)
-        )  # fmt: skip
-        bars.done()
+    result["memory"] = [
+        memory_apart("benchmarks.bench_cdcr:memory_step", by_name[name], shape, device, threads)
+        for name, shape in tracked(progress, "memory", sizes, lambda job: f"{job[0]} at {job[1].batch}")
+    ]
     return result
 
 
 def main(
     full: Annotated[bool, typer.Option(help="More pairs, and the N x D x D form at 48 pairs (5 GB).")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
-    out: Annotated[Path, typer.Option(help="Results go to OUT/<machine>/.")] = Path("bench_out"),
+    device: Device = "cpu",
+    threads: Threads = THREADS,
+    out: Out = OUT,
 ) -> None:
     """Measure the channel decorrelation losses beside what they replace."""
     torch.set_num_threads(threads)

@@ -27,7 +27,18 @@ from benchmarks import eager, harness, loss_tables, plots, tables
 from benchmarks.contestants import Contestant
 from benchmarks.harness import Call
 from benchmarks.problem import Problem, Shape, make_problem
-from benchmarks.session import Bars, conduct, known_memory, largest_batch, memory_apart, take_part
+from benchmarks.session import (
+    OUT,
+    THREADS,
+    Device,
+    Out,
+    Threads,
+    conduct,
+    largest_batches,
+    memory_apart,
+    take_part,
+    tracked,
+)  # fmt: skip
 from drl_fast import functional
 
 SCALE = 100.0  # CLIP's upper limit of the factor
@@ -129,45 +140,27 @@ def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, 
     """Measure everything a plan names."""
     result = harness.record("contrastive", device, threads, {"full": plan is FULL, "logit_scale": SCALE})
     result["contestants"] = {c.name: c.describe() for c in CONTESTANTS}
-    bars = Bars(progress, "time", len(plan.times))
-    result["time"] = []
-    for shape in plan.times:
-        bars.at(shape.label())
-        result["time"].append(measure_time(shape, plan, device))
-        bars.done()
+    result["time"] = [
+        measure_time(shape, plan, device) for shape in tracked(progress, "time", plan.times, lambda job: job.label())
+    ]
 
     def memory(name: str, shape: Shape) -> dict[str, Any]:
         return memory_apart("benchmarks.bench_contrastive:memory_step", BY_NAME[name], shape, device, threads)
 
     sizes = [(name, shape) for name, shapes in plan.memory.items() for shape in shapes]
-    bars = Bars(progress, "memory", len(sizes))
-    result["memory"] = []
-    for name, shape in sizes:
-        bars.at(f"{name} at {shape.label()}")
-        result["memory"].append(memory(name, shape))
-        bars.done()
-
-    bars = Bars(progress, "largest batch", len(plan.budgets) * len(plan.memory))
-    result["budget"] = []
-    for family, budget in plan.budgets:
-        for name in plan.memory:
-            bars.at(f"{name} in {budget} MB")
-            known = known_memory(result["memory"], name, family)
-            if len(known) >= 2:
-
-                def measure(batch: int, name: str = name, family: Shape = family) -> dict[str, Any]:
-                    return memory(name, replace(family, batch=batch))
-
-                result["budget"].append(largest_batch(measure, name, budget, known))
-            bars.done()
+    result["memory"] = [
+        memory(name, shape)
+        for name, shape in tracked(progress, "memory", sizes, lambda job: f"{job[0]} at {job[1].label()}")
+    ]
+    result["budget"] = largest_batches(progress, memory, result["memory"], plan.memory, plan.budgets)
     return result
 
 
 def main(
     full: Annotated[bool, typer.Option(help="The whole grid.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
-    out: Annotated[Path, typer.Option(help="Results go to OUT/<machine>/.")] = Path("bench_out"),
+    device: Device = "cpu",
+    threads: Threads = THREADS,
+    out: Out = OUT,
 ) -> None:
     """Measure the contrastive loss beside what it replaces."""
     torch.set_num_threads(threads)

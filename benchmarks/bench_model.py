@@ -31,7 +31,7 @@ from benchmarks.contestants import Contestant
 from benchmarks.harness import Call
 from benchmarks.phases import MemoryMeter, Stopwatch
 from benchmarks.problem import Problem, Shape, make_problem
-from benchmarks.session import Bars, conduct, known_memory, largest_batch, memory_apart
+from benchmarks.session import OUT, THREADS, Device, Out, Threads, conduct, largest_batches, memory_apart, tracked
 from drl_fast import DRL, functional
 from drl_fast.model.small import small_model
 
@@ -214,9 +214,7 @@ def run(plan: Plan, device: str, threads: int, note: str, progress: Progress) ->
     result["contestants"] = {c.name: c.describe() for c in CONTESTANTS}
     result |= {"time": [], "phases": [], "memory": [], "budget": [], "skipped": []}
     batches = sorted({*plan.rounds, *plan.memory})
-    bars = Bars(progress, "training steps", len(batches))
-    for batch in batches:
-        bars.at(f"batch {batch}")
+    for batch in tracked(progress, "training steps", batches, "batch {}".format):
         if not fits(plan, batch, device):
             result["skipped"].append(batch)
         else:
@@ -229,35 +227,26 @@ def run(plan: Plan, device: str, threads: int, note: str, progress: Progress) ->
                 result["phases"].append({"batch": batch, **found})
             if batch in plan.rounds:
                 result["time"].append(time_step(plan, batch, plan.rounds[batch], device))
-        bars.done()
 
     def memory(name: str, shape: Shape) -> dict[str, Any]:
         return memory_apart("benchmarks.bench_model:loss_step", BY_NAME[name], shape, device, threads)
 
-    bars = Bars(progress, "loss alone", len(plan.losses) * (1 + len(plan.budgets)))
-    for name, shapes in plan.losses.items():
-        bars.at(name)
-        result["memory"] += [memory(name, shape) for shape in shapes]
-        bars.done()
-        for family, budget in plan.budgets:
-            known = known_memory(result["memory"], name, family)
-            if len(known) >= 2:
-
-                def measure(batch: int, name: str = name, family: Shape = family) -> dict[str, Any]:
-                    return memory(name, replace(family, batch=batch))
-
-                result["budget"].append(largest_batch(measure, name, budget, known))
-            bars.done()
+    sizes = [(name, shape) for name, shapes in plan.losses.items() for shape in shapes]
+    result["memory"] = [
+        memory(name, shape)
+        for name, shape in tracked(progress, "loss alone", sizes, lambda job: f"{job[0]} at {job[1].batch}")
+    ]
+    result["budget"] = largest_batches(progress, memory, result["memory"], plan.losses, plan.budgets)
     return result
 
 
 def main(
     full: Annotated[bool, typer.Option(help="Batches of 16 to 64, as far as memory goes.")] = False,
     clip: Annotated[str, typer.Option(help="An open_clip model's name, or small: the demo's towers.")] = "ViT-B-32",
-    device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
+    device: Device = "cpu",
+    threads: Threads = THREADS,
     note: Annotated[str, typer.Option(help="What else was running, say; kept with the result.")] = "",
-    out: Annotated[Path, typer.Option(help="Results go to OUT/<machine>/.")] = Path("bench_out"),
+    out: Out = OUT,
 ) -> None:
     """Measure a whole training step, part by part."""
     torch.set_num_threads(threads)

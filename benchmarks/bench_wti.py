@@ -25,7 +25,18 @@ from benchmarks import contestants as who
 from benchmarks import harness, plots, tables
 from benchmarks.contestants import Contestant
 from benchmarks.problem import Shape, make_problem
-from benchmarks.session import Bars, conduct, known_memory, largest_batch, memory_apart, take_part
+from benchmarks.session import (
+    OUT,
+    THREADS,
+    Device,
+    Out,
+    Threads,
+    conduct,
+    largest_batches,
+    memory_apart,
+    take_part,
+    tracked,
+)  # fmt: skip
 
 QUICK_TIMES = (
     Shape(8, dim=64), Shape(8), Shape(64), Shape(128), Shape(256), Shape(64, 64, 64),
@@ -82,10 +93,6 @@ def measure_time(shape: Shape, mode: str, plan: Plan, device: str) -> dict[str, 
     }
 
 
-def measure_memory(contestant: str, shape: Shape, device: str, threads: int) -> dict[str, Any]:
-    return memory_apart("benchmarks.contestants:memory_step", who.BY_NAME[contestant], shape, device, threads)
-
-
 def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, Any]:
     """Measure everything a plan names."""
     result = harness.record("wti", device, threads, {"full": plan is FULL})
@@ -94,34 +101,20 @@ def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, 
 
     jobs = [(shape, mode) for shape in plan.times for mode in ("forward", "train")]
     jobs += [(shape, "maxsim") for shape in ONE_WAY]
-    bars = Bars(progress, "time", len(jobs))
-    result["time"] = []
-    for shape, mode in jobs:
-        bars.at(f"{shape.label()} {mode}")
-        result["time"].append(measure_time(shape, mode, plan, device))
-        bars.done()
+    result["time"] = [
+        measure_time(shape, mode, plan, device)
+        for shape, mode in tracked(progress, "time", jobs, lambda job: f"{job[0].label()} {job[1]}")
+    ]
+
+    def memory(name: str, shape: Shape) -> dict[str, Any]:
+        return memory_apart("benchmarks.contestants:memory_step", who.BY_NAME[name], shape, device, threads)
 
     sizes = [(name, batch) for name, batches in plan.memory.items() for batch in batches]
-    bars = Bars(progress, "memory", len(sizes))
-    result["memory"] = []
-    for name, batch in sizes:
-        bars.at(f"{name} at {batch}")
-        result["memory"].append(measure_memory(name, Shape(batch), device, threads))
-        bars.done()
-
-    bars = Bars(progress, "largest batch", len(plan.budgets) * len(plan.memory))
-    result["budget"] = []
-    for budget in plan.budgets:
-        for name in plan.memory:
-            bars.at(f"{name} in {budget} MB")
-            known = known_memory(result["memory"], name, Shape(0))
-            if len(known) >= 2:
-
-                def measure(batch: int, name: str = name) -> dict[str, Any]:
-                    return measure_memory(name, Shape(batch), device, threads)
-
-                result["budget"].append(largest_batch(measure, name, budget, known))
-            bars.done()
+    result["memory"] = [
+        memory(name, Shape(batch)) for name, batch in tracked(progress, "memory", sizes, "{0[0]} at {0[1]}".format)
+    ]
+    budgets = [(Shape(0), budget) for budget in plan.budgets]
+    result["budget"] = largest_batches(progress, memory, result["memory"], plan.memory, budgets)
     if device == "cpu":
         result["yardstick"] = measure_yardstick(Shape(256), threads)
     return result
@@ -138,9 +131,9 @@ def measure_yardstick(shape: Shape, threads: int) -> dict[str, Any]:
 
 def main(
     full: Annotated[bool, typer.Option(help="The whole grid (about a quarter of an hour on two cores).")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = torch.get_num_threads(),
-    out: Annotated[Path, typer.Option(help="Results go to OUT/<machine>/.")] = Path("bench_out"),
+    device: Device = "cpu",
+    threads: Threads = THREADS,
+    out: Out = OUT,
 ) -> None:
     """Measure the token interaction beside what it replaces."""
     torch.set_num_threads(threads)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -16,19 +19,22 @@ from benchmarks.contestants import Contestant
 from benchmarks.harness import Call
 from benchmarks.problem import Shape
 
+# The options that every benchmark has.
+Device = Annotated[str, typer.Option(help="cpu, or cuda where there is one.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Out = Annotated[Path, typer.Option(help="Results go to OUT/<machine>/.")]
+THREADS, OUT = torch.get_num_threads(), Path("bench_out")
 
-class Bars:
-    """One progress bar over the steps of a section."""
+Job = TypeVar("Job")
 
-    def __init__(self, progress: Progress, title: str, steps: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task(title, total=steps, note="")
 
-    def at(self, note: str) -> None:
-        self.progress.update(self.task, note=note)
-
-    def done(self) -> None:
-        self.progress.update(self.task, advance=1, note="")
+def tracked(progress: Progress, title: str, jobs: Sequence[Job], label: Callable[[Job], str]) -> Iterator[Job]:
+    """The jobs of a section, one after the other, behind one progress bar."""
+    task = progress.add_task(title, total=len(jobs), note="")
+    for job in jobs:
+        progress.update(task, note=label(job))
+        yield job
+        progress.update(task, advance=1, note="")
 
 
 def take_part(
@@ -109,6 +115,23 @@ def largest_batch(
         "fits": fits and {k: fits[k] for k in keys},
         "fails": fails and {k: fails.get(k) for k in keys},
     }
+
+
+def largest_batches(
+    progress: Progress, measure: Callable[[str, Shape], dict[str, Any]], rows: list[dict[str, Any]],
+    names: Iterable[str], budgets: Iterable[tuple[Shape, int]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """:func:`largest_batch` of every contestant of which two points are known, for each (family of shapes, MB)."""
+
+    def of(name: str, family: Shape, budget: int) -> list[dict[str, Any]]:
+        known = known_memory(rows, name, family)
+        if len(known) < 2:
+            return []
+        return [largest_batch(lambda batch: measure(name, replace(family, batch=batch)), name, budget, known)]
+
+    jobs = [(name, family, budget) for family, budget in budgets for name in names]
+    label = "{0[0]} in {0[2]} MB".format
+    return [found for job in tracked(progress, "largest batch", jobs, label) for found in of(*job)]
 
 
 def _predict(budget: float, known: dict[int, float]) -> float:
