@@ -16,6 +16,7 @@ and training goes on from there, as it does between any two orders of one sum.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -110,6 +111,8 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(curve))
     if not arguments.single:
+        # DistributedDataParallel lives in a cycle and holds the group, whose threads would outlive the interpreter.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -122,7 +122,7 @@ def test_the_graph_is_seen() -> None:
     assert ("drl_fast.ops.token_interaction", "drl_fast.ops.chunked.token_interaction") in pairs
     assert ("drl_fast.functional.token_interaction", "drl_fast.ops.token_interaction") in pairs
     assert ("drl_fast.ops._registry", "drl_fast._C") in pairs
-    assert ("drl_fast.engine.train", "drl_fast") in pairs
+    assert ("drl_fast.engine.in_memory", "drl_fast.model.drl") in pairs
 
 
 def test_imports_go_down() -> None:

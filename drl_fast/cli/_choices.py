@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .. import WTI
-from ..engine.train import Pairs
+from ..engine.in_memory import Pairs
 from ..functional.dot_product import unit
 from ..model.drl import DRL
 

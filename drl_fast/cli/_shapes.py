@@ -21,7 +21,7 @@ from ..data import moving_shapes
 from ..data.moving_shapes import Clip
 from ..data.video import Sampling, read_video
 from ..engine.evaluate import encode_texts, encode_videos
-from ..engine.train import Pairs, Schedule, train
+from ..engine.in_memory import Pairs, Schedule, train
 from ..metrics import ranks, recall_interval, retrieval_metrics
 from ..model.drl import DRL
 from ..model.small import small_model

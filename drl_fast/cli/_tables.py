@@ -48,7 +48,7 @@ def metrics_table(title: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for name in ("R@1", "R@5", "R@10", "median rank", "mean rank"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=name.startswith("R@"))
     return table
 
 

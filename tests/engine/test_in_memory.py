@@ -9,8 +9,8 @@ import open_clip
 import pytest
 import torch
 
-from drl_fast.engine import train as engine
-from drl_fast.engine.train import Pairs, Schedule, rate, train
+from drl_fast.engine import in_memory as engine
+from drl_fast.engine.in_memory import Pairs, Schedule, rate, train
 from drl_fast.model.drl import DRL
 
 SIZE = 32

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import info_nce
 from ..model.drl import DRL
 
 
@@ -63,9 +62,7 @@ def train(
     for step, rows in enumerate(_batches(len(pairs), schedule, generator), start=1):
         batch = pairs[rows]
         frames, mask = _some_frames(batch.frames, batch.mask, schedule.frames, generator)
-        text, text_mask = model.encode_text(batch.ids)
-        logits = model.similarity(text, model.encode_video(frames, mask), text_mask, mask)
-        loss = info_nce(logits, model.logit_scale)
+        loss = model({"text_ids": batch.ids, "video": frames, "video_mask": mask})["total"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
