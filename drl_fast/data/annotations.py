@@ -1,4 +1,4 @@
-"""Reading annotation files: lists of ids, tables, JSON and plain pickles, with errors that name file, entry and remedy."""
+"""Annotation files: lists of ids, tables, JSON, plain pickles; errors name file, entry and remedy."""
 
 from __future__ import annotations
 

@@ -7,27 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 
 # Beside these lie thumbnails, subtitles and sound tracks of the same stem.
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".avi",
-        ".f4v",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-    ]
-)
+VIDEO_SUFFIXES = {
+    ".3gp", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
+    ".vob", ".webm", ".wmv",
+}  # fmt: skip
 
 
 class VideoFiles:
@@ -41,9 +24,7 @@ class VideoFiles:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise ValueError(
-                f"videos must be a folder, got {folder}, which is none; pass the folder of the video files"
-            )
+            raise ValueError(f"videos must be a folder, got {folder}, which is none; check the path")
         self.folder = folder
         self.paths: dict[str, Path] = {}
         self.by_name: dict[str, list[Path]] = defaultdict(list)
