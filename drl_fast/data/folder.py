@@ -17,6 +17,8 @@ class Caption(NamedTuple):
     video: str
     """File name, relative to the folder."""
     text: str
+    split: str = ""
+    """The line's ``split``, where there is one."""
 
 
 def read_captions(folder: str | Path) -> list[Caption]:
@@ -65,4 +67,4 @@ def _caption(path: Path, number: int, row: dict) -> Caption:
             f"{path}, caption {number} must have a non-empty video and caption, got video={video!r}, caption={text!r} "
             f"among columns {keys}; {HOW}"
         )
-    return Caption(video.strip(), text.strip())
+    return Caption(video.strip(), text.strip(), str(row.get("split") or "").strip())

@@ -41,8 +41,11 @@ class Sampling:
                 raise ValueError(f"{name} must be positive, got {value}; DRL uses rate 1, max_frames 12, size 224")
 
 
-def read_video(path: str | Path, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[Tensor, Tensor]:
     """Decode one video file.
+
+    Args:
+        threads: of the decoder; 0 leaves their number to it. The frames are the same.
 
     Returns:
         frames (max_frames, 3, size, size) uint8 RGB, zeros behind the last real one, and mask (max_frames,) bool.
@@ -51,7 +54,7 @@ def read_video(path: str | Path, sampling: Sampling) -> tuple[Tensor, Tensor]:
         ValueError: a file that is missing, cut short, cannot be decoded or holds no frame; the path and a remedy are
             named.
     """
-    candidates = list(_candidates(Path(path), sampling))
+    candidates = list(_candidates(Path(path), sampling, threads))
     if not candidates:
         raise ValueError(f"{path} must hold at least one video frame, got none; {REMEDY}")
     chosen = thin(len(candidates), sampling.max_frames)
@@ -67,7 +70,7 @@ def thin(count: int, limit: int) -> list[int]:
     return torch.linspace(0, count - 1, limit, dtype=torch.float64).to(torch.int64).tolist()
 
 
-def _candidates(path: Path, sampling: Sampling) -> Iterator[Tensor]:
+def _candidates(path: Path, sampling: Sampling, threads: int) -> Iterator[Tensor]:
     """Every stride-th frame, already cut to size: an hour of full frames would not fit in memory."""
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*"))[:1]
@@ -87,6 +90,7 @@ def _candidates(path: Path, sampling: Sampling) -> Iterator[Tensor]:
                 raise ValueError(f"{path} must hold a video stream, got {len(container.streams)} others; {REMEDY}")
             stream = streams[0]
             stream.thread_type = "AUTO"
+            stream.thread_count = threads
             fps = stream.average_rate or stream.guessed_rate
             if not fps:
                 raise ValueError(f"{path} must state a frame rate, got none; {REMEDY}")

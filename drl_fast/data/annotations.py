@@ -1,0 +1,182 @@
+"""Annotation files: lists of ids, tables, JSON, plain pickles; errors name file, entry and remedy."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from .._checks import describe
+
+AS_RELEASED = "take the file as it was released"
+T = TypeVar("T")
+
+
+class Listing(NamedTuple):
+    """What annotation files say of one part."""
+
+    ids: list[str]
+    """Each video once."""
+    captions: list[tuple[str, str]]
+    """Id and caption; those of other ids may be among them."""
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """The first of ``names`` that the folder of annotations holds.
+
+    Raises:
+        ValueError: none is there.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"annotations must be a folder, got {folder}, which is none; it is to hold {names[0]}")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"annotations must hold {' or '.join(names)}, got {folder} without it; copy it there")
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without the byte order mark that spreadsheet programs put first."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text, got {error}; save it as UTF-8") from error
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """A JSON file whose outermost value is a ``kind``; an object that holds a key twice is an error."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise ValueError(f"{path} must hold each key once, got {_first_twice(k for k, _ in pairs)!r} twice")
+        return entries
+
+    try:
+        value = json.loads(read_text(path), object_pairs_hook=once)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got {error}; {AS_RELEASED}") from error
+    return checked(value, kind, str(path))
+
+
+def read_ids(path: Path) -> list[str]:
+    """Ids, a line each (.txt), in a list (.json) or in an array of strings (.npy).
+
+    Raises:
+        ValueError: no id, one that is no string, or one twice.
+    """
+    if path.suffix == ".json":
+        ids = read_json(path, list)
+    elif path.suffix == ".npy":
+        ids = _read_array(path)
+    else:
+        ids = read_text(path).splitlines()
+    for number, name in enumerate(ids, start=1):
+        checked(name, str, f"{path}, id {number}")
+    return unique((name.strip() for name in ids if name.strip()), path)
+
+
+def _read_array(path: Path) -> list[str]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    # Object arrays among others, which are pickles and could run code.
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} must be an array of strings, got: {error}; write the ids to a .txt file, one a line"
+        ) from error
+    if array.ndim != 1 or array.dtype.kind not in "US":
+        raise ValueError(
+            f"{path} must be an array of strings, got {array.dtype} of shape {array.shape}; write the ids to a .txt "
+            "file, one a line"
+        )
+    return [name.decode() if isinstance(name, bytes) else name for name in array.tolist()]
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a comma-separated file, which must have ``columns``."""
+    rows = csv.DictReader(read_text(path).splitlines(), strict=True)
+    try:
+        got = rows.fieldnames or []
+        absent = [name for name in columns if name not in got]
+        if absent:
+            raise ValueError(
+                f"{path} must have the columns {', '.join(columns)}, got {', '.join(got) or 'none'}; {AS_RELEASED}"
+            )
+        table = []
+        for number, row in enumerate(rows, start=1):
+            if any(row[name] is None for name in columns) or None in row:
+                raise ValueError(f"{path}, row {number} must have {len(got)} fields, got others; {AS_RELEASED}")
+            table.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num} must be comma-separated text, got: {error}") from error
+    return table
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, strings and numbers; a pickle that asks for anything to be imported could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"an object of {module}.{name}")
+
+
+def read_pickle(path: Path) -> dict:
+    """A pickled dict of plain lists and strings, Python 2's included."""
+    try:
+        with path.open("rb") as file:
+            value = _PlainUnpickler(file, encoding="utf-8").load()
+    # What a damaged pickle raises can be anything: its bytes are a program.
+    except Exception as error:
+        raise ValueError(
+            f"{path} must be a pickle of plain lists, dicts and strings, got {error or type(error).__name__}; "
+            f"{AS_RELEASED}"
+        ) from error
+    return checked(value, dict, str(path))
+
+
+def checked(value: object, kind: type[T], place: str) -> T:
+    """``value`` as the ``kind`` it must be."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{place} must be a {kind.__name__}, got {describe(value)}; {AS_RELEASED}")
+    return value
+
+
+def field(entry: object, key: str, kind: type[T], place: str) -> T:
+    """``entry[key]``, where ``entry`` must be a dict and the value a ``kind``."""
+    entries = checked(entry, dict, place)
+    if key not in entries:
+        raise ValueError(f"{place} must have the key {key!r}, got {', '.join(map(repr, entries))}; {AS_RELEASED}")
+    return checked(entries[key], kind, f"{place}, {key}")
+
+
+def strings(value: object, place: str) -> list[str]:
+    """``value`` as the list of strings it must be."""
+    return [checked(text, str, f"{place}, {number}") for number, text in enumerate(checked(value, list, place), 1)]
+
+
+def paragraph(sentences: Iterable[str]) -> str:
+    """Sentences joined by a space; those without a word add nothing."""
+    return " ".join(text for text in (sentence.strip() for sentence in sentences) if text)
+
+
+def unique(names: Iterable[str], path: Path) -> list[str]:
+    """``names`` as a list.
+
+    Raises:
+        ValueError: none, or one twice.
+    """
+    listed = list(names)
+    if not listed:
+        raise ValueError(f"{path} must list at least one video, got none; {AS_RELEASED}")
+    if len(set(listed)) != len(listed):
+        raise ValueError(f"{path} must list each video once, got {_first_twice(listed)!r} twice; remove one")
+    return listed
+
+
+def _first_twice(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -1,0 +1,108 @@
+"""Features of videos on disk, found again by what the file holds, how it was sampled and what encoded it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .._checks import tensor
+from .video import Sampling
+
+# Of the file that is hashed at a time.
+CHUNK = 2**20
+# Raised when decoding, resizing or this file's form changes: features of before are then no longer found.
+FORMAT = "drl-fast-features-1"
+ENTRY, DIGEST = "features", "blake2b"
+
+
+class FeatureCache:
+    """One safetensors file a video below ``folder``, written aside and renamed; processes may share it.
+
+    Args:
+        folder: made with the first entry.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        # By path, with what tells that a file was replaced or written to.
+        self._hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
+
+    def key(self, video: str | Path, sampling: Sampling, encoder: str) -> str:
+        """Hash of the file's content (not its name or date), of the sampling and of the encoder's fingerprint.
+
+        Raises:
+            ValueError: a file that cannot be read.
+        """
+        parts = [FORMAT, self._content(Path(video)), repr(sorted(asdict(sampling).items())), encoder]
+        return _hash("\0".join(parts).encode())
+
+    def _content(self, path: Path) -> str:
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+                known = self._hashes.get(path)
+                if known is not None and known[0] == state:
+                    return known[1]
+                digest = hashlib.blake2b(digest_size=20)
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise ValueError(f"{path} must be a readable video, got: {error.strerror}; check the path") from error
+        self._hashes[path] = state, digest.hexdigest()
+        return digest.hexdigest()
+
+    def path(self, key: str) -> Path:
+        """Where an entry lies: in one of 256 folders, for file systems that are slow with large ones."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def get(self, key: str) -> Tensor | None:
+        """The features put under ``key``, with the same bits; None where there are none, or only damaged ones."""
+        try:
+            with safetensors.safe_open(self.path(key), framework="pt") as file:
+                digest, features = (file.metadata() or {}).get(DIGEST), file.get_tensor(ENTRY)
+        except (safetensors.SafetensorError, OSError):
+            return None
+        # safetensors itself checks sizes alone.
+        return features if digest == _hash(_bytes(features)) else None
+
+    def put(self, key: str, features: Tensor) -> None:
+        """Keep ``features`` under ``key``; what was there is replaced at once or not at all.
+
+        Raises:
+            OSError: a folder that cannot be written to, or a full disk. No part of the entry stays behind.
+        """
+        features = tensor("features", features).detach().cpu().contiguous()
+        data = safetensors.torch.save({ENTRY: features}, {DIGEST: _hash(_bytes(features))})
+        path = self.path(key)
+        # Not by tempfile, whose files nobody else may read.
+        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(data)
+            os.replace(aside, path)
+        except OSError as error:
+            raise OSError(
+                f"features could not be kept in {self.folder}, got: {error.strerror or error}; make room there, or "
+                "name another folder"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def _bytes(features: Tensor) -> bytes:
+    return features.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=20).hexdigest()

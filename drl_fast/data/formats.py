@@ -1,0 +1,145 @@
+"""One reader a data set: its annotation files, as the public codes distribute them, to ids and captions of one part.
+
+A reader takes the folder of annotations and the part ("train", "val" or "test").
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from .annotations import (
+    Listing,
+    checked,
+    field,
+    find_file,
+    paragraph,
+    read_ids,
+    read_json,
+    read_pickle,
+    read_table,
+    read_text,
+    strings,
+    unique,
+)  # fmt: skip
+from .folder import HOW, read_captions
+
+PARTS = ("train", "val", "test")
+
+
+def msrvtt(annotations: Path, part: str) -> Listing:
+    """1k-A: 9,000 clips with every caption a sample; 1,000 pairs, which are val and test alike."""
+    if part != "train":
+        path = find_file(annotations, "MSRVTT_JSFUSION_test.csv")
+        rows = read_table(path, ("video_id", "sentence"))
+        return Listing(
+            unique((row["video_id"].strip() for row in rows), path),
+            [(row["video_id"].strip(), row["sentence"]) for row in rows],
+        )
+    path = find_file(annotations, "MSRVTT_train.9k.csv")
+    ids = unique((row["video_id"].strip() for row in read_table(path, ("video_id",))), path)
+    path = find_file(annotations, "MSRVTT_data.json")
+    captions = []
+    for number, entry in enumerate(field(read_json(path, dict), "sentences", list, str(path)), start=1):
+        place = f"{path}, sentence {number}"
+        captions.append((field(entry, "video_id", str, place), field(entry, "caption", str, place)))
+    return Listing(ids, captions)
+
+
+def msvd(annotations: Path, part: str) -> Listing:
+    """About 40 captions a clip, each a list of words."""
+    ids = read_ids(find_file(annotations, f"{part}_list.txt"))
+    path = find_file(annotations, "raw-captions.pkl")
+    captions = []
+    for name, sentences in read_pickle(path).items():
+        place = f"{path}, entry {name!r}"
+        checked(name, str, place)
+        captions += [(name, " ".join(strings(words, place))) for words in checked(sentences, list, place)]
+    return Listing(ids, captions)
+
+
+def lsmdc(annotations: Path, part: str) -> Listing:
+    """A clip a line, tab-separated, without a head; a few clips have two lines."""
+    names = {
+        "train": "LSMDC16_annos_training.csv",
+        "val": "LSMDC16_annos_val.csv",
+        "test": "LSMDC16_challenge_1000_publictect.csv",
+    }
+    path = find_file(annotations, names[part])
+    captions = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r").split("\t")
+        if len(fields) != 6:
+            raise ValueError(
+                f"{path}, line {number} must have 6 fields with tabs between them, the clip's name and the sentence "
+                f"outermost, got {len(fields)}; take the file as it was released"
+            )
+        captions.append((fields[0].strip(), fields[5]))
+    return Listing(unique(dict.fromkeys(name for name, _ in captions), path), captions)
+
+
+def vatex(annotations: Path, part: str) -> Listing:
+    """Ten captions a clip, of HGR's split; in HGR's own files, or in the release's."""
+    short = {"train": "trn", "val": "val", "test": "tst"}[part]
+    ids = read_ids(
+        find_file(annotations, f"{part}_list.txt", f"{short}_names.npy", f"public_split/{short}_names.npy")
+    )  # fmt: skip
+    # HGR's validation and test clips are both of the release's validation.
+    release = "vatex_training_v1.0.json" if part == "train" else "vatex_validation_v1.0.json"
+    path = find_file(annotations, "ref_captions.json", "annotation/RET/ref_captions.json", release)
+    captions = []
+    if path.name == release:
+        for number, entry in enumerate(read_json(path, list), start=1):
+            place = f"{path}, entry {number}"
+            name = field(entry, "videoID", str, place)
+            captions += [(name, text) for text in strings(field(entry, "enCap", list, place), f"{place}, enCap")]
+    else:
+        for name, sentences in read_json(path, dict).items():
+            captions += [(name, text) for text in strings(sentences, f"{path}, entry {name!r}")]
+    return Listing(ids, captions)
+
+
+def activitynet(annotations: Path, part: str) -> Listing:
+    """A video's sentences are one paragraph; the first validation part is val and test alike."""
+    ids_name, captions_name = ("train_ids.json", "train.json") if part == "train" else ("val_ids.json", "val_1.json")
+    ids = read_ids(find_file(annotations, ids_name))
+    path = find_file(annotations, captions_name)
+    captions = []
+    for name, entry in read_json(path, dict).items():
+        place = f"{path}, entry {name!r}"
+        sentences = strings(field(entry, "sentences", list, place), f"{place}, sentences")
+        captions.append((name, paragraph(sentences)))
+    return Listing(ids, captions)
+
+
+def didemo(annotations: Path, part: str) -> Listing:
+    """A video's descriptions are one paragraph, in the file's order."""
+    ids = read_ids(find_file(annotations, f"{part}_list.txt"))
+    path = find_file(annotations, f"{part}_data.json")
+    described = defaultdict(list)
+    for number, entry in enumerate(read_json(path, list), start=1):
+        place = f"{path}, entry {number}"
+        described[field(entry, "video", str, place)].append(field(entry, "description", str, place))
+    return Listing(ids, [(name, paragraph(sentences)) for name, sentences in described.items()])
+
+
+def folder(annotations: Path, part: str) -> Listing:
+    """Someone's own captions; where they have a split, those of one part, and else all for every part."""
+    captions = read_captions(annotations)
+    if any(caption.split for caption in captions):
+        for number, caption in enumerate(captions, start=1):
+            if caption.split not in PARTS:
+                raise ValueError(
+                    f"{annotations}, caption {number} must have split {', '.join(PARTS)} as others have one, got "
+                    f"{caption.split!r}; {HOW}"
+                )
+        present = dict.fromkeys(caption.split for caption in captions)
+        captions = [caption for caption in captions if caption.split == part]
+        if not captions:
+            raise ValueError(
+                f"{annotations} must have captions whose split is {part}, got {', '.join(map(str, present))} alone; "
+                "mark some, or drop the column to use all captions as every part"
+            )
+    return Listing(list(dict.fromkeys(c.video for c in captions)), [(c.video, c.text) for c in captions])
