@@ -22,6 +22,8 @@ def told(extra: str) -> Iterator[None]:
     """
     try:
         yield
+    except typer.Exit:  # a RuntimeError itself
+        raise
     except (ValueError, TypeError) as error:
         raise _exit(str(error)) from error
     except OSError as error:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Rank 0 alone writes checkpoints, the others wait for it: longer than NCCL's own ten minutes.
 TIMEOUT = timedelta(minutes=60)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Processes:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     group: ProcessGroup | None = None
 
     @property
@@ -57,7 +58,7 @@ def processes() -> Iterator[Processes]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    device, backend = torch.device("cpu"), "gloo"
+    device, backend = CPU, "gloo"
     if torch.cuda.is_available():
         local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= here:
