@@ -4,10 +4,12 @@ import typer
 
 from .demo import demo
 from .doctor import doctor
+from .eval import evaluate
 
 app = typer.Typer(name="drl-fast", no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.command()(demo)
 app.command()(doctor)
+app.command("eval")(evaluate)
 
 
 @app.callback()
