@@ -2,8 +2,8 @@
 
 Contrastive losses do not split into parts of a batch. So tokens come first, chunk by chunk and without a graph; the
 loss of all of them gives every token its gradient; then each chunk runs through the towers again, with a graph, and
-takes its tokens' gradients back (Gao et al., GradCache, arXiv 2101.06983). What a process holds is one chunk's graph and
-the tokens, of which the fused loss keeps nothing else.
+takes its tokens' gradients back (Gao et al., GradCache, arXiv 2101.06983). What a process holds is one chunk's graph
+and all tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch.distributed import ProcessGroup
 from ..model.drl import DRL
 
 Losses = dict[str, Tensor]
-TOKENS = ("text", "video")
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -67,19 +66,17 @@ def add_gradients(
 
     with torch.no_grad():
         parts = [encode(part) for part in range(chunks)]
-    tokens = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    leaves = {name: tokens[name].requires_grad_() for name in TOKENS}
+    text, video, text_mask = (torch.cat([part[name] for part in parts]) for name in ("text", "video", "text_mask"))
+    leaves = text.requires_grad_(), video.requires_grad_()
     reseed(-1)
     with precision_context(precision, device):
-        losses = model.losses(
-            **leaves, text_mask=tokens["text_mask"], video_mask=batch["video_mask"] != 0, owner=batch.get("owner"),
-            process_group=group,
-        )  # fmt: skip
+        losses = model.losses(*leaves, text_mask, batch["video_mask"] != 0, batch.get("owner"), group)
     losses["total"].backward()
+    gradients = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
     for part in range(chunks):
         if part == chunks - 1:
             before_last()
         own = slice(rows * part // chunks, rows * (part + 1) // chunks)
         found = encode(part)
-        torch.autograd.backward([found[name] for name in TOKENS], [leaves[name].grad[own] for name in TOKENS])
+        torch.autograd.backward([found["text"], found["video"]], [gradient[own] for gradient in gradients])
     return {name: loss.detach() for name, loss in losses.items()}
