@@ -19,6 +19,9 @@ SIZES_IN_STATE = ("input_resolution", "context_length", "vocab_size")
 HEAD_WIDTH = 64
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
+# drl-small: 4 + 4 layers for pictures of 64 x 64, to see a whole run on a CPU.
+open_clip.add_model_config(Path(__file__).parent / "configs")
+
 
 def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, Callable[..., Tensor]]:
     """The CLIP of :func:`build_clip` and its tokenizer (``tokenizer(texts, context_length=32) -> ids``)."""

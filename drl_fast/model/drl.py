@@ -13,11 +13,9 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from .. import functional, info_nce
 from .._checks import describe, option
-from ..functional.dot_product import pool
-from ..modules import INTERACTIONS, TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
-from . import padding
+from ..modules import INTERACTIONS, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from . import losses, padding
 from .clip import build_clip, check_clip, clip_from_state_dict
 
 if TYPE_CHECKING:
@@ -175,6 +173,8 @@ class DRL(nn.Module):
             ValueError, TypeError: ids that are no (A, Nt) integers, or lie outside the vocabulary (CPU only).
         """
         ids = self._check_ids(ids)
+        if len(ids) == 0:  # tokens of nothing, with a graph: over a group every rank's loss must have gradients
+            return self._text_tower(ids.new_zeros((1, ids.shape[1])))[:0], torch.zeros_like(ids, dtype=torch.bool)
         mask = _until_end(ids)
         # Causal attention: nothing behind the end token reaches what is before it.
         groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
@@ -183,8 +183,6 @@ class DRL(nn.Module):
             if len(rows):
                 part = self._text_tower(ids[rows, : int(groups[rows[0]]) * LENGTH_STEP])
                 parts.append(nn.functional.pad(part, (0, 0, 0, ids.shape[1] - part.shape[1])))
-        if not parts:
-            return self.clip.text_projection.new_zeros((*ids.shape, self.dim)), mask
         return torch.cat(parts)[order.argsort()].masked_fill(~mask[..., None], 0), mask
 
     def _text_tower(self, ids: Tensor) -> Tensor:
@@ -241,9 +239,10 @@ class DRL(nn.Module):
         """Pictures (N, 3, H, W), uint8 or normalised, -> (N, D) by the image tower."""
         if pictures.dtype == torch.uint8:
             pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if len(pictures) == 0:  # CLIP's own reshapes fail then
-            return self.clip.text_projection.new_zeros((0, self.dim))
-        return self.clip.encode_image(pictures.to(self.clip.visual.conv1.weight.dtype))
+        pictures = pictures.to(self.clip.visual.conv1.weight.dtype)
+        if len(pictures) == 0:  # CLIP's own reshapes fail then; with a graph, as in encode_text
+            return self.clip.encode_image(pictures.new_zeros((1, *pictures.shape[1:])))[:0]
+        return self.clip.encode_image(pictures)
 
     def _check_frames(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         size = self.clip.visual.image_size
@@ -273,7 +272,8 @@ class DRL(nn.Module):
         Args:
             batch: ``text_ids`` (B, Nt) and ``video`` (B, Nv, 3, H, W), row by row; if there, ``video_mask`` (B, Nv),
                 ``text_mask`` (B, Nt; else up to the end token), ``owner`` (B,) ids of the videos that captions share.
-            process_group: negatives of all its ranks; TI and WTI only.
+            process_group: negatives of all its ranks. TI and WTI never form the batch's logits; the others gather all
+                videos, and every rank scores its own texts against them.
 
         Raises:
             ValueError: entries that are missing, or options that the interaction cannot serve.
@@ -282,12 +282,24 @@ class DRL(nn.Module):
             if name not in batch:
                 raise ValueError(f"batch must hold {name!r}, got {', '.join(map(repr, batch)) or 'nothing'}")
         text, video, text_mask, video_mask, padded = self._encode(batch)
+        return self.losses(text, video, text_mask, video_mask, batch.get("owner"), process_group, padded=padded)
+
+    def losses(
+        self, text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor, owner: Tensor | None = None,
+        process_group: ProcessGroup | None = None, *, padded: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """What :meth:`forward` returns, from tokens (B, Nt, D), (B, Nv, D) and masks that the towers gave already.
+
+        ``padded``: tokens of both sides with padding's among them, for ``cdcr_padding="competes"``.
+        """
+        if self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes" and padded is None:
+            raise ValueError("padded must hold tokens with padding's for cdcr_padding='competes', got None")
         weights: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(self.interaction, WTI):
             weights = self.interaction.weights(text, video, text_mask, video_mask)
-        sides = (text, video, *weights, text_mask, video_mask)
-        contrast = self._contrast(*sides, batch.get("owner"), process_group)
-        regulariser = self._decorrelation(*sides, padded, process_group)
+        tokens = losses.Tokens(text, video, *weights, text_mask, video_mask)
+        contrast = losses.contrast(self.interaction, tokens, self.logit_scale, owner, process_group)
+        regulariser = losses.decorrelation(self.config, tokens, padded, process_group)
         total = contrast if self.config.cdcr == 0 else contrast + self.config.cdcr_weight * regulariser
         return {"total": total, "info_nce": contrast, "cdcr": regulariser}
 
@@ -309,40 +321,6 @@ class DRL(nn.Module):
             text, text_mask = self.encode_text(ids)
             video = self.encode_video(frames, video_mask)
         return text, video, batch["text_mask"] != 0 if "text_mask" in batch else text_mask, video_mask, padded
-
-    def _contrast(
-        self, text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor,
-        video_mask: Tensor, owner: Tensor | None, process_group: ProcessGroup | None,
-    ) -> Tensor:  # fmt: skip
-        if isinstance(self.interaction, WTI | TI):
-            return functional.token_contrastive_loss(
-                text, video, text_weight, video_weight, text_mask, video_mask, logit_scale=self.logit_scale,
-                owner=owner, process_group=process_group,
-            )  # fmt: skip
-        if owner is not None or process_group is not None:
-            name = "owner" if owner is not None else "process_group"
-            raise ValueError(f"{name} is served by interaction='ti' and 'wti', got {self.config.interaction!r}")
-        return info_nce(self.interaction(text, video, text_mask, video_mask), self.logit_scale)
-
-    def _decorrelation(
-        self, text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor,
-        video_mask: Tensor, padded: tuple[Tensor, Tensor] | None, process_group: ProcessGroup | None,
-    ) -> Tensor:  # fmt: skip
-        config = self.config
-        alphas: dict[str, Any] = {"alpha_on": config.cdcr_alpha_on, "alpha_off": config.cdcr_alpha_off}
-        if config.cdcr == 0:
-            return text.new_zeros((), dtype=torch.float32)
-        if config.cdcr == 1:
-            pooled = pool(text, video, text_mask, video_mask)
-            return functional.cross_correlation_loss(*pooled, **alphas, process_group=process_group)
-        weights = (text_weight, video_weight) if config.cdcr == 3 else (None, None)
-        if padded is None:
-            return functional.cdcr_loss(
-                text, video, *weights, text_mask, video_mask, **alphas, process_group=process_group
-            )  # fmt: skip
-        if process_group is not None:
-            raise ValueError("cdcr_padding must be 'never' over a process group, got 'competes'")
-        return padding.cdcr_loss(*padded, *weights, text_mask, video_mask, **alphas)
 
     def describe_config(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` writes beside the weights."""

@@ -1,14 +1,248 @@
-"""Encoding in batches."""
+"""Evaluation of a split: the numbers of a plain computation, and the same bits whatever was in the way."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import shutil
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from drl_fast.engine.evaluate import encode_texts, encode_videos
+from drl_fast.data.feature_cache import FeatureCache
+from drl_fast.data.split import Split
+from drl_fast.engine import features
+from drl_fast.engine.evaluate import Evaluation, encode_texts, encode_videos, evaluate
+from drl_fast.metrics import retrieval_metrics
+from drl_fast.model.drl import DRL
 from drl_fast.model.small import small_model
+from tests.clips import cut
+from tests.engine.eval_problem import SAMPLING, WORDS, make_model, make_split, plain, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    return make_split(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture
+def little_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few rows at a time that ten videos make several chunks, and a last one that is not full."""
+    monkeypatch.setattr(features, "TEXTS", 4)
+    monkeypatch.setattr(features, "VIDEOS", 3)
+
+
+def run(model: DRL, split: Split, **options: Any) -> Evaluation:
+    return evaluate(model, split, tokenizer(), SAMPLING, max_words=WORDS, **options)
+
+
+def leave_out(split: Split, *numbers: int) -> Split:
+    """The split without some videos and their captions."""
+    kept = [i for i in range(len(split.videos)) if i not in numbers]
+    pairs = [(text, kept.index(i)) for text, i in zip(split.captions, split.owner, strict=True) if i in kept]
+    return dataclasses.replace(
+        split, captions=tuple(text for text, _ in pairs), owner=tuple(i for _, i in pairs),
+        videos=tuple(split.videos[i] for i in kept), names=tuple(split.names[i] for i in kept),
+    )  # fmt: skip
+
+
+def spoil(split: Split, folder: Path, *numbers: int) -> Split:
+    """The same videos in another folder, some of them broken."""
+    videos = [Path(shutil.copy(video, folder)) for video in split.videos]
+    for number in numbers:
+        cut(videos[number], 0.5)
+    return dataclasses.replace(split, videos=tuple(videos))
+
+
+@pytest.mark.usefixtures("little_chunks")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"interaction": "wti", "temporal": "seqTransf"},
+        {"interaction": "wti", "temporal": None, "wti_arch": 1},
+        {"interaction": "ti", "temporal": "seqLSTM"},
+        {"interaction": "dp", "temporal": "seqTransf"},
+        {"interaction": "hi", "temporal": None},
+        {"interaction": "mlp", "temporal": None},
+        {"interaction": "xti", "temporal": "seqTransf"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_against_everything_at_once(split: Split, options: dict[str, Any]) -> None:
+    model = make_model(**options)
+    found = run(model, split, block=5)
+    truth = plain(model, split)
+    assert found.sim.dtype == torch.float32
+    assert not found.sim.requires_grad
+    torch.testing.assert_close(found.sim.double(), truth, rtol=0, atol=2e-6)
+    assert truth.std() > 1e-4, "scores that are all alike compare with anything"
+    assert found.owner.tolist() == list(split.owner)
+    assert found.metrics == retrieval_metrics(truth, torch.tensor(split.owner))
+    assert found.unreadable == []
+
+
+@pytest.mark.parametrize("interaction", ["wti", "ti"])
+def test_blocks_change_no_bit(split: Split, interaction: str) -> None:
+    model = make_model(interaction=interaction)
+    whole = run(model, split, block=1000).sim
+    assert all(torch.equal(run(model, split, block=block).sim, whole) for block in (1, 3, 7))
+
+
+def test_a_cache_changes_no_bit_and_decodes_nothing(
+    split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    loader = features.video_loader
+
+    def counting(paths: Sequence[Path], *arguments: Any, **options: Any) -> Iterator[Any]:
+        asked.extend(paths)
+        return iter(loader(paths, *arguments, **options))
+
+    monkeypatch.setattr(features, "video_loader", counting)
+    model, cache = make_model(), FeatureCache(tmp_path / "cache")
+    without = run(model, split).sim
+    asked.clear()
+    run(model, leave_out(split, 2, 3, 7), cache=cache)
+    assert len(asked) == len(split.videos) - 3
+    asked.clear()
+    part = run(model, split, cache=cache).sim
+    assert asked == [split.videos[i] for i in (2, 3, 7)]
+    asked.clear()
+    full = run(model, split, cache=cache).sim
+    assert asked == []
+    assert torch.equal(part, without)
+    assert torch.equal(full, without)
+    run(model, split, cache=cache, precision="bf16")  # other features
+    assert asked == list(split.videos)
+    asked.clear()
+    model.clip.visual.conv1.weight.data[0, 0, 0, 0] += 1
+    run(model, split, cache=cache)
+    assert asked == list(split.videos)
+
+
+def test_fingerprint_is_of_the_image_tower_alone() -> None:
+    model = make_model()
+    same = features.fingerprint(model)
+    model.clip.token_embedding.weight.data += 1
+    model.interaction.text_weight_fc[0].weight.data += 1
+    assert features.fingerprint(model) == same == features.fingerprint(make_model(interaction="dp", temporal=None))
+    for change in ("mean", "clip.visual.proj", "clip.visual.ln_post.bias", "clip.visual.class_embedding"):
+        other = copy.deepcopy(model)
+        (other.get_buffer if change == "mean" else other.get_parameter)(change).data.view(-1)[-1] += 1e-6
+        assert features.fingerprint(other) != same, change
+    model.clip.visual.transformer.resblocks[0].attn.num_heads = 4
+    assert features.fingerprint(model) != same
+
+
+def test_unreadable_videos_leave_with_their_captions(split: Split, tmp_path: Path) -> None:
+    model = make_model()
+    found = run(model, spoil(split, tmp_path, 0, 4))
+    clean = run(model, leave_out(split, 0, 4))
+    assert [video.name for video in found.unreadable] == [split.names[0], split.names[4]]
+    assert all("must be" in video.reason for video in found.unreadable)
+    assert torch.equal(found.sim, clean.sim)
+    assert torch.equal(found.owner, clean.owner)
+    assert found.metrics == clean.metrics
+
+
+def test_strict_and_nothing_readable(split: Split, tmp_path: Path) -> None:
+    model = make_model()
+    for folder in ("one", "all"):
+        (tmp_path / folder).mkdir()
+    one = spoil(split, tmp_path / "one", 4)
+    with pytest.raises(ValueError, match=r"readable videos alone, as strict asks, got 1 unreadable of 10: clip\[4\]"):
+        run(model, one, strict=True)
+    with pytest.raises(ValueError, match=r"at least one readable video, got 10 unreadable of 10: .*; and 5 more$"):
+        run(model, spoil(split, tmp_path / "all", *range(10)))
+
+
+def test_every_module_gets_its_mode_back(split: Split) -> None:
+    model = make_model(interaction="xti").train()  # with dropout
+    model.clip.visual.eval()
+    before = [module.training for module in model.modules()]
+    sim = run(model, split).sim
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(run(model.eval(), split).sim, sim)
+    model.train()
+    with pytest.raises(ValueError):
+        run(model, split, block=0)
+    with pytest.raises(RuntimeError):
+        evaluate(model, split, broken, SAMPLING, max_words=WORDS)
+    assert all(module.training for module in model.modules())
+
+
+def broken(*_: object, **__: object) -> Tensor:
+    raise RuntimeError("no tokenizer")
+
+
+def test_bf16_is_near(split: Split) -> None:
+    model = make_model()
+    exact, near = run(model, split).sim, run(model, split, precision="bf16").sim
+    assert near.dtype == torch.float32
+    assert not torch.equal(near, exact)
+    torch.testing.assert_close(near, exact, rtol=0, atol=2e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(model, split).sim, exact), "the caller's autocast is not evaluation's"
+
+
+def test_frames_go_once_they_are_encoded(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = features.video_loader
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def watching(*arguments: Any, **options: Any) -> Iterator[Any]:
+        nonlocal most
+        for frames in loader(*arguments, **options):
+            alive.append(weakref.ref(frames))
+            most = max(most, sum(frames() is not None for frames in alive))
+            yield frames
+
+    monkeypatch.setattr(features, "video_loader", watching)
+    run(make_model(), split)
+    assert len(alive) == len(split.videos)
+    assert most <= 2
+
+
+def test_progress(split: Split) -> None:
+    calls: list[tuple[str, int, int]] = []
+    run(make_model(), split, block=8, on_progress=lambda *call: calls.append(call))
+    assert calls == [
+        *(("videos", done, 10) for done in (4, 8, 10)),
+        ("texts", 19, 19),
+        *(("scores", done, 19) for done in (8, 16, 19)),
+    ]
+
+
+def test_captions_are_cut_to_the_context(split: Split) -> None:
+    long = dataclasses.replace(split, captions=tuple(text + " more" * 30 for text in split.captions))
+    sims = [evaluate(make_model(), long, tokenizer(), SAMPLING, max_words=words).sim for words in (16, 99)]
+    assert torch.equal(*sims)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"captions": (), "owner": ()}, {}, "at least one caption, got none of folder, test"),
+        (
+            {"captions": ("a",), "owner": (1,)},
+            {},
+            r"a caption for every video, got none for clip\[0\].mp4 \(9 in all\)",
+        ),
+        ({}, {"block": 0}, "block must be"),
+        ({}, {"precision": "fp16"}, "precision must be one of 'bf16', 'fp32', got 'fp16'"),
+        ({}, {"process_group": "world"}, "process_group must be a torch.distributed.ProcessGroup, got str"),
+    ],
+)
+def test_errors(split: Split, change: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        run(make_model(), dataclasses.replace(split, **change), **options)
 
 
 def test_batches_change_nothing_and_keep_the_order() -> None:

@@ -1,0 +1,200 @@
+"""What a run trains, on what and how: the YAML files under configs/, read into one dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from .._checks import option
+from ..data.datasets import DATASETS
+from ..data.video import Sampling
+from ..model.clip import load_clip
+from ..model.drl import DRL, Config
+
+PRECISIONS = ("bf16", "fp32")
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One row of the ablation. What a file leaves out is the paper's recipe (arXiv 2203.07111, section 4.1, and the
+    public code's scripts).
+
+    Args:
+        dataset: a name of :data:`drl_fast.data.datasets.DATASETS`.
+        videos, annotations: folders of the video files and of the public annotation files.
+        clip, pretrained: as of :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU.
+        interaction, temporal, wti_arch, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight: as of
+            :class:`drl_fast.model.drl.Config`.
+        epochs: passes over the training captions.
+        batch: pairs a step, over all processes; each is a negative of all others.
+        lr, clip_lr: peak learning rates of new modules and of CLIP.
+        weight_decay: of matrices; none of biases, norms and the temperature.
+        warmup: share of the steps in which the rate rises, before it falls along half a cosine.
+        clip_grad: largest norm of a step's gradient.
+        precision: ``"bf16"`` runs towers under autocast, ``"fp32"`` does not. Losses are float32 in both.
+        chunk: pairs that a process's towers hold a graph of at a time; 0: all its own. It bounds memory and changes
+            neither negatives nor gradients, but runs the towers' forward twice.
+        skip_same_video: captions of one video are no negatives of each other (the paper lets them be).
+        parallel: over several processes: ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
+        max_words, max_frames: tokens a caption and frames a video; None: the data set's own.
+        rate: frames a second before thinning.
+        seed: of new weights, the order of captions and dropout.
+        workers: processes that decode, for each training process.
+        checkpoint_every: steps between checkpoints; the end of an epoch makes one in any case.
+
+    Raises:
+        ValueError: a name that is none of these, a number out of range; the field, its value and a remedy are named.
+    """
+
+    dataset: str
+    videos: str | None = None
+    annotations: str | None = None
+    clip: str = "ViT-B-32"
+    pretrained: str | None = "openai"
+    interaction: str = "wti"
+    temporal: str | None = "seqTransf"
+    wti_arch: int = 2
+    cdcr: int = 0
+    cdcr_alpha_on: float = 0.11
+    cdcr_alpha_off: float = 0.0
+    cdcr_weight: float = 0.001
+    epochs: int = 5
+    batch: int = 128
+    lr: float = 1e-4
+    clip_lr: float = 1e-7
+    weight_decay: float = 0.2
+    warmup: float = 0.1
+    clip_grad: float = 1.0
+    precision: str = "bf16"
+    chunk: int = 0
+    skip_same_video: bool = False
+    parallel: str = "ddp"
+    max_words: int | None = None
+    max_frames: int | None = None
+    rate: float = 1.0
+    seed: int = 0
+    workers: int = 8
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        option("dataset", self.dataset, tuple(DATASETS))
+        option("precision", self.precision, PRECISIONS)
+        option("parallel", self.parallel, PARALLEL)
+        for name in ("epochs", "batch", "lr", "clip_grad", "rate", "checkpoint_every", "max_words", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}; {_default(name)}")
+        for name in ("clip_lr", "weight_decay", "chunk", "workers", "seed", "cdcr_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; {_default(name)}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be a share of the steps in 0..1, got {self.warmup}; {_default('warmup')}")
+        self.model_options()
+
+    def model_options(self) -> dict[str, Any]:
+        """:class:`drl_fast.model.drl.Config`'s fields."""
+        names = [f.name for f in dataclasses.fields(Config) if hasattr(self, f.name)]
+        options = {name: getattr(self, name) for name in names}
+        Config(**options)  # its own errors, before any weights are loaded
+        return options
+
+    @property
+    def words(self) -> int:
+        """Tokens a caption is cut to."""
+        return self.max_words or DATASETS[self.dataset].max_words
+
+    def sampling(self, size: int) -> Sampling:
+        """Which frames are taken, at a CLIP's picture size."""
+        spec = DATASETS[self.dataset]
+        return Sampling(self.rate, self.max_frames or spec.max_frames, size, spec.seconds)
+
+
+def _default(name: str) -> str:
+    default = next(f.default for f in dataclasses.fields(RunConfig) if f.name == name)
+    return "leave it out for the data set's own" if default is None else f"the paper's recipe has {default}"
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file of :class:`RunConfig`'s fields.
+
+    Args:
+        overrides: ``"key=value"``, values in YAML; later ones win over earlier ones and over the file.
+
+    Raises:
+        ValueError: no such file, no YAML, unknown keys (the nearest is named), values of another type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.4)
+        hint = f"is it {' or '.join(near)}?" if near else "the repository's are under configs/"
+        raise ValueError(f"config must be a YAML file, got {path}, where none is; {hint}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be YAML in UTF-8, got {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map names to values, got {type(values).__name__}; see configs/msrvtt_wti.yaml")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"set must be key=value, got {override!r}; for instance --set batch=64")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"set must be key=value in YAML, got {override!r}") from error
+    return from_mapping(values, str(path))
+
+
+def from_mapping(values: dict[str, Any], source: str) -> RunConfig:
+    """Check names and types of what a file or a checkpoint says; ``source`` is named in errors."""
+    hints = typing.get_type_hints(RunConfig)
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0)
+            raise ValueError(f"{source} must hold known names, got {name!r}; nearest: {near[0]}")
+        values[name] = _typed(name, value, hints[name], source)
+    if "dataset" not in values:
+        raise ValueError(f"{source} must name its dataset, got none; one of {', '.join(DATASETS)}")
+    return RunConfig(**values)
+
+
+def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and not isinstance(value, bool):
+        # YAML takes 1e-4 for a word: it wants 1.0e-4.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return value
+    allowed = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
+    raise ValueError(f"{source}: {name} must be {allowed}, got {value!r}")
+
+
+def build_model(config: RunConfig) -> tuple[DRL, Callable[..., Tensor]]:
+    """The configured model and its CLIP's tokenizer (``tokenizer(texts, context_length=32) -> ids``).
+
+    Raises:
+        ValueError: a CLIP that is unknown or whose weights cannot be had.
+    """
+    clip, tokenizer = load_clip(config.clip, config.pretrained)
+    model = DRL(clip, **config.model_options())
+    model.clip_name = config.clip
+    return model, tokenizer
+
+
+def picture_size(model: DRL) -> int:
+    """Pixels of a side of the CLIP's pictures."""
+    size = model.clip.visual.image_size
+    return size[0] if isinstance(size, tuple) else size
