@@ -72,9 +72,7 @@ def run_eval(run: EvalRun, console: Console) -> None:
         model, tokenizer = load_model(run.checkpoint, config)
         model.to(here.device)
         sampling = config.sampling(picture_size(model))
-        split = load_split(
-            config.dataset, run.part, videos=videos, annotations=annotations, strict=run.strict
-        )
+        split = load_split(config.dataset, run.part, videos=videos, annotations=annotations, strict=run.strict)
         _introduce(run, config, model, split, here, console)
         watch = _Watch(console)
         with watch.bars:
