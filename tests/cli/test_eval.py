@@ -211,11 +211,25 @@ def test_strict(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> N
     assert drl_eval(*options).exit_code == 0
 
 
+def test_options_reach_the_evaluation(
+    drl_eval: Eval, videos: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(_evaluation, "evaluate", lambda *_, **options: seen.update(options) or evaluate(*_, **options))
+    result = drl_eval("--config", config, "--videos", videos, "--set", "precision=bf16", "--block", 3)
+    assert result.exit_code == 0
+    assert "bf16 on cpu" in result.flat
+    told = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
+    assert told == {
+        "precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ([], "config must name a YAML file, got none; see configs/msrvtt_wti.yaml"),
-        (["--checkpoint", "TMP"], "got none, and TMP holds no config.yaml"),
+        (["--checkpoint", "TMP/no"], "got none, and TMP/no holds no config.yaml"),
         (["--config", "CONFIG"], "videos must name a folder, got none; pass --videos or set it in the configuration"),
         (["--config", "CONFIG", "--videos", "TMP/no"], "TMP/no"),
         (["--config", "CONFIG", "--set", "dataset=msvd", "--videos", "VIDEOS"], "annotations must name a folder"),
@@ -245,8 +259,9 @@ def test_mistakes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, op
     assert put(words) in result.stderr
 
 
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_result(
-    drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out" / "eval.json"
     out.parent.mkdir()
@@ -255,7 +270,7 @@ def test_a_full_disk_leaves_the_old_result(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_evaluation.os, "fsync", full)
+    monkeypatch.setattr(_evaluation.os, step, full)
     result = drl_eval("--config", config, "--videos", videos, "--out", out)
     assert result.exit_code == 1
     assert f"the result could not be written to {out}, got: No space left on device" in result.stderr
@@ -284,7 +299,7 @@ def test_two_processes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Pat
     done = subprocess.run([*command, *map(str, options), str(two)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("text to video") == 1
-    assert done.stdout.count("written to") == 1
+    assert done.stdout.count("written to") == done.stdout.count("Model as built") == 1
     assert read(two)["processes"] == 2
     assert read(two)["metrics"] == read(tmp_path / "one.json")["metrics"]
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,19 @@ def test_blocks_change_no_bit(split: Split, interaction: str) -> None:
     model = make_model(interaction=interaction)
     whole = run(model, split, block=1000).sim
     assert all(torch.equal(run(model, split, block=block).sim, whole) for block in (1, 3, 7))
+
+
+def test_token_weights_are_computed_once(split: Split) -> None:
+    """A product's rows may depend on how many there are, so a weight head must not see a block's."""
+    model, seen = make_model(), {"text": 0, "video": 0}
+
+    def count(side: str) -> Callable[..., None]:
+        return lambda head, inputs, output: seen.update({side: seen[side] + len(output)})
+
+    model.interaction.text_weight_fc.register_forward_hook(count("text"))
+    model.interaction.video_weight_fc.register_forward_hook(count("video"))
+    run(model, split, block=2)
+    assert seen == {"text": len(split.captions), "video": len(split.videos)}
 
 
 def test_a_cache_changes_no_bit_and_decodes_nothing(
@@ -208,6 +221,16 @@ def test_frames_go_once_they_are_encoded(split: Split, monkeypatch: pytest.Monke
     run(make_model(), split)
     assert len(alive) == len(split.videos)
     assert most <= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("interaction", ["wti", "dp", "xti"])
+def test_cuda(split: Split, interaction: str) -> None:
+    model = make_model(interaction=interaction).cuda()
+    found = run(model, split, block=5)
+    assert found.sim.device.type == "cpu"
+    torch.testing.assert_close(found.sim.double(), plain(model.cpu(), split), rtol=0, atol=1e-3)
+    assert torch.equal(run(model.cuda(), split, block=5).sim, found.sim)
 
 
 def test_progress(split: Split) -> None:
