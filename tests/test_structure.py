@@ -31,7 +31,7 @@ FLOORS = [
     ["drl_fast.modules"],
     ["drl_fast.functional", "drl_fast.metrics"],
     ["drl_fast.ops"],
-    ["drl_fast.kernels", "drl_fast._C", "drl_fast._checks", "drl_fast._autocast"],
+    ["drl_fast.kernels", "drl_fast._C", "drl_fast._checks", "drl_fast._autocast", "drl_fast._files"],
 ]
 ORACLE = "drl_fast.reference"
 # Loaded when a user first asks the package for it, by nothing inside: it needs open_clip.

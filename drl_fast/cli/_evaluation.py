@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 import time
-import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
+from .._files import write_aside
 from ..data.datasets import load_split
 from ..data.feature_cache import FeatureCache
 from ..data.split import Split
@@ -210,17 +208,8 @@ def _check_out(path: Path) -> None:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    """Write beside ``path`` and rename: what was there stays whole until the new one is."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    text = json.dumps(report, indent=2) + "\n"
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_aside(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OSError(f"the result could not be written to {path}, got: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)

@@ -26,7 +26,8 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One row of the ablation. What a file leaves out is the paper's recipe (arXiv 2203.07111, section 4.1).
+    """One row of the ablation. What a file leaves out is the paper's recipe (arXiv 2203.07111, section 4.1, and the
+    public code's scripts).
 
     Args:
         dataset: a name of :data:`drl_fast.data.datasets.DATASETS`.
@@ -114,7 +115,8 @@ class RunConfig:
 
     def sampling(self, size: int) -> Sampling:
         """Which frames are taken, at a CLIP's picture size."""
-        return Sampling(self.rate, self.max_frames or DATASETS[self.dataset].max_frames, size)
+        spec = DATASETS[self.dataset]
+        return Sampling(self.rate, self.max_frames or spec.max_frames, size, spec.seconds)
 
 
 def _default(name: str) -> str:

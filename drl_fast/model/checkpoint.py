@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .._files import write_aside
 from .clip import SIZES_IN_STATE, clip_from_state_dict, load_strictly
 
 if TYPE_CHECKING:
@@ -151,21 +151,8 @@ def save_pretrained(model: DRL, folder: str | os.PathLike[str]) -> None:
     config = json.dumps({"format": FORMAT, **model.describe_config()}, indent=2) + "\n"
     state = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     # The configuration rides with the weights: the two cannot come from different saves. The JSON is for people.
-    _aside(path / WEIGHTS, lambda file: safetensors.torch.save_file(state, file, {"config": config}))
-    _aside(path / CONFIG, lambda file: Path(file).write_text(config))
-
-
-def _aside(path: Path, write: Callable[[str], object]) -> None:
-    """Write beside ``path`` and rename: a reader sees the old file or the new one, never part of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(name)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    write_aside(path / WEIGHTS, lambda file: safetensors.torch.save_file(state, file, {"config": config}))
+    write_aside(path / CONFIG, lambda file: Path(file).write_text(config))
 
 
 def from_pretrained(cls: type[DRL], folder: str | os.PathLike[str]) -> DRL:

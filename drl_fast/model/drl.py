@@ -173,6 +173,8 @@ class DRL(nn.Module):
             ValueError, TypeError: ids that are no (A, Nt) integers, or lie outside the vocabulary (CPU only).
         """
         ids = self._check_ids(ids)
+        if len(ids) == 0:  # tokens of nothing, with a graph: over a group every rank's loss must have gradients
+            return self._text_tower(ids.new_zeros((1, ids.shape[1])))[:0], torch.zeros_like(ids, dtype=torch.bool)
         mask = _until_end(ids)
         # Causal attention: nothing behind the end token reaches what is before it.
         groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
@@ -181,8 +183,6 @@ class DRL(nn.Module):
             if len(rows):
                 part = self._text_tower(ids[rows, : int(groups[rows[0]]) * LENGTH_STEP])
                 parts.append(nn.functional.pad(part, (0, 0, 0, ids.shape[1] - part.shape[1])))
-        if not parts:
-            return self.clip.text_projection.new_zeros((*ids.shape, self.dim)), mask
         return torch.cat(parts)[order.argsort()].masked_fill(~mask[..., None], 0), mask
 
     def _text_tower(self, ids: Tensor) -> Tensor:
@@ -239,9 +239,10 @@ class DRL(nn.Module):
         """Pictures (N, 3, H, W), uint8 or normalised, -> (N, D) by the image tower."""
         if pictures.dtype == torch.uint8:
             pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
-        if len(pictures) == 0:  # CLIP's own reshapes fail then
-            return self.clip.text_projection.new_zeros((0, self.dim))
-        return self.clip.encode_image(pictures.to(self.clip.visual.conv1.weight.dtype))
+        pictures = pictures.to(self.clip.visual.conv1.weight.dtype)
+        if len(pictures) == 0:  # CLIP's own reshapes fail then; with a graph, as in encode_text
+            return self.clip.encode_image(pictures.new_zeros((1, *pictures.shape[1:])))[:0]
+        return self.clip.encode_image(pictures)
 
     def _check_frames(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         size = self.clip.visual.image_size

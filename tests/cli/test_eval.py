@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -270,7 +271,7 @@ def test_a_full_disk_leaves_the_old_result(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_evaluation.os, step, full)
+    monkeypatch.setattr(os if step == "fsync" else Path, step, full)
     result = drl_eval("--config", config, "--videos", videos, "--out", out)
     assert result.exit_code == 1
     assert f"the result could not be written to {out}, got: No space left on device" in result.stderr

@@ -182,7 +182,7 @@ def test_no_file(tmp_path: Path, name: str) -> None:
 
 def test_stream_without_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", greys(3))
-    monkeypatch.setattr("drl_fast.data.video._decode", lambda *_: iter(()))
+    monkeypatch.setattr("drl_fast.data.video._frames", lambda *_: iter(()))
     with pytest.raises(ValueError, match=r"a\.mp4 must hold at least one video frame, got none; re-encode"):
         read_video(path, Sampling())
 

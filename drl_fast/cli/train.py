@@ -1,0 +1,46 @@
+"""``drl-fast train``: a row of the ablation, on one process or, under torchrun, many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ._errors import told
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="A YAML file as under configs/: data set, model and recipe.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder, new or, with --resume, its own; else runs/ and the config's name."),
+    ] = None,
+    videos: Annotated[Path | None, typer.Option(help="Folder of the video files; else the configuration's.")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Folder of the annotation files; else the configuration's.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value in YAML, over the configuration's; repeatable.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the folder's last checkpoint, or from the beginning if there is none.")
+    ] = False,
+    strict: Annotated[bool, typer.Option(help="Fail where a video is missing or cannot be read.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Two steps and an evaluation on generated clips, with random weights; keeps nothing.")
+    ] = False,
+) -> None:
+    """Train a model and keep the one with the highest text-to-video R@1.
+
+    Ctrl-C ends it after the step with a checkpoint; --resume goes on from there with the losses that it would have
+    had, also after a kill. torchrun --nproc-per-node N --no-python drl-fast train ... trains on N processes: the batch
+    is divided among them and every pair stays a negative of all others.
+    """
+    with told("train"):
+        from ._training import TrainRun, run_train
+
+        run = TrainRun(config, out, videos, annotations, tuple(overrides or ()), resume, strict)
+        if not run_train(run, Console(), dry=dry_run):
+            raise typer.Exit(130)

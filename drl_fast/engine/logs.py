@@ -1,0 +1,72 @@
+"""A run's numbers on disk: a CSV line a step, the same in TensorBoard, a JSON file of evaluations."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from .._files import write_aside
+
+COLUMNS = (
+    "step", "epoch", "total", "info_nce", "cdcr", "logit_scale", "grad_norm", "lr", "clip_lr", "pairs", "seconds"
+)  # fmt: skip
+
+
+class Logs:
+    """Writes ``log.csv`` and ``tensorboard/`` below a run's folder, from the step after ``step`` on.
+
+    What a run that was killed had written beyond its last checkpoint is taken back: those steps come again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # loads a second's worth of packages
+
+        path = folder / "log.csv"
+        rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
+        write_aside(path, lambda name: _write(Path(name), rows))
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._rows = csv.DictWriter(self._file, COLUMNS)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def step(self, values: dict[str, float]) -> None:
+        """One step's numbers, named as :data:`COLUMNS`."""
+        self._rows.writerow({name: _number(values[name]) for name in COLUMNS})
+        self._file.flush()
+        for name in COLUMNS[2:]:
+            self._board.add_scalar(f"train/{name}", values[name], int(values["step"]))
+
+    def evaluation(self, step: int, metrics: dict[str, dict[str, float]]) -> None:
+        """One evaluation's metrics, in TensorBoard; the run keeps them in evaluations.json."""
+        for direction, values in metrics.items():
+            for name, value in values.items():
+                self._board.add_scalar(f"val/{direction}_{name}", value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    """Whole lines of a log; one that was cut off by a kill is left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+
+
+def write_evaluations(folder: Path, evaluations: dict[int, dict[str, dict[str, float]]]) -> None:
+    """``evaluations.json``: metrics by epoch."""
+    text = json.dumps(evaluations, indent=2) + "\n"
+    write_aside(folder / "evaluations.json", lambda name: Path(name).write_text(text))
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.DictWriter(file, COLUMNS)
+        lines.writeheader()
+        lines.writerows(rows)
+
+
+def _number(value: float) -> str:
+    # repr gives every bit back: a resumed run is compared with an uninterrupted one.
+    return repr(value)

@@ -1,0 +1,57 @@
+"""The paper's recipe as functions of a step's number: order of pairs, learning rates, seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from ..model.drl import DRL
+from .config import RunConfig
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed for each tuple of numbers. A step draws from its own, so that a resumed run has no state to restore."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def steps_an_epoch(count: int, batch: int) -> int:
+    """Whole batches of ``count`` captions; what is left over waits for the next epoch's order."""
+    return max(count // batch, 1)
+
+
+def batches(count: int, config: RunConfig) -> list[list[int]]:
+    """Every step's captions, over all epochs; an epoch sees a caption at most once."""
+    batch = min(config.batch, count)
+    found: list[list[int]] = []
+    for epoch in range(config.epochs):
+        generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
+        order = torch.randperm(count, generator=generator)
+        found += order[: steps_an_epoch(count, batch) * batch].view(-1, batch).tolist()
+    return found
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor before step ``step`` (from 0) of ``steps``: a line up, then half a cosine."""
+    rising = max(round(warmup * steps), 1)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+
+def optimizer(model: DRL, config: RunConfig) -> torch.optim.AdamW:
+    """AdamW on four groups: CLIP's parameters and new ones, matrices (with weight decay) and the rest (without)."""
+    groups = []
+    for of_clip, lr in ((True, config.clip_lr), (False, config.lr)):
+        own = [p for name, p in model.named_parameters() if name.startswith("clip.") == of_clip]
+        for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
+            chosen = [p for p in own if (p.ndim >= 2) == matrices]
+            groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), eps=1e-6)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its peak rate times ``factor``."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor

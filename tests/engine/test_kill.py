@@ -1,0 +1,69 @@
+"""kill -9 at any moment: what is on disk is whole, and the run goes on with the losses it would have had."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from drl_fast.engine.train import LAST
+
+from .runs import configured, make_folder, opened
+from .test_train import losses
+
+# The long run is of `make fuzz`.
+POINTS = 20 if os.environ.get("DRL_FAST_FUZZ") else 4
+
+
+def _go_on(folder: Path, out: Path, workers: int) -> None:
+    torch.set_num_threads(1)
+    opened(configured(folder, checkpoint_every=1, workers=workers), out, resume=True)[0].train()
+
+
+@pytest.fixture(scope="module")
+def server() -> multiprocessing.context.ForkServerContext:
+    """Processes that start with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.engine.runs"])
+    return context
+
+
+def test_every_kill_can_be_resumed(server: multiprocessing.context.ForkServerContext, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "videos")
+
+    def started(out: Path, workers: int) -> multiprocessing.context.ForkServerProcess:
+        process = server.Process(target=_go_on, args=(folder, out, workers))
+        process.start()
+        return process
+
+    start = time.monotonic()
+    whole = started(tmp_path / "whole", 0)
+    whole.join()
+    lasted = time.monotonic() - start
+    assert whole.exitcode == 0
+    expected = losses(tmp_path / "whole")
+    assert len(expected) == 8
+    seed = random.SystemRandom().randrange(2**32)
+    moments = random.Random(seed)
+    reached = []
+    for point in range(POINTS):
+        out = tmp_path / f"run{point}"
+        workers = point % 2
+        killed = started(out, workers)
+        time.sleep(moments.uniform(0.1 * lasted, lasted))
+        killed.kill()
+        killed.join()
+        if (out / LAST).exists():
+            reached.append(torch.load(out / LAST, weights_only=True)["progress"]["step"])
+        resumed = started(out, workers)
+        resumed.join()
+        assert resumed.exitcode == 0, f"point {point} of seed {seed}"
+        assert losses(out) == expected, f"point {point} of seed {seed}"
+        assert not list(out.glob(".*")), f"point {point} of seed {seed}"
+    if POINTS >= 20:
+        assert len(set(reached)) > 3, f"the kills of seed {seed} all came at steps {reached}"

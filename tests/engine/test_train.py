@@ -1,0 +1,275 @@
+"""A run: what it writes, that it goes on as if it had not stopped, and what it says where it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drl_fast import DRL
+from drl_fast.engine import checkpoint, recipe
+from drl_fast.engine.logs import read_log
+from drl_fast.engine.train import BEST, LAST, UNREADABLE
+
+from .runs import after, configured, make_folder, opened
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run, _ = opened(configured(folder), out)
+    assert run.train()
+    return out
+
+
+def losses(out: Path) -> list[dict[str, str]]:
+    """The log without what a clock says."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(out / "log.csv")]
+
+
+def test_what_a_run_leaves(folder: Path, whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"config.yaml", LAST, BEST, "evaluations.json", "log.csv", "tensorboard"}
+    rows = losses(whole)
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert [int(row["epoch"]) for row in rows] == [1] * 4 + [2] * 4
+    assert all(float(row["total"]) > 0 and float(row["cdcr"]) > 0 for row in rows)
+    evaluations = json.loads((whole / "evaluations.json").read_text())
+    assert list(evaluations) == ["1", "2"]
+    assert evaluations["2"].keys() == {"t2v", "v2t"}
+    assert any((whole / "tensorboard").iterdir())
+
+
+def test_the_best_model_scores_what_was_noted(folder: Path, whole: Path) -> None:
+    """best/ is the model of the best epoch: evaluated again, it gives that epoch's numbers."""
+    from drl_fast.engine.evaluate import evaluate
+
+    evaluations = json.loads((whole / "evaluations.json").read_text())
+    best = max(evaluations.values(), key=lambda found: found["t2v"]["R1"])
+    run, _ = opened(configured(folder), whole.parent / "other")
+    model = DRL.from_pretrained(whole / BEST)
+    found = evaluate(model, run.data.val, run.data.tokenizer, run.sampling, max_words=12)
+    assert found.metrics == best
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7, 8])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Path, whole: Path, tmp_path: Path, steps: int) -> None:
+    run, _ = opened(configured(folder), tmp_path / "run", stop=after(steps))
+    assert not run.train()
+    assert run.progress.step == steps
+    run, notes = opened(configured(folder), tmp_path / "run", resume=True)
+    assert run.progress.step == steps
+    assert run.train()
+    assert min(notes.losses(), default=steps + 1) == steps + 1
+    assert losses(tmp_path / "run") == losses(whole)
+    assert (tmp_path / "run/evaluations.json").read_text() == (whole / "evaluations.json").read_text()
+    ours, theirs = (torch.load(out / LAST, weights_only=True)["model"] for out in (tmp_path / "run", whole))
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("interaction", ["xti", "dp"])
+def test_dropout_and_pooled_vectors_go_on_too(folder: Path, tmp_path: Path, interaction: str) -> None:
+    """What is drawn at random in a step does not depend on what was drawn before."""
+    config = configured(folder, interaction=interaction, cdcr=0, epochs=1)
+    opened(config, tmp_path / "whole")[0].train()
+    opened(config, tmp_path / "run", stop=after(2))[0].train()
+    opened(config, tmp_path / "run", resume=True)[0].train()
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_workers_and_chunks_may_change(folder: Path, whole: Path, tmp_path: Path) -> None:
+    opened(configured(folder), tmp_path / "run", stop=after(5))[0].train()
+    config = configured(folder, workers=1, chunk=2, checkpoint_every=100)
+    opened(config, tmp_path / "run", resume=True)[0].train()
+    found, expected = losses(tmp_path / "run"), losses(whole)
+    assert found[:5] == expected[:5]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float(ours["total"]) == pytest.approx(float(theirs["total"]), rel=1e-3)
+
+
+def test_steps_beyond_the_checkpoint_are_taken_back(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """What a kill leaves: a log that is ahead of the checkpoint, its last line cut off, and half a file."""
+    out = tmp_path / "run"
+    opened(configured(folder), out, stop=after(3))[0].train()
+    kept = (out / LAST).read_bytes()
+    opened(configured(folder), out, resume=True, stop=after(2))[0].train()
+    (out / LAST).write_bytes(kept)
+    with (out / "log.csv").open("a") as file:
+        file.write("6,2,1.25,0.5")
+    (out / f".{LAST}.123.part").write_bytes(kept[:1000])
+    opened(configured(folder), out, resume=True)[0].train()
+    assert losses(out) == losses(whole)
+    assert not list(out.glob(".*"))
+
+
+def test_it_learns(folder: Path, tmp_path: Path) -> None:
+    run, notes = opened(configured(folder, epochs=12, lr=3e-3, clip_lr=3e-3), tmp_path / "run")
+    run.train()
+    found = list(notes.losses().values())
+    assert sum(found[-4:]) < 0.75 * sum(found[:4])
+    assert run.progress.evaluations[12]["t2v"]["R1"] > 3 * 100 / 12
+
+
+def test_seeds_differ(folder: Path, whole: Path, tmp_path: Path) -> None:
+    opened(configured(folder, seed=1), tmp_path / "run")[0].train()
+    assert losses(tmp_path / "run") != losses(whole)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(folder: Path, whole: Path) -> None:
+    before = (whole / LAST).read_bytes()
+    with pytest.raises(ValueError, match=r"out must be a new folder, got .* which holds a run; add --resume"):
+        opened(configured(folder), whole)
+    assert (whole / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lr": 0.5}, "lr 0.01 then and 0.5 now"),
+        ({"interaction": "ti", "cdcr": 2}, "interaction 'wti' then and 'ti' now; cdcr 3 then and 2 now"),
+        ({"batch": 3, "seed": 4}, "batch 4 then and 3 now; seed 0 then and 4 now"),
+    ],
+)
+def test_another_configuration_does_not_go_on(
+    folder: Path, whole: Path, changed: dict[str, Any], words: str
+) -> None:  # fmt: skip
+    text = (whole / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=f"config must be the one that .*{LAST} was trained with, got {words}"):
+        opened(configured(folder, **changed), whole, resume=True)
+    assert (whole / "config.yaml").read_text() == text
+
+
+def test_other_data_does_not_go_on(folder: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "videos")
+    (tmp_path / "videos/clip3.mp4").unlink()
+    with pytest.raises(ValueError, match=r"dataset must be the one that .* other captions or videos"):
+        opened(configured(tmp_path / "videos"), whole, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path, content: bytes | None) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    last = tmp_path / "run" / LAST
+    last.write_bytes(last.read_bytes()[:-20000] if content is None else content)
+    with pytest.raises(ValueError, match=f"{LAST} must be a whole checkpoint, and could not be read"):
+        opened(configured(folder), tmp_path / "run", resume=True)
+
+
+def test_another_file_is_no_checkpoint(folder: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "run" / LAST)
+    with pytest.raises(ValueError, match=r"must be a checkpoint of drl-fast train \(drl-fast run 1\), got another"):
+        opened(configured(folder), tmp_path / "run", resume=True)
+
+
+def test_nothing_to_resume_is_a_start(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """So that a script may always say --resume."""
+    opened(configured(folder), tmp_path / "run", resume=True)[0].train()
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    run, _ = opened(configured(folder), out, stop=after(3))
+    run.train()
+    kept = (out / LAST).read_bytes()
+
+    def full(state: object, name: str) -> None:
+        Path(name).write_bytes(kept[:5000])
+        raise OSError(28, "No space left on device")
+
+    run, _ = opened(configured(folder), out, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", full)
+        with pytest.raises(OSError, match=r"could not be written .* the checkpoint before stands: make room and go on"):
+            run.train()
+    assert (out / LAST).read_bytes() == kept
+    assert not list(out.glob(".*"))
+    assert opened(configured(folder), out, resume=True)[0].train()
+
+
+def test_unreadable_videos_are_left_out_and_named_once(folder: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(folder, videos)
+    (videos / "clip1.mp4").write_bytes(b"no video")
+    (videos / "clip4.mp4").write_bytes(b"")
+    run, notes = opened(configured(videos), tmp_path / "run", stop=after(5))
+    run.train()
+    run, again = opened(configured(videos), tmp_path / "run", resume=True)
+    assert run.train()
+    assert sorted(notes.names + again.names) == ["clip1.mp4", "clip4.mp4"]
+    lines = (tmp_path / "run" / UNREADABLE).read_text().splitlines()
+    assert sorted(line.partition("\t")[0] for line in lines) == ["clip1.mp4", "clip4.mp4"]
+    assert all("clip" in line.partition("\t")[2] for line in lines)
+    run, _ = opened(configured(videos), tmp_path / "strict", strict=True)
+    with pytest.raises(ValueError, match=r"clip\d.mp4 cannot be read, and --strict wants all of them"):
+        run.train()
+
+
+def test_a_batch_without_a_video_ends_with_words(folder: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(folder, videos)
+    for path in videos.glob("*.mp4"):
+        path.write_bytes(b"no video")
+    run, _ = opened(configured(videos), tmp_path / "run")
+    with pytest.raises(ValueError, match="videos must be readable, got a batch without one, at step 1"):
+        run.train()
+
+
+def test_captions_of_one_video_are_negatives_unless_asked(folder: Path, tmp_path: Path) -> None:
+    """A batch of all captions, of which six videos have two."""
+    values = []
+    for skip in (False, True):
+        config = configured(folder, skip_same_video=skip, batch=64, epochs=1, cdcr=0)
+        run, notes = opened(config, tmp_path / str(skip))
+        run.train()
+        values.append(notes.losses()[1])
+    assert values[1] < values[0]
+
+
+def test_an_epoch_sees_every_caption_once() -> None:
+    from dataclasses import replace
+
+    config = replace(configured(Path(".")), batch=4, epochs=3)
+    batches = recipe.batches(18, config)
+    assert [len(batch) for batch in batches] == [4] * 12
+    for epoch in range(3):
+        seen = [row for batch in batches[4 * epoch : 4 * epoch + 4] for row in batch]
+        assert len(set(seen)) == 16
+        assert set(seen) <= set(range(18))
+    assert batches[:4] != batches[4:8]
+    assert batches == recipe.batches(18, config)
+    assert recipe.batches(3, config) != recipe.batches(3, replace(config, seed=1))
+
+
+def test_rates_and_weight_decay_are_the_papers(folder: Path) -> None:
+    config = configured(folder, temporal="seqTransf", lr=1e-4, clip_lr=1e-7, cdcr=0)
+    from drl_fast.engine.config import build_model
+
+    model, _ = build_model(config)
+    optimizer = recipe.optimizer(model, config)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.9, 0.98), 1e-6)
+        for p in group["params"]:
+            assert group["peak"] == (1e-7 if names[id(p)].startswith("clip.") else 1e-4)
+            assert group["weight_decay"] == (0.2 if p.ndim >= 2 else 0)
+    factors = [recipe.rate(step, 100, 0.1) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert factors[55] == pytest.approx(0.5)
+    assert 0 < factors[-1] < 1e-3
