@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drl_fast.data.feature_cache import FeatureCache
 from drl_fast.data.split import Split
+from drl_fast.data.video import Sampling
 from drl_fast.engine import features
 from drl_fast.engine.evaluate import Evaluation, encode_texts, encode_videos, evaluate
 from drl_fast.metrics import retrieval_metrics
@@ -105,7 +106,8 @@ def test_token_weights_are_computed_once(split: Split) -> None:
     model.interaction.text_weight_fc.register_forward_hook(count("text"))
     model.interaction.video_weight_fc.register_forward_hook(count("video"))
     run(model, split, block=2)
-    assert seen == {"text": len(split.captions), "video": len(split.videos)}
+    # And one of each in the rehearsal.
+    assert seen == {"text": 1 + len(split.captions), "video": 1 + len(split.videos)}
 
 
 def test_a_cache_changes_no_bit_and_decodes_nothing(
@@ -189,6 +191,23 @@ def test_every_module_gets_its_mode_back(split: Split) -> None:
     with pytest.raises(RuntimeError):
         evaluate(model, split, broken, SAMPLING, max_words=WORDS)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling", "words", "message"),
+    [
+        ({}, dataclasses.replace(SAMPLING, size=64), WORDS, r"frames must be \(B, Nv, 3, 32, 32\)"),
+        ({"temporal": "seqTransf"}, dataclasses.replace(SAMPLING, max_frames=17), WORDS, "at most 16 frames"),
+        ({"temporal": None, "interaction": "xti"}, dataclasses.replace(SAMPLING, max_frames=16), WORDS, "at most 15"),
+        ({}, SAMPLING, 2, "max_words must be at least 3"),
+    ],
+)
+def test_what_cannot_work_fails_before_a_video_is_decoded(
+    split: Split, monkeypatch: pytest.MonkeyPatch, options: dict, sampling: Sampling, words: int, message: str
+) -> None:
+    monkeypatch.setattr(features, "video_loader", broken)
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_model(**options), split, tokenizer(), sampling, max_words=words)
 
 
 def broken(*_: object, **__: object) -> Tensor:
