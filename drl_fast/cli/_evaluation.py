@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 import time
-import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
+from .._files import write_aside
 from ..data.datasets import load_split
 from ..data.feature_cache import FeatureCache
 from ..data.split import Split
+from ..data.video import Sampling
 from ..engine.config import RunConfig, picture_size
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.processes import Processes, processes
@@ -32,10 +31,8 @@ from ._trained import load_model, settings, untrained
 
 SHOWN = 10
 STAGES = {"videos": "decode and encode videos", "texts": "encode captions", "scores": "score"}
-POST = (
-    "Post-processing, not comparable with the table above: dual softmax weighs every score by all other test queries, "
-    "which a search does not have"
-)
+POST = "Post-processing by dual softmax, not comparable with the table above"
+POST_NOTE = "Dual softmax weighs every score by those of all test queries, which a search does not have."
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def run_eval(run: EvalRun, console: Console) -> None:
         model.to(here.device)
         sampling = config.sampling(picture_size(model))
         split = load_split(config.dataset, run.part, videos=videos, annotations=annotations, strict=run.strict)
-        _introduce(run, config, model, split, here, console)
+        _introduce(run, config, model, split, sampling, here, console)
         watch = _Watch(console)
         with watch.bars:
             found = evaluate(
@@ -102,7 +99,9 @@ def _with_folders(config: RunConfig, run: EvalRun) -> tuple[RunConfig, Path, Pat
     return dataclasses.replace(config, videos=videos, annotations=annotations), Path(videos), Path(annotations)
 
 
-def _introduce(run: EvalRun, config: RunConfig, model: DRL, split: Split, here: Processes, console: Console) -> None:
+def _introduce(
+    run: EvalRun, config: RunConfig, model: DRL, split: Split, sampling: Sampling, here: Processes, console: Console
+) -> None:
     """What is evaluated, on what and where, before it takes long."""
     print_machine(console)
     source = "as built" if run.checkpoint is None else f"from {run.checkpoint}"
@@ -113,8 +112,9 @@ def _introduce(run: EvalRun, config: RunConfig, model: DRL, split: Split, here: 
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     console.print(
-        f"{config.dataset}, {split.part}: {len(split.captions)} captions of {len(split.videos)} videos; "
-        f"{config.rate:g} frames a second", highlight=False, soft_wrap=True,
+        f"{config.dataset}, {split.part}: {len(split.captions)} captions of {len(split.videos)} videos, "
+        f"of which {sampling.rate:g} frame{'s' * (sampling.rate != 1)} a second are looked at, at most "
+        f"{sampling.max_frames}", highlight=False, soft_wrap=True,
     )  # fmt: skip
     for sentence in split.left_out():
         console.print(f"[yellow]left out:[/yellow] {escape(sentence)}", highlight=False, soft_wrap=True)
@@ -193,6 +193,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
         for key, direction in DIRECTIONS.items():
             metrics_row(table, direction, report["dual_softmax"][key])
         console.print(table)
+        console.print(POST_NOTE)
     stages = ", ".join(f"{STAGES[stage]} {taken:.1f} s" for stage, taken in report["seconds"].items())
     console.print(f"Time: {stages}", highlight=False)
 
@@ -207,17 +208,8 @@ def _check_out(path: Path) -> None:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    """Write beside ``path`` and rename: what was there stays whole until the new one is."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    text = json.dumps(report, indent=2) + "\n"
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_aside(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OSError(f"the result could not be written to {path}, got: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..engine.config import RunConfig, build_model, read_config
+from ..engine.train import BEST, CONFIG
 from ..model.checkpoint import WEIGHTS
 from ..model.drl import DRL, Config
 
-# In a run folder of drl-fast train.
-BEST, SETTINGS = "best", "config.yaml"
 # What a checkpoint says of itself.
 OF_THE_MODEL = {"clip", "pretrained", *(field.name for field in dataclasses.fields(Config))}
 # Interactions with weights that CLIP does not bring.
@@ -37,10 +36,10 @@ def settings(checkpoint: Path | None, config: Path | None, overrides: Sequence[s
                     f"set must leave the model as the checkpoint has it, got {override}; leave it or the checkpoint out"
                 )
     if config is None:
-        if checkpoint is None or not (checkpoint / SETTINGS).is_file():
-            where = "" if checkpoint is None else f", and {checkpoint} holds no {SETTINGS}"
+        if checkpoint is None or not (checkpoint / CONFIG).is_file():
+            where = "" if checkpoint is None else f", and {checkpoint} holds no {CONFIG}"
             raise ValueError(f"config must name a YAML file, got none{where}; see configs/msrvtt_wti.yaml")
-        config = checkpoint / SETTINGS
+        config = checkpoint / CONFIG
     return read_config(config, overrides)
 
 

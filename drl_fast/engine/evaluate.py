@@ -24,7 +24,7 @@ from ..data.video import Sampling
 from ..metrics import retrieval_metrics
 from ..model.drl import DRL
 from ..ops._group import Group, Terms
-from .features import Side, device_of, frame_features, inner, text_side, video_side, weights_hash
+from .features import Autocast, Side, device_of, frame_features, inner, text_side, video_side, weights_hash
 from .shares import fill
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def evaluate(
     """Score every caption of a split against every video of it.
 
     Args:
-        model: on any device; it comes back in the mode (training or not) in which it was.
+        model: a DRL itself, not a wrapper around one, on any device; it comes back in the mode in which it was.
         tokenizer: the CLIP's own.
         sampling: frames of a video; its size is the CLIP's.
         max_words: tokens a caption is cut to, at most the CLIP's context.
@@ -72,24 +72,31 @@ def evaluate(
 
     Raises:
         ValueError: a split without captions, or with videos that none describes; no readable video, or with ``strict``
-            any unreadable one; an option out of range; ranks that differ in what they evaluate.
+            any unreadable one; an option out of range, or frames and words that the model does not take; ranks that
+            differ in what they evaluate.
         RuntimeError: another rank failed; its error is named.
     """
     ranks = None if process_group is None else Group(process_group)
 
+    device = device_of(model).type
+    autocast: Autocast = partial(_autocast.off, device)
+    if precision == "bf16":
+        autocast = partial(torch.autocast, device, torch.bfloat16)
+    tell = on_progress or (lambda stage, done, total: None)
+    words = min(max_words, model.clip.positional_embedding.shape[0])
+
     def terms() -> Terms:
-        _check(split, max_words, block, precision)
+        _check(split, block, precision)
+        with autocast():
+            _rehearse(model, tokenize(tokenizer, split.captions[:1], words), sampling)
         if ranks is None:
             return Terms({}, {})
+        ranks.require("evaluation's rows", torch.empty(0))
         options = {"sampling": sampling, "max_words": max_words, "block": block, "precision": precision}
         return Terms({}, {**_checksums(model, split), **options, "strict": strict})
 
-    ranks.agree("evaluate", terms) if ranks is not None else terms()
-    device = device_of(model).type
-    half = partial(torch.autocast, device, torch.bfloat16)
-    autocast = half if precision == "bf16" else partial(_autocast.off, device)
-    tell = on_progress or (lambda stage, done, total: None)
     with _scoring(model):
+        terms() if ranks is None else ranks.agree("evaluate", terms)
         features, counts, reasons = frame_features(
             model, split.videos, sampling, workers=workers, cache=cache, autocast=autocast, group=ranks,
             on_progress=partial(tell, "videos"),
@@ -100,16 +107,14 @@ def evaluate(
         if reasons:
             features, counts = features[columns], counts[columns]
         video = video_side(model, features, counts, autocast, ranks)
-        ids = tokenize(tokenizer, texts, min(max_words, model.clip.positional_embedding.shape[0]))
-        text = text_side(model, ids, autocast, ranks, partial(tell, "texts"))
+        text = text_side(model, tokenize(tokenizer, texts, words), autocast, ranks, partial(tell, "texts"))
         sim = torch.zeros(len(owner), len(columns))
         with autocast():
             fill([sim], block, _scorer(model, text, video), ranks, partial(tell, "scores"))
     return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable)
 
 
-def _check(split: Split, max_words: int, block: int, precision: str) -> None:
-    _checks.positive_int("max_words", max_words)
+def _check(split: Split, block: int, precision: str) -> None:
     _checks.positive_int("block", block)
     _checks.option("precision", precision, PRECISIONS)
     if not split.captions:
@@ -120,6 +125,15 @@ def _check(split: Split, max_words: int, block: int, precision: str) -> None:
             f"split must have a caption for every video, got none for {split.names[silent[0]]} ({len(silent)} in all); "
             "leave them out"
         )
+
+
+def _rehearse(model: DRL, ids: Tensor, sampling: Sampling) -> None:
+    """Score one caption and one black frame: what cannot work fails now, not when all videos are decoded."""
+    device, frames = device_of(model), sampling.max_frames
+    mask = torch.arange(frames, device=device)[None] == 0
+    text, text_mask = model.encode_text(ids.to(device))
+    pictures = torch.zeros(1, frames, 3, sampling.size, sampling.size, dtype=torch.uint8, device=device)
+    model.similarity(text, model.encode_video(pictures, mask), text_mask, mask)
 
 
 def _checksums(model: DRL, split: Split) -> dict[str, object]:

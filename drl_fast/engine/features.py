@@ -60,10 +60,9 @@ def video_side(model: DRL, features: Tensor, counts: Tensor, autocast: Autocast,
 
     def encode(rows: slice) -> tuple[Tensor, Tensor]:
         mask = (positions < counts[rows, None]).to(device_of(model))
+        # What is not real comes out of a temporal module as it went in: 0.
         tokens = inner(model, features[rows])
-        if model.temporal is not None:
-            tokens = model.temporal(tokens, mask)
-        return tokens.masked_fill(~mask[..., None], 0), mask
+        return tokens if model.temporal is None else model.temporal(tokens, mask), mask
 
     return _filled(model, "video_weight_fc", features, VIDEOS, encode, autocast, group, None)
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import shutil
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drl_fast.data.feature_cache import FeatureCache
 from drl_fast.data.split import Split
+from drl_fast.data.video import Sampling
 from drl_fast.engine import features
 from drl_fast.engine.evaluate import Evaluation, encode_texts, encode_videos, evaluate
 from drl_fast.metrics import retrieval_metrics
@@ -93,6 +94,20 @@ def test_blocks_change_no_bit(split: Split, interaction: str) -> None:
     model = make_model(interaction=interaction)
     whole = run(model, split, block=1000).sim
     assert all(torch.equal(run(model, split, block=block).sim, whole) for block in (1, 3, 7))
+
+
+def test_token_weights_are_computed_once(split: Split) -> None:
+    """A product's rows may depend on how many there are, so a weight head must not see a block's."""
+    model, seen = make_model(), {"text": 0, "video": 0}
+
+    def count(side: str) -> Callable[..., None]:
+        return lambda head, inputs, output: seen.update({side: seen[side] + len(output)})
+
+    model.interaction.text_weight_fc.register_forward_hook(count("text"))
+    model.interaction.video_weight_fc.register_forward_hook(count("video"))
+    run(model, split, block=2)
+    # And one of each in the rehearsal.
+    assert seen == {"text": 1 + len(split.captions), "video": 1 + len(split.videos)}
 
 
 def test_a_cache_changes_no_bit_and_decodes_nothing(
@@ -178,6 +193,23 @@ def test_every_module_gets_its_mode_back(split: Split) -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("options", "sampling", "words", "message"),
+    [
+        ({}, dataclasses.replace(SAMPLING, size=64), WORDS, r"frames must be \(B, Nv, 3, 32, 32\)"),
+        ({"temporal": "seqTransf"}, dataclasses.replace(SAMPLING, max_frames=17), WORDS, "at most 16 frames"),
+        ({"temporal": None, "interaction": "xti"}, dataclasses.replace(SAMPLING, max_frames=16), WORDS, "at most 15"),
+        ({}, SAMPLING, 2, "max_words must be at least 3"),
+    ],
+)
+def test_what_cannot_work_fails_before_a_video_is_decoded(
+    split: Split, monkeypatch: pytest.MonkeyPatch, options: dict, sampling: Sampling, words: int, message: str
+) -> None:
+    monkeypatch.setattr(features, "video_loader", broken)
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_model(**options), split, tokenizer(), sampling, max_words=words)
+
+
 def broken(*_: object, **__: object) -> Tensor:
     raise RuntimeError("no tokenizer")
 
@@ -208,6 +240,16 @@ def test_frames_go_once_they_are_encoded(split: Split, monkeypatch: pytest.Monke
     run(make_model(), split)
     assert len(alive) == len(split.videos)
     assert most <= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("interaction", ["wti", "dp", "xti"])
+def test_cuda(split: Split, interaction: str) -> None:
+    model = make_model(interaction=interaction).cuda()
+    found = run(model, split, block=5)
+    assert found.sim.device.type == "cpu"
+    torch.testing.assert_close(found.sim.double(), plain(model.cpu(), split), rtol=0, atol=1e-3)
+    assert torch.equal(run(model.cuda(), split, block=5).sim, found.sim)
 
 
 def test_progress(split: Split) -> None:

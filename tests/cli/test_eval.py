@@ -1,0 +1,316 @@
+"""``drl-fast eval`` as a user runs it: every kind of checkpoint, what is left out, mistakes that end in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from drl_fast.cli import _evaluation, app
+from drl_fast.data.datasets import load_split
+from drl_fast.engine import features
+from drl_fast.engine.config import build_model, picture_size, read_config
+from drl_fast.engine.evaluate import evaluate
+from drl_fast.model.clip import build_clip, clip_from_state_dict
+from drl_fast.model.drl import DRL
+from tests.clips import cut, greys, noise, write_video
+
+Eval = Callable[..., Any]
+CONFIG = """
+dataset: folder
+clip: drl-small
+pretrained: null
+precision: fp32
+workers: 0
+rate: 8
+max_frames: 3
+max_words: 16
+"""
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def drl_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
+    """Run ``drl-fast eval`` with options; the result's ``flat`` is its output without line breaks and table rules."""
+    monkeypatch.setenv("COLUMNS", "240")
+
+    def run(*options: object) -> Any:
+        result = CliRunner().invoke(app, ["eval", *map(str, options)])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        assert "Traceback" not in result.output
+        result.flat = " ".join(result.stdout.replace("│", " ").split())
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips, one of them broken, and a caption of a seventh that is not there; two captions a clip."""
+    folder = tmp_path_factory.mktemp("videos [mine]")
+    lines = ["video,caption"]
+    for number in range(6):
+        write_video(folder / f"clip{number}.mp4", greys(4) if number % 2 else noise(2 + number))
+        lines += [f"clip{number}.mp4,number {number} of [six]", f"clip{number}.mp4,{'grey ' * number}again"]
+    cut(folder / "clip4.mp4", 0.4)
+    (folder / "captions.csv").write_text("\n".join([*lines, "gone.mp4,not here"]))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_the_configured_model(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "eval.json"
+    result = drl_eval("--config", config, "--videos", videos, "--out", out, "--post", "--set", "interaction=ti")
+    assert result.exit_code == 0, result.output
+    report = read(out)
+    assert [path.name for path in out.parent.iterdir()] == ["eval.json"]
+
+    settings = read_config(config, ["interaction=ti"])
+    torch.manual_seed(settings.seed)
+    model, tokenizer = build_model(settings)
+    split = load_split("folder", "test", videos=videos, annotations=videos)
+    found = evaluate(model, split, tokenizer, settings.sampling(picture_size(model)), max_words=16)
+    assert report["metrics"] == found.metrics
+    assert (report["texts"], report["videos"]) == found.sim.shape == (10, 5)
+    assert report["missing"] == ["gone.mp4"]
+    assert [video["name"] for video in report["unreadable"]] == ["clip4.mp4"]
+    for key, (low, high) in report["R1_interval_95"].items():
+        assert 0 <= low <= report["metrics"][key]["R1"] <= high <= 100
+    assert report["chance"]["R1"] == 20
+    assert report["model"]["interaction"] == report["config"]["interaction"] == "ti"
+    assert report["config"]["videos"] == str(videos)
+    assert report["checkpoint"] is None
+    assert set(report["seconds"]) == {"videos", "texts", "scores"}
+
+    for words in (
+        "folder, test: 10 captions against 5 videos",
+        "1 of 7 videos listed have no file: gone.mp4",
+        "unreadable, left out: clip4.mp4",
+        "Untrained: all weights are random",
+        f"written to {out}",
+    ):
+        assert words in result.flat
+    first, second = result.flat.split("Post-processing by dual softmax, not comparable with the table above")
+    for table, metrics in ((first, report["metrics"]), (second, report["dual_softmax"])):
+        for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
+            row = table.split(name)[1].split("video")[0]
+            assert f"{metrics[key]['R5']:.1f} {metrics[key]['R10']:.1f} {metrics[key]['MdR']:.1f}" in row
+
+
+def test_no_second_table_unless_asked_for(drl_eval: Eval, videos: Path, config: Path) -> None:
+    result = drl_eval("--config", config, "--videos", videos)
+    assert result.exit_code == 0
+    assert "softmax" not in result.stdout
+    assert "written" not in result.stdout
+
+
+def small_clip(name: str = "drl-small") -> torch.nn.Module:
+    """A CLIP that OpenAI's layout can hold: attention heads of its width, QuickGELU."""
+    torch.manual_seed(3)
+    return clip_from_state_dict(build_clip(name).state_dict())
+
+
+def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    """A run folder, what save_pretrained writes and the public code's file hold one model here."""
+    model = DRL(small_clip(), interaction="wti", temporal="seqTransf")
+    run = tmp_path / "run"
+    model.save_pretrained(run / "best")
+    (run / "config.yaml").write_text(CONFIG + f"videos: {videos}\n")
+    torch.save(model.to_upstream(), tmp_path / "upstream.bin")
+    found = []
+    for options in (
+        ["--checkpoint", run],
+        ["--checkpoint", run / "best", "--config", config, "--videos", videos],
+        ["--checkpoint", tmp_path / "upstream.bin", "--config", config, "--videos", videos, "--set", "max_words=16"],
+    ):
+        out = tmp_path / "eval.json"
+        result = drl_eval(*options, "--out", out)
+        assert result.exit_code == 0, result.output
+        assert "Untrained" not in result.stdout
+        assert f"from {options[1]}" in result.flat
+        found.append(read(out))
+    split = load_split("folder", "test", videos=videos, annotations=videos)
+    settings = read_config(config)
+    tokenizer = build_model(settings)[1]
+    truth = evaluate(model, split, tokenizer, settings.sampling(64), max_words=16)
+    assert all(report["metrics"] == truth.metrics for report in found)
+    assert found[0]["checkpoint"] == str(run)
+    assert found[0]["model"]["temporal"] == "seqTransf"
+
+
+def test_a_named_clip_comes_back_with_its_tokenizer(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    settings = read_config(config, ["interaction=dp", "temporal=null"])
+    model, _ = build_model(settings)
+    model.save_pretrained(tmp_path / "model")
+    result = drl_eval("--checkpoint", tmp_path / "model", "--config", config, "--videos", videos)
+    assert result.exit_code == 0, result.output
+    assert "drl-small, interaction dp, temporal module None" in result.flat
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["interaction=wti", "temporal=seqTransf"], "the interaction wti and the temporal module seqTransf have"),
+        (["interaction=dp", "temporal=seqLSTM"], "Untrained: the temporal module seqLSTM have"),
+        (["interaction=xti", "temporal=null"], "Untrained: the interaction xti have"),
+        (["interaction=ti", "temporal=null"], None),
+    ],
+)
+def test_what_clip_does_not_bring(
+    drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, overrides: list[str], words: str | None
+) -> None:
+    weights = tmp_path / "clip.pt"
+    torch.save(build_clip("drl-small").state_dict(), weights)
+    options = [x for override in (*overrides, f"pretrained={weights}") for x in ("--set", override)]
+    result = drl_eval("--config", config, "--videos", videos, *options)
+    assert result.exit_code == 0, result.output
+    assert words in result.flat if words else "Untrained" not in result.flat
+
+
+def test_a_second_run_decodes_nothing(
+    drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--config", config, "--videos", videos, "--cache", tmp_path / "cache", "--out"]
+    assert drl_eval(*options, tmp_path / "first.json").exit_code == 0
+    asked: list[Path] = []
+    loader = features.video_loader
+    monkeypatch.setattr(features, "video_loader", lambda paths, *a, **b: asked.extend(paths) or loader(paths, *a, **b))
+    assert drl_eval(*options, tmp_path / "second.json", "--workers", 1, "--block", 3).exit_code == 0
+    assert [path.name for path in asked] == ["clip4.mp4"]
+    assert read(tmp_path / "first.json")["metrics"] == read(tmp_path / "second.json")["metrics"]
+
+
+def test_strict(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    result = drl_eval("--config", config, "--videos", videos, "--strict")
+    assert result.exit_code == 1
+    assert "gone.mp4" in result.stderr
+    (tmp_path / "captions.csv").write_text("video,caption\nclip4.mp4,broken\nclip1.mp4,whole\n")
+    options = ["--config", config, "--videos", videos, "--annotations", tmp_path]
+    result = drl_eval(*options, "--strict")
+    assert result.exit_code == 1
+    assert "error split must hold readable videos alone, as strict asks, got 1 unreadable of 2: clip4" in result.stderr
+    assert drl_eval(*options).exit_code == 0
+
+
+def test_options_reach_the_evaluation(
+    drl_eval: Eval, videos: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(_evaluation, "evaluate", lambda *_, **options: seen.update(options) or evaluate(*_, **options))
+    result = drl_eval("--config", config, "--videos", videos, "--set", "precision=bf16", "--block", 3)
+    assert result.exit_code == 0
+    assert "bf16 on cpu" in result.flat
+    told = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
+    assert told == {
+        "precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "config must name a YAML file, got none; see configs/msrvtt_wti.yaml"),
+        (["--checkpoint", "TMP/no"], "got none, and TMP/no holds no config.yaml"),
+        (["--config", "CONFIG"], "videos must name a folder, got none; pass --videos or set it in the configuration"),
+        (["--config", "CONFIG", "--videos", "TMP/no"], "TMP/no"),
+        (["--config", "CONFIG", "--set", "dataset=msvd", "--videos", "VIDEOS"], "annotations must name a folder"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--split", "tets"], "part must be one of"),
+        (["--config", "CONFIG", "--set", "block"], "set must be key=value, got 'block'"),
+        (
+            ["--config", "CONFIG", "--checkpoint", "TMP", "--set", "interaction=dp"],
+            "set must leave the model as the checkpoint has it, got interaction=dp",
+        ),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP"], "where neither is; the best model is"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP/no.bin"], "got TMP/no.bin, where neither"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "CONFIG"], "CONFIG must hold tensors alone"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "x.safetensors"], "name its folder"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--out", "TMP"], "out must be a file, got TMP, a folder"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--out", "CONFIG/x.json"], "check that the path can be read"),
+    ],
+)
+def test_mistakes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    places = {"CONFIG": config, "VIDEOS": videos, "TMP": tmp_path}
+
+    def put(text: str) -> str:
+        return re.sub("|".join(places), lambda name: str(places[name[0]]), text)
+
+    result = drl_eval(*map(put, options))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error ")
+    assert put(words) in result.stderr
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_result(
+    step: str, drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "eval.json"
+    out.parent.mkdir()
+    out.write_text("of before")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os if step == "fsync" else Path, step, full)
+    result = drl_eval("--config", config, "--videos", videos, "--out", out)
+    assert result.exit_code == 1
+    assert f"the result could not be written to {out}, got: No space left on device" in result.stderr
+    assert "text to video" in result.stdout
+    assert [path.read_text() for path in out.parent.iterdir()] == ["of before"]
+
+
+def test_ctrl_c(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(features, "video_loader", interrupted)
+    result = drl_eval("--config", config, "--videos", videos, "--out", tmp_path / "out" / "eval.json")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_two_processes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    """As torchrun starts them: the first alone prints and writes, and finds what one process does."""
+    options = ["--config", config, "--videos", videos, "--set", "interaction=dp", "--out"]
+    assert drl_eval(*options, tmp_path / "one.json").exit_code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launcher, sys.executable, "-c", "from drl_fast.cli import app; app()", "eval"]
+    two = tmp_path / "two.json"
+    done = subprocess.run([*command, *map(str, options), str(two)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("text to video") == 1
+    assert done.stdout.count("written to") == done.stdout.count("Model as built") == 1
+    assert read(two)["processes"] == 2
+    assert read(two)["metrics"] == read(tmp_path / "one.json")["metrics"]
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    result = CliRunner().invoke(app, ["eval", "--help"])
+    assert result.exit_code == 0
+    for option in (
+        "--checkpoint", "--config", "--split", "--videos", "--annotations", "--set", "--out", "--cache", "--workers",
+        "--block", "--strict", "--post",
+    ):  # fmt: skip
+        assert option in result.stdout
