@@ -161,8 +161,6 @@ def test_workers_end_with_the_loop(split: Split) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_killed_worker(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence, when the next item is asked for: no exception out of the blue at the moment of the death."""
-    # How long torch waits before it looks whether its workers live.
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
     monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     handler = signal.getsignal(signal.SIGCHLD)
     items = iter(video_loader([split.videos[0]] * 200, SAMPLING, workers=2))
