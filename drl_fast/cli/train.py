@@ -35,7 +35,7 @@ def train(
     """Train a model and keep the one with the highest text-to-video R@1.
 
     Ctrl-C ends it after the step with a checkpoint; --resume goes on from there with the losses that it would have
-    had, also after a kill. torchrun --nproc-per-node N --no-python drl-fast train ... trains on N processes: the batch
+    had, also after a kill. torchrun --nproc-per-node N -m drl_fast.cli train ... trains on N processes: the batch
     is divided among them and every pair stays a negative of all others.
     """
     with told("train"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pickle
 from collections.abc import Iterable, Sequence
@@ -54,7 +55,8 @@ def read_json(path: Path, kind: type[T]) -> T:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            raise ValueError(f"{path} must hold each key once, got {_first_twice(k for k, _ in pairs)!r} twice")
+            twice = _first_twice(key for key, _ in pairs)
+            raise ValueError(f"{path} must hold each key once, got {twice!r} twice; {AS_RELEASED}")
         return entries
 
     try:
@@ -75,7 +77,7 @@ def read_ids(path: Path) -> list[str]:
     elif path.suffix == ".npy":
         ids = _read_array(path)
     else:
-        ids = read_text(path).splitlines()
+        ids = read_text(path).split("\n")
     for number, name in enumerate(ids, start=1):
         checked(name, str, f"{path}, id {number}")
     return unique((name.strip() for name in ids if name.strip()), path)
@@ -99,7 +101,7 @@ def _read_array(path: Path) -> list[str]:
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a comma-separated file, which must have ``columns``."""
-    rows = csv.DictReader(read_text(path).splitlines(), strict=True)
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         got = rows.fieldnames or []
         absent = [name for name in columns if name not in got]
@@ -113,7 +115,9 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
                 raise ValueError(f"{path}, row {number} must have {len(got)} fields, got others; {AS_RELEASED}")
             table.append(row)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num} must be comma-separated text, got: {error}") from error
+        raise ValueError(
+            f"{path} must be comma-separated text, got behind line {rows.line_num}: {error}; {AS_RELEASED}"
+        ) from error
     return table
 
 

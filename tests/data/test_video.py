@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from drl_fast.data import video
 from drl_fast.data.video import Sampling, fit, read_video, thin
 from tests.clips import BLUE, GREEN, RED, cut, grey, greys, lay_down, noise, solid, write_audio, write_video
 
@@ -47,6 +48,50 @@ def test_frames_taken(tmp_path: Path, count: int, fps: int, rate: int, limit: in
     assert mask.tolist() == [i < len(expected) for i in range(limit)]
     assert numbers(frames[mask]) == expected
     assert not frames[~mask].any()
+
+
+@pytest.mark.parametrize("wrong", [-7, -1, 1, 13])
+@pytest.mark.parametrize("limit", [4, 40])
+def test_packets_that_are_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int, limit: int) -> None:
+    """Where packets are more or fewer than frames, the frames decide."""
+    path = write_video(tmp_path / "a.mp4", greys(20))
+    sampling = Sampling(rate=4, max_frames=limit, size=64)
+    expected = read_video(path, sampling)
+    count = video._count
+    monkeypatch.setattr("drl_fast.data.video._count", lambda *where: count(*where) + wrong)
+    assert all(torch.equal(a, b) for a, b in zip(read_video(path, sampling), expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "expected"),
+    [
+        (None, 12, [0, 4, 8, 12, 16]),
+        (9, 12, [0, 4, 8, 12, 16]),
+        (1, 12, [0, 4, 8]),  # the frame at 1 s is one of them
+        (1.49, 12, [0, 4, 8]),
+        (1.5, 12, [0, 4, 8, 12]),
+        (1.5, 2, [0, 12]),
+        (0.1, 12, [0]),
+    ],
+)
+def test_only_the_first_seconds(tmp_path: Path, seconds: float | None, limit: int, expected: list[int]) -> None:
+    path = write_video(tmp_path / "a.mp4", greys(20), 8)
+    frames, mask = read_video(path, Sampling(rate=2, max_frames=limit, size=64, seconds=seconds))
+    assert numbers(frames[mask]) == expected
+
+
+def test_threads_change_no_frame(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", noise(24))
+    first, second = (read_video(path, Sampling(rate=8, size=64), threads=n)[0] for n in (1, 3))
+    assert torch.equal(first, second)
+
+
+def test_no_more_pictures_are_made_than_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour's candidates would not fit in memory."""
+    made = []
+    monkeypatch.setattr("drl_fast.data.video.fit", lambda image, size: made.append(0) or fit(image, size))
+    read_video(write_video(tmp_path / "a.mp4", greys(24)), Sampling(rate=8, max_frames=3, size=64))
+    assert len(made) == 3
 
 
 def test_thin_keeps_both_ends_and_order() -> None:
@@ -136,6 +181,12 @@ def truncated_behind_the_index(path: Path) -> None:
     cut(write_video(path, noise(24), index_first=True), 0.5)
 
 
+def truncated_matroska(path: Path) -> None:
+    """Its index is not needed, so that reading ends without a word where the file does."""
+    aside = write_video(path.with_suffix(".mkv"), noise(24))
+    cut(aside, 0.5).rename(path)
+
+
 def unknown_codec(path: Path) -> None:
     whole = write_video(path, greys(3)).read_bytes()
     at = whole.rindex(b"avc1")
@@ -151,6 +202,7 @@ def unknown_codec(path: Path) -> None:
         (song, "must hold a video stream"),
         (truncated, "must be a readable video"),
         (truncated_behind_the_index, "must be a whole video"),
+        (truncated_matroska, "must be a whole video, got 1."),
         (unknown_codec, "must be a readable video"),
     ],
 )
@@ -192,6 +244,12 @@ def test_stream_without_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_bad_sampling(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be positive, got {value}; DRL uses"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1.5])
+def test_bad_seconds(value: float) -> None:
+    with pytest.raises(ValueError, match=f"seconds must be positive or None, got {value}; None takes the whole video"):
+        Sampling(seconds=value)
 
 
 @pytest.mark.skipif(not MSRVTT.is_file(), reason="no MSR-VTT clip here")

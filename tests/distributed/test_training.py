@@ -1,0 +1,109 @@
+"""Training over processes, as replicas and as shards: one process's gradients, losses and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from drl_fast.engine.parallel import average_gradients, clip_gradients, distribute, reduce_after
+from drl_fast.engine.processes import Processes
+from drl_fast.engine.step import add_gradients
+
+from ..engine.runs import after, configured, make_folder, opened
+from ..engine.test_step import CASES, batch_of, model_of
+from ..engine.test_train import losses
+from .ranks import on_ranks
+
+WAYS = ("ddp", "fsdp")
+# Where a process takes rows from and up to, of seven: unequal, and none at all.
+SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
+INTERACTIONS = ("dp", "seqTransf", "wti")
+
+
+def here(rank: int, size: int) -> Processes:
+    return Processes(rank, size, torch.device("cpu"), dist.group.WORLD)
+
+
+def step(processes: Processes, way: str, case: str, shares: tuple[tuple[int, int], ...], chunks: int) -> list[Tensor]:
+    """Loss, norm and every gradient of one step."""
+    model = model_of(CASES[case])
+    if processes.rank == 1:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)  # the first process's weights count
+    distribute(model, way, processes)
+    start, end = shares[processes.rank]
+    reduce_after(model, last=False)
+    found = add_gradients(
+        model, {name: x[start:end] for name, x in batch_of().items()}, chunks=chunks, group=processes.group,
+        before_last=lambda: reduce_after(model, last=True),
+    )  # fmt: skip
+    average_gradients(model, processes)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    whole = [x.full_tensor() if isinstance(x, DTensor) else x.clone() for x in gradients]
+    norm = clip_gradients(model, 1e-3)
+    clipped = torch.stack([x.full_tensor().norm() if isinstance(x, DTensor) else x.norm() for x in gradients]).norm()
+    return [found["total"], norm, clipped, *whole]
+
+
+def _steps(rank: int, size: int) -> dict[str, list[Tensor]]:
+    return {
+        f"{way}, {case}, {share}, {chunks}": step(here(rank, size), way, case, SHARES[share], chunks)
+        for way in WAYS
+        for case in INTERACTIONS
+        for share in SHARES
+        for chunks in ((1, 3) if case == "wti" else (3,))
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    return on_ranks(2, _steps, tmp_path_factory.mktemp("steps"))
+
+
+@pytest.mark.xdist_group("ranks that train")
+@pytest.mark.parametrize("case", INTERACTIONS)
+def test_a_step_is_the_one_process(case: str, ranks: list[dict[str, list[Tensor]]]) -> None:
+    alone = step(Processes(), "ddp", case, ((0, 7),), 1)
+    names = [name for name in ranks[0] if f", {case}, " in name]
+    assert len(names) == len(WAYS) * len(SHARES) * (2 if case == "wti" else 1)
+    for name in names:
+        for rank in ranks:
+            assert len(rank[name]) == len(alone), name
+            for found, expected in zip(rank[name], alone, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
+    """A run each way, stopped and gone on with; the second half of one goes on the other way."""
+    steps = []
+    for name, (first, second) in {"ddp": WAYS[:1] * 2, "fsdp": WAYS[1:] * 2, "both": WAYS}.items():
+        stop: Callable[[], bool] = after(5)
+        # One process's wish to stop is all of them's.
+        run, _ = opened(
+            configured(folder, parallel=first), out / name, stop=stop if rank == 1 else lambda: False,
+            processes=here(rank, size),
+        )  # fmt: skip
+        run.train()
+        run, _ = opened(configured(folder, parallel=second), out / name, resume=True, processes=here(rank, size))
+        steps.append(run.progress.step)
+        run.train()
+    return steps
+
+
+def test_a_run_is_the_one_process(tmp_path: Path) -> None:
+    """Losses to rounding; evaluations are of models that differ by as little."""
+    folder = make_folder(tmp_path / "videos")
+    opened(configured(folder), tmp_path / "one")[0].train()
+    expected = [float(row["total"]) for row in losses(tmp_path / "one")]
+    assert on_ranks(2, _runs, tmp_path, folder, tmp_path) == [[5, 5, 5]] * 2
+    for name in ("ddp", "fsdp", "both"):
+        found = [float(row["total"]) for row in losses(tmp_path / name)]
+        assert found == pytest.approx(expected, rel=5e-3), name
+        assert (tmp_path / name / "best/model.safetensors").exists()
