@@ -14,7 +14,7 @@ from typing import Any
 
 import rich.table
 
-from benchmarks import harness, loss_tables, model_tables, scaling_tables
+from benchmarks import ablation_tables, harness, loss_tables, model_tables, scaling_tables
 from benchmarks.cells import NOTHING, Table, budget, label, machine_line, memory, milliseconds, notes, ratio
 from benchmarks.problem import Shape
 
@@ -117,6 +117,7 @@ PAGE_ONLY: dict[str, Callable[[Any], Table]] = {
     "summary": summary,
     "profile": profile,
     "static": static,
+    **ablation_tables.TABLES,
     **loss_tables.CDCR,
     **loss_tables.CONTRASTIVE,
     **model_tables.TABLES,

@@ -24,7 +24,7 @@ from ..data.loading import Unreadable
 from ..engine.config import RunConfig, build_model, read_config
 from ..engine.evaluate import Evaluation
 from ..engine.processes import Processes, processes
-from ..engine.train import BEST, LAST, Data, Run
+from ..engine.train import BEST, LAST, UNREADABLE, Data, Run
 from ..metrics import recall_interval
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 
@@ -180,7 +180,10 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
         )  # fmt: skip
         return
     if run.named:
-        console.print(f"{len(run.named)} videos could not be read and were left out: {escape(str(run.folder))}")
+        console.print(
+            f"{len(run.named)} videos could not be read and were left out; {escape(str(run.folder / UNREADABLE))} has "
+            "their names and why", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     leader = run.progress.best()
     if leader is None:
         return
@@ -191,7 +194,8 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
     for key, direction in DIRECTIONS.items():
         interval = None if fresh is None else recall_interval(fresh.sim, fresh.owner, direction=key)
         metrics_row(table, direction, metrics[key], interval)
-    metrics_row(table, "chance", chance(len(val.videos)))
+    if fresh is not None:
+        metrics_row(table, "chance", chance(fresh.sim.shape[1]))
     console.print(table)
     if dry:
         console.print("A dry run: generated clips and random weights, two steps. The scores mean nothing.")

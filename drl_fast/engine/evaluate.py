@@ -77,7 +77,6 @@ def evaluate(
         RuntimeError: another rank failed; its error is named.
     """
     ranks = None if process_group is None else Group(process_group)
-
     device = device_of(model).type
     autocast: Autocast = partial(_autocast.off, device)
     if precision == "bf16":
