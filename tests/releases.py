@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from drl_fast.data.split import Split
+
 
 def write_json(path: Path, value: object) -> Path:
     path.write_text(json.dumps(value))
@@ -25,6 +27,21 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     return path
+
+
+def videos(folder: Path, *names: str) -> Path:
+    """A folder of files that are never opened here."""
+    for name in names:
+        (folder / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "videos" / name).write_bytes(b"video")
+    return folder / "videos"
+
+
+def pairs(split: Split) -> list[tuple[str, str]]:
+    """Captions with their videos' names."""
+    assert len(split.captions) == len(split.owner)
+    assert len(split.videos) == len(split.names)
+    return [(split.names[owner], text) for owner, text in zip(split.owner, split.captions, strict=True)]
 
 
 def msrvtt(folder: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -84,19 +85,17 @@ def read_ids(path: Path) -> list[str]:
 
 
 def _read_array(path: Path) -> list[str]:
+    how = "write the ids to a .txt file, one a line"
     try:
-        array = np.load(path, allow_pickle=False)
-    # Object arrays among others, which are pickles and could run code.
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path} must be an array of strings, got: {error}; write the ids to a .txt file, one a line"
-        ) from error
-    if array.ndim != 1 or array.dtype.kind not in "US":
-        raise ValueError(
-            f"{path} must be an array of strings, got {array.dtype} of shape {array.shape}; write the ids to a .txt "
-            "file, one a line"
-        )
-    return [name.decode() if isinstance(name, bytes) else name for name in array.tolist()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of Python 2 load, with advice to save them again
+            array = np.load(path, allow_pickle=False)
+        if array.ndim != 1 or array.dtype.kind not in "US":
+            raise ValueError(f"{array.dtype} of shape {array.shape}")
+        return [name.decode() if isinstance(name, bytes) else name for name in array.tolist()]
+    # A damaged head raises what numpy's parser of it happens to; object arrays are pickles, which could run code.
+    except Exception as error:
+        raise ValueError(f"{path} must be an array of strings, got: {error}; {how}") from error
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
