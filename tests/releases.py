@@ -32,7 +32,7 @@ def msrvtt(folder: Path) -> None:
     pairs = [("video2", "a dog"), ("video0", "a cat"), ("video2", "the dog, again"), ("video9", "of the test part")]
     sentences = [{"video_id": name, "caption": text, "sen_id": i} for i, (name, text) in enumerate(pairs)]
     write_json(folder / "MSRVTT_data.json", {"videos": [{"video_id": "video0"}], "sentences": sentences})
-    rows = [["ret0", "msr7", "video7", 'a man, "talking"'], ["ret1", "msr9", "video9", "a girl"]]
+    rows = [["ret0", "msr7", "video7", 'a man, "talking"\n\u2028twice'], ["ret1", "msr9", "video9", "a girl"]]
     write_csv(folder / "MSRVTT_JSFUSION_test.csv", ["key", "vid_key", "video_id", "sentence"], rows)
 
 

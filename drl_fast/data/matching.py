@@ -16,7 +16,7 @@ VIDEO_SUFFIXES = {
 class VideoFiles:
     """The files below a folder, by path, by name and by stem.
 
-    Hidden files and folders are left out; links to folders are followed, each folder once.
+    Hidden folders are left out; links to folders are followed, each folder once.
 
     Raises:
         ValueError: no such folder, or one below it that cannot be read.
@@ -42,7 +42,7 @@ class VideoFiles:
                 continue
             seen.add(where)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(name for name in files if not name.startswith(".")):
+            for name in sorted(files):
                 path = Path(root, name)
                 self.paths[path.relative_to(self.folder).as_posix()] = path
                 self.by_name[name].append(path)

@@ -45,8 +45,8 @@ FILES = {
 EVERYTHING = [("a.mp4", "one"), ("b/c.mp4", "two"), ("a.mp4", "three")]
 EXPECTED = {
     ("msrvtt", "train"): [("video2", "a dog"), ("video0", "a cat"), ("video2", "the dog, again")],
-    ("msrvtt", "val"): [("video7", 'a man, "talking"'), ("video9", "a girl")],
-    ("msrvtt", "test"): [("video7", 'a man, "talking"'), ("video9", "a girl")],
+    ("msrvtt", "val"): [("video7", 'a man, "talking"\n\u2028twice'), ("video9", "a girl")],
+    ("msrvtt", "test"): [("video7", 'a man, "talking"\n\u2028twice'), ("video9", "a girl")],
     ("msvd", "train"): [
         ("b_1_2", "a dog"),
         ("-4wsuPCjDBc_5_15", "a squirrel eats"),
@@ -196,7 +196,7 @@ def test_two_files_for_one_id(tmp_path: Path, files: list[str]) -> None:
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
-    releases.folder(tmp_path)
+    write_csv(tmp_path / "captions.csv", ["video", "caption"], [["a", "one"], ["c", "two"]])
     elsewhere = videos(tmp_path / "elsewhere", "c.mp4")
     folder = videos(tmp_path, "a.mp4")
     (folder / "b").symlink_to(elsewhere)
@@ -313,6 +313,7 @@ TEST_CSV = "MSRVTT_JSFUSION_test.csv"
         ("msvd", "test", pickled({"d_1_2": [[1]]}), "entry 'd_1_2', 1 must be a str, got int 1"),
         ("msvd", "test", pickled({3: [["a"]]}), "entry 3 must be a str, got int 3"),
         ("lsmdc", "val", lines("LSMDC16_annos_val.csv", "a,b,c"), "line 1 must have 6 fields .* got 1; take the file"),
+        ("lsmdc", "val", lines("LSMDC16_annos_val.csv", "a\tb\tc\td\te\tf\tg"), "have 6 fields .* got 7; take the"),
         ("lsmdc", "val", lines("LSMDC16_annos_val.csv", ""), "must list at least one video"),
         ("vatex", "test", entry("ref_captions.json", {"c": "text"}), "entry 'c' must be a list, got str 'text'"),
         ("vatex", "test", lines("ref_captions.json", '{"a": [], "a": []}'), "must hold each key once, got 'a' twice"),
@@ -349,13 +350,18 @@ def test_python_2_pickle(tmp_path: Path) -> None:
     assert split.captions == ("a Zoë",)
 
 
-def test_spreadsheet_leftovers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dataset", "part", "name"),
+    [("msrvtt", "train", "MSRVTT_train.9k.csv"), ("lsmdc", "train", "LSMDC16_annos_training.csv"),
+     ("vatex", "test", "test_list.txt"), ("vatex", "test", "ref_captions.json")],
+)  # fmt: skip
+def test_what_other_programs_leave(tmp_path: Path, dataset: str, part: str, name: str) -> None:
     """A byte order mark, Windows' line ends and blank lines pass."""
-    releases.msrvtt(tmp_path)
-    path = tmp_path / TEST_CSV
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n\r\n"))
-    folder = videos(tmp_path, *FILES["msrvtt"])
-    assert pairs(load_split("msrvtt", "test", videos=folder, annotations=tmp_path)) == EXPECTED["msrvtt", "test"]
+    RELEASES[dataset](tmp_path)
+    data = (tmp_path / name).read_bytes().replace(b"\r\n", b"\n")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n\r\n"))
+    split = load_split(dataset, part, videos=videos(tmp_path, *FILES[dataset]), annotations=tmp_path)
+    assert pairs(split) == EXPECTED[dataset, part]
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,7 @@ def test_workers_end_with_the_loop(split: Split) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_killed_worker(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence, when the next item is asked for: no exception out of the blue at the moment of the death."""
-    # How long torch waits before it looks whether its workers live.
-    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     handler = signal.getsignal(signal.SIGCHLD)
     items = iter(video_loader([split.videos[0]] * 200, SAMPLING, workers=2))
     next(items)
@@ -178,6 +177,22 @@ def test_killed_worker(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
 class Broken(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> object:
         raise RuntimeError("of another kind")
+
+
+class Worker(torch.utils.data.Dataset):
+    """What it is like in there."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return {"deaf": torch.tensor(deaf), "threads": torch.tensor(torch.get_num_threads())}
+
+
+def test_workers_ignore_interrupts_and_have_one_thread() -> None:
+    torch.set_num_threads(2)
+    for batch, _ in pair_loader(Worker(), [[0], [1]], workers=2):
+        assert batch is not None
+        assert batch["deaf"].tolist() == [True]
+        assert batch["threads"].tolist() == [1]
 
 
 INTERRUPTED = """
