@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ def write_aside(path: str | os.PathLike[str], write: Callable[[str], object]) ->
         OSError: a full disk among others; ``path`` is as it was and nothing is left beside it.
     """
     path = Path(path)
-    # Several processes may write one path, a feature's for instance.
-    aside = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    # Several processes and threads may write one path, a feature's for instance. Not by tempfile, whose files nobody
+    # else may read.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     try:
         write(str(aside))
         with aside.open("rb") as file:

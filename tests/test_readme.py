@@ -23,7 +23,8 @@ def test_python_blocks_run_one_after_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md"]
+    "page",
+    ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md", "docs/training.md"],
 )
 def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -36,6 +37,17 @@ def test_make_targets_that_the_pages_name_exist() -> None:
     for page in ("README.md", "CONTRIBUTING.md"):
         named = re.findall(r"(?:^|`)make ([a-z]+(?: [a-z]+)*)", (ROOT / page).read_text(encoding="utf-8"), re.M)
         assert {word for words in named for word in words.split()} <= targets
+
+
+def test_fields_that_the_training_page_lists_are_all_there_are() -> None:
+    import dataclasses
+
+    from drl_fast.engine.config import RunConfig
+
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page.partition("## Configurations")[2], re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named - {"field"} == {field.name for field in dataclasses.fields(RunConfig)}
 
 
 def test_public_names_that_the_table_lists_exist() -> None:

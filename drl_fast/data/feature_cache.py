@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import tensor
+from .._files import write_aside
 from .video import Sampling
 
 # Of the file that is hashed at a time.
@@ -68,12 +67,13 @@ class FeatureCache:
     def get(self, key: str) -> Tensor | None:
         """The features put under ``key``, with the same bits; None where there are none, or only damaged ones."""
         try:
-            with safetensors.safe_open(self.path(key), framework="pt") as file:
-                digest, features = (file.metadata() or {}).get(DIGEST), file.get_tensor(ENTRY)
+            # In one reading: safetensors opens a path twice, and another process may put a new file there in between.
+            found = safetensors.torch.load(self.path(key).read_bytes())
         except (safetensors.SafetensorError, OSError):
             return None
         # safetensors itself checks sizes alone.
-        return features if digest == _hash(_bytes(features)) else None
+        features, digest = found.get(ENTRY), found.get(DIGEST)
+        return features if features is not None and digest is not None and digest.equal(_digest(features)) else None
 
     def put(self, key: str, features: Tensor) -> None:
         """Keep ``features`` under ``key``; what was there is replaced at once or not at all.
@@ -82,26 +82,22 @@ class FeatureCache:
             OSError: a folder that cannot be written to, or a full disk. No part of the entry stays behind.
         """
         features = tensor("features", features).detach().cpu().contiguous()
-        data = safetensors.torch.save({ENTRY: features}, {DIGEST: _hash(_bytes(features))})
+        data = safetensors.torch.save({ENTRY: features, DIGEST: _digest(features)})
         path = self.path(key)
-        # Not by tempfile, whose files nobody else may read.
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(data)
-            os.replace(aside, path)
+            write_aside(path, lambda name: Path(name).write_bytes(data))
         except OSError as error:
             raise OSError(
                 f"features could not be kept in {self.folder}, got: {error.strerror or error}; make room there, or "
                 "name another folder"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
 
 
-def _bytes(features: Tensor) -> bytes:
-    return features.reshape(-1).view(torch.uint8).numpy().tobytes()
+def _digest(features: Tensor) -> Tensor:
+    """(20,) uint8: a hash of the features' bytes."""
+    data = features.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return torch.tensor(list(hashlib.blake2b(data, digest_size=20).digest()), dtype=torch.uint8)
 
 
 def _hash(data: bytes) -> str:
