@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import DP
 from ..data.folder import read_captions
+from ..data.matching import VIDEO_SUFFIXES
 from ..data.video import Sampling, read_video
 from ..engine.evaluate import encode_texts, encode_videos
 from ..metrics import ranks, retrieval_metrics
@@ -21,8 +22,6 @@ from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machi
 
 MAX_WORDS = 32
 SHOWN = 30
-# Files that look like videos, to mention those that no caption names.
-SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm"}
 NO_WEIGHTS = (
     "Random weights: the scores below mean nothing. They show that decoding, towers and interaction run on your "
     "videos; name weights with --pretrained, e.g. --pretrained openai."
@@ -50,7 +49,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
     for reason in skipped:
         # Escaped here and below: file names and captions hold brackets, which rich takes for its markup.
         console.print(f"[yellow]skipped:[/yellow] {escape(reason)}", highlight=False, soft_wrap=True)
-    unnamed = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name not in named)
+    unnamed = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.name not in named)
     if unnamed:
         console.print(f"no caption names: {escape(', '.join(unnamed))}", highlight=False, soft_wrap=True)
     if not names:

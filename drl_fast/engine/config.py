@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +129,17 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file of :class:`RunConfig`'s fields.
 
     Args:
+        path: the file, or the bare name of a row that is shipped: ``"msrvtt_wti_cdcr"``.
         overrides: ``"key=value"``, values in YAML; later ones win over earlier ones and over the file.
 
     Raises:
         ValueError: no such file, no YAML, unknown keys (the nearest is named), values of another type or out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.4)
-        hint = f"is it {' or '.join(near)}?" if near else "the repository's are under configs/"
-        raise ValueError(f"config must be a YAML file, got {path}, where none is; {hint}")
+    path, text = _text(Path(path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML in UTF-8, got {error}") from error
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map names to values, got {type(values).__name__}; see configs/msrvtt_wti.yaml")
     for override in overrides:
@@ -152,7 +150,25 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"set must be key=value in YAML, got {override!r}") from error
-    return from_mapping(values, str(path))
+    return from_mapping(values, path)
+
+
+def _text(path: Path) -> tuple[str, str]:
+    """A configuration's name, for errors, and text: of a file, or of a row that is shipped, by its bare name."""
+    shipped = {Path(row.name).stem: row for row in resources.files("drl_fast.configs").iterdir()
+               if row.name.endswith(".yaml")}  # fmt: skip
+    if path.is_file():
+        try:
+            return str(path), path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} must be YAML in UTF-8, got {error}; save it as UTF-8") from error
+    if path.name in shipped and path.parent == Path("."):
+        return path.name, shipped[path.name].read_text(encoding="utf-8")
+    near = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4)
+    raise ValueError(
+        f"config must be a YAML file or the name of a row that is shipped, got {path}, which is neither"
+        + (f"; nearest: {', '.join(near)}" if near else "; msrvtt_wti, for instance")
+    )
 
 
 def from_mapping(values: dict[str, Any], source: str) -> RunConfig:

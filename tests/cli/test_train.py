@@ -77,7 +77,10 @@ def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--config", "nowhere.yaml"], "config must be a YAML file, got nowhere.yaml"),
+        (
+            ["--config", "nowhere.yaml"],
+            "the name of a row that is shipped, got nowhere.yaml",
+        ),
         (["--config", str(CONFIGS / "msrvtt_wti.yaml")], "videos must name a folder, got none; pass --videos"),
         (["--config", str(CONFIGS / "msrvtt_wti.yaml"), "--videos", "x"], "annotations must name a folder, got none"),
         (["--config", str(CONFIGS / "folder_wti.yaml"), "--videos", "no_such_folder"], "no_such_folder"),
