@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machi
 
 # Of a dry run, which shows that a configuration runs and not how fast.
 DRY_STEPS, DRY_BATCH = 2, 8
+# Seconds after which another Ctrl-C is one.
+SECOND_THOUGHT = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,16 @@ def _load(asked: TrainRun, config: RunConfig, here: Processes, console: Console)
 @contextlib.contextmanager
 def _asked_to_stop(console: Console) -> Iterator[Any]:
     """A question that Ctrl-C, or a scheduler's SIGTERM, answers with yes; a second Ctrl-C ends at once."""
-    asked: list[int] = []
+    asked: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
+            # torchrun passes on what the terminal has sent to its processes already: one Ctrl-C, two signals.
+            if number == signal.SIGINT and now - asked[0] > SECOND_THOUGHT:
+                raise KeyboardInterrupt
+            return
+        asked.append(now)
         console.print("stopping after this step, with a checkpoint; once more to stop at once", highlight=False)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -80,9 +80,10 @@ class Run:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.model.to(self.processes.device)
-        # Of a sharded model, which every process would have to call alike, evaluation sees a whole copy.
+        # Of a sharded model, which every process would have to call alike, evaluation sees a whole copy. It is on the
+        # model's device only meanwhile.
         self.whole = copy.deepcopy(self.model) if self._sharded else self.model
+        self.model.to(self.processes.device)
         distribute(self.model, config.parallel, self.processes)
         self.optimizer = recipe.optimizer(self.model, config)
         self.batches = recipe.batches(len(self.data.train.captions), config)
@@ -233,8 +234,8 @@ class Run:
     def _evaluate(self, epoch: int, logs: Logs | None) -> None:
         """Score the val part, keep the model if it is the best so far, and the numbers in any case."""
         if self._sharded:
-            whole = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
-            self.whole.load_state_dict(whole)
+            self.whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
+            self.whole.to(self.processes.device)
         first = self.processes.first
         found = evaluate(
             self.whole, self.data.val, self.data.tokenizer, self.sampling, max_words=self.config.words,
@@ -251,4 +252,6 @@ class Run:
             if logs is not None:
                 logs.evaluation(self.progress.step, found.metrics)
             self.watcher.evaluated(epoch, found, best)
+        if self._sharded:
+            self.whole.cpu()
         self.save()
