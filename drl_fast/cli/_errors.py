@@ -27,7 +27,9 @@ def told(extra: str) -> Iterator[None]:
     except (ValueError, TypeError) as error:
         raise _exit(str(error)) from error
     except OSError as error:
-        raise _exit(f"{error}; check that the path can be read and written and that the disk has room") from error
+        # Of the system's own; ours say what to do.
+        remedy = "; check that the path can be read and written and that the disk has room" if error.errno else ""
+        raise _exit(f"{error}{remedy}") from error
     except RuntimeError as error:
         raise _exit(str(error)) from error
     except KeyboardInterrupt as error:

@@ -186,9 +186,10 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
             f"from {escape(str(run.folder / LAST))}", highlight=False, soft_wrap=True,
         )  # fmt: skip
         return
-    if run.named:
+    unreadable = run.unreadable()
+    if unreadable:
         console.print(
-            f"{len(run.named)} videos could not be read and were left out; {escape(str(run.folder / UNREADABLE))} has "
+            f"{len(unreadable)} videos could not be read and were left out; {escape(str(run.folder / UNREADABLE))} has "
             "their names and why", highlight=False, soft_wrap=True,
         )  # fmt: skip
     leader = run.progress.best()

@@ -152,7 +152,7 @@ def _processes(workers: int) -> dict[str, Any]:
         "generator": torch.Generator().manual_seed(0),
     }
     if workers > 0:
-        options["worker_init_fn"] = _leave_interrupts_to_the_parent
+        options["worker_init_fn"] = _leave_signals_to_the_parent
         # Workers start anew every epoch. Forked, they deliver after 0.2 s; spawned, or from a server, after 6 s: each
         # imports torch then and is sent MSR-VTT's 180,000 captions. The parent's CUDA and threads do no harm to a fork
         # that uses neither: its torch has one thread, and so has its decoder.
@@ -161,9 +161,11 @@ def _processes(workers: int) -> dict[str, Any]:
     return options
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal. The parent ends its workers; a traceback of each is noise.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM those of a job. The parent takes its step
+    # to the end, for which it may want another batch, and then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # And so is one of the thread that hands tensors over, when the parent stops halfway through taking one.
     sys.excepthook = _unless_the_parent_left
 

@@ -40,7 +40,7 @@ def save(
     """Write a run's state aside and rename it. All processes call it, one of them with ``write``.
 
     Raises:
-        OSError: a full disk among others; the checkpoint before stands.
+        OSError: a full disk among others; a checkpoint of before stands.
     """
     weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)
     if not write:
@@ -51,11 +51,11 @@ def save(
     }  # fmt: skip
     try:
         write_aside(path, lambda name: torch.save(state, name))
-    except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
-        raise OSError(
-            f"{path} could not be written ({str(error).splitlines()[0]}); the checkpoint before stands: make room and "
-            "go on with --resume"
-        ) from error
+    except (OSError, RuntimeError) as error:
+        # torch's writer has an error of its own for a full disk, which does not say so.
+        reason = error.strerror if isinstance(error, OSError) else "its writer failed, as it does on a full disk"
+        before = "; the checkpoint before stands" if path.exists() else ""
+        raise OSError(f"{path} could not be written: {reason}{before}; make room and go on with --resume") from error
 
 
 def read(path: Path, config: RunConfig, data: str) -> dict[str, Any]:
@@ -74,23 +74,31 @@ def read(path: Path, config: RunConfig, data: str) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of drl-fast train ({FORMAT}), got another file")
-    now = asdict(config)
-    changed = [
-        f"{name} {state['config'].get(name)!r} then and {value!r} now"
-        for name, value in now.items()
-        if name not in FREE and state["config"].get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"config must be the one that {path} was trained with, got {'; '.join(changed)}; put it back, or start "
-            "anew in another folder"
-        )
+    refuse_another(config, state["config"], path)
     if state["data"] != data:
         raise ValueError(
             f"dataset must be the one that {path} was trained on, got other captions or videos (some missing?); put "
             "them back, or start anew in another folder"
         )
     return state
+
+
+def refuse_another(config: RunConfig, then: dict[str, Any], path: Path) -> None:
+    """See that a run goes on with the configuration that it began with, as ``path`` has it.
+
+    Raises:
+        ValueError: naming every field that differs.
+    """
+    changed = [
+        f"{name} {then.get(name)!r} then and {value!r} now"
+        for name, value in asdict(config).items()
+        if name not in FREE and then.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"config must be the one that {path} was trained with, got {'; '.join(changed)}; put it back, or start "
+            "anew in another folder"
+        )
 
 
 def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer) -> Progress:

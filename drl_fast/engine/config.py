@@ -186,6 +186,8 @@ def from_mapping(values: dict[str, Any], source: str) -> RunConfig:
 
 def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value == "None" and types.NoneType in kinds:  # Python's word for YAML's null
+        return None
     if float in kinds and not isinstance(value, bool):
         # YAML takes 1e-4 for a word: it wants 1.0e-4.
         try:

@@ -67,6 +67,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        model.limit_logit_scale()
         rates.step()
         losses.append(loss.item())
         if on_step is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import threading
 from pathlib import Path
 
 from .._files import write_aside
@@ -28,11 +30,32 @@ class Logs:
         self._file = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.DictWriter(self._file, COLUMNS)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # TensorBoard writes in a thread of its own, whose errors nobody would see but as a traceback.
+        self._hook, self._failed = threading.excepthook, list[BaseException]()
+        threading.excepthook = self._note
+
+    def _note(self, found: threading.ExceptHookArgs) -> None:
+        if isinstance(found.exc_value, OSError):
+            self._failed.append(found.exc_value)
+        else:
+            self._hook(found)
 
     def step(self, values: dict[str, float]) -> None:
-        """One step's numbers, named as :data:`COLUMNS`."""
-        self._rows.writerow({name: _number(values[name]) for name in COLUMNS})
-        self._file.flush()
+        """One step's numbers, named as :data:`COLUMNS`.
+
+        Raises:
+            OSError: a log that cannot be written, this one's or, some steps ago, TensorBoard's.
+        """
+        try:
+            if self._failed:
+                raise self._failed[0]
+            self._rows.writerow({name: _number(values[name]) for name in COLUMNS})
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} and tensorboard/ beside it could not be written: {error.strerror or error}; make "
+                "room and go on with --resume"
+            ) from error
         for name in COLUMNS[2:]:
             self._board.add_scalar(f"train/{name}", values[name], int(values["step"]))
 
@@ -44,8 +67,12 @@ class Logs:
         self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
+            with contextlib.suppress(OSError):  # said when it was written
+                self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

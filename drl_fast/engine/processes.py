@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Rank 0 alone writes checkpoints, the others wait for it: longer than NCCL's own ten minutes.
 TIMEOUT = timedelta(minutes=60)
+# What gloo and NCCL say when the other end is gone.
+GONE = ("closed by peer", "Connection reset", "remote process exited")
 CPU = torch.device("cpu")
 
 
@@ -66,9 +68,18 @@ def processes() -> Iterator[Processes]:
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
-    finally:
-        # What lies in a reference cycle and holds the group would let its threads outlive the interpreter.
-        gc.collect()
-        dist.destroy_process_group()
+        yield Processes(dist.get_rank(), dist.get_world_size(), device, group)
+    except BaseException as error:
+        # Not destroyed: that waits for what the others will never send, and nobody would read the error meanwhile.
+        with contextlib.suppress(Exception):
+            group.abort()
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in GONE):
+            raise RuntimeError("another process of this run ended; what it said is the reason") from error
+        raise
+    # What lies in a reference cycle and holds the group would let its threads outlive the interpreter.
+    del group
+    gc.collect()
+    dist.destroy_process_group()

@@ -26,9 +26,10 @@ from .._files import remove_parts, write_aside
 from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
 from ..model.drl import DRL
+from ..ops._group import Group, Terms
 from . import checkpoint, recipe
 from .checkpoint import Progress
-from .config import RunConfig, picture_size
+from .config import RunConfig, picture_size, read_config
 from .evaluate import Evaluation, evaluate
 from .logs import Logs, write_evaluations
 from .parallel import average_gradients, clip_gradients, distribute, reduce_after
@@ -58,9 +59,9 @@ class Data:
     strict: bool = False
 
     def fingerprint(self) -> str:
-        """A hash of the training pairs: names of videos and captions, in order."""
-        split = self.train
-        return hashlib.blake2b(repr((split.names, split.captions, split.owner)).encode(), digest_size=16).hexdigest()
+        """A hash of all pairs: names of videos and captions, in order."""
+        pairs = [(split.names, split.captions, split.owner) for split in (self.train, self.val)]
+        return hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -115,12 +116,28 @@ class Run:
         if last.exists():
             state = checkpoint.read(last, self.config, self.data.fingerprint())
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
-        names = self.folder / UNREADABLE
-        if names.exists():
-            self.named = {line.partition("\t")[0] for line in names.read_text().splitlines()}
+        elif (self.folder / CONFIG).exists():
+            then = asdict(read_config(self.folder / CONFIG))
+            checkpoint.refuse_another(self.config, then, self.folder / CONFIG)
+        self._agree()
         if self.processes.first:
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
             write_aside(self.folder / CONFIG, lambda name: Path(name).write_text(text))
+
+    def _agree(self) -> None:
+        """See that all processes go on from one point, with the same data and the same folder.
+
+        Raises:
+            ValueError: on all of them, naming what differs.
+        """
+        if self.processes.group is None:
+            return
+        same: dict[str, object] = {
+            "the run's last step (out must be a folder that all processes share)": self.progress.step,
+            "out (a folder that all processes share)": "there" if self.folder.is_dir() else "not there",
+            "the data set": self.data.fingerprint(), "config": repr(self.config),
+        }  # fmt: skip
+        Group(self.processes.group).agree("training", lambda: Terms({}, same))
 
     def train(self) -> bool:
         """Train until the last epoch is evaluated; says whether it came to that or was told to stop before.
@@ -173,7 +190,12 @@ class Run:
     def _step(self, loader: Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]) -> dict[str, float]:
         """One step of the optimizer; its numbers, as :data:`drl_fast.engine.logs.COLUMNS` names them."""
         start, config, step = time.perf_counter(), self.config, self.progress.step
-        batch, unreadable = next(loader)
+        try:
+            batch, unreadable = next(loader)
+        except RuntimeError:  # a worker was killed, between two steps
+            if self.processes.group is None:
+                self.save()
+            raise
         self._tell(unreadable)
         batch = self._on_device(batch)
         if self.processes.size == 1 and not len(batch["text_ids"]):
@@ -198,6 +220,7 @@ class Run:
         average_gradients(self.model, self.processes)
         norm = clip_gradients(self.model, config.clip_grad)
         self.optimizer.step()
+        self.model.limit_logit_scale()
         self.progress.step = step + 1
         return {
             "step": step + 1, "epoch": step // self.per_epoch + 1,
@@ -220,8 +243,16 @@ class Run:
         wanted = {name: x for name, x in batch.items() if name != "owner" or self.config.skip_same_video}
         return {name: x.to(self.processes.device, non_blocking=True) for name, x in wanted.items()}
 
+    def unreadable(self) -> set[str]:
+        """Names of the videos that could not be read so far, by any process."""
+        path = self.folder / UNREADABLE
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return {line.partition("\t")[0] for line in lines}
+
     def _tell(self, unreadable: list[Unreadable]) -> None:
         """Name each video that cannot be read once, and keep a list of them beside the run."""
+        if unreadable:
+            self.named |= self.unreadable()
         for video in unreadable:
             if self.data.strict:
                 raise ValueError(f"{video.name} cannot be read, and --strict wants all of them: {video.reason}")
@@ -242,6 +273,8 @@ class Run:
             workers=self.config.workers, precision=self.config.precision, strict=self.data.strict,
             process_group=self.processes.group, on_progress=self.watcher.evaluating if first else None,
         )  # fmt: skip
+        if first:
+            self._tell(found.unreadable)
         self.progress.evaluations[epoch] = found.metrics
         leader = self.progress.best()
         best = leader is not None and leader[0] == epoch

@@ -160,8 +160,17 @@ class DRL(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor itself, at most 100."""
-        return self.clip.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+        """The factor itself, at most 100.
+
+        Its gradient passes the limit: CLIP's own weights lie there, and a clamp would never let them leave it.
+        """
+        stored = self.clip.logit_scale
+        return (stored + (stored.clamp(max=math.log(MAX_LOGIT_SCALE)) - stored).detach()).exp()
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """After a step of an optimizer: bring the stored temperature back to the limit, as the public code does."""
+        self.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (A, Nt), Nt <= the context -> tokens (A, Nt, D), mask (A, Nt) bool.

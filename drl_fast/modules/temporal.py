@@ -101,8 +101,8 @@ class SeqLSTM(nn.Module):
     def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = check_frames(video, mask, self.dim, type(self).__name__)
         x = real_frames(video, mask).to(head_dtype(self.lstm, video, "video"))
-        if len(video) == 0:  # cuDNN refuses it
-            return video + x.to(video.dtype)
+        if len(video) == 0:  # cuDNN refuses it; a row that is dropped keeps the parameters in the graph
+            return self(video.new_zeros((1, *video.shape[1:])))[:0] + video
         if mask is None:
             return add_to_real(video, self.lstm(x)[0], None)
         # Real frames first: the LSTM only looks back, so what follows them changes nothing, and lengths stay on the

@@ -23,7 +23,7 @@ from .ranks import on_ranks
 WAYS = ("ddp", "fsdp")
 # Where a process takes rows from and up to, of seven: unequal, and none at all.
 SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
-INTERACTIONS = ("dp", "seqTransf", "wti")
+INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti")
 
 
 def here(rank: int, size: int) -> Processes:

@@ -195,7 +195,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     run, _ = opened(configured(folder), out, resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.torch, "save", full)
-        with pytest.raises(OSError, match=r"could not be written .* the checkpoint before stands: make room and go on"):
+        with pytest.raises(
+            OSError, match=r"could not be written: No space .*; the checkpoint before stands; make room and go on"
+        ):
             run.train()
     assert (out / LAST).read_bytes() == kept
     assert not list(out.glob(".*"))
