@@ -122,15 +122,15 @@ def _written_and_decoded(clips: list[Clip], run: ShapesRun, console: Console) ->
 def _train(training: Pairs, test: Pairs, schedule: Schedule, console: Console) -> tuple[list[Row], DRL]:
     """All rows, and the last one's model."""
     console.print(
-        f"{len(ROWS)} models: CLIP towers of {LAYERS} + {LAYERS} layers from the same random weights, no temporal "
-        "module (a frame shows which shape has left and which has not, so order is seen without one), an interaction; "
-        f"{schedule.steps} steps of {min(schedule.batch, len(training))} pairs, one recipe, tuned for no row. All they "
-        "know they learn here.",
+        f"CLIP towers of {LAYERS} + {LAYERS} layers, random weights: all they know they learn here. First the towers "
+        f"learn as CLIP's do, by DP, in {schedule.steps} steps; then {len(ROWS)} models start from them, each with an "
+        f"interaction of its own, and train for {schedule.steps} steps of {min(schedule.batch, len(training))} pairs: "
+        "one recipe, tuned for no row. No temporal module: a frame shows which shape has left and which has not, so "
+        "order is seen without one.",
         highlight=False,
     )
     with progress(console) as bars:
-        done = list(compare(training, test, schedule, bars))
-    return [row for row, _ in done], done[-1][1]
+        return compare(training, test, schedule, bars)
 
 
 def _print_choices(model: DRL, clip: Clip, pair: Pairs, row: Row, console: Console) -> None:
