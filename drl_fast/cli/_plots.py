@@ -31,7 +31,7 @@ def draw(rows: list[Row], batch: int, folder: Path) -> list[Path]:
 
 
 def _losses(rows: list[Row], batch: int) -> Figure:
-    figure, axes = _figure("Training, one recipe for all")
+    figure, axes = _figure("Training from the same towers, one recipe for all")
     window = max(1, round(SMOOTHED * len(rows[0].losses)))
     for row in rows:
         colour, line = STYLES[row.name]
@@ -79,7 +79,9 @@ def _recalls(rows: list[Row]) -> Figure:
     axes.set_xlabel("R@1 in percent")
     axes.grid(True, axis="x", color="#e5e5e5", linewidth=0.8)
     axes.tick_params(axis="y", length=0)
-    figure.legend(frameon=False, loc="outside lower center", ncols=3)
+    # Points before chance's line, which matplotlib puts first.
+    (line, *points), (chance_name, *names) = axes.get_legend_handles_labels()
+    figure.legend([*points, line], [*names, chance_name], frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 

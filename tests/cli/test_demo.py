@@ -253,6 +253,11 @@ def test_mistakes(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     """Status 1, and one line on stderr that says what to do."""
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("a mistake was taken for an order")
+
+    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", unreachable)
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
     Path("ok").mkdir()
