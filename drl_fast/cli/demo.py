@@ -43,7 +43,7 @@ def demo(
     held_out: Annotated[
         int, typer.Option(help="Clips to generate for the test, with captions of their own; a multiple of 4.")
     ] = 400,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the towers, and then of each model.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the towers, and then of each model.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of clips, weights and batches.")] = 0,
 ) -> None:
     """Train every interaction on generated clips and compare them; with --videos score your own videos instead."""
