@@ -70,10 +70,10 @@ class Row:
         return recall_interval(told, four)
 
     def arranged(self) -> float | None:
-        """Of the captions whose first answer has the right words, percent where they are arranged right, too."""
+        """Of the captions whose first answer is a clip of their own four, percent where it is the right one."""
         best, every = self.sim.argmax(dim=1), torch.arange(len(self.sim))
-        worded = best // ARRANGEMENTS == every // ARRANGEMENTS
-        return 100 * float((best == every)[worded].float().mean()) if bool(worded.any()) else None
+        near = best // ARRANGEMENTS == every // ARRANGEMENTS
+        return 100 * float((best == every)[near].float().mean()) if bool(near.any()) else None
 
 
 def tokenizer() -> open_clip.SimpleTokenizer:
@@ -162,7 +162,7 @@ def findings(rows: list[Row]) -> list[str]:
     arranged = [f"{row.name} {value:.0f} %" for row in rows if (value := row.arranged()) is not None]
     if arranged:
         told.append(
-            f"Where the first answer has the caption's words, it has them in the caption's order (chance: "
+            f"Where the first answer is one of the caption's four, it is the right one (chance: "
             f"{100 / ARRANGEMENTS:.0f} %): {_list(arranged)}."
         )
     return told

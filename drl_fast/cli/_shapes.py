@@ -112,8 +112,8 @@ def _written_and_decoded(clips: list[Clip], run: ShapesRun, console: Console) ->
         + (f"; kept in {escape(str(run.keep))}" if run.keep else "")
     )
     console.print(
-        f"{run.held_out} clips are held out; none of their captions' words come together in training. Four captions "
-        f"share their words, whose order alone tells them apart: {clips[0].caption!r} or {clips[1].caption!r}.",
+        f"{run.held_out} clips are held out, with their captions. Captions come in fours of the same words, told apart "
+        f"by who moves where and who moves first: {clips[0].caption!r} or {clips[1].caption!r}.",
         highlight=False,
     )
     return frames, mask
