@@ -39,7 +39,7 @@ def demo(
         Path | None,
         typer.Option(help="Write the generated clips and their captions to this new or empty folder and leave them."),
     ] = None,
-    clips: Annotated[int, typer.Option(help="Clips to generate for training, a multiple of 4.")] = 1200,
+    clips: Annotated[int, typer.Option(help="Clips to generate for training, a multiple of 4.")] = 3200,
     held_out: Annotated[
         int, typer.Option(help="Clips to generate for the test, with captions of their own; a multiple of 4.")
     ] = 400,
