@@ -16,6 +16,7 @@ from ..functional.dot_product import unit
 from ..model.drl import DRL
 
 NONE = "none"
+SEEN = "pixels moved, first and second"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ def choices(model: DRL, pair: Pairs, tokenizer: open_clip.SimpleTokenizer) -> Ch
 
 
 def word_table(found: Choices, seen: Callable[[int], str]) -> Table:
-    """A row a word; ``seen`` says what is in a frame."""
+    """A row a word; ``seen`` says what a frame shows."""
     table = Table("word", title="Which frame each word chose", title_justify="left")
     for name in ("weight", "frame", "cosine"):
         table.add_column(name, justify="right")
-    table.add_column("the moving shape there")
+    table.add_column(SEEN)
     for i, (word, weight, j) in enumerate(zip(found.words, found.word_weight, found.frame_of_word, strict=True)):
         choice = (NONE, "", "") if j < 0 else (f"{j}", f"{found.cosine[i][j]:.2f}", seen(j))
         table.add_row(word, f"{weight:.2f}", *choice)
@@ -66,7 +67,7 @@ def word_table(found: Choices, seen: Callable[[int], str]) -> Table:
 
 def frame_table(found: Choices, seen: Callable[[int], str]) -> Table:
     """A row a frame."""
-    table = Table("frame", "the moving shape there", title="Which word each frame chose", title_justify="left")
+    table = Table("frame", SEEN, title="Which word each frame chose", title_justify="left")
     table.add_column("weight", justify="right")
     table.add_column("word")
     table.add_column("cosine", justify="right")

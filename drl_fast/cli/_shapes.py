@@ -1,9 +1,10 @@
-"""The demo on generated clips: write, decode, train, search, and measure the interaction."""
+"""The demo on generated clips: write, decode, train every interaction, compare, and measure the interaction's cost."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,20 +19,24 @@ from rich.table import Table
 from torch import Tensor
 
 from ..data import moving_shapes
-from ..data.moving_shapes import Clip
+from ..data.moving_shapes import ARRANGEMENTS, MOST, Clip
 from ..data.video import Sampling, read_video
-from ..engine.evaluate import encode_texts, encode_videos
-from ..engine.in_memory import Pairs, Schedule, train
-from ..metrics import ranks, recall_interval, retrieval_metrics
+from ..engine.in_memory import Pairs, Schedule
+from ..metrics import ranks
 from ..model.drl import DRL
-from ..model.small import small_model
+from ..model.small import LAYERS
 from ._choices import choices, frame_table, word_table
+from ._comparison import CDCR, ROWS, Row, compare, findings, table, tokenizer
 from ._measure import CHANNELS, FRAMES, REPEATS, WORDS, measure_apart
-from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress, served_by
+from ._plots import draw
+from ._tables import print_machine, progress, served_by
 
 SAMPLING = Sampling(rate=4, max_frames=8, size=moving_shapes.SIZE)
-CONTEXT = 16
 MEASURED_BATCH = 256
+INTERVALS = (
+    "Brackets: 95 % bootstrap interval of R@1 over the held-out clips, each four of them with the same words drawn as "
+    "one (how another draw of clips would differ, not another training: each row is one training from one seed)."
+)
 
 
 @dataclass(frozen=True)
@@ -42,70 +47,126 @@ class ShapesRun:
     held_out: int
     steps: int
     seed: int
+    out: Path
     keep: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("clips", self.clips, 1), ("held-out", self.held_out, 2)):
+            if value % ARRANGEMENTS or value < least * ARRANGEMENTS:
+                nearest = max(value // ARRANGEMENTS, least) * ARRANGEMENTS
+                raise ValueError(
+                    f"{name} must be a multiple of {ARRANGEMENTS}, the arrangements of one caption's words, and at "
+                    f"least {least * ARRANGEMENTS}, got {value}; take {nearest}"
+                )
+        if self.clips + self.held_out > MOST:
+            raise ValueError(
+                f"clips and held-out together must be at most {MOST}, the different captions there are, got "
+                f"{self.clips} + {self.held_out}; make fewer"
+            )
 
-def run_shapes(run: ShapesRun, console: Console) -> dict[str, dict[str, float]]:
-    """Run the demo, print what it finds, and return the held-out clips' metrics after training."""
+
+def run_shapes(run: ShapesRun, console: Console) -> list[Row]:
+    """Run the demo, print what it finds, write its plots, and return what each interaction came to."""
     start = time.perf_counter()
     print_machine(console)
+    _must_be_writable(run.out)
     clips = moving_shapes.make_clips(run.clips + run.held_out, run.seed)
-    with _clip_folder(run.keep) as folder, progress(console) as bars:
-        paths = _write(clips, folder, bars)
-        frames, mask = _decode(paths, bars)
-        encoded = sum(path.stat().st_size for path in paths)
-    console.print(
-        f"{len(clips)} H.264 clips of {moving_shapes.SIZE} x {moving_shapes.SIZE} pixels ({encoded / 2**20:.1f} MiB), "
-        f"{int(mask.sum())} frames decoded ({SAMPLING.rate:g} per second of video); {run.held_out} clips held out, "
-        "whose captions are in no training clip" + (f"; kept in {escape(str(run.keep))}" if run.keep else "")
-    )
-    model, tokenizer = small_model(moving_shapes.SIZE, CONTEXT, run.seed)
-    everything = Pairs(frames, mask, tokenizer([clip.caption for clip in clips]))
-    training, test = everything[: run.clips], everything[run.clips :]
-    console.print(
-        f"Model: 4 + 4 transformer layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, random "
-        "weights: all it knows it learns here. Trained end to end through drl_fast.WTI and drl_fast.info_nce."
-    )
-    before = _score(model, test)
-    schedule = Schedule(run.steps, seed=run.seed)
-    with progress(console) as bars:
-        task = bars.add_task("train", total=run.steps, note="")
-        train(model, training, schedule, lambda _, loss: bars.update(task, advance=1, note=f"loss {loss:.3f}"))
-    after = _score(model, test)
-    metrics = retrieval_metrics(after)
-    console.print(_metrics(before, after))
-    console.print(
-        "Brackets: 95 % bootstrap interval over the held-out clips (how another draw of clips would differ, "
-        "not another training).\n"
-    )
-    shown = clips[run.clips]
-    rank = int(ranks(after[:1], torch.zeros(1, dtype=torch.int64)))
-    console.print(f'The first held-out clip, "{shown.caption}" (its caption finds it at rank {rank}).', highlight=False)
-    console.print("Weight: how much of its side's score a token decides.")
-    found = choices(model, test[:1], tokenizer)
-    for table in (word_table, frame_table):
-        console.print(table(found, lambda frame: _where(shown, frame)))
-    console.print()
+    frames, mask = _written_and_decoded(clips, run, console)
+    everything = Pairs(frames, mask, tokenizer()([clip.caption for clip in clips]))
+    test = everything[run.clips :]
+    schedule = Schedule(run.steps, seed=run.seed, together=ARRANGEMENTS)
+    rows, model = _train(everything[: run.clips], test, schedule, console)
+    console.print(table(rows))
+    console.print(INTERVALS)
+    console.print("\n".join(findings(rows)), "\n", highlight=False)
+    for path in draw(rows, min(schedule.batch, run.clips), run.out):
+        console.print(f"plot: {escape(str(path))}", highlight=False, soft_wrap=True)
+    _print_choices(model, clips[run.clips], test[:1], rows[-1], console)
     console.print(_costs(console))
     console.print(
         f"Each in a process of its own; time: median of {REPEATS}; memory: what one call adds to its inputs, gradients "
         "included."
     )
     console.print(f"The demo took {time.perf_counter() - start:.0f} s.", highlight=False)
-    return metrics
+    return rows
+
+
+def _must_be_writable(folder: Path) -> None:
+    """Make the folder of the plots now: minutes later would be late to say that they cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, got the file {folder}; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"out must be a folder that can be written to, got {folder}; name another")
+
+
+def _written_and_decoded(clips: list[Clip], run: ShapesRun, console: Console) -> tuple[Tensor, Tensor]:
+    """Frames (N, Nv, 3, H, W) uint8 and mask (N, Nv) bool, by way of H.264 files."""
+    with _clip_folder(run.keep) as folder, progress(console) as bars:
+        paths = _write(clips, folder, bars)
+        frames, mask = _decode(paths, bars)
+        encoded = sum(path.stat().st_size for path in paths)
+    console.print(
+        f"{len(clips)} H.264 clips of {moving_shapes.SIZE} x {moving_shapes.SIZE} pixels ({encoded / 2**20:.1f} MiB), "
+        f"{int(mask.sum())} frames decoded ({SAMPLING.rate:g} per second of video)"
+        + (f"; kept in {escape(str(run.keep))}" if run.keep else "")
+    )
+    console.print(
+        f"{run.held_out} clips are held out, with their captions. Captions come in fours of the same words, told apart "
+        f"by who moves where and who moves first: {clips[0].caption!r} or {clips[1].caption!r}.",
+        highlight=False,
+    )
+    return frames, mask
+
+
+def _train(training: Pairs, test: Pairs, schedule: Schedule, console: Console) -> tuple[list[Row], DRL]:
+    """All rows, and the last one's model."""
+    console.print(
+        f"CLIP towers of {LAYERS} + {LAYERS} layers, random weights: all they know they learn here. First the towers "
+        f"learn as CLIP's do, by DP, in {schedule.steps} steps; then {len(ROWS)} models start from them, each with an "
+        f"interaction of its own, and train for {schedule.steps} steps of {min(schedule.batch, len(training))} pairs: "
+        "one recipe, tuned for no row. No temporal module: a frame shows which shape has left and which has not, so "
+        "order is seen without one.",
+        highlight=False,
+    )
+    with progress(console) as bars:
+        return compare(training, test, schedule, bars)
+
+
+def _print_choices(model: DRL, clip: Clip, pair: Pairs, row: Row, console: Console) -> None:
+    rank = int(ranks(row.sim[:1], torch.zeros(1, dtype=torch.int64)))
+    console.print(
+        f'\nThe first held-out clip, "{clip.caption}" (by {CDCR} its caption finds it at rank {rank}). Weight: how '
+        "much of its side's score a token decides.",
+        highlight=False,
+    )
+    found = choices(model, pair, tokenizer())
+    for make in (word_table, frame_table):
+        console.print(make(found, lambda frame: _where(clip, frame)))
+    console.print()
 
 
 @contextlib.contextmanager
 def _clip_folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        # Never over someone's own captions.csv.
-        if keep.is_file() or (keep.is_dir() and any(keep.iterdir())):
-            raise ValueError(f"keep must be a new or an empty folder, got {keep}; name another or empty it")
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep
+    """Where clips are written: ``keep``, which is made anew and goes again when something fails, or one for now."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="drl_fast_demo_") as name:
+            yield Path(name)
         return
-    with tempfile.TemporaryDirectory(prefix="drl_fast_demo_") as name:
-        yield Path(name)
+    # Never over someone's own captions.csv.
+    if keep.is_file() or (keep.is_dir() and any(keep.iterdir())):
+        raise ValueError(f"keep must be a new or an empty folder, got {keep}; name another or empty it")
+    new = not keep.exists()
+    keep.mkdir(parents=True, exist_ok=True)
+    try:
+        yield keep
+    except BaseException:
+        # Some of the clips without their captions serve nobody, and would stand in a second run's way.
+        for path in keep.iterdir():
+            path.unlink()
+        if new:
+            keep.rmdir()
+        raise
 
 
 def _write(clips: list[Clip], folder: Path, bars: Progress) -> list[Path]:
@@ -134,29 +195,11 @@ def _decode(paths: list[Path], bars: Progress) -> tuple[Tensor, Tensor]:
     return torch.stack([frames for frames, _ in decoded]), torch.stack([mask for _, mask in decoded])
 
 
-@torch.no_grad()
-def _score(model: DRL, pairs: Pairs) -> Tensor:
-    """Similarities (texts, videos)."""
-    text, text_mask = encode_texts(model, pairs.ids)
-    return model.similarity(text, encode_videos(model, pairs.frames, pairs.mask), text_mask, pairs.mask)
-
-
-def _metrics(before: Tensor, after: Tensor) -> Table:
-    table = metrics_table(f"\nSearch among {len(after)} held-out clips, before and after training; recalls in percent")
-    for key, direction in DIRECTIONS.items():
-        for name, sim in (("before", before), ("after", after)):
-            interval = recall_interval(sim, direction=key)
-            metrics_row(table, f"{direction}, {name}", retrieval_metrics(sim)[key], interval)
-    metrics_row(table, "chance", chance(len(after)))
-    return table
-
-
 def _where(clip: Clip, frame: int) -> str:
-    """Where the mover is in a sampled frame."""
-    x, y = clip.centre(frame * round(moving_shapes.FPS / SAMPLING.rate))
-    pixels = abs(x - moving_shapes.SIZE / 2) + abs(y - moving_shapes.SIZE / 2)
-    side = {"up": "above", "down": "below"}.get(clip.direction, f"{clip.direction} of")
-    return f"{pixels:.0f} px {side} the middle" if round(pixels) else "in the middle"
+    """How far each shape is from its place in a sampled frame."""
+    ways = clip.travelled(frame * round(moving_shapes.FPS / SAMPLING.rate))
+    movers = (clip.first, clip.second)
+    return ", ".join(f"{way:.0f} {mover.direction}" for mover, way in zip(movers, ways, strict=True))
 
 
 def _costs(console: Console) -> Table:

@@ -1,8 +1,9 @@
-"""Generated clips with captions: "a red cross moves left near a blue square".
+"""Generated clips with captions: "a red cross moves left, then a blue square moves up".
 
-A moving shape starts in the middle of the picture and leaves towards one side, while another stands in a corner. So
-the direction can be seen from *where* the shape is in the late frames: a model that looks at every frame alone, with no
-order among them, can learn it.
+Two shapes stand side by side; first one leaves its place towards one side, then the other. Captions come in fours that
+hold the same words: who moves where, and who moves first, tells them apart. So a model must bind words to each other
+and find the moment that they speak of, not only the things in the picture. A frame in which one shape has left and the
+other has not shows who was first: a model that looks at every frame alone, with no order among them, can learn that.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import av
@@ -29,63 +30,97 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-CORNERS = ((14, 14), (50, 14), (14, 50), (50, 50))
+# Neither shape hides the other, wherever the two go.
+PLACES = ((18, 22), (46, 42))
+LOOKS = tuple(product(combinations(COLOURS, 2), permutations(SHAPES, 2), combinations(DIRECTIONS, 2)))
+# Captions of the same words: two ways to share out the directions, two orders.
+ARRANGEMENTS = 4
+MOST = ARRANGEMENTS * len(LOOKS)
+
+
+@dataclass(frozen=True)
+class Mover:
+    """A shape and where it goes."""
+
+    colour: str
+    shape: str
+    direction: str
+    place: tuple[float, float]
+    """Pixels from the top left, before it moves."""
+
+    @property
+    def phrase(self) -> str:
+        return f"a {self.colour} {self.shape} moves {self.direction}"
+
+    def after(self, way: float) -> tuple[float, float]:
+        """Its centre once it has gone ``way`` pixels."""
+        (x, y), (dx, dy) = self.place, DIRECTIONS[self.direction]
+        return x + dx * way, y + dy * way
 
 
 @dataclass(frozen=True)
 class Clip:
     """What one clip shows; everything drawn follows from it."""
 
-    mover: tuple[str, str]
-    """Colour and shape."""
-    direction: str
-    neighbour: tuple[str, str]
-    corner: tuple[int, int]
+    first: Mover
+    second: Mover
+    """Leaves when the first one has arrived."""
     radius: int
     """Pixels, of both shapes."""
     reach: float
-    """Pixels that the mover travels."""
+    """Pixels that each travels."""
     frames: int
     background: int
     """Grey level."""
 
     @property
     def caption(self) -> str:
-        return f"a {' '.join(self.mover)} moves {self.direction} near a {' '.join(self.neighbour)}"
+        return f"{self.first.phrase}, then {self.second.phrase}"
 
-    def centre(self, frame: int) -> tuple[float, float]:
-        """The mover's centre at a frame, in pixels from the top left."""
-        dx, dy = DIRECTIONS[self.direction]
-        travelled = self.reach * frame / (self.frames - 1)
-        return SIZE / 2 + dx * travelled, SIZE / 2 + dy * travelled
+    def travelled(self, frame: float) -> tuple[float, float]:
+        """Pixels that the first and the second shape are away from their places at a frame."""
+        halves = 2 * frame / (self.frames - 1)
+        return self.reach * min(halves, 1.0), self.reach * max(halves - 1.0, 0.0)
+
+    def centres(self, frame: float) -> list[tuple[float, float]]:
+        """The first and the second shape's centre at a frame, in pixels from the top left."""
+        return [mover.after(way) for mover, way in zip((self.first, self.second), self.travelled(frame), strict=True)]
 
 
 def make_clips(count: int, seed: int) -> list[Clip]:
     """``count`` clips, every caption once; the same seed gives the same clips.
 
+    Clips 0 to 3, 4 to 7 and so on are fours: their captions are the arrangements of the same words.
+
     Raises:
-        ValueError: a ``count`` outside 1 .. the number of captions there are.
+        ValueError: a ``count`` that is no multiple of 4, or outside 4 .. the number of captions there are.
     """
-    kinds = list(product(COLOURS, SHAPES))
-    contents = [(m, d, n) for m, d, n in product(kinds, DIRECTIONS, kinds) if m != n]
-    if not 1 <= count <= len(contents):
+    if count % ARRANGEMENTS or not ARRANGEMENTS <= count <= MOST:
         raise ValueError(
-            f"count must lie in 1..{len(contents)}, the different captions there are, got {count}; make fewer"
+            f"count must be a multiple of {ARRANGEMENTS}, the arrangements of one caption's words, in "
+            f"{ARRANGEMENTS}..{MOST}, the different captions there are, got {count}; make "
+            f"{min(max(count // ARRANGEMENTS, 1) * ARRANGEMENTS, MOST)}"
         )
     rng = random.Random(seed)
-    return [
-        Clip(
-            mover,
-            direction,
-            neighbour,
-            corner=rng.choice(CORNERS),
-            radius=rng.randint(8, 11),
-            reach=rng.uniform(18, 22),
-            frames=rng.randint(9, 16),
-            background=rng.randint(0, 60),
-        )
-        for mover, direction, neighbour in rng.sample(contents, count)
-    ]
+    clips = []
+    for colours, shapes, directions in rng.sample(LOOKS, count // ARRANGEMENTS):
+        for one_goes, other_goes in permutations(directions):
+            things = [(colours[0], shapes[0], one_goes), (colours[1], shapes[1], other_goes)]
+            clips += [_clip(first, second, rng) for first, second in permutations(things)]
+    return clips
+
+
+def _clip(first: tuple[str, str, str], second: tuple[str, str, str], rng: random.Random) -> Clip:
+    """Colours, shapes and directions as given; all that the caption does not tell by chance."""
+    places = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in rng.sample(PLACES, 2)]
+    return Clip(
+        Mover(*first, places[0]),
+        Mover(*second, places[1]),
+        radius=rng.randint(6, 8),
+        reach=rng.uniform(10, 13),
+        frames=rng.randint(11, 16),
+        background=rng.randint(0, 60),
+    )
 
 
 def draw(clip: Clip) -> Iterator[Image.Image]:
@@ -93,8 +128,8 @@ def draw(clip: Clip) -> Iterator[Image.Image]:
     for frame in range(clip.frames):
         picture = Image.new("RGB", (SIZE, SIZE), (clip.background,) * 3)
         pen = ImageDraw.Draw(picture)
-        _draw_shape(pen, clip.neighbour, clip.corner, clip.radius)
-        _draw_shape(pen, clip.mover, clip.centre(frame), clip.radius)
+        for mover, centre in zip((clip.first, clip.second), clip.centres(frame), strict=True):
+            _draw_shape(pen, (mover.colour, mover.shape), centre, clip.radius)
         yield picture
 
 

@@ -40,6 +40,8 @@ class Schedule:
     weight_decay: float = 0.1
     frames: int = 4
     """Frames a clip that one step looks at, drawn anew each time; it needs all of them only to be scored."""
+    together: int = 1
+    """So many neighbouring rows, counted from the first, share a batch: captions that differ little teach most."""
     seed: int = 0
 
 
@@ -53,9 +55,18 @@ def train(
 
     Returns:
         Every step's loss.
+
+    Raises:
+        ValueError: pairs or a batch that ``together`` does not divide.
     """
+    for name, value in (("pairs", len(pairs)), ("batch", schedule.batch)):
+        if value % schedule.together:
+            raise ValueError(
+                f"{name} must be a multiple of together={schedule.together}, got {value}; take "
+                f"{value - value % schedule.together or schedule.together}"
+            )
     generator = torch.Generator().manual_seed(schedule.seed)
-    optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.98), fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, schedule.steps))
     model.train()
     losses = []
@@ -85,12 +96,13 @@ def rate(step: int, steps: int) -> float:
 
 def _batches(count: int, schedule: Schedule, generator: torch.Generator) -> Iterator[Tensor]:
     """``steps`` rows of indices; a row holds no pair twice, for its caption would be its own negative."""
-    batch = min(schedule.batch, count)
+    together = schedule.together
+    batch = min(schedule.batch, count) // together
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(schedule.steps):
         if len(order) < batch:
-            order = torch.randperm(count, generator=generator)
-        yield order[:batch]
+            order = torch.randperm(count // together, generator=generator)
+        yield (order[:batch, None] * together + torch.arange(together)).flatten()
         order = order[batch:]
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from drl_fast.cli import _shapes, app
+from drl_fast.cli import _comparison, _shapes, app
+from drl_fast.cli._comparison import ROWS
 from drl_fast.cli._folder import NO_WEIGHTS
-from drl_fast.data.moving_shapes import make_clips, write_clip
+from drl_fast.data.moving_shapes import Clip, make_clips, write_clip
 from drl_fast.model.clip import load_clip
 from tests.clips import cut, noise, write_audio, write_video
 
 Demo = Callable[..., Any]
+TINY = ("--clips", 8, "--held-out", 8)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -47,7 +51,7 @@ def cheap_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 def fill(folder: Path, count: int = 3) -> Path:
     """A folder of clips with captions."""
     folder.mkdir()
-    clips = make_clips(count, seed=0)
+    clips = make_clips(4, seed=0)[:count]
     for number, clip in enumerate(clips):
         write_clip(clip, folder / f"clip{number}.mp4")
     return caption(folder, {f"clip{number}.mp4": clip.caption for number, clip in enumerate(clips)})
@@ -62,57 +66,77 @@ def caption(folder: Path, captions: dict[str, str]) -> Path:
     return folder
 
 
-def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the costs measured as always, on a smaller batch."""
+def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the costs measured as always, on a smaller batch, and in a narrow terminal."""
     monkeypatch.setattr(_shapes, "MEASURED_BATCH", 8)
-    result = demo("--clips", 6, "--held-out", 3, "--steps", 2)
+    monkeypatch.setenv("COLUMNS", "80")
+    result = demo(*TINY, "--steps", 2, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     for text in (
         "interaction by",
-        "9 H.264 clips of 64 x 64 pixels",
-        "3 clips held out",
-        "random weights: all it knows it learns here",
-        "Search among 3 held-out clips, before and after training",
-        "text to video, before",
-        "video to text, after",
-        "chance 33.3 100.0 100.0 2.0 2.0",
+        "16 H.264 clips of 64 x 64 pixels",
+        "8 clips are held out",
+        "CLIP towers of 2 + 2 layers, random weights",
+        "for 2 steps of 8 pairs: one recipe",
+        "Search among 8 held-out clips",
+        "R@1 R@5 R@10 MdR MnR v2t R@1",
+        "chance 12.5 62.5 100.0 4.5 4.5 12.5",
         "95 % bootstrap interval",
+        "Highest R@1, text to video:",
+        "WTI against DP:",
+        "WTI + CDCR against WTI:",
         "The first held-out clip,",
         "Which frame each word chose",
         "(start)",
         "(end)",
         "Which word each frame chose",
+        "pixels moved, first and second",
         "8 texts x 8 videos",
         "dense PyTorch, eager",
         "The demo took",
     ):
         assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
+    table = result.stdout[result.stdout.index("v2t R@1") :]
+    for name in ROWS:  # recall with its interval, four figures, recall with its interval
+        number = r"\d+\.\d"
+        row = rf"^ *{re.escape(name)} +{number} \[\d+, \d+\]( +{number}){{4}} +{number} \[\d+, \d+\] *$"
+        assert re.search(row, table, re.MULTILINE), f"no row of {name} in:\n{table}"
+    assert re.search(r"│ 0 +│ 0 (left|right|up|down), 0 (left|right|up|down) ", result.stdout)
     assert "not measured" not in result.stdout
+    assert "…" not in table
+    # Paths and the running progress are not folded.
+    assert max(len(line) for line in table.splitlines() if not line.startswith("plot:")) <= 80
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.png", "recall.png"]
+    for name in ("loss.png", "recall.png"):
+        assert f"plot: {tmp_path / 'out' / name}" in result.stdout
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) > 500
+            assert len(picture.convert("RGB").getcolors(2**20)) > 50
 
 
 @pytest.mark.usefixtures("cheap_costs")
 def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
     folder = tmp_path / "a" / "kept [1]"
-    result = demo("--clips", 3, "--held-out", 2, "--steps", 1, "--keep", folder)
+    result = demo(*TINY, "--steps", 1, "--keep", folder, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert f"kept in {folder}" in result.flat
-    assert sorted(path.name for path in folder.iterdir()) == ["captions.csv", *(f"clip0000{i}.mp4" for i in range(5))]
+    assert sorted(path.name for path in folder.iterdir()) == ["captions.csv", *(f"clip{i:05}.mp4" for i in range(16))]
     result = demo("--videos", folder, "--clip", tiny_clip)
     assert result.exit_code == 0, result.output
     for text in (
         f"loading {tiny_clip}, random weights",
         "1 frame a second of video, at most 12",
         NO_WEIGHTS,
-        "5 captions against 5 videos",
+        "16 captions against 16 videos",
         "text to video, TI",
         "video to text, DP",
         "Top match per caption (DP)",
-        "of 5",
+        "of 16",
     ):
         assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
     assert "skipped" not in result.stdout
     # Once more into the same folder would mix two runs.
-    again = demo("--clips", 3, "--held-out", 2, "--steps", 1, "--keep", folder)
+    again = demo(*TINY, "--steps", 1, "--keep", folder, "--out", tmp_path)
     assert again.exit_code == 1
     assert f"keep must be a new or an empty folder, got {folder}; name another or empty it" in again.stderr
 
@@ -204,7 +228,22 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
             ["--videos", "ok", "--pretrained", "w.pt"],
             "error pretrained must be a tag or a weight file, got w.pt, where",
         ),
-        (["--clips", "2000", "--held-out", "2000"], "error count must lie in 1..2208"),
+        (["--clip", "ViT-B-32"], "error clip goes with videos, got clip='ViT-B-32' alone; add --videos DIR"),
+        (
+            ["--videos", "ok", "--held-out", "8"],
+            "error held-out goes without videos, got held-out='8' beside them; drop one of them",
+        ),
+        (["--videos", "ok", "--keep", "k"], "error keep goes without videos, got keep='k' beside them; drop one"),
+        (["--videos", "ok", "--out", "demo_out"], "error out goes without videos, got out='demo_out' beside them"),
+        (["--clips", "4000", "--held-out", "400"], "held-out together must be at most 4320, the different captions"),
+        (
+            ["--clips", "6"],
+            "error clips must be a multiple of 4, the arrangements of one caption's words, and at least",
+        ),
+        (["--clips", "0"], "at least 4, got 0; take 4"),
+        (["--held-out", "4"], "at least 8, got 4; take 8"),
+        (["--out", "a_file"], "error out must be a folder, got the file a_file; name another"),
+        (["--out", "a_file/below"], "check that the path can be read and written"),
         (["--keep", "a_file"], "error keep must be a new or an empty folder, got a_file; name another"),
         (["--keep", "a_file/below"], "check that the path can be read and written"),
         (["--videos", "ok", "--pretrained", "[/b].pt"], "got [/b].pt, where no file is"),
@@ -214,6 +253,11 @@ def test_mistakes(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     """Status 1, and one line on stderr that says what to do."""
+
+    def unreachable(*_: object) -> None:
+        raise AssertionError("a mistake was taken for an order")
+
+    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", unreachable)
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
     Path("ok").mkdir()
@@ -235,32 +279,69 @@ def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cheap_costs")
-def test_costs_that_cannot_be_measured(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_that_cannot_be_measured(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """They come last: the results before them must not end in a traceback."""
 
     def fails(form: str, batch: int) -> dict[str, float]:
         raise RuntimeError(f"measuring {form} at batch {batch} ended with -9: [killed]")
 
     monkeypatch.setattr(_shapes, "measure_apart", fails)
-    result = demo("--clips", 2, "--held-out", 2, "--steps", 1)
+    result = demo(*TINY, "--steps", 1, "--out", tmp_path)
     assert result.exit_code == 0
     assert "not measured" in result.flat
     assert "measuring dense at batch 256 ended with -9: [killed]" in result.flat
     assert "The demo took" in result.flat
 
 
-@pytest.mark.usefixtures("cheap_costs")
-def test_a_write_that_fails(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "check that the path can be read and written and that the disk has",
+        ),
+        (KeyboardInterrupt(), 130, "error stopped by Ctrl-C; no file is left half written\n"),
+    ],
+)
+def test_clips_that_are_not_all_written(
+    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, error: BaseException, status: int,
+    message: str,
+) -> None:  # fmt: skip
+    """What would stand in the next run's way is gone again."""
+    written = []
 
-    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", full)
-    result = demo("--clips", 2, "--held-out", 2, "--keep", tmp_path / "kept")
-    assert result.exit_code == 1
-    assert (
-        "No space left on device; check that the path can be read and written and that the disk has room"
-        in result.stderr
-    )
+    def third_fails(clip: Clip, path: Path) -> None:
+        if len(written) == 2:
+            raise error
+        written.append(path)
+        write_clip(clip, path)
+
+    kept = tmp_path / "kept"
+    if existing:
+        kept.mkdir()
+    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", third_fails)
+    result = demo(*TINY, "--keep", kept, "--out", tmp_path / "out")
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert len(written) == 2
+    assert kept.exists() == existing
+    assert not existing or not list(kept.iterdir())
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_ctrl_c_while_training(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_comparison, "train", stopped)
+    result = demo(*TINY, "--keep", tmp_path / "kept", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert result.stderr == "error stopped by Ctrl-C; no file is left half written\n"
+    assert not list((tmp_path / "out").iterdir())
+    assert len(list((tmp_path / "kept").glob("*.mp4"))) == 16
+    assert (tmp_path / "kept" / "captions.csv").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["doctor"]])
@@ -270,5 +351,15 @@ def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     assert "Usage" in result.stdout
     if command == ["demo"]:
-        for option in ("--videos", "--pretrained", "--clip", "--keep", "--clips", "--held-out", "--steps", "--seed"):
+        for option in (
+            "--videos",
+            "--pretrained",
+            "--clip",
+            "--keep",
+            "--clips",
+            "--held-out",
+            "--steps",
+            "--seed",
+            "--out",
+        ):
             assert option in result.stdout

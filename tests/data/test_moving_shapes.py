@@ -2,78 +2,111 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from drl_fast.data import moving_shapes
-from drl_fast.data.moving_shapes import COLOURS, FPS, SHAPES, SIZE, draw, make_clips, write_clip
+from drl_fast.data.moving_shapes import (
+    ARRANGEMENTS,
+    COLOURS,
+    FPS,
+    SHAPES,
+    SIZE,
+    Clip,
+    Mover,
+    draw,
+    make_clips,
+    write_clip,
+)
 from drl_fast.data.video import Sampling, read_video
 
 # Columns run to the right and rows down.
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-CAPTIONS = 24 * 23 * 4  # mover and neighbour are two of 6 x 4 kinds; 4 directions
+CAPTIONS = 15 * 12 * 6 * 4  # two of 6 colours; two of 4 shapes, to share out; two of 4 directions, to share out; order
 
 
-def middle_of(colour: str, picture: np.ndarray) -> tuple[float, float]:
-    """Mean x and y of the pixels of one colour; None of them is an error."""
+def middle_of(colour: str, picture: np.ndarray) -> np.ndarray:
+    """Mean x and y of the pixels of one colour; none of them is an error."""
     rows, columns = np.nonzero((picture == COLOURS[colour]).all(axis=-1))
     assert len(rows), f"no pixel is {colour}"
-    return float(columns.mean()), float(rows.mean())
+    return np.array([columns.mean(), rows.mean()])
+
+
+def moved(colour: str, direction: str, pictures: list[np.ndarray]) -> tuple[float, float]:
+    """Pixels that a colour goes towards a direction between two pictures, and aside."""
+    before, after = (middle_of(colour, picture) for picture in pictures)
+    (x, y), (dx, dy) = after - before, STEPS[direction]
+    return x * dx + y * dy, abs(x * dy) + abs(y * dx)
 
 
 def test_seed_decides() -> None:
-    assert make_clips(50, seed=3) == make_clips(50, seed=3)
-    assert make_clips(50, seed=3) != make_clips(50, seed=4)
+    assert make_clips(48, seed=3) == make_clips(48, seed=3)
+    assert make_clips(48, seed=3) != make_clips(48, seed=4)
 
 
-def test_every_caption_once() -> None:
-    captions = [clip.caption for clip in make_clips(CAPTIONS, seed=0)]
-    assert len(set(captions)) == CAPTIONS
+def test_every_caption_once_and_each_fours_words_together() -> None:
+    clips = make_clips(CAPTIONS, seed=0)
+    assert len({clip.caption for clip in clips}) == CAPTIONS
+    fours = [clips[i : i + ARRANGEMENTS] for i in range(0, CAPTIONS, ARRANGEMENTS)]
+    words = [[Counter(clip.caption.replace(",", " ,").split()) for clip in four] for four in fours]
+    assert all(bag == four[0] for four in words for bag in four)
+    # Shapes may be shared out otherwise between the colours, in another four.
+    things = [frozenset((m.colour, m.shape) for m in (four[0].first, four[0].second)) for four in fours]
+    ways = [frozenset(m.direction for m in (four[0].first, four[0].second)) for four in fours]
+    assert len(set(zip(things, ways, strict=True))) == len(fours)
 
 
-@pytest.mark.parametrize("count", [0, -1, CAPTIONS + 1])
+@pytest.mark.parametrize("count", [0, -4, 1, 6, CAPTIONS + 4])
 def test_count_out_of_range(count: int) -> None:
-    with pytest.raises(ValueError, match=rf"count must lie in 1\.\.{CAPTIONS}.*got {count}; make fewer"):
+    with pytest.raises(
+        ValueError, match=rf"count must be a multiple of 4,.* in 4\.\.{CAPTIONS}.*got {count}; make \d+"
+    ):
         make_clips(count, seed=0)
 
 
 def test_caption_tells_the_truth() -> None:
-    """From the pixels alone: what is in the middle at first, where it goes, and what stands still in a corner."""
+    """From the pixels alone: who leaves first, where to, and who waits meanwhile."""
     for clip in make_clips(200, seed=1):
-        words = clip.caption.split()
-        mover, shape, direction, neighbour = words[1], words[2], words[4], words[7]
-        assert shape in SHAPES
-        assert words[8] in SHAPES
+        words = clip.caption.replace(",", "").split()
+        (one, one_goes), (other, other_goes) = (words[1], words[4]), (words[7], words[10])
+        assert words[5] == "then"
+        assert {words[2], words[8]} <= set(SHAPES)
         pictures = [np.asarray(picture) for picture in draw(clip)]
         assert len(pictures) == clip.frames
-        middle = SIZE // 2
-        assert tuple(pictures[0][middle, middle]) == COLOURS[mover]
-        x, y = clip.corner
-        assert all(tuple(picture[y, x]) == COLOURS[neighbour] for picture in pictures[:2])
-        if mover == neighbour:
-            continue
-        (x0, y0), (x1, y1) = middle_of(mover, pictures[0]), middle_of(mover, pictures[-1])
-        dx, dy = STEPS[direction]
-        forwards, sideways = (x1 - x0) * dx + (y1 - y0) * dy, abs((x1 - x0) * dy) + abs((y1 - y0) * dx)
-        # A mover may be cut off at the border, so its visible middle lags a little behind.
-        assert forwards > 12, clip
-        assert sideways < 2, clip
+        first, half, last = pictures[0], pictures[(clip.frames - 1) // 2], pictures[-1]
+        # A shape may be cut off at the border, so its visible middle lags a little behind.
+        forwards, sideways = moved(one, one_goes, [first, half])
+        assert forwards > 6.5, clip
+        assert sideways < 1, clip
+        assert moved(other, other_goes, [first, half]) == (0, 0), clip
+        forwards, sideways = moved(other, other_goes, [half, last])
+        assert forwards > 6.5, clip
+        assert sideways < 1, clip
+
+
+def test_neither_shape_is_hidden() -> None:
+    for clip in make_clips(200, seed=2):
+        for picture in map(np.asarray, draw(clip)):
+            for mover in (clip.first, clip.second):
+                seen = (picture == COLOURS[mover.colour]).all(axis=-1).sum()
+                assert seen > 0.5 * clip.radius**2, clip
 
 
 def test_shapes_look_different() -> None:
     """One clip of each shape, alike in all else: no two first frames show the same."""
-    base = make_clips(1, seed=0)[0]
+    base = make_clips(4, seed=0)[0]
     looks = set()
     for shape in SHAPES:
-        clip = moving_shapes.Clip(**{**vars(base), "mover": ("red", shape), "neighbour": ("blue", "circle")})
+        clip = Clip(**{**vars(base), "first": Mover(**{**vars(base.first), "shape": shape})})
         looks.add(np.asarray(next(draw(clip))).tobytes())
     assert len(looks) == len(SHAPES)
 
 
 def test_file_shows_the_drawing(tmp_path: Path) -> None:
-    clip = make_clips(1, seed=5)[0]
+    clip = make_clips(4, seed=5)[0]
     path = tmp_path / "clip.mp4"
     write_clip(clip, path)
     frames, mask = read_video(path, Sampling(rate=FPS, max_frames=20, size=SIZE))
@@ -86,7 +119,7 @@ def test_file_shows_the_drawing(tmp_path: Path) -> None:
 
 def test_no_half_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoding that breaks off leaves neither a part nor harm to what was there."""
-    first, second = make_clips(2, seed=0)
+    first, second = make_clips(4, seed=0)[:2]
     path = tmp_path / "clip.mp4"
     write_clip(first, path)
     before = path.read_bytes()

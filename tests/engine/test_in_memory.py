@@ -61,6 +61,26 @@ def test_no_pair_twice_in_a_batch(count: int, batch: int) -> None:
     assert set(torch.cat(batches).tolist()) == set(range(count))
 
 
+def test_rows_that_stay_together() -> None:
+    batches = list(engine._batches(12, Schedule(steps=9, batch=6, together=3), torch.Generator().manual_seed(0)))
+    for rows in batches:
+        assert len(rows) == len(set(rows.tolist())) == 6
+        heads = rows.view(2, 3)[:, :1]
+        assert (heads % 3 == 0).all()
+        assert torch.equal(rows.view(2, 3), heads + torch.arange(3))
+    assert set(torch.cat(batches[:2]).tolist()) == set(range(12))
+    assert len({tuple(rows.tolist()) for rows in batches}) > 2
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "message"), [(10, 8, "pairs.*got 10; take 8"), (12, 7, "batch.*got 7; take 4")]
+)
+def test_rows_that_cannot_stay_together(tiny_clip: str, count: int, batch: int, message: str) -> None:
+    model, pairs = problem(tiny_clip, count)
+    with pytest.raises(ValueError, match=message):
+        train(model, pairs, Schedule(steps=1, batch=batch, together=4))
+
+
 @pytest.mark.parametrize("limit", [1, 3, 6, 9])
 def test_some_frames_are_real_and_in_order(limit: int) -> None:
     mask = torch.rand(40, 6) < 0.6
