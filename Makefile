@@ -31,7 +31,7 @@ $(STAMP): .venv/.packages $(SOURCES)
 	  { echo "drl-fast: the install failed, see above; CXX=none make setup goes without the C++ extension"; exit 1; }
 	@touch $@
 
-demo: setup ## train a small model on generated clips and search them; VIDEOS=dir [PRETRAINED= CLIP=] scores your own
+demo: setup ## train every interaction on generated clips and compare them; VIDEOS=dir [PRETRAINED= CLIP=] scores your own
 	@$(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
 
 test: setup ## all tests, one process a core; TESTS=path picks some

@@ -33,7 +33,7 @@ def told(extra: str) -> Iterator[None]:
     except RuntimeError as error:
         raise _exit(str(error)) from error
     except KeyboardInterrupt as error:
-        raise _exit("interrupted", INTERRUPTED) from error
+        raise _exit("stopped by Ctrl-C; no file is left half written", INTERRUPTED) from error
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("drl_fast"):
             raise

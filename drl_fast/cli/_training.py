@@ -218,7 +218,8 @@ def _dry(config: RunConfig, folder: Path, here: Processes) -> RunConfig:
     """The configuration on generated clips, so few that a CPU takes two steps of any model."""
     batch = min(config.batch, DRY_BATCH)
     if here.first:
-        clips = moving_shapes.make_clips(DRY_STEPS * batch, seed=config.seed)
+        count = DRY_STEPS * batch
+        clips = moving_shapes.make_clips(count + -count % moving_shapes.ARRANGEMENTS, seed=config.seed)[:count]
         with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(["video", "caption"])

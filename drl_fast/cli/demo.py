@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from ._errors import told
 
 CLIP = "ViT-B-32"
 # The options of one form mean nothing to the other.
 OF_VIDEOS = ("pretrained", "clip")
 OF_SHAPES = ("keep", "out", "clips", "held_out", "steps", "seed")
-# What a shell reports of a program that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 def demo(
@@ -48,7 +47,7 @@ def demo(
 ) -> None:
     """Train every interaction on generated clips and compare them; with --videos score your own videos instead."""
     console = Console()
-    try:
+    with told("video"):
         _check_options(context, videos)
         if videos is None:
             from ._shapes import ShapesRun, run_shapes
@@ -58,17 +57,6 @@ def demo(
             from ._folder import run_folder
 
             run_folder(videos, clip, pretrained, console)
-    except KeyboardInterrupt:
-        raise _failure("stopped by Ctrl-C; no file is left half written", INTERRUPTED) from None
-    except ValueError as error:
-        raise _failure(str(error)) from error
-    except OSError as error:
-        raise _failure(f"{error}; check that the path can be read and written and that the disk has room") from error
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("drl_fast"):
-            raise
-        message = f"{error.name} is missing; the demo needs the video extra: pip install 'drl-fast[video]'"
-        raise _failure(message) from error
 
 
 def _check_options(context: typer.Context, videos: Path | None) -> None:
@@ -80,10 +68,3 @@ def _check_options(context: typer.Context, videos: Path | None) -> None:
             if videos is None:
                 raise ValueError(f"{option} goes with videos, got {option}={str(value)!r} alone; add --videos DIR")
             raise ValueError(f"{option} goes without videos, got {option}={str(value)!r} beside them; drop one of them")
-
-
-def _failure(message: str, status: int = 1) -> typer.Exit:
-    """Say what went wrong; raising the result ends the command with ``status``."""
-    # Escaped: file names hold brackets, which rich takes for its markup.
-    Console(stderr=True).print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
-    return typer.Exit(status)

@@ -28,6 +28,8 @@ from .shares import fill, of_all, turns
 TEXTS, VIDEOS = 128, 32
 # Videos that a process decodes and encodes, one by one, before it hands them to the others.
 DECODED = 4
+# Videos whose files are looked up in the cache at once, before the rest of them is decoded.
+WINDOW = 256
 
 Autocast = Callable[[], AbstractContextManager[object]]
 Progress = Callable[[int, int], None]
@@ -126,11 +128,23 @@ def _stream(
     model: DRL, videos: list[Path], sampling: Sampling, workers: int, cache: FeatureCache | None, autocast: Autocast
 ) -> Generator[Tensor | Unreadable, None, None]:
     """Each video's frame features (n, D), in order."""
-    keys: list[str | None] = [None] * len(videos)
-    known: list[Tensor | None] = [None] * len(videos)
+    encoder = ""
     if cache is not None:
         with autocast():
             encoder = fingerprint(model)
+    # Without a cache the processes that decode start once.
+    window = len(videos) if cache is None else WINDOW
+    for first in range(0, len(videos), max(window, 1)):
+        yield from _features(model, videos[first : first + window], sampling, workers, cache, encoder, autocast)
+
+
+def _features(
+    model: DRL, videos: list[Path], sampling: Sampling, workers: int, cache: FeatureCache | None, encoder: str,
+    autocast: Autocast,
+) -> Generator[Tensor | Unreadable, None, None]:  # fmt: skip
+    keys: list[str | None] = [None] * len(videos)
+    known: list[Tensor | None] = [None] * len(videos)
+    if cache is not None:
         keys = [_key(cache, video, sampling, encoder) for video in videos]
         known = [None if key is None else cache.get(key) for key in keys]
     unknown = [video for video, found in zip(videos, known, strict=True) if found is None]

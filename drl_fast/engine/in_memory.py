@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.drl import DRL
+from .recipe import rate
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,6 @@ def train(
         if on_step is not None:
             on_step(step, losses[-1])
     return losses
-
-
-def rate(step: int, steps: int) -> float:
-    """The learning rate's factor before step ``step`` (from 0) of ``steps``."""
-    warm_up = max(steps // 10, 1)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
 
 
 def _batches(count: int, schedule: Schedule, generator: torch.Generator) -> Iterator[Tensor]:

@@ -32,7 +32,7 @@ def batches(count: int, config: RunConfig) -> list[list[int]]:
     return found
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
+def rate(step: int, steps: int, warmup: float = 0.1) -> float:
     """The learning rate's factor before step ``step`` (from 0) of ``steps``: a line up, then half a cosine."""
     rising = max(round(warmup * steps), 1)
     if step < rising:

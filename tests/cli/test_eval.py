@@ -286,7 +286,7 @@ def test_ctrl_c(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monk
     monkeypatch.setattr(features, "video_loader", interrupted)
     result = drl_eval("--config", config, "--videos", videos, "--out", tmp_path / "out" / "eval.json")
     assert result.exit_code == 130
-    assert "interrupted" in result.stderr
+    assert "stopped by Ctrl-C" in result.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
