@@ -73,8 +73,8 @@ def run(folder: Path, epochs: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, help="a folder of videos with captions.csv or captions.jsonl")
-    parser.add_argument("--clips", type=int, default=320, help="clips to generate without --videos")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--clips", type=int, default=400, help="clips to generate without --videos")
+    parser.add_argument("--epochs", type=int, default=16)
     arguments = parser.parse_args()
     if arguments.videos:
         run(arguments.videos, arguments.epochs)

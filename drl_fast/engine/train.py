@@ -113,6 +113,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.folder / BEST):
                 remove_parts(folder)
+        self.processes.any(False)  # none looks before it is made
         if last.exists():
             state = checkpoint.read(last, self.config, self.data.fingerprint())
             self.progress = checkpoint.restore(state, self.model, self.optimizer)

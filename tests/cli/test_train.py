@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -110,20 +111,23 @@ def test_missing_videos_are_counted_or_refused(folder: Path, tmp_path: Path) -> 
     assert not (tmp_path / "strict").exists()
 
 
-def test_ctrl_c_keeps_what_was_done(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_was_done(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """To all processes of the job, decoding ones too, as terminals and schedulers send it."""
     out = tmp_path / "run"
-    small = [*SMALL, "clip=drl-small", "epochs=200", "batch=4", "checkpoint_every=1000000"]
+    small = [*SMALL, "clip=drl-small", "epochs=200", "batch=4", "checkpoint_every=1000000", "workers=1"]
     overrides = [word for option in small for word in ("--set", option)]
     command = ["-W", "ignore", "-m", "drl_fast.cli", "train", "--config", str(CONFIGS / "folder_wti.yaml")]
     command += ["--videos", str(folder), "--out", str(out), *overrides]
     with subprocess.Popen(
-        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         while process.poll() is None and not (out / "log.csv").exists():
             time.sleep(0.05)
         while process.poll() is None and len(read_log(out / "log.csv")) < 2:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     done = len(read_log(out / "log.csv"))

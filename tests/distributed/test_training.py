@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from drl_fast.engine.step import add_gradients
 from ..engine.runs import after, configured, make_folder, opened
 from ..engine.test_step import CASES, batch_of, model_of
 from ..engine.test_train import losses
-from .ranks import on_ranks
+from .ranks import error_of, on_ranks
 
 WAYS = ("ddp", "fsdp")
 # Where a process takes rows from and up to, of seven: unequal, and none at all.
@@ -95,6 +96,26 @@ def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
         steps.append(run.progress.step)
         run.train()
     return steps
+
+
+def _disagree(rank: int, size: int, folder: Path, out: Path) -> list[str]:
+    """Ranks that see folders of their own: a run that only one can go on with, and a folder that only one has."""
+    found = []
+    for name in ("one", "none"):
+        own = out / name / f"machine{rank}"
+        call = partial(opened, configured(folder), own, resume=True, processes=here(rank, size))
+        found.append(error_of(call))
+    return found
+
+
+def test_ranks_that_see_different_folders_are_told(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "videos")
+    opened(configured(folder), tmp_path / "out/one/machine0", stop=after(2))[0].train()
+    first, second = on_ranks(2, _disagree, tmp_path, folder, tmp_path / "out")
+    assert first == second
+    assert "the run's last step (out must be a folder that all processes share) must be the same" in first[0]
+    assert "got 2 on rank 0 and 0 on rank 1" in first[0]
+    assert "got there on rank 0 and not there on rank 1" in first[1]
 
 
 def test_a_run_is_the_one_process(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,19 @@ def test_another_configuration_does_not_go_on(
     assert (whole / "config.yaml").read_text() == text
 
 
+def test_another_configuration_does_not_start_over_one_without_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """What a kill before the first checkpoint leaves."""
+    out = tmp_path / "run"
+    opened(configured(folder), out)
+    text = (out / "config.yaml").read_text()
+    with pytest.raises(
+        ValueError, match=r"config must be the one that .*config.yaml was trained with, got batch 4 then"
+    ):
+        opened(configured(folder, batch=3), out, resume=True)
+    assert (out / "config.yaml").read_text() == text
+    assert opened(configured(folder), out, resume=True)[0].progress.step == 0
+
+
 def test_other_data_does_not_go_on(folder: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "videos")
     (tmp_path / "videos/clip3.mp4").unlink()
@@ -219,6 +233,56 @@ def test_unreadable_videos_are_left_out_and_named_once(folder: Path, tmp_path: P
     assert all("clip" in line.partition("\t")[2] for line in lines)
     run, _ = opened(configured(videos), tmp_path / "strict", strict=True)
     with pytest.raises(ValueError, match=r"clip\d.mp4 cannot be read, and --strict wants all of them"):
+        run.train()
+
+
+def test_unreadable_videos_of_the_val_part_are_named_too(folder: Path, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(folder, videos)
+    lines = (videos / "captions.csv").read_text().splitlines()
+    parts = ["split", *("val" if line.startswith(("clip1.", "clip2.")) else "train" for line in lines[1:])]
+    (videos / "captions.csv").write_text("\n".join(f"{a},{b}" for a, b in zip(lines, parts, strict=True)) + "\n")
+    (videos / "clip1.mp4").write_bytes(b"no video")
+    run, notes = opened(configured(videos, epochs=1), tmp_path / "run")
+    assert run.train()
+    assert notes.names == ["clip1.mp4"]
+    assert run.unreadable() == {"clip1.mp4"}
+    (videos / "clip1.mp4").write_bytes((folder / "clip1.mp4").read_bytes())
+    (videos / "clip2.mp4").unlink()
+    with pytest.raises(ValueError, match="dataset must be the one that"):
+        opened(configured(videos, epochs=1), tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_under_the_logs_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's thread fails by itself; the step after it says so, and the checkpoint before it stands."""
+    run, _ = opened(configured(folder, checkpoint_every=1), tmp_path / "run")
+
+    def full(self: object, tag: str, value: float, step: int) -> None:
+        def fail() -> None:
+            raise OSError(28, "No space left on device")
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    before = threading.excepthook
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        with pytest.raises(OSError, match=r"log.csv and tensorboard/ beside it could not be written: No space left"):
+            run.train()
+    assert threading.excepthook is before
+    assert opened(configured(folder, checkpoint_every=1), tmp_path / "run", resume=True)[0].train()
+
+
+def test_the_first_checkpoint_on_a_full_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def full(state: object, name: str) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 128 vs 0")
+
+    run, _ = opened(configured(folder), tmp_path / "run")
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match=r"could not be written: its writer failed, as it does on a full disk; make room"):
         run.train()
 
 

@@ -147,3 +147,14 @@ def test_small_model_comes_from_its_seed() -> None:
 def test_another_build_is_refused(tiny_clip: str) -> None:
     with pytest.raises(ValueError, match=r"clip must be of the original CLIP's form.*got CustomTextCLIP"):
         DRL(open_clip.create_model(f"{tiny_clip}-custom"), interaction="ti", temporal=None)
+
+
+@pytest.mark.parametrize("stored", [math.log(100), 4.7])
+def test_the_temperature_can_leave_its_limit(tiny_clip: str, stored: float) -> None:
+    """CLIP's own weights lie at the limit, where a clamp has no gradient."""
+    model = DRL(open_clip.create_model(tiny_clip), temporal=None)
+    model.clip.logit_scale.data.fill_(stored)
+    (gradient,) = torch.autograd.grad(model.logit_scale, model.clip.logit_scale)
+    assert gradient.item() == pytest.approx(100, rel=1e-5)
+    model.limit_logit_scale()
+    assert model.clip.logit_scale.item() == pytest.approx(math.log(100), rel=1e-6)
