@@ -160,6 +160,7 @@ LINES = {
     "machine": machine_line,
     "yardstick": yardstick_line,
     "notes": notes,
+    **ablation_tables.LINES,
     **loss_tables.LINES,
     **model_tables.LINES,
     **scaling_tables.LINES,

@@ -18,7 +18,7 @@ from ..engine.in_memory import Pairs, Schedule, train
 from ..metrics import ranks, recall_interval, retrieval_metrics
 from ..model.drl import DRL
 from ..model.small import small_model
-from ._tables import chance
+from ._tables import DIRECTIONS, chance
 
 CONTEXT = 16
 CDCR = "WTI + CDCR"
@@ -166,6 +166,19 @@ def findings(rows: list[Row]) -> list[str]:
             f"{100 / ARRANGEMENTS:.0f} %): {_list(arranged)}."
         )
     return told
+
+
+def as_json(rows: list[Row]) -> dict[str, Any]:
+    """What table and findings are made of."""
+    return {
+        "held_out": len(rows[0].sim),
+        "chance": chance(len(rows[0].sim)),
+        "rows": [
+            {"name": row.name, "metrics": row.metrics, "R1_interval_95": {key: row.interval(key) for key in DIRECTIONS}}
+            for row in rows
+        ],
+        "findings": findings(rows),
+    }
 
 
 def overlap(one: Interval, other: Interval) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .._files import write_aside
 from ._comparison import ROWS, Row
 from ._tables import DIRECTIONS, chance
 
@@ -96,10 +96,5 @@ def _figure(title: str):  # type: ignore[no-untyped-def]
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        figure.savefig(aside, format="png")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_aside(path, lambda name: figure.savefig(name, format="png"))
     return path

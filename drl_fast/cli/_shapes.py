@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from .._files import write_aside
 from ..data import moving_shapes
 from ..data.moving_shapes import ARRANGEMENTS, MOST, Clip
 from ..data.video import Sampling, read_video
@@ -26,7 +29,7 @@ from ..metrics import ranks
 from ..model.drl import DRL
 from ..model.small import LAYERS
 from ._choices import choices, frame_table, word_table
-from ._comparison import CDCR, ROWS, Row, compare, findings, table, tokenizer
+from ._comparison import CDCR, ROWS, Row, as_json, compare, findings, table, tokenizer
 from ._measure import CHANNELS, FRAMES, REPEATS, WORDS, measure_apart
 from ._plots import draw
 from ._tables import print_machine, progress, served_by
@@ -37,6 +40,8 @@ INTERVALS = (
     "Brackets: 95 % bootstrap interval of R@1 over the held-out clips, each four of them with the same words drawn as "
     "one (how another draw of clips would differ, not another training: each row is one training from one seed)."
 )
+
+NUMBERS = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,19 @@ def run_shapes(run: ShapesRun, console: Console) -> list[Row]:
         f"Each in a process of its own; time: median of {REPEATS}; memory: what one call adds to its inputs, gradients "
         "included."
     )
-    console.print(f"The demo took {time.perf_counter() - start:.0f} s.", highlight=False)
+    seconds = time.perf_counter() - start
+    _keep_numbers(run, rows, seconds)
+    console.print(f"numbers: {escape(str(run.out / NUMBERS))}", highlight=False, soft_wrap=True)
+    console.print(f"The demo took {seconds:.0f} s.", highlight=False)
     return rows
+
+
+def _keep_numbers(run: ShapesRun, rows: list[Row], seconds: float) -> None:
+    """Write what was compared, and on what, as JSON."""
+    asked = {"clips": run.clips, "steps": run.steps, "seed": run.seed}
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found = {**asked, **machine, "torch": torch.__version__, "seconds": round(seconds, 1), **as_json(rows)}
+    write_aside(run.out / NUMBERS, lambda name: Path(name).write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def _must_be_writable(folder: Path) -> None:

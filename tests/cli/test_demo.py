@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -105,8 +106,14 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "not measured" not in result.stdout
     assert "…" not in table
     # Paths and the running progress are not folded.
-    assert max(len(line) for line in table.splitlines() if not line.startswith("plot:")) <= 80
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.png", "recall.png"]
+    assert max(len(line) for line in table.splitlines() if not line.startswith(("plot:", "numbers:"))) <= 80
+    names = ["comparison.json", "loss.png", "recall.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    numbers = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert [row["name"] for row in numbers["rows"]] == list(ROWS)
+    for row in numbers["rows"]:
+        assert re.search(rf"^ *{re.escape(row['name'])} +{row['metrics']['t2v']['R1']:.1f} ", table, re.MULTILINE)
+    assert all(sentence in result.flat for sentence in numbers["findings"])
     for name in ("loss.png", "recall.png"):
         assert f"plot: {tmp_path / 'out' / name}" in result.stdout
         with Image.open(tmp_path / "out" / name) as picture:
