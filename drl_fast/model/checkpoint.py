@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_aside
-from .clip import SIZES_IN_STATE, clip_from_state_dict, load_strictly
+from .clip import HEAD_WIDTH, SIZES_IN_STATE, clip_from_state_dict, load_strictly
 
 if TYPE_CHECKING:
     from .drl import DRL
@@ -145,7 +145,13 @@ def infer(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def save_pretrained(model: DRL, folder: str | os.PathLike[str]) -> None:
-    """Write weights and configuration into ``folder``; what was there stays whole until it is replaced."""
+    """Write weights and configuration into ``folder``; what was there stays whole until it is replaced.
+
+    Raises:
+        ValueError: a CLIP without a name whose form its weights alone do not tell.
+    """
+    if model.clip_name is None:
+        _refuse_another_form(model)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     config = json.dumps({"format": FORMAT, **model.describe_config()}, indent=2) + "\n"
@@ -153,6 +159,17 @@ def save_pretrained(model: DRL, folder: str | os.PathLike[str]) -> None:
     # The configuration rides with the weights: the two cannot come from different saves. The JSON is for people.
     write_aside(path / WEIGHTS, lambda file: safetensors.torch.save_file(state, file, {"config": config}))
     write_aside(path / CONFIG, lambda file: Path(file).write_text(config))
+
+
+def _refuse_another_form(model: DRL) -> None:
+    """A CLIP without a name is built again from its weights, as OpenAI's are: heads 64 wide, QuickGELU."""
+    towers = (model.clip.transformer, model.clip.visual.transformer)
+    alike = all(tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in towers)
+    if not alike or not model.describe_config()["quick_gelu"]:
+        raise ValueError(
+            "clip must have an open_clip name, or heads 64 wide and QuickGELU as OpenAI's, to be saved, got another; "
+            "register it with open_clip.add_model_config and build DRL by that name"
+        )
 
 
 def from_pretrained(cls: type[DRL], folder: str | os.PathLike[str]) -> DRL:

@@ -280,3 +280,11 @@ def test_every_interaction_trains(small: drl_fast.DRL, interaction: str, tempora
     assert (float(losses["cdcr"]) > 0) == (cdcr > 0)
     owned = model({**inputs, "owner": torch.tensor([0, 0, 1])})
     assert owned["info_nce"] < losses["info_nce"]
+
+
+def test_a_clip_whose_form_would_be_lost_is_not_saved(tmp_path: Path) -> None:
+    """Built again from its weights alone it would have other heads, and score otherwise without a word."""
+    model, _ = small_model(32, 16, seed=0)
+    with pytest.raises(ValueError, match="clip must have an open_clip name, or heads 64 wide and QuickGELU"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
