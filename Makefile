@@ -31,9 +31,9 @@ $(STAMP): .venv/.packages $(SOURCES)
 	  { echo "drl-fast: the install failed, see above; CXX=none make setup goes without the C++ extension"; exit 1; }
 	@touch $@
 
-# Threads that spin while they wait cost a demo beside other work several times its time.
+# Threads that spin for long while they wait cost a demo beside other work several times its time.
 demo: setup ## train every interaction on generated clips and compare them; VIDEOS=dir [PRETRAINED= CLIP=] scores your own
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
+	@GOMP_SPINCOUNT=20000 $(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
 
 test: setup ## all tests, one process a core; TESTS=path picks some
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(TESTS)
