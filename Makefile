@@ -62,7 +62,8 @@ gpu: setup ## on a machine with a CUDA GPU: the kernels' tests at real sizes, th
 	$(BIN)/python benchmarks/bench_gpu.py $(if $(FULL),--full)
 
 fuzz: setup ## the long random run
-	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py tests/engine/test_kill.py -s
+	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py tests/engine/test_kill.py \
+	  tests/kernels/test_static_report.py -s
 
 wheel: setup ## one cp310-abi3 wheel and an sdist under dist/
 	DRL_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation --outdir dist .

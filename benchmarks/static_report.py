@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 from benchmarks import static_cdcr
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
+QUICK_ARCH = "sm_90"
 INSTRUCTION = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA"}
 # Shared memory that one block may have.
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
@@ -109,8 +110,8 @@ FLOATS = (
 )  # fmt: skip
 
 
-def jobs(dim: int = 512) -> Iterator[Job]:
-    """Every kernel at its tuned configurations."""
+def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
+    """Every kernel at its tuned configurations; ``quick``: of those without a tensor-core product, one chip's."""
     for arch in ARCHS:
         for kind, dtype, modes in (
             ("keyed", "bf16", ("scores", "matches", "weights")), ("keyed", "fp16", ("matches",)),
@@ -124,8 +125,9 @@ def jobs(dim: int = 512) -> Iterator[Job]:
             for d in (dim, 128, 64) if dtype == "bf16" else (dim,):
                 yield from (backward_job(arch, side, precision, dtype, d) for side in tuning.SIDES)
                 yield backward_job(arch, "video", precision, dtype, d, add=True)
-        yield from packing_jobs(arch, dim)
-    for arch in ARCHS:
+        if not quick or arch == QUICK_ARCH:
+            yield from packing_jobs(arch, dim)
+    for arch in (QUICK_ARCH,) if quick else ARCHS:
         yield from cdcr_jobs(arch, dim)
 
 
@@ -263,7 +265,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         return call("cuobjdump", "-res-usage", file.name), sass
 
 
-def report(dim: int = 512) -> list[dict[str, Any]]:
+def report(dim: int = 512, quick: bool = False) -> list[dict[str, Any]]:
     """Compile everything into a cache of its own, so that no stale binary is read."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("the static report compiles; unset TRITON_INTERPRET")
@@ -271,7 +273,7 @@ def report(dim: int = 512) -> list[dict[str, Any]]:
         before = os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = cache
         try:
-            return [compile_job(job) for job in jobs(dim)]
+            return [compile_job(job) for job in jobs(dim, quick)]
         finally:
             os.environ.pop("TRITON_CACHE_DIR")
             if before is not None:
@@ -282,8 +284,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel and report what it became; needs no GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as a JSON list")
     parser.add_argument("--dim", type=int, default=512, help="channels D (default 512)")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"kernels without tensor-core products: {QUICK_ARCH} alone"
+    )
     arguments = parser.parse_args()
-    rows = report(arguments.dim)
+    rows = report(arguments.dim, arguments.quick)
     print(f"triton {triton.__version__}; static, nothing measured")
     for r in rows:
         share = "" if r["predicted_share"] is None else f"{r['predicted_share']:.2f}"

@@ -17,5 +17,7 @@ fi
 "${start[@]}" train --config "configs/msrvtt_$ROW.yaml" --out "$OUT" --resume \
   --videos "${VIDEOS:?the folder of MSR-VTT\'s videos}" \
   --annotations "${ANNOTATIONS:?the folder of MSRVTT_data.json and the two CSV files}" "$@"
-[ -d "$OUT/best" ] && "${start[@]}" eval --checkpoint "$OUT" --split test --out "$OUT/test.json" \
-  --videos "$VIDEOS" --annotations "$ANNOTATIONS"
+if [[ " $* " != *" --dry-run "* ]]; then
+  "${start[@]}" eval --checkpoint "$OUT" --split test --out "$OUT/test.json" \
+    --videos "$VIDEOS" --annotations "$ANNOTATIONS"
+fi

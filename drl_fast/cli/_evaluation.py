@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
+from .._checks import option
 from .._files import write_aside
 from ..data.datasets import load_split
 from ..data.feature_cache import FeatureCache
+from ..data.formats import PARTS
 from ..data.split import Split
 from ..data.video import Sampling
 from ..engine.config import RunConfig, picture_size
@@ -60,6 +62,7 @@ def run_eval(run: EvalRun, console: Console) -> None:
         ValueError: options, files or a split that cannot be used.
         OSError: a result that cannot be written.
     """
+    option("split", run.part, PARTS)
     with processes() as here:
         console.quiet = not here.first
         if run.out is not None and here.first:

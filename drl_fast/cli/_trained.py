@@ -35,6 +35,8 @@ def settings(checkpoint: Path | None, config: Path | None, overrides: Sequence[s
                 raise ValueError(
                     f"set must leave the model as the checkpoint has it, got {override}; leave it or the checkpoint out"
                 )
+    if checkpoint is not None and not checkpoint.exists() and checkpoint.suffix != Path(WEIGHTS).suffix:
+        raise ValueError(f"checkpoint must be a folder or a file, got {checkpoint}, where neither is")
     if config is None:
         if checkpoint is None or not (checkpoint / CONFIG).is_file():
             where = "" if checkpoint is None else f", and {checkpoint} holds no {CONFIG}"

@@ -78,8 +78,9 @@ def _configured(asked: TrainRun) -> RunConfig:
     config = read_config(asked.config, asked.overrides)
     return dataclasses.replace(
         config,
-        videos=config.videos if asked.videos is None else str(asked.videos),
-        annotations=config.annotations if asked.annotations is None else str(asked.annotations),
+        # Whole paths: the run's configuration is read again, perhaps from elsewhere.
+        videos=config.videos if asked.videos is None else str(asked.videos.resolve()),
+        annotations=config.annotations if asked.annotations is None else str(asked.annotations.resolve()),
     )
 
 
@@ -102,6 +103,11 @@ def _load(asked: TrainRun, config: RunConfig, here: Processes, console: Console)
         )  # fmt: skip
         for sentence in split.left_out():
             console.print(f"[yellow]left out:[/yellow] {escape(sentence)}", highlight=False, soft_wrap=True)
+    if parts["train"].captions == parts["val"].captions:
+        console.print(
+            "[bold yellow]val holds the training captions: its scores say nothing of other videos; a column "
+            "split (train, val, test) tells them apart[/bold yellow]", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     torch.manual_seed(config.seed)
     weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
     console.print(
@@ -209,7 +215,7 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
         console.print("A dry run: generated clips and random weights, two steps. The scores mean nothing.")
         return
     console.print(
-        f"drl-fast eval --checkpoint {escape(str(run.folder))} scores it again; the model is in "
+        f"drl-fast eval --checkpoint {escape(str(run.folder))} scores it on the test part; the model is in "
         f"{escape(str(run.folder / BEST))}", highlight=False, soft_wrap=True,
     )  # fmt: skip
 

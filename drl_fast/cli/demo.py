@@ -1,4 +1,4 @@
-"""``drl-fast demo``: the whole way from video files to ranked answers, in about four minutes on two cores."""
+"""``drl-fast demo``: the whole way from video files to ranked answers, in three to five minutes on two cores."""
 
 from __future__ import annotations
 

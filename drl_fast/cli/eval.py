@@ -48,7 +48,7 @@ def evaluate(
     """Score every caption of a split against every video of it: recalls and ranks in both directions.
 
     Videos that are missing or cannot be read are named and left out with their captions. torchrun --nproc-per-node N
-    --no-python drl-fast eval ... shares the work and gives the same numbers.
+    -m drl_fast.cli eval ... shares the work and gives the same numbers.
     """
     with told("train"):
         from ._evaluation import EvalRun, run_eval

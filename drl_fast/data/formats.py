@@ -126,7 +126,7 @@ def didemo(annotations: Path, part: str) -> Listing:
 
 
 def folder(annotations: Path, part: str) -> Listing:
-    """Someone's own captions; where they have a split, those of one part, and else all for every part."""
+    """Someone's own captions: one part's where they have a split, val and test for want of each other; else all."""
     captions = read_captions(annotations)
     if any(caption.split for caption in captions):
         for number, caption in enumerate(captions, start=1):
@@ -136,10 +136,13 @@ def folder(annotations: Path, part: str) -> Listing:
                     f"{caption.split!r}; {HOW}"
                 )
         present = dict.fromkeys(caption.split for caption in captions)
-        captions = [caption for caption in captions if caption.split == part]
+        # As in MSR-VTT, where nothing else is held out, val and test are each other.
+        other = {"val": "test", "test": "val"}.get(part, part)
+        wanted = part if part in present else other
+        captions = [caption for caption in captions if caption.split == wanted]
         if not captions:
             raise ValueError(
                 f"{annotations} must have captions whose split is {part}, got {', '.join(map(str, present))} alone; "
-                "mark some, or drop the column to use all captions as every part"
+                "mark some"
             )
     return Listing(list(dict.fromkeys(c.video for c in captions)), [(c.video, c.text) for c in captions])

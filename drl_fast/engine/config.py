@@ -142,15 +142,19 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path} must be YAML, got {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must map names to values, got {type(values).__name__}; see configs/msrvtt_wti.yaml")
+    set_here: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"set must be key=value, got {override!r}; for instance --set batch=64")
         try:
-            values[key.strip()] = yaml.safe_load(text)
+            set_here[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"set must be key=value in YAML, got {override!r}") from error
-    return from_mapping(values, path)
+    checked = _checked(values, path) | _checked(set_here, "set")
+    if "dataset" not in checked:
+        raise ValueError(f"{path} must name its dataset, got none; one of {', '.join(DATASETS)}")
+    return RunConfig(**checked)
 
 
 def _text(path: Path) -> tuple[str, str]:
@@ -171,17 +175,14 @@ def _text(path: Path) -> tuple[str, str]:
     )
 
 
-def from_mapping(values: dict[str, Any], source: str) -> RunConfig:
-    """Check names and types of what a file or a checkpoint says; ``source`` is named in errors."""
+def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Names and types of what a file, or ``set``, says."""
     hints = typing.get_type_hints(RunConfig)
-    for name, value in values.items():
+    for name in values:
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0)
             raise ValueError(f"{source} must hold known names, got {name!r}; nearest: {near[0]}")
-        values[name] = _typed(name, value, hints[name], source)
-    if "dataset" not in values:
-        raise ValueError(f"{source} must name its dataset, got none; one of {', '.join(DATASETS)}")
-    return RunConfig(**values)
+    return {name: _typed(name, value, hints[name], source) for name, value in values.items()}
 
 
 def _typed(name: str, value: Any, hint: Any, source: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_aside
-from .clip import HEAD_WIDTH, SIZES_IN_STATE, clip_from_state_dict, load_strictly
+from .clip import HEAD_WIDTH, SIZES_IN_STATE, clip_from_state_dict, load_strictly, quiet
 
 if TYPE_CHECKING:
     from .drl import DRL
@@ -189,7 +189,8 @@ def from_pretrained(cls: type[DRL], folder: str | os.PathLike[str]) -> DRL:
     if name is None:
         clip = clip_from_state_dict({k.removeprefix("clip."): x for k, x in state.items() if k.startswith("clip.")})
     else:
-        clip = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick)
+        with quiet():  # of weights that are random until the line after next
+            clip = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick)
     model = cls(clip, **config)
     model.clip_name = name
     load_strictly(model, state, str(path))

@@ -56,7 +56,7 @@ def build_clip(name: str, pretrained: str | None = None) -> open_clip.CLIP:
             )
         quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
     try:
-        with _quiet():
+        with quiet():
             clip, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, force_quick_gelu=quick_gelu)
     # Whatever a broken file or a missing network raises: urllib, huggingface_hub, torch and pickle each have their own.
     except Exception as error:
@@ -146,7 +146,7 @@ def check_clip(clip: nn.Module) -> open_clip.CLIP:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the loggers that announce what is raised anyway, each retry twice."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -230,11 +230,11 @@ def test_options_reach_the_evaluation(
     ("options", "words"),
     [
         ([], "config must name a YAML file, got none; see configs/msrvtt_wti.yaml"),
-        (["--checkpoint", "TMP/no"], "got none, and TMP/no holds no config.yaml"),
+        (["--checkpoint", "TMP/no"], "checkpoint must be a folder or a file, got TMP/no, where neither is"),
         (["--config", "CONFIG"], "videos must name a folder, got none; pass --videos or set it in the configuration"),
         (["--config", "CONFIG", "--videos", "TMP/no"], "TMP/no"),
         (["--config", "CONFIG", "--set", "dataset=msvd", "--videos", "VIDEOS"], "annotations must name a folder"),
-        (["--config", "CONFIG", "--videos", "VIDEOS", "--split", "tets"], "part must be one of"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--split", "tets"], "split must be one of"),
         (["--config", "CONFIG", "--set", "block"], "set must be key=value, got 'block'"),
         (
             ["--config", "CONFIG", "--checkpoint", "TMP", "--set", "interaction=dp"],

@@ -49,7 +49,7 @@ def test_a_run_from_config_to_best_model(folder: Path, tmp_path: Path) -> None:
     told = words(done.output)
     assert "folder, train: 18 captions of 12 videos" in told
     assert "epoch 1: text to video R@1" in told
-    assert f"drl-fast eval --checkpoint {out} scores it again" in told
+    assert f"drl-fast eval --checkpoint {out} scores it on the test part" in told
     assert (out / "best/model.safetensors").exists()
     again = train("--config", config, "--videos", str(folder), "--out", str(out), small=SMALL + RUN)
     assert again.exit_code == 1

@@ -145,7 +145,9 @@ def test_split_column(tmp_path: Path) -> None:
     train, test = (load_split("folder", part, videos=folder, annotations=tmp_path) for part in ("train", "test"))
     assert pairs(train) == [("a.mp4", "one"), ("a.mp4", "three")]
     assert pairs(test) == [("b.mp4", "two"), ("b.mp4", "4")]
-    with pytest.raises(ValueError, match="must have captions whose split is val, got train, test alone; mark some"):
+    assert pairs(load_split("folder", "val", videos=folder, annotations=tmp_path)) == pairs(test)
+    write_csv(tmp_path / "captions.csv", ["video", "caption", "split"], rows[::2])
+    with pytest.raises(ValueError, match="must have captions whose split is val, got train alone; mark some"):
         load_split("folder", "val", videos=folder, annotations=tmp_path)
     write_csv(tmp_path / "captions.csv", ["video", "caption", "split"], [*rows, ["a.mp4", "five", "dev"]])
     with pytest.raises(ValueError, match=r"caption 5 must have split train, val, test as others have one, got 'dev'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("static report")
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "static" / "kernels.json"
+# `make fuzz` compiles for every chip what make test compiles for one.
+WHOLE = bool(os.environ.get("DRL_FAST_FUZZ"))
+QUICK_ARCH = "sm_90"
 ARCHS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 # sm_80's entries also serve chips with less (8.6, 8.9, 12.x).
@@ -30,7 +34,7 @@ CDCR = (
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     file = tmp_path_factory.mktemp("static") / "report.json"
-    command = [sys.executable, "-m", "benchmarks.static_report", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks.static_report", "--json", str(file), *([] if WHOLE else ["--quick"])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "nothing measured" in done.stdout
@@ -44,7 +48,9 @@ def name(row: dict[str, Any]) -> str:
 def test_every_kernel_on_every_architecture(rows: list[dict[str, Any]]) -> None:
     for arch in ARCHS:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        assert kernels >= {*PRODUCTS, "row_layout", "pack_slots", "unpack_gradient", "unpack_weight_gradient", *CDCR}
+        assert kernels >= {*PRODUCTS}
+        if WHOLE or arch == QUICK_ARCH:
+            assert kernels >= {"row_layout", "pack_slots", "unpack_gradient", "unpack_weight_gradient", *CDCR}
     for kernel in PRODUCTS:
         assert {row["dtype"] for row in rows if row["kernel"] == kernel} == {"bf16", "fp16", "fp32"}
 
@@ -91,5 +97,6 @@ def test_predictions_are_shares(rows: list[dict[str, Any]]) -> None:
 def test_the_committed_report_describes_these_kernels(rows: list[dict[str, Any]]) -> None:
     """Registers move with the compiler; kernels, configurations and what they are must be those of the sources."""
     committed = json.loads(COMMITTED.read_text())
-    assert [(name(r), r["config"]) for r in committed] == [(name(r), r["config"]) for r in rows]
+    made = [r for r in committed if WHOLE or r["arch"] == QUICK_ARCH or r["kernel"] in PRODUCTS]
+    assert [(name(r), r["config"]) for r in made] == [(name(r), r["config"]) for r in rows]
     assert [name(r) for r in committed if r["spill_bytes"] or r["serialised"]] == []
