@@ -28,7 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing stopped."""
+    """The folder of a run that nothing stopped, on one thread as the others: more would round otherwise."""
+    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "run"
     run, _ = opened(configured(folder), out)
     assert run.train()
