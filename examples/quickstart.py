@@ -10,7 +10,6 @@ and a recipe with patience: drl-fast train has the paper's.
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from pathlib import Path
 
@@ -30,12 +29,9 @@ CLIP, WORDS = "drl-small", 32
 
 def generate(folder: Path, count: int) -> None:
     """``count`` clips of moving shapes and their captions: the first four fifths to train on, the rest to search."""
-    with (folder / "captions.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["video", "caption", "split"])
-        for number, clip in enumerate(moving_shapes.make_clips(count, seed=0)):
-            moving_shapes.write_clip(clip, folder / f"clip{number}.mp4")
-            rows.writerow([f"clip{number}.mp4", clip.caption, "train" if number < 0.8 * count else "test"])
+    searched = count // 5
+    splits = ["train"] * (count - searched) + ["test"] * searched
+    moving_shapes.write_folder(moving_shapes.make_clips(count, seed=0), folder, splits)
 
 
 def run(folder: Path, epochs: int) -> float:

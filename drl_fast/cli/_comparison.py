@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import open_clip
@@ -47,7 +48,7 @@ class Row:
     sim: Tensor
     """(B, B) similarities of the held-out captions and clips."""
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, dict[str, float]]:
         return retrieval_metrics(self.sim)
 
@@ -57,11 +58,20 @@ class Row:
         return self.metrics["t2v"]["R1"]
 
     def interval(self, direction: str = "t2v") -> Interval:
-        """95 % bootstrap interval of R@1.
+        """95 % bootstrap interval of R@1."""
+        return self._intervals[direction]
+
+    @cached_property
+    def _intervals(self) -> dict[str, Interval]:
+        return {"t2v": self._interval(self.sim), "v2t": self._interval(self.sim.T)}
+
+    @staticmethod
+    def _interval(sim: Tensor) -> Interval:
+        """Of the queries in rows.
 
         Fours are drawn whole: clips of the same words are missed together, so that there are fewer chances than clips.
         """
-        found = ranks(self.sim if direction == "t2v" else self.sim.T, torch.arange(len(self.sim))) == 1
+        found = ranks(sim, torch.arange(len(sim))) == 1
         every, four = torch.arange(len(found)), torch.arange(len(found)) // ARRANGEMENTS
         # recall_interval draws videos with all their captions: here a video is a four, and each of the four finds it
         # or does not.

@@ -21,13 +21,15 @@ from .._files import write_aside
 from ..data.datasets import load_split
 from ..data.feature_cache import FeatureCache
 from ..data.formats import PARTS
+from ..data.loading import Unreadable
 from ..data.split import Split
 from ..data.video import Sampling
-from ..engine.config import RunConfig, picture_size
+from ..engine.config import RunConfig
 from ..engine.evaluate import Evaluation, evaluate
 from ..engine.processes import Processes, processes
 from ..metrics import dual_softmax_metrics, recall_interval
 from ..model.drl import DRL
+from ._data import print_left_out, print_unreadable, with_folders
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ._trained import load_model, settings, untrained
 
@@ -68,10 +70,10 @@ def run_eval(run: EvalRun, console: Console) -> None:
         if run.out is not None and here.first:
             _check_out(run.out)
         config = settings(run.checkpoint, run.config, run.overrides)
-        config, videos, annotations = _with_folders(config, run)
+        config, videos, annotations = with_folders(config, run.videos, run.annotations)
         model, tokenizer = load_model(run.checkpoint, config)
         model.to(here.device)
-        sampling = config.sampling(picture_size(model))
+        sampling = config.sampling(model.picture_size[0])
         split = load_split(config.dataset, run.part, videos=videos, annotations=annotations, strict=run.strict)
         _introduce(run, config, model, split, sampling, here, console)
         watch = _Watch(console)
@@ -88,18 +90,6 @@ def run_eval(run: EvalRun, console: Console) -> None:
             if run.out is not None:
                 _write(run.out, report)
                 console.print(f"written to {escape(str(run.out))}", highlight=False, soft_wrap=True)
-
-
-def _with_folders(config: RunConfig, run: EvalRun) -> tuple[RunConfig, Path, Path]:
-    """The configuration with the folders that options name, and they; one's own captions lie beside one's videos."""
-    videos = str(run.videos) if run.videos is not None else config.videos
-    annotations = str(run.annotations) if run.annotations is not None else config.annotations
-    if config.dataset == "folder" and annotations is None:
-        annotations = videos
-    if videos is None or annotations is None:
-        name = "videos" if videos is None else "annotations"
-        raise ValueError(f"{name} must name a folder, got none; pass --{name} or set it in the configuration")
-    return dataclasses.replace(config, videos=videos, annotations=annotations), Path(videos), Path(annotations)
 
 
 def _introduce(
@@ -119,8 +109,7 @@ def _introduce(
         f"of which {sampling.rate:g} frame{'s' * (sampling.rate != 1)} a second are looked at, at most "
         f"{sampling.max_frames}", highlight=False, soft_wrap=True,
     )  # fmt: skip
-    for sentence in split.left_out():
-        console.print(f"[yellow]left out:[/yellow] {escape(sentence)}", highlight=False, soft_wrap=True)
+    print_left_out(console, split)
     warning = untrained(config) if run.checkpoint is None else None
     if warning is not None:
         console.print(f"[bold yellow]{warning}[/bold yellow]", highlight=False, soft_wrap=True)
@@ -163,7 +152,7 @@ def _report(
         "texts": texts,
         "videos": videos,
         "missing": list(split.missing),
-        "unreadable": [{"name": name, "reason": reason} for name, reason in found.unreadable],
+        "unreadable": [video._asdict() for video in found.unreadable],
         "model": model.describe_config(),
         "config": dataclasses.asdict(config),
         "block": run.block,
@@ -178,10 +167,7 @@ def _report(
 def _print(report: dict[str, Any], console: Console) -> None:
     unreadable = report["unreadable"]
     for video in unreadable[:SHOWN]:
-        console.print(
-            f"[yellow]unreadable, left out:[/yellow] {escape(video['name'])}: {escape(video['reason'])}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        print_unreadable(console, Unreadable(**video))
     if len(unreadable) > SHOWN:
         console.print(f"... and {len(unreadable) - SHOWN} more unreadable videos", highlight=False)
     count = f"{report['texts']} captions against {report['videos']} videos"

@@ -39,8 +39,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
     console.print(f"loading {escape(clip_name)}, {from_where}", highlight=False)
     clip, tokenizer = load_clip(clip_name, pretrained)
     model = DRL(clip, interaction="ti", temporal=None).eval()
-    size = clip.visual.image_size
-    sampling = Sampling(size=size[0] if isinstance(size, tuple) else size)
+    sampling = Sampling(size=model.picture_size[0])
     print_machine(console)
     console.print(f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}", highlight=False)
 

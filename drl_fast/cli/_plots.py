@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ SMOOTHED = 1 / 30
 def draw(rows: list[Row], batch: int, folder: Path) -> list[Path]:
     """Write ``loss.png`` and ``recall.png``; a file there is always a whole one."""
     figures = {"loss.png": _losses(rows, batch), "recall.png": _recalls(rows)}
-    return [_save(figure, folder / name) for name, figure in figures.items()]
+    for name, figure in figures.items():
+        write_aside(folder / name, partial(figure.savefig, format="png"))
+    return [folder / name for name in figures]
 
 
 def _losses(rows: list[Row], batch: int) -> Figure:
@@ -93,8 +96,3 @@ def _figure(title: str):  # type: ignore[no-untyped-def]
     axes.set_axisbelow(True)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    write_aside(path, lambda name: figure.savefig(name, format="png"))
-    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -119,7 +118,9 @@ def _must_be_writable(folder: Path) -> None:
 def _written_and_decoded(clips: list[Clip], run: ShapesRun, console: Console) -> tuple[Tensor, Tensor]:
     """Frames (N, Nv, 3, H, W) uint8 and mask (N, Nv) bool, by way of H.264 files."""
     with _clip_folder(run.keep) as folder, progress(console) as bars:
-        paths = _write(clips, run.clips, folder, bars)
+        task = bars.add_task("write clips", total=len(clips), note="")
+        splits = ["train"] * run.clips + ["test"] * run.held_out
+        paths = moving_shapes.write_folder(clips, folder, splits, lambda: bars.advance(task))
         frames, mask = _decode(paths, bars)
         encoded = sum(path.stat().st_size for path in paths)
     console.print(
@@ -183,23 +184,6 @@ def _clip_folder(keep: Path | None) -> Iterator[Path]:
         if new:
             keep.rmdir()
         raise
-
-
-def _write(clips: list[Clip], trained_on: int, folder: Path, bars: Progress) -> list[Path]:
-    """Encode the clips and, last, the captions file that makes the folder one for ``--videos``."""
-    paths = [folder / f"clip{number:05}.mp4" for number in range(len(clips))]
-    task = bars.add_task("write clips", total=len(clips), note="")
-    for clip, path in zip(clips, paths, strict=True):
-        moving_shapes.write_clip(clip, path)
-        bars.advance(task)
-    aside = folder / "captions.csv.part"
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["video", "caption", "split"])
-        parts = ["train"] * trained_on + ["test"] * (len(clips) - trained_on)
-        rows.writerows([path.name, clip.caption, part] for clip, path, part in zip(clips, paths, parts, strict=True))
-    aside.replace(folder / "captions.csv")
-    return paths
 
 
 def _decode(paths: list[Path], bars: Progress) -> tuple[Tensor, Tensor]:

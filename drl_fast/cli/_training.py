@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import signal
 import tempfile
@@ -22,15 +21,18 @@ from rich.markup import escape
 from ..data import moving_shapes
 from ..data.datasets import load_split
 from ..data.loading import Unreadable
+from ..data.split import Split
 from ..engine.config import RunConfig, build_model, read_config
 from ..engine.evaluate import Evaluation
 from ..engine.processes import Processes, processes
 from ..engine.train import BEST, LAST, UNREADABLE, Data, Run
 from ..metrics import recall_interval
+from ._data import print_left_out, print_unreadable, with_folders
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 
 # Of a dry run, which shows that a configuration runs and not how fast.
 DRY_STEPS, DRY_BATCH = 2, 8
+DRY_HINT = ", or see it run on generated clips with --dry-run"
 # Seconds after which another Ctrl-C is one.
 SECOND_THOUGHT = 1.0
 
@@ -56,14 +58,23 @@ def run_train(asked: TrainRun, console: Console, *, dry: bool = False) -> bool:
         OSError: a disk that is full, a folder that cannot be written.
         RuntimeError: a decoding process that was killed.
     """
-    config = _configured(asked)
+    config = read_config(asked.config, asked.overrides)
     with processes() as here, contextlib.ExitStack() as stack:
         console.quiet = not here.first
         folder = asked.out or Path("runs") / asked.config.stem
         if dry:
             scratch = stack.enter_context(_shared_folder(here))
             config, folder = _dry(config, scratch, here), scratch / "run"
-        data, model = _load(asked, config, here, console)
+            asked = dataclasses.replace(asked, videos=scratch, annotations=scratch)
+        # Whole paths: the run's configuration is read again, perhaps from elsewhere.
+        named = [path and path.resolve() for path in (asked.videos, asked.annotations)]
+        config, videos, annotations = with_folders(config, named[0], named[1], DRY_HINT)
+        splits = {part: load_split(config.dataset, part, videos=videos, annotations=annotations, strict=asked.strict)
+                  for part in ("train", "val")}  # fmt: skip
+        _introduce(config, splits, here, console)
+        torch.manual_seed(config.seed)
+        model, tokenizer = build_model(config)
+        data = Data(splits["train"], splits["val"], tokenizer, asked.strict)
         stop = stack.enter_context(_asked_to_stop(console))
         watcher = _Watcher(console)
         run = Run(config, model, data, folder, here, watcher, stop)
@@ -74,41 +85,20 @@ def run_train(asked: TrainRun, console: Console, *, dry: bool = False) -> bool:
     return finished
 
 
-def _configured(asked: TrainRun) -> RunConfig:
-    config = read_config(asked.config, asked.overrides)
-    return dataclasses.replace(
-        config,
-        # Whole paths: the run's configuration is read again, perhaps from elsewhere.
-        videos=config.videos if asked.videos is None else str(asked.videos.resolve()),
-        annotations=config.annotations if asked.annotations is None else str(asked.annotations.resolve()),
-    )
-
-
-def _load(asked: TrainRun, config: RunConfig, here: Processes, console: Console) -> tuple[Data, Any]:
-    """Splits and the model, before anything takes long."""
-    annotations = config.annotations or (config.videos if config.dataset == "folder" else None)
-    if config.videos is None or annotations is None:
-        name = "videos" if config.videos is None else "annotations"
-        raise ValueError(
-            f"{name} must name a folder, got none; pass --{name} or set it in the configuration, or see it run on "
-            "generated clips with --dry-run"
-        )
+def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, console: Console) -> None:
+    """What is trained on what and where, before it takes long."""
     print_machine(console)
-    parts = {part: load_split(config.dataset, part, videos=config.videos, annotations=annotations, strict=asked.strict)
-             for part in ("train", "val")}  # fmt: skip
-    for split in parts.values():
+    for split in splits.values():
         console.print(
             f"{config.dataset}, {split.part}: {len(split.captions)} captions of {len(split.videos)} videos",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
-        for sentence in split.left_out():
-            console.print(f"[yellow]left out:[/yellow] {escape(sentence)}", highlight=False, soft_wrap=True)
-    if parts["train"].captions == parts["val"].captions:
+        print_left_out(console, split)
+    if splits["train"].captions == splits["val"].captions:
         console.print(
             "[bold yellow]val holds the training captions: its scores say nothing of other videos; a column "
             "split (train, val, test) tells them apart[/bold yellow]", highlight=False, soft_wrap=True,
         )  # fmt: skip
-    torch.manual_seed(config.seed)
     weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
     console.print(
         f"{escape(config.clip)}, {escape(weights)}, interaction {config.interaction}, temporal module "
@@ -116,8 +106,6 @@ def _load(asked: TrainRun, config: RunConfig, here: Processes, console: Console)
         + (f", {here.size} processes ({config.parallel})" if here.size > 1 else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    model, tokenizer = build_model(config)
-    return Data(parts["train"], parts["val"], tokenizer, asked.strict), model
 
 
 @contextlib.contextmanager
@@ -178,10 +166,7 @@ class _Watcher:
 
     def unreadable(self, video: Unreadable) -> None:
         # Every process names its own, on stderr, where the first one's bars are not.
-        Console(stderr=True).print(
-            f"[yellow]unreadable, left out:[/yellow] {escape(video.name)}: {escape(video.reason)}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        print_unreadable(Console(stderr=True), video)
 
 
 def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: Console) -> None:
@@ -226,17 +211,12 @@ def _dry(config: RunConfig, folder: Path, here: Processes) -> RunConfig:
     if here.first:
         count = DRY_STEPS * batch
         clips = moving_shapes.make_clips(count + -count % moving_shapes.ARRANGEMENTS, seed=config.seed)[:count]
-        with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["video", "caption"])
-            for number, clip in enumerate(clips):
-                moving_shapes.write_clip(clip, folder / f"clip{number}.mp4")
-                rows.writerow([f"clip{number}.mp4", clip.caption])
+        moving_shapes.write_folder(clips, folder)
     here.any(False)  # the others wait for the clips
     sampling = config.sampling(1)
     return dataclasses.replace(
-        config, dataset="folder", videos=str(folder), annotations=str(folder), pretrained=None, epochs=1, batch=batch,
-        max_words=config.words, max_frames=sampling.max_frames, workers=min(config.workers, 2),
+        config, dataset="folder", pretrained=None, epochs=1, batch=batch, max_words=config.words,
+        max_frames=sampling.max_frames, workers=min(config.workers, 2),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ._errors import told
+from ._options import Annotations, Overrides, Strict, Videos
 
 
 def evaluate(
@@ -23,13 +24,9 @@ def evaluate(
         Path | None, typer.Option(help="A YAML file as under configs/; a run folder brings its own.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    videos: Annotated[Path | None, typer.Option(help="Folder of the video files; else the configuration's.")] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Folder of the annotation files; else the configuration's.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value in YAML, over the configuration's; repeatable.")
-    ] = None,
+    videos: Videos = None,
+    annotations: Annotations = None,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Write metrics, intervals, counts and settings to this JSON.")
     ] = None,
@@ -40,7 +37,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Processes that decode, for each process; else the configuration's.")
     ] = None,
     block: Annotated[int, typer.Option(min=1, help="Captions scored at a time: less memory, more passes.")] = 64,
-    strict: Annotated[bool, typer.Option(help="Fail where a video is missing or cannot be read.")] = False,
+    strict: Strict = False,
     post: Annotated[
         bool, typer.Option(help="Also print metrics after dual softmax, which are not comparable with plain ones.")
     ] = False,

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ._errors import told
+from ._errors import INTERRUPTED, told
+from ._options import Annotations, Overrides, Strict, Videos
 
 
 def train(
@@ -17,17 +18,13 @@ def train(
         Path | None,
         typer.Option(help="The run's folder, new or, with --resume, its own; else runs/ and the config's name."),
     ] = None,
-    videos: Annotated[Path | None, typer.Option(help="Folder of the video files; else the configuration's.")] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="Folder of the annotation files; else the configuration's.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value in YAML, over the configuration's; repeatable.")
-    ] = None,
+    videos: Videos = None,
+    annotations: Annotations = None,
+    overrides: Overrides = None,
     resume: Annotated[
         bool, typer.Option(help="Go on from the folder's last checkpoint, or from the beginning if there is none.")
     ] = False,
-    strict: Annotated[bool, typer.Option(help="Fail where a video is missing or cannot be read.")] = False,
+    strict: Strict = False,
     dry_run: Annotated[
         bool, typer.Option(help="Two steps and an evaluation on generated clips, with random weights; keeps nothing.")
     ] = False,
@@ -43,4 +40,4 @@ def train(
 
         run = TrainRun(config, out, videos, annotations, tuple(overrides or ()), resume, strict)
         if not run_train(run, Console(), dry=dry_run):
-            raise typer.Exit(130)
+            raise typer.Exit(INTERRUPTED)

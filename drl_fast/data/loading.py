@@ -153,9 +153,9 @@ def _processes(workers: int) -> dict[str, Any]:
     }
     if workers > 0:
         options["worker_init_fn"] = _leave_signals_to_the_parent
-        # Workers start anew every epoch. Forked, they deliver after 0.2 s; spawned, or from a server, after 6 s: each
-        # imports torch then and is sent MSR-VTT's 180,000 captions. The parent's CUDA and threads do no harm to a fork
-        # that uses neither: its torch has one thread, and so has its decoder.
+        # Workers start anew with every loader. Forked, they deliver after 0.2 s; spawned, or from a server, after 6 s:
+        # each imports torch then and is sent MSR-VTT's 180,000 captions. The parent's CUDA and threads do no harm to a
+        # fork that uses neither: its torch has one thread, and so has its decoder.
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
     return options

@@ -8,8 +8,9 @@ other has not shows who was first: a model that looks at every frame alone, with
 
 from __future__ import annotations
 
+import csv
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .._files import write_aside
 
 SIZE = 64
 FPS = 8
@@ -164,3 +167,28 @@ def write_clip(clip: Clip, path: Path) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_folder(
+    clips: Sequence[Clip], folder: Path, splits: Sequence[str] = (), on_clip: Callable[[], object] = lambda: None
+) -> list[Path]:
+    """Write clips and, last, the captions.csv that makes theirs a data set of the form ``folder``.
+
+    Args:
+        splits: each clip's part of the data set; none: a file without them.
+        on_clip: called after every clip.
+    """
+    paths = [folder / f"clip{number:05}.mp4" for number in range(len(clips))]
+    for clip, path in zip(clips, paths, strict=True):
+        write_clip(clip, path)
+        on_clip()
+    columns = [["video", *(path.name for path in paths)], ["caption", *(clip.caption for clip in clips)]]
+    if splits:
+        columns.append(["split", *splits])
+
+    def write(name: str) -> None:
+        with open(name, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(zip(*columns, strict=True))
+
+    write_aside(folder / "captions.csv", write)
+    return paths

@@ -12,16 +12,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import yaml
 from torch import Tensor
 
 from .._checks import option
 from ..data.datasets import DATASETS
 from ..data.video import Sampling
-from ..model.clip import load_clip
 from ..model.drl import DRL, Config
+from .precision import PRECISIONS
 
-PRECISIONS = ("bf16", "fp32")
 PARALLEL = ("ddp", "fsdp")
 
 
@@ -62,13 +62,13 @@ class RunConfig:
     annotations: str | None = None
     clip: str = "ViT-B-32"
     pretrained: str | None = "openai"
-    interaction: str = "wti"
-    temporal: str | None = "seqTransf"
-    wti_arch: int = 2
-    cdcr: int = 0
-    cdcr_alpha_on: float = 0.11
-    cdcr_alpha_off: float = 0.0
-    cdcr_weight: float = 0.001
+    interaction: str = Config.interaction
+    temporal: str | None = Config.temporal
+    wti_arch: int = Config.wti_arch
+    cdcr: int = Config.cdcr
+    cdcr_alpha_on: float = Config.cdcr_alpha_on
+    cdcr_alpha_off: float = Config.cdcr_alpha_off
+    cdcr_weight: float = Config.cdcr_weight
     epochs: int = 5
     batch: int = 128
     lr: float = 1e-4
@@ -159,13 +159,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _text(path: Path) -> tuple[str, str]:
     """A configuration's name, for errors, and text: of a file, or of a row that is shipped, by its bare name."""
-    shipped = {Path(row.name).stem: row for row in resources.files("drl_fast.configs").iterdir()
-               if row.name.endswith(".yaml")}  # fmt: skip
     if path.is_file():
         try:
             return str(path), path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} must be YAML in UTF-8, got {error}; save it as UTF-8") from error
+    rows = resources.files("drl_fast.configs").iterdir()
+    shipped = {Path(row.name).stem: row for row in rows if row.name.endswith(".yaml")}
     if path.name in shipped and path.parent == Path("."):
         return path.name, shipped[path.name].read_text(encoding="utf-8")
     near = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4)
@@ -207,13 +207,6 @@ def build_model(config: RunConfig) -> tuple[DRL, Callable[..., Tensor]]:
     Raises:
         ValueError: a CLIP that is unknown or whose weights cannot be had.
     """
-    clip, tokenizer = load_clip(config.clip, config.pretrained)
-    model = DRL(clip, **config.model_options())
-    model.clip_name = config.clip
-    return model, tokenizer
-
-
-def picture_size(model: DRL) -> int:
-    """Pixels of a side of the CLIP's pictures."""
-    size = model.clip.visual.image_size
-    return size[0] if isinstance(size, tuple) else size
+    model = DRL(config.clip, config.pretrained, **config.model_options())
+    # The tokenizer last: those of other kinds of text tower would have to be fetched.
+    return model, open_clip.get_tokenizer(config.clip)

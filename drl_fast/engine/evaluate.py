@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import WTI, _autocast, _checks, token_interaction
+from .. import WTI, _checks, token_interaction
 from ..data.feature_cache import FeatureCache
 from ..data.loading import Unreadable, tokenize
 from ..data.split import Split
@@ -24,13 +24,13 @@ from ..data.video import Sampling
 from ..metrics import retrieval_metrics
 from ..model.drl import DRL
 from ..ops._group import Group, Terms
-from .features import Autocast, Side, device_of, frame_features, inner, text_side, video_side, weights_hash
+from .features import Side, device_of, frame_features, inner, text_side, video_side, weights_hash
+from .precision import PRECISIONS, autocast
 from .shares import fill
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-PRECISIONS = ("bf16", "fp32")
 # Unreadable videos that an error names before it only counts.
 NAMED = 5
 
@@ -77,16 +77,13 @@ def evaluate(
         RuntimeError: another rank failed; its error is named.
     """
     ranks = None if process_group is None else Group(process_group)
-    device = device_of(model).type
-    autocast: Autocast = partial(_autocast.off, device)
-    if precision == "bf16":
-        autocast = partial(torch.autocast, device, torch.bfloat16)
+    context = autocast(precision, device_of(model).type)
     tell = on_progress or (lambda stage, done, total: None)
     words = min(max_words, model.clip.positional_embedding.shape[0])
 
     def terms() -> Terms:
         _check(split, block, precision)
-        with autocast():
+        with context():
             _rehearse(model, tokenize(tokenizer, split.captions[:1], words), sampling)
         if ranks is None:
             return Terms({}, {})
@@ -97,7 +94,7 @@ def evaluate(
     with _scoring(model):
         terms() if ranks is None else ranks.agree("evaluate", terms)
         features, counts, reasons = frame_features(
-            model, split.videos, sampling, workers=workers, cache=cache, autocast=autocast, group=ranks,
+            model, split.videos, sampling, workers=workers, cache=cache, autocast=context, group=ranks,
             on_progress=partial(tell, "videos"),
         )  # fmt: skip
         unreadable = [Unreadable(split.names[i], reason) for i, reason in reasons.items()]
@@ -105,10 +102,10 @@ def evaluate(
         texts, columns, owner = _kept(split, reasons)
         if reasons:
             features, counts = features[columns], counts[columns]
-        video = video_side(model, features, counts, autocast, ranks)
-        text = text_side(model, tokenize(tokenizer, texts, words), autocast, ranks, partial(tell, "texts"))
+        video = video_side(model, features, counts, context, ranks)
+        text = text_side(model, tokenize(tokenizer, texts, words), context, ranks, partial(tell, "texts"))
         sim = torch.zeros(len(owner), len(columns))
-        with autocast():
+        with context():
             fill([sim], block, _scorer(model, text, video), ranks, partial(tell, "scores"))
     return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from ..data.video import Sampling
 from ..model.drl import DRL
 from ..modules.wti import softmax_weights
 from ..ops._group import Group
+from .precision import Autocast
 from .shares import fill, of_all, turns
 
 # Rows that one pass takes; other numbers give other last bits.
@@ -31,7 +31,6 @@ DECODED = 4
 # Videos whose files are looked up in the cache at once, before the rest of them is decoded.
 WINDOW = 256
 
-Autocast = Callable[[], AbstractContextManager[object]]
 Progress = Callable[[int, int], None]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.drl import DRL
-from .recipe import rate
+from .recipe import by_decay, rate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def train(
                 f"{value - value % schedule.together or schedule.together}"
             )
     generator = torch.Generator().manual_seed(schedule.seed)
-    optimizer = torch.optim.AdamW(_groups(model, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        by_decay(model.parameters(), schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.98), fused=True
+    )
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, schedule.steps))
     model.train()
     losses = []
@@ -104,10 +106,3 @@ def _some_frames(frames: Tensor, mask: Tensor, limit: int, generator: torch.Gene
     chosen = lottery.argsort(dim=1)[:, :limit].sort(dim=1).values
     rows = torch.arange(len(mask))[:, None]
     return frames[rows, chosen], mask[rows, chosen]
-
-
-def _groups(model: DRL, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices alone, not on biases, LayerNorm or the temperature."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -49,7 +49,8 @@ class Logs:
         try:
             if self._failed:
                 raise self._failed[0]
-            self._rows.writerow({name: _number(values[name]) for name in COLUMNS})
+            # repr gives every bit back: a resumed run is compared with an uninterrupted one.
+            self._rows.writerow({name: repr(values[name]) for name in COLUMNS})
             self._file.flush()
         except OSError as error:
             raise OSError(
@@ -92,8 +93,3 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
         lines = csv.DictWriter(file, COLUMNS)
         lines.writeheader()
         lines.writerows(rows)
-
-
-def _number(value: float) -> str:
-    # repr gives every bit back: a resumed run is compared with an uninterrupted one.
-    return repr(value)

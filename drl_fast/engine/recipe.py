@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from ..model.drl import DRL
-from .config import RunConfig
+if TYPE_CHECKING:
+    from ..model.drl import DRL
+    from .config import RunConfig
 
 
 def seed_of(*numbers: int) -> int:
@@ -16,19 +20,14 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
-def steps_an_epoch(count: int, batch: int) -> int:
-    """Whole batches of ``count`` captions; what is left over waits for the next epoch's order."""
-    return max(count // batch, 1)
-
-
 def batches(count: int, config: RunConfig) -> list[list[int]]:
-    """Every step's captions, over all epochs; an epoch sees a caption at most once."""
+    """Every step's captions, over all epochs; an epoch sees a caption at most once, and whole batches only."""
     batch = min(config.batch, count)
     found: list[list[int]] = []
     for epoch in range(config.epochs):
         generator = torch.Generator().manual_seed(seed_of(config.seed, epoch))
         order = torch.randperm(count, generator=generator)
-        found += order[: steps_an_epoch(count, batch) * batch].view(-1, batch).tolist()
+        found += order[: count // batch * batch].view(-1, batch).tolist()
     return found
 
 
@@ -40,14 +39,19 @@ def rate(step: int, steps: int, warmup: float = 0.1) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
 
 
+def by_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer: weight decay on matrices alone, not on biases, norms or the temperature."""
+    own = list(parameters)
+    matrices, rest = ([p for p in own if (p.ndim >= 2) == wide] for wide in (True, False))
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
 def optimizer(model: DRL, config: RunConfig) -> torch.optim.AdamW:
     """AdamW on four groups: CLIP's parameters and new ones, matrices (with weight decay) and the rest (without)."""
     groups = []
     for of_clip, lr in ((True, config.clip_lr), (False, config.lr)):
         own = [p for name, p in model.named_parameters() if name.startswith("clip.") == of_clip]
-        for matrices, decay in ((True, config.weight_decay), (False, 0.0)):
-            chosen = [p for p in own if (p.ndim >= 2) == matrices]
-            groups.append({"params": chosen, "lr": lr, "peak": lr, "weight_decay": decay})
+        groups += [{**group, "lr": lr, "peak": lr} for group in by_decay(own, config.weight_decay)]
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), eps=1e-6)
 
 

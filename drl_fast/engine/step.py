@@ -9,20 +9,15 @@ and all tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..model.drl import DRL
+from .precision import autocast
 
 Losses = dict[str, Tensor]
-
-
-def precision_context(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """``"bf16"``: autocast to bfloat16; ``"fp32"``: nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def add_gradients(
@@ -46,12 +41,12 @@ def add_gradients(
             is drawn at random there (dropout) must be the same twice.
         before_last: called before the backward pass that is the last one.
     """
-    device = batch["text_ids"].device
+    context = autocast(precision, batch["text_ids"].device.type)
     rows = len(batch["text_ids"])
     if chunks == 1:
         before_last()
         reseed(-1)
-        with precision_context(precision, device):
+        with context():
             losses = model(batch, process_group=group)
         losses["total"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -59,7 +54,7 @@ def add_gradients(
     def encode(part: int) -> Losses:
         own = slice(rows * part // chunks, rows * (part + 1) // chunks)
         reseed(part)
-        with precision_context(precision, device):
+        with context():
             text, text_mask = model.encode_text(batch["text_ids"][own])
             video = model.encode_video(batch["video"][own], batch["video_mask"][own])
         return {"text": text, "video": video, "text_mask": text_mask}
@@ -69,7 +64,7 @@ def add_gradients(
     text, video, text_mask = (torch.cat([part[name] for part in parts]) for name in ("text", "video", "text_mask"))
     leaves = text.requires_grad_(), video.requires_grad_()
     reseed(-1)
-    with precision_context(precision, device):
+    with context():
         losses = model.losses(*leaves, text_mask, batch["video_mask"] != 0, batch.get("owner"), group)
     losses["total"].backward()
     gradients = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]

@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from ..model.drl import DRL
 from ..ops._group import Group, Terms
 from . import checkpoint, recipe
 from .checkpoint import Progress
-from .config import RunConfig, picture_size, read_config
+from .config import RunConfig, read_config
 from .evaluate import Evaluation, evaluate
 from .logs import Logs, write_evaluations
 from .parallel import average_gradients, clip_gradients, distribute, reduce_after
@@ -58,6 +59,7 @@ class Data:
     tokenizer: Tokenizer
     strict: bool = False
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of all pairs: names of videos and captions, in order."""
         pairs = [(split.names, split.captions, split.owner) for split in (self.train, self.val)]
@@ -77,7 +79,6 @@ class Run:
     stop: Callable[[], bool] = lambda: False
     """Asked after every step: whether to write a checkpoint and end."""
     progress: Progress = field(default_factory=Progress)
-    named: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -89,7 +90,7 @@ class Run:
         self.optimizer = recipe.optimizer(self.model, config)
         self.batches = recipe.batches(len(self.data.train.captions), config)
         self.per_epoch = len(self.batches) // config.epochs
-        self.sampling = config.sampling(picture_size(self.whole))
+        self.sampling = config.sampling(self.whole.picture_size[0])
 
     @property
     def _sharded(self) -> bool:
@@ -115,7 +116,7 @@ class Run:
                 remove_parts(folder)
         self.processes.any(False)  # none looks before it is made
         if last.exists():
-            state = checkpoint.read(last, self.config, self.data.fingerprint())
+            state = checkpoint.read(last, self.config, self.data.fingerprint)
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
         elif (self.folder / CONFIG).exists():
             then = asdict(read_config(self.folder / CONFIG))
@@ -136,7 +137,7 @@ class Run:
         same: dict[str, object] = {
             "the run's last step (out must be a folder that all processes share)": self.progress.step,
             "out (a folder that all processes share)": "there" if self.folder.is_dir() else "not there",
-            "the data set": self.data.fingerprint(), "config": repr(self.config),
+            "the data set": self.data.fingerprint, "config": repr(self.config),
         }  # fmt: skip
         Group(self.processes.group).agree("training", lambda: Terms({}, same))
 
@@ -177,7 +178,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint that a continuation reads; all processes call it."""
         checkpoint.save(
-            self.folder / LAST, self.model, self.optimizer, self.progress, self.config, self.data.fingerprint(),
+            self.folder / LAST, self.model, self.optimizer, self.progress, self.config, self.data.fingerprint,
             write=self.processes.first,
         )  # fmt: skip
 
@@ -252,13 +253,12 @@ class Run:
 
     def _tell(self, unreadable: list[Unreadable]) -> None:
         """Name each video that cannot be read once, and keep a list of them beside the run."""
-        if unreadable:
-            self.named |= self.unreadable()
+        named = self.unreadable() if unreadable else set()
         for video in unreadable:
             if self.data.strict:
                 raise ValueError(f"{video.name} cannot be read, and --strict wants all of them: {video.reason}")
-            if video.name not in self.named:
-                self.named.add(video.name)
+            if video.name not in named:
+                named.add(video.name)
                 with (self.folder / UNREADABLE).open("a", encoding="utf-8") as file:
                     file.write(f"{video.name}\t{video.reason}\n")
                 self.watcher.unreadable(video)

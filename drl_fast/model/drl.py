@@ -159,6 +159,12 @@ class DRL(nn.Module):
         return self.clip.text_projection.shape[1]
 
     @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of the CLIP's pictures, pixels."""
+        size = self.clip.visual.image_size
+        return size if isinstance(size, tuple) else (size, size)
+
+    @property
     def logit_scale(self) -> Tensor:
         """The factor itself, at most 100.
 
@@ -254,8 +260,7 @@ class DRL(nn.Module):
         return self.clip.encode_image(pictures)
 
     def _check_frames(self, frames: Tensor, mask: Tensor | None) -> Tensor:
-        size = self.clip.visual.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
+        height, width = self.picture_size
         if not isinstance(frames, Tensor) or frames.dim() != 5 or tuple(frames.shape[2:]) != (3, height, width):
             raise ValueError(
                 f"frames must be (B, Nv, 3, {height}, {width}), the CLIP's picture size, got {describe(frames)}; "

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> Demo:
-    """Run ``drl-fast demo`` with options; the result's ``flat`` is its output without line breaks and table rules."""
-    # A terminal wide enough that no table is folded.
-    monkeypatch.setenv("COLUMNS", "240")
-
-    def run(*options: object) -> Any:
-        result = CliRunner().invoke(app, ["demo", *map(str, options)])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-        assert "Traceback" not in result.output
-        result.flat = " ".join(result.stdout.replace("│", " ").split())
-        return result
-
-    return run
+def demo(command: Demo) -> Demo:
+    """Run ``drl-fast demo`` with options."""
+    return partial(command, "demo")
 
 
 @pytest.fixture

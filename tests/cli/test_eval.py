@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from drl_fast.cli import _evaluation, app
 from drl_fast.data.datasets import load_split
 from drl_fast.engine import features
-from drl_fast.engine.config import build_model, picture_size, read_config
+from drl_fast.engine.config import build_model, read_config
 from drl_fast.engine.evaluate import evaluate
 from drl_fast.model.clip import build_clip, clip_from_state_dict
 from drl_fast.model.drl import DRL
@@ -40,18 +41,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def drl_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
-    """Run ``drl-fast eval`` with options; the result's ``flat`` is its output without line breaks and table rules."""
-    monkeypatch.setenv("COLUMNS", "240")
-
-    def run(*options: object) -> Any:
-        result = CliRunner().invoke(app, ["eval", *map(str, options)])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-        assert "Traceback" not in result.output
-        result.flat = " ".join(result.stdout.replace("│", " ").split())
-        return result
-
-    return run
+def drl_eval(command: Eval) -> Eval:
+    """Run ``drl-fast eval`` with options."""
+    return partial(command, "eval")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +81,7 @@ def test_the_configured_model(drl_eval: Eval, videos: Path, config: Path, tmp_pa
     torch.manual_seed(settings.seed)
     model, tokenizer = build_model(settings)
     split = load_split("folder", "test", videos=videos, annotations=videos)
-    found = evaluate(model, split, tokenizer, settings.sampling(picture_size(model)), max_words=16)
+    found = evaluate(model, split, tokenizer, settings.sampling(model.picture_size[0]), max_words=16)
     assert report["metrics"] == found.metrics
     assert (report["texts"], report["videos"]) == found.sim.shape == (10, 5)
     assert report["missing"] == ["gone.mp4"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from torch import Tensor
 
 import drl_fast
 
+from ..engine.runs import tower
 from .ranks import on_ranks
 
 ROWS = (3, 0, 2)
@@ -23,12 +23,6 @@ CASES = {
     "ti": {"interaction": "ti", "cdcr": 2},
     "wti": {"interaction": "wti", "cdcr": 3, "cdcr_alpha_off": 0.1},
 }
-
-
-def tower() -> open_clip.CLIP:
-    vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
-    text = open_clip.CLIPTextCfg(layers=4, width=32, heads=2, context_length=16, vocab_size=60)
-    return open_clip.CLIP(32, vision, text)
 
 
 def model_and_tokens(case: dict[str, Any]) -> tuple[drl_fast.DRL, dict[str, Tensor]]:

@@ -22,6 +22,13 @@ open_clip.add_model_config(Path(__file__).with_name("toy.json"))
 CAPTIONS = "a {} picture", "it is all {}"
 
 
+def tower() -> open_clip.CLIP:
+    """A narrow CLIP for pictures of 32 x 32 and 60 tokens, with the four text layers that others start from."""
+    vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
+    text = open_clip.CLIPTextCfg(layers=4, width=32, heads=2, context_length=16, vocab_size=60)
+    return open_clip.CLIP(32, vision, text)
+
+
 def make_folder(folder: Path, count: int = 12) -> Path:
     """``count`` clips, two captions each, of every other clip one."""
     folder.mkdir(parents=True, exist_ok=True)

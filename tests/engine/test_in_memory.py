@@ -101,7 +101,7 @@ def test_some_frames_are_real_and_in_order(limit: int) -> None:
 
 def test_no_weight_decay_on_biases_and_norms(tiny_clip: str) -> None:
     model, _ = problem(tiny_clip)
-    decayed, free = engine._groups(model, 0.3)
+    decayed, free = engine.by_decay(model.parameters(), 0.3)
     assert decayed["weight_decay"] == 0.3
     assert free["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from torch import Tensor
 
 import drl_fast
 from drl_fast.engine.step import add_gradients
+
+from .runs import tower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES: dict[str, dict[str, Any]] = {
@@ -28,9 +29,7 @@ PAIRS = 7
 
 def model_of(case: dict[str, Any]) -> drl_fast.DRL:
     torch.manual_seed(0)
-    vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
-    text = open_clip.CLIPTextCfg(layers=4, width=32, heads=2, context_length=16, vocab_size=60)
-    model = drl_fast.DRL(open_clip.CLIP(32, vision, text), **{"temporal": None, **case})
+    model = drl_fast.DRL(tower(), **{"temporal": None, **case})
     return model.double().train()
 
 
