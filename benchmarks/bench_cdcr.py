@@ -85,9 +85,7 @@ def _eager_rows(correlate: eager.Correlate, alphas: dict[str, float]) -> Callabl
     def make(problem: Problem) -> Call:
         x, y, weight = partners(problem)
         batch = problem.shape.batch
-        return who.loss_step(
-            lambda: eager.decorrelation(correlate(x, y, weight, batch), **alphas), (x, y, weight)
-        )  # fmt: skip
+        return who.loss_step(lambda: eager.decorrelation(correlate(x, y, weight, batch), **alphas), (x, y, weight))
 
     return make
 
@@ -165,7 +163,7 @@ MODES = {
     "pairs": _contestants(
         lambda p: _products(p.text.detach().flatten(0, 1), p.video.detach().flatten(0, 1)), _ours_pairs, _eager_pairs
     ),
-}  # fmt: skip
+}
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -223,9 +221,7 @@ def main(
     torch.set_num_threads(threads)
     plan = FULL if full else QUICK
     shown = loss_tables.CDCR.values()
-    conduct(
-        "cdcr", lambda bars: run(plan, device, threads, bars), shown, (tables.machine_line,), plots.draw_cdcr, out
-    )  # fmt: skip
+    conduct("cdcr", lambda bars: run(plan, device, threads, bars), shown, (tables.machine_line,), plots.draw_cdcr, out)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from benchmarks.session import (
     memory_apart,
     take_part,
     tracked,
-)  # fmt: skip
+)
 from drl_fast import functional
 
 SCALE = 100.0  # CLIP's upper limit of the factor
@@ -68,8 +68,10 @@ QUICK = Plan(
         "two_steps": (*at(SMALL, 1024, 4096), *at(WIDE, 512)),
         "eager": (*at(SMALL, 256, 512), *at(WIDE, 512)),
     },
-    ((SMALL, 100),), 1.0, 3,
-)  # fmt: skip
+    ((SMALL, 100),),
+    1.0,
+    3,
+)
 FULL = Plan(
     (*at(SMALL, 256, 512, 1024), *at(WIDE, 64, 128, 256, 512), Shape(256, lengths="real")),
     {
@@ -77,8 +79,10 @@ FULL = Plan(
         "two_steps": (*at(SMALL, 512, 1024, 2048, 4096), *at(WIDE, 256, 512, 1024)),
         "eager": (*at(SMALL, 256, 512, 1024), *at(WIDE, 256, 512)),
     },
-    ((SMALL, 100),), 2.0, 5,
-)  # fmt: skip
+    ((SMALL, 100),),
+    2.0,
+    5,
+)
 
 
 def _fused(problem: Problem) -> Call:
@@ -98,10 +102,13 @@ CONTESTANTS = (
     Contestant("fused", "drl-fast", _fused, "drl_fast.functional.token_contrastive_loss"),
     Contestant("two_steps", "drl-fast, two steps", _two_steps, "info_nce(token_interaction(...)), which keeps matches"),
     Contestant(
-        "eager", "eager PyTorch", _eager, "interaction and loss in eager code (benchmarks/eager.py)",
+        "eager",
+        "eager PyTorch",
+        _eager,
+        "interaction and loss in eager code (benchmarks/eager.py)",
         needs=who.similarities(3, 3),
     ),
-)  # fmt: skip
+)
 BY_NAME = {c.name: c for c in CONTESTANTS}
 
 
@@ -166,9 +173,13 @@ def main(
     torch.set_num_threads(threads)
     plan = FULL if full else QUICK
     conduct(
-        "contrastive", lambda bars: run(plan, device, threads, bars), loss_tables.CONTRASTIVE.values(),
-        (tables.machine_line,), plots.draw_contrastive, out,
-    )  # fmt: skip
+        "contrastive",
+        lambda bars: run(plan, device, threads, bars),
+        loss_tables.CONTRASTIVE.values(),
+        (tables.machine_line,),
+        plots.draw_contrastive,
+        out,
+    )
 
 
 if __name__ == "__main__":

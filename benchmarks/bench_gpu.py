@@ -62,9 +62,13 @@ def both_ways(name: str) -> Any:
 
     def make(problem: Problem) -> Call:
         swapped = replace(
-            problem, text=problem.video, video=problem.text, text_mask=problem.video_mask,
-            video_mask=problem.text_mask, _unit=None,
-        )  # fmt: skip
+            problem,
+            text=problem.video,
+            video=problem.text,
+            text_mask=problem.video_mask,
+            video_mask=problem.text_mask,
+            _unit=None,
+        )
         there, back = peer.make(problem), peer.make(swapped)
         return lambda: (there() + back().T) / 2
 
@@ -97,9 +101,7 @@ def time_shape(shape: Shape, mode: str) -> dict[str, Any]:
         lambda c: c.refusal(shape, "cuda", mode),
         warm_up=3,
     )
-    results: dict[str, Any] = harness.summarize(
-        harness.interleave(calls, "cuda", SECONDS, ROUNDS), who.YARDSTICK
-    )  # fmt: skip
+    results: dict[str, Any] = harness.summarize(harness.interleave(calls, "cuda", SECONDS, ROUNDS), who.YARDSTICK)
     flop = 2.0 * shape.batch**2 * shape.nt * shape.nv * shape.dim
     products = 3 if mode == "train" else 1
     for name, row in results.items():
@@ -155,9 +157,10 @@ def plot(result: dict[str, Any], file: Path) -> None:
         points = [
             (row["shape"]["batch"], row["results"][contestant.name]["ms"]["median"])
             for row in result["times"]
-            if contestant.name in row["results"] and row["mode"] == "train"
+            if contestant.name in row["results"]
+            and row["mode"] == "train"
             and Shape(**{**row["shape"], "batch": 0}) == Shape(0, dtype="bfloat16")
-        ]  # fmt: skip
+        ]
         if points:
             axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=contestant.label)
     axes.set(xlabel="batch", ylabel="ms a training step", title=result["machine"]["gpu"])

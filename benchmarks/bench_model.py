@@ -61,7 +61,7 @@ class Plan:
 LOSSES = {
     "ours": (replace(LOSS, batch=128), replace(LOSS, batch=256)),
     "dense": (replace(LOSS, batch=64), replace(LOSS, batch=128)),
-}  # fmt: skip
+}
 QUICK = Plan("ViT-B-32", 32, 12, {8: 2, 16: 2}, (8, 16), LOSSES, ((LOSS, 100),))
 FULL = Plan("ViT-B-32", 32, 12, {16: 5, 32: 3, 64: 2}, (16, 32, 64), LOSSES, ((LOSS, 100), (LOSS, 500)))
 
@@ -82,10 +82,13 @@ FORMS = {"ours": ours, "dense": dense}
 CONTESTANTS = (
     Contestant("ours", "drl-fast", lambda p: lambda: ours(p.inputs(), FACTOR), "token_contrastive_loss + cdcr_loss"),
     Contestant(
-        "dense", "dense", lambda p: lambda: dense(p.inputs(), FACTOR),
-        "the same in eager code (benchmarks/eager.py), CDCR by its diagonal alone", needs=who.similarities(3, 3),
+        "dense",
+        "dense",
+        lambda p: lambda: dense(p.inputs(), FACTOR),
+        "the same in eager code (benchmarks/eager.py), CDCR by its diagonal alone",
+        needs=who.similarities(3, 3),
     ),
-)  # fmt: skip
+)
 BY_NAME = {c.name: c for c in CONTESTANTS}
 
 
@@ -167,9 +170,10 @@ def time_step(plan: Plan, batch: int, rounds: int, device: str) -> dict[str, Any
         for name, seconds in found.items():
             parts[name].append(seconds * 1e3)
     return {
-        "batch": batch, "ms": {name: harness.spread(values) for name, values in parts.items()},
+        "batch": batch,
+        "ms": {name: harness.spread(values) for name, values in parts.items()},
         "dense_over_ours": harness.spread(gain),
-    }  # fmt: skip
+    }
 
 
 def memory_phases(clip: str, words: int, frames: int, batch: int, device: str, threads: int) -> tuple[Call, Call, str]:
@@ -221,9 +225,15 @@ def run(plan: Plan, device: str, threads: int, note: str, progress: Progress) ->
             # First: the worker must not find this process's model in memory.
             if batch in plan.memory:
                 found = harness.measure_apart(
-                    "call", "benchmarks.bench_model:memory_phases", clip=plan.clip, words=plan.words,
-                    frames=plan.frames, batch=batch, device=device, threads=threads,
-                )  # fmt: skip
+                    "call",
+                    "benchmarks.bench_model:memory_phases",
+                    clip=plan.clip,
+                    words=plan.words,
+                    frames=plan.frames,
+                    batch=batch,
+                    device=device,
+                    threads=threads,
+                )
                 result["phases"].append({"batch": batch, **found})
             if batch in plan.rounds:
                 result["time"].append(time_step(plan, batch, plan.rounds[batch], device))
@@ -252,9 +262,13 @@ def main(
     torch.set_num_threads(threads)
     plan = replace(FULL if full else QUICK, clip=clip)
     conduct(
-        "model", lambda bars: run(plan, device, threads, note, bars), model_tables.TABLES.values(),
-        (tables.machine_line, model_tables.model_line), lambda result, folder: [], out,
-    )  # fmt: skip
+        "model",
+        lambda bars: run(plan, device, threads, note, bars),
+        model_tables.TABLES.values(),
+        (tables.machine_line, model_tables.model_line),
+        lambda result, folder: [],
+        out,
+    )
 
 
 if __name__ == "__main__":

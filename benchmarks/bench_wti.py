@@ -36,17 +36,34 @@ from benchmarks.session import (
     memory_apart,
     take_part,
     tracked,
-)  # fmt: skip
+)
 
 QUICK_TIMES = (
-    Shape(8, dim=64), Shape(8), Shape(64), Shape(128), Shape(256), Shape(64, 64, 64),
+    Shape(8, dim=64),
+    Shape(8),
+    Shape(64),
+    Shape(128),
+    Shape(256),
+    Shape(64, 64, 64),
     Shape(256, lengths="real"),
-)  # fmt: skip
+)
 FULL_TIMES = (
-    *QUICK_TIMES[:2], Shape(8, 64, 64, 64), Shape(32), Shape(64), Shape(128), Shape(256), Shape(512),
-    Shape(64, 64, 64), Shape(128, 64, 64), Shape(128, 77, 20), Shape(128, dim=768), Shape(128, dtype="bfloat16"),
-    Shape(128, lengths="real"), Shape(256, lengths="real"), Shape(512, lengths="real"),
-)  # fmt: skip
+    *QUICK_TIMES[:2],
+    Shape(8, 64, 64, 64),
+    Shape(32),
+    Shape(64),
+    Shape(128),
+    Shape(256),
+    Shape(512),
+    Shape(64, 64, 64),
+    Shape(128, 64, 64),
+    Shape(128, 77, 20),
+    Shape(128, dim=768),
+    Shape(128, dtype="bfloat16"),
+    Shape(128, lengths="real"),
+    Shape(256, lengths="real"),
+    Shape(512, lengths="real"),
+)
 ONE_WAY = (Shape(128), Shape(128, lengths="real"))
 
 
@@ -64,14 +81,17 @@ class Plan:
 
 QUICK = Plan(QUICK_TIMES, (Shape(128),), {"drl_fast": (256, 512, 1024), "eager": (256, 512)}, (500,), 1.0, 3)
 FULL = Plan(
-    FULL_TIMES, (Shape(128), Shape(256), Shape(64, 64, 64), Shape(256, lengths="real")),
+    FULL_TIMES,
+    (Shape(128), Shape(256), Shape(64, 64, 64), Shape(256, lengths="real")),
     {
         "drl_fast": (128, 256, 512, 1024, 2048, 4096),
         "eager": (128, 256, 512, 1024),
         "compile": (128, 256, 512, 1024),
     },
-    (500, 2000), 2.0, 7,
-)  # fmt: skip
+    (500, 2000),
+    2.0,
+    7,
+)
 
 
 def measure_time(shape: Shape, mode: str, plan: Plan, device: str) -> dict[str, Any]:

@@ -208,22 +208,44 @@ MAXSIMS = (
     Contestant(OURS, "drl-fast", _our_maxsim, "drl_fast.maxsim"),
     Contestant("eager", "eager PyTorch", _eager_maxsim, "einsum, max, sum", needs=similarities(3, 3)),
     Contestant(
-        "maxsim-cpu", "maxsim-cpu", _maxsim_cpu, "one call a query, real query tokens only",
-        "maxsim-cpu", "maxsim_cpu", ("cpu",), ("float32",),
+        "maxsim-cpu",
+        "maxsim-cpu",
+        _maxsim_cpu,
+        "one call a query, real query tokens only",
+        "maxsim-cpu",
+        "maxsim_cpu",
+        ("cpu",),
+        ("float32",),
     ),
     Contestant(
-        "numkong", "NumKong", _numkong, "one call a pair, one thread, packing included, approximate first pass",
-        "numkong", "numkong", ("cpu",), ("float32",),
+        "numkong",
+        "NumKong",
+        _numkong,
+        "one call a pair, one thread, packing included, approximate first pass",
+        "numkong",
+        "numkong",
+        ("cpu",),
+        ("float32",),
     ),
     Contestant(
-        "late-interaction-kernels", "late-interaction-kernels", _late_interaction_kernels,
-        "on a CPU its plain PyTorch fallback", "late-interaction-kernels", "late_interaction_kernels",
+        "late-interaction-kernels",
+        "late-interaction-kernels",
+        _late_interaction_kernels,
+        "on a CPU its plain PyTorch fallback",
+        "late-interaction-kernels",
+        "late_interaction_kernels",
     ),
     Contestant(
-        "flash-maxsim", "flash-maxsim", _flash_maxsim, "Triton kernel",
-        "flash-maxsim", "flash_maxsim", ("cuda",), ("float32", "float16", "bfloat16"),
+        "flash-maxsim",
+        "flash-maxsim",
+        _flash_maxsim,
+        "Triton kernel",
+        "flash-maxsim",
+        "flash_maxsim",
+        ("cuda",),
+        ("float32", "float16", "bfloat16"),
     ),
-)  # fmt: skip
+)
 BY_NAME = {c.name: c for c in INTERACTIONS}
 MODES = {"forward": INTERACTIONS, "train": INTERACTIONS, "maxsim": MAXSIMS}
 

@@ -75,9 +75,14 @@ def decorrelation(correlation: Tensor, alpha_on: float, alpha_off: float) -> Ten
 
 
 def pair_correlation(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor, text_mask: Tensor, video_mask: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor,
+    text_mask: Tensor,
+    video_mask: Tensor,
     correlate: Correlate,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """CDCR's C of B pairs, from each token and its best match in its own pair: the mean of both sides' correlations."""
     words, frames = F.normalize(text, dim=-1), F.normalize(video, dim=-1)
     similarity = words @ frames.transpose(1, 2)
@@ -85,8 +90,9 @@ def pair_correlation(
     best_frame, best_word = similarity.argmax(2), similarity.argmax(1)
     halves = []
     for own, other, best, weight, mask in (
-        (words, frames, best_frame, text_weight, text_mask), (frames, words, best_word, video_weight, video_mask)
-    ):  # fmt: skip
+        (words, frames, best_frame, text_weight, text_mask),
+        (frames, words, best_word, video_weight, video_mask),
+    ):
         partner = other.gather(1, best[:, :, None].expand(-1, -1, own.shape[2]))
         real = mask != 0
         halves.append(correlate(own[real], partner[real], weight[real], len(text)))

@@ -77,9 +77,14 @@ def contrastive(result: dict[str, Any]) -> Table:
 
 
 CDCR = {
-    "cdcr": cdcr, "cdcr_ratios": cdcr_ratios, "cross_correlation": cross_correlation, "cdcr_memory": memory,
-}  # fmt: skip
+    "cdcr": cdcr,
+    "cdcr_ratios": cdcr_ratios,
+    "cross_correlation": cross_correlation,
+    "cdcr_memory": memory,
+}
 CONTRASTIVE = {
-    "contrastive": contrastive, "contrastive_memory": memory, "contrastive_budget": budget,
-}  # fmt: skip
+    "contrastive": contrastive,
+    "contrastive_memory": memory,
+    "contrastive_budget": budget,
+}
 LINES = {"cdcr_line": cdcr_line}

@@ -9,9 +9,13 @@ from benchmarks.cells import NOTHING, Table, budget, milliseconds
 
 TOWERS = ("text", "image", "temporal")
 NAMES = {
-    "text": "text tower", "image": "image tower", "temporal": "temporal transformer",
-    "ours": "weights, interaction, losses: drl-fast", "dense": "weights, interaction, losses: dense", "adam": "Adam",
-}  # fmt: skip
+    "text": "text tower",
+    "image": "image tower",
+    "temporal": "temporal transformer",
+    "ours": "weights, interaction, losses: drl-fast",
+    "dense": "weights, interaction, losses: dense",
+    "adam": "Adam",
+}
 
 
 def model_time(result: dict[str, Any]) -> Table:

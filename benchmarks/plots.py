@@ -59,14 +59,22 @@ def _pair(
     axis = axis.format(f"{family.nt} words x {family.nv} frames x {family.dim} channels, {family.dtype}")
     return [
         _picture(
-            result, _time_series(result, names, family), folder / f"{name}_time.png",
-            f"Time of one training step of {what}", "milliseconds", axis,
+            result,
+            _time_series(result, names, family),
+            folder / f"{name}_time.png",
+            f"Time of one training step of {what}",
+            "milliseconds",
+            axis,
         ),
         _picture(
-            result, _memory_series(result, names, family), folder / f"{name}_memory.png",
-            f"Memory that one training step of {what} adds to its inputs", "MB", axis,
+            result,
+            _memory_series(result, names, family),
+            folder / f"{name}_memory.png",
+            f"Memory that one training step of {what} adds to its inputs",
+            "MB",
+            axis,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _time_series(result: dict[str, Any], names: tuple[str, ...], family: Shape) -> dict[str, dict[int, float]]:
@@ -154,8 +162,13 @@ def draw_scaling(result: dict[str, Any], folder: Path) -> Path:
         axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, fontsize=8)
-    figure.suptitle("A model, not a measurement: the contrastive loss over many GPUs", x=0.01, ha="left", fontsize=12,
-                    fontweight="bold")  # fmt: skip
+    figure.suptitle(
+        "A model, not a measurement: the contrastive loss over many GPUs",
+        x=0.01,
+        ha="left",
+        fontsize=12,
+        fontweight="bold",
+    )
     figure.savefig(folder / "scaling.png", dpi=150)
     plt.close(figure)
     return folder / "scaling.png"

@@ -57,9 +57,7 @@ def compute(threads: int, batches: tuple[int, ...] = BATCHES) -> list[dict[str, 
     found = harness.interleave(calls, "cpu", 1.0, 5)
     times = {name: harness.spread([1e3 * t for t in samples])["median"] for name, samples in found.items()}
     rate = flop(works[-1]) / times[str(works[-1].pairs)]
-    return [
-        {"pairs": work.pairs, "predicted": flop(work) / rate, "measured": times[str(work.pairs)]} for work in works
-    ]  # fmt: skip
+    return [{"pairs": work.pairs, "predicted": flop(work) / rate, "measured": times[str(work.pairs)]} for work in works]
 
 
 def memory(threads: int, batches: tuple[int, ...] = BATCHES) -> list[dict[str, Any]]:

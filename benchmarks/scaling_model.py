@@ -155,9 +155,7 @@ def seconds(work: Work, way: Way, machine: Machine) -> dict[str, float]:
     speed = machine.ring(w)
     hops = {FORWARD: p + c, BACKWARD: p + g}
     network = sum(sent(work, "ring").values()) / speed
-    step = sum(
-        (w - 1) * max(hop / speed, products * one / w) + products * one / w for products, hop in hops.items()
-    )  # fmt: skip
+    step = sum((w - 1) * max(hop / speed, products * one / w) + products * one / w for products, hop in hops.items())
     # The last result's way home hides behind nothing; nor does the exchange of the columns' sums.
     return {"compute": compute, "network": network, "step": step + g / speed + w * c / speed}
 

@@ -38,13 +38,25 @@ def _plan(nt: int) -> Callable[[dict[str, Any]], Table]:
             if work["nt"] != nt:
                 continue
             ring, gathered = ways["ring"], ways["gathered"]
-            rows.append([
-                f"{_pairs(work['pairs'])} on {work['ranks']}", _time(ring["compute"]),
-                _bytes(gathered["held"]), _time(gathered["network"]), _time(gathered["step"]), gathered["bound"],
-                _bytes(ring["held"]), _time(ring["network"]), _time(ring["step"]), ring["bound"],
-            ])  # fmt: skip
-        heads = ["pairs on GPUs", "compute", *(f"{way}: {what}" for way in ("gathered", "ring")
-                 for what in ("held", "network", "step", "bound by"))]  # fmt: skip
+            rows.append(
+                [
+                    f"{_pairs(work['pairs'])} on {work['ranks']}",
+                    _time(ring["compute"]),
+                    _bytes(gathered["held"]),
+                    _time(gathered["network"]),
+                    _time(gathered["step"]),
+                    gathered["bound"],
+                    _bytes(ring["held"]),
+                    _time(ring["network"]),
+                    _time(ring["step"]),
+                    ring["bound"],
+                ]
+            )
+        heads = [
+            "pairs on GPUs",
+            "compute",
+            *(f"{way}: {what}" for way in ("gathered", "ring") for what in ("held", "network", "step", "bound by")),
+        ]
         return Table("A step of the contrastive loss by the model", heads, rows)
 
     return table
@@ -60,9 +72,13 @@ def limits(result: dict[str, Any]) -> Table:
         label = f"({work['nt']}, {work['nv']}, {work['dim']}) on {work['ranks']}"
         rows.append([label, f"{row['hiding_rows']:.0f}", *most, *adds])
     heads = [
-        "words, frames, channels on GPUs", "pairs a GPU that hide a hop", "most pairs, gathered", "most pairs, ring",
-        "CDCR sends, diagonal", "CDCR sends, full",
-    ]  # fmt: skip
+        "words, frames, channels on GPUs",
+        "pairs a GPU that hide a hop",
+        "most pairs, gathered",
+        "most pairs, ring",
+        "CDCR sends, diagonal",
+        "CDCR sends, full",
+    ]
     return Table("Limits by the model", heads, rows)
 
 
@@ -80,10 +96,17 @@ def hardware(result: dict[str, Any]) -> str:
 def check_alone(result: dict[str, Any]) -> Table:
     rows = []
     for time, memory in zip(result["compute"], result["memory"], strict=True):
-        rows.append([
-            str(time["pairs"]), f"{time['predicted']:.0f} ms", f"{time['measured']:.0f} ms", _off(time),
-            f"{memory['predicted']:.0f} MB", _measured(memory), _off(memory),
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(time["pairs"]),
+                f"{time['predicted']:.0f} ms",
+                f"{time['measured']:.0f} ms",
+                _off(time),
+                f"{memory['predicted']:.0f} MB",
+                _measured(memory),
+                _off(memory),
+            ]
+        )
     heads = ["pairs", "time, predicted", "measured", "off by", "memory, predicted", "measured", "off by"]
     return Table("One process: a step at (16, 8, 128), float32", heads, rows)
 

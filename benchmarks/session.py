@@ -67,9 +67,13 @@ def memory_apart(
 ) -> dict[str, Any]:
     """Peak of one training step beyond its inputs, in a process of its own. ``factory`` as in harness.worker."""
     refused = contestant.refusal(shape, device, "train")
-    found = {"status": refused} if refused else harness.measure_apart(
-        "memory", factory, contestant=contestant.name, shape=shape.as_dict(), device=device, threads=threads, **more
-    )  # fmt: skip
+    found = (
+        {"status": refused}
+        if refused
+        else harness.measure_apart(
+            "memory", factory, contestant=contestant.name, shape=shape.as_dict(), device=device, threads=threads, **more
+        )
+    )
     return {"contestant": contestant.name, "shape": shape.as_dict(), **found}
 
 
@@ -118,9 +122,12 @@ def largest_batch(
 
 
 def largest_batches(
-    progress: Progress, measure: Callable[[str, Shape], dict[str, Any]], rows: list[dict[str, Any]],
-    names: Iterable[str], budgets: Iterable[tuple[Shape, int]],
-) -> list[dict[str, Any]]:  # fmt: skip
+    progress: Progress,
+    measure: Callable[[str, Shape], dict[str, Any]],
+    rows: list[dict[str, Any]],
+    names: Iterable[str],
+    budgets: Iterable[tuple[Shape, int]],
+) -> list[dict[str, Any]]:
     """:func:`largest_batch` of every contestant of which two points are known, for each (family of shapes, MB)."""
 
     def of(name: str, family: Shape, budget: int) -> list[dict[str, Any]]:

@@ -35,13 +35,17 @@ class Launch(NamedTuple):
     def signature(self, dtype: str) -> dict[str, str]:
         """Argument types as the launchers pass them."""
         return {
-            name: "constexpr" if name in self.constants or name.endswith("_channel")
-            else f"*{dtype}" if name in ("own", "other", "features", "grad")
-            else TYPES[name] if name in TYPES
-            else "i64" if name.endswith(("_pair", "_token"))
+            name: "constexpr"
+            if name in self.constants or name.endswith("_channel")
+            else f"*{dtype}"
+            if name in ("own", "other", "features", "grad")
+            else TYPES[name]
+            if name in TYPES
+            else "i64"
+            if name.endswith(("_pair", "_token"))
             else "i32"
             for name in self.fn.arg_names
-        }  # fmt: skip
+        }
 
     def fixed(self) -> dict[str, Any]:
         """Constants, and strides of 1, which Triton compiles in."""

@@ -69,9 +69,19 @@ class Job:
 
 
 INT32 = (
-    "text_position", "video_position", "position", "text_length", "video_length", "length", "start", "class_begin",
-    "chunk_row", "most_frames", "slots", "real",
-)  # fmt: skip
+    "text_position",
+    "video_position",
+    "position",
+    "text_length",
+    "video_length",
+    "length",
+    "start",
+    "class_begin",
+    "chunk_row",
+    "most_frames",
+    "slots",
+    "real",
+)
 SCALARS = {"zero_competes": "i1", "factor": "fp32"}
 
 
@@ -105,18 +115,34 @@ def signature(job: Job) -> dict[str, str]:
 
 
 FLOATS = (
-    "text_scale", "video_scale", "text_weight", "video_weight", "scale", "weight", "weights", "logits", "grad_logits",
-    "text_partial", "video_partial", "partial", "grad", "boost", "out",
-)  # fmt: skip
+    "text_scale",
+    "video_scale",
+    "text_weight",
+    "video_weight",
+    "scale",
+    "weight",
+    "weights",
+    "logits",
+    "grad_logits",
+    "text_partial",
+    "video_partial",
+    "partial",
+    "grad",
+    "boost",
+    "out",
+)
 
 
 def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
     """Every kernel at its tuned configurations; ``quick``: of those without a tensor-core product, one chip's."""
     for arch in ARCHS:
         for kind, dtype, modes in (
-            ("keyed", "bf16", ("scores", "matches", "weights")), ("keyed", "fp16", ("matches",)),
-            ("exact", "bf16", ("scores", "matches")), ("tf32", "fp32", ("matches",)), ("fp32", "fp32", ("matches",)),
-        ):  # fmt: skip
+            ("keyed", "bf16", ("scores", "matches", "weights")),
+            ("keyed", "fp16", ("matches",)),
+            ("exact", "bf16", ("scores", "matches")),
+            ("tf32", "fp32", ("matches",)),
+            ("fp32", "fp32", ("matches",)),
+        ):
             for slots in (16, 32, 64, 128) if kind == "keyed" and dtype == "bf16" else (16, 128):
                 yield from (forward_job(arch, kind, dtype, mode, slots, dim) for mode in modes)
         yield forward_job(arch, "keyed", "bf16", "matches", 128, dim, long=True)
@@ -137,19 +163,39 @@ def forward_job(
     tile, both = tuning.forward_tile(arch, kind, slots), both and not long
     modes = {"scores": forward.SCORES, "matches": forward.MATCHES, "weights": forward.WEIGHTS}
     constants = {
-        "SLOTS": slots, "D": dim, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BOTH": both, "MODE": modes[mode].value,
-        "KEYED": kind == "keyed", "PRECISION": "tf32" if kind == "tf32" else "ieee", "NONE": 255,
-        "SORTED": not long, "LONG": long, "ADD": False, "TEXT_HOLES": True, "VIDEO_HOLES": True, "TMA": tile.tma,
-    }  # fmt: skip
+        "SLOTS": slots,
+        "D": dim,
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "BOTH": both,
+        "MODE": modes[mode].value,
+        "KEYED": kind == "keyed",
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        "NONE": 255,
+        "SORTED": not long,
+        "LONG": long,
+        "ADD": False,
+        "TEXT_HOLES": True,
+        "VIDEO_HOLES": True,
+        "TMA": tile.tma,
+    }
     size = 4 if dtype == "fp32" else 2
     work = WORK["exact" if mode == "matches" and kind != "keyed" else mode] * tile.m * tile.n
     return Job(
-        forward.interaction_forward, arch, dtype,
+        forward.interaction_forward,
+        arch,
+        dtype,
         f"{kind} {mode}, {slots} words" + (", long captions" if long else "") + ("" if both else ", one direction"),
-        constants, tile.warps, tile.stages,
+        constants,
+        tile.warps,
+        tile.stages,
         {"text": [tile.n, tile.k], "video": [tile.m, tile.k]} if tile.tma else {},
-        2.0 * tile.m * tile.n * dim, float((tile.m + tile.n) * dim * size), work, tile.source,
-    )  # fmt: skip
+        2.0 * tile.m * tile.n * dim,
+        float((tile.m + tile.n) * dim * size),
+        work,
+        tile.source,
+    )
 
 
 def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, add: bool = False) -> Job:
@@ -157,25 +203,43 @@ def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, 
     fn = backward.interaction_backward_text if side == "text" else backward.interaction_backward_video
     other, size = "video" if side == "text" else "text", 4 if dtype == "fp32" else 2
     constants = {
-        "D": dim, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BOTH": True,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee", "TMA": tile.tma,
+        "D": dim,
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "BOTH": True,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "TMA": tile.tma,
         **({"ADD": add} if side == "video" else {}),
-    }  # fmt: skip
+    }
     return Job(
-        fn, arch, dtype, f"{precision}, D = {dim}" + (", later block" if add else ""),
-        constants, tile.warps, tile.stages,
+        fn,
+        arch,
+        dtype,
+        f"{precision}, D = {dim}" + (", later block" if add else ""),
+        constants,
+        tile.warps,
+        tile.stages,
         {other: [tile.k, tile.m]} if tile.tma else {},
-        2.0 * tile.m * tile.n * tile.k, float(tile.m * tile.k * size + tile.k * tile.n * (1 + 5 / 16)),
-        WORK["coefficient"] * tile.k * tile.n, tile.source,
-    )  # fmt: skip
+        2.0 * tile.m * tile.n * tile.k,
+        float(tile.m * tile.k * size + tile.k * tile.n * (1 + 5 / 16)),
+        WORK["coefficient"] * tile.k * tile.n,
+        tile.source,
+    )
 
 
 def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
     shared = {"D": dim, "CHANNELS": 512, "SLOTS": 8, "NORMALIZE": True}
     pack = {
-        **shared, "MASKED": True, "WEIGHTED": True, "COPIES": True, "GRAIN": packing.GRAIN, "TAIL": packing.TAIL,
-        "PAD": packing.NOWHERE, "TINY": packing.NORM_EPS,
-    }  # fmt: skip
+        **shared,
+        "MASKED": True,
+        "WEIGHTED": True,
+        "COPIES": True,
+        "GRAIN": packing.GRAIN,
+        "TAIL": packing.TAIL,
+        "PAD": packing.NOWHERE,
+        "TINY": packing.NORM_EPS,
+    }
     layout = {"MASKED": True, "CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32}
     yield Job(packing.row_layout, arch, "bf16", "length classes", layout, 4, 3)
     for frames in (False, True):
@@ -190,10 +254,17 @@ def cdcr_jobs(arch: str, dim: int) -> Iterator[Job]:
     for launch in static_cdcr.launches(dim):
         for dtype in launch.dtypes:
             yield Job(
-                launch.fn, arch, dtype, launch.what, launch.fixed(),
-                launch.options["num_warps"], launch.options["num_stages"],
-                types=launch.signature(dtype), divisible=launch.divisible(), options=launch.options,
-            )  # fmt: skip
+                launch.fn,
+                arch,
+                dtype,
+                launch.what,
+                launch.fixed(),
+                launch.options["num_warps"],
+                launch.options["num_stages"],
+                types=launch.signature(dtype),
+                divisible=launch.divisible(),
+                options=launch.options,
+            )
 
 
 def compile_job(job: Job) -> dict[str, Any]:
@@ -220,7 +291,9 @@ def compile_job(job: Job) -> dict[str, Any]:
         "what": job.what,
         "config": {
             **{k: constants[k] for k in ("BM", "BN", "BK", "SLOTS", "D", "TMA") if k in constants},
-            "num_warps": job.warps, "num_stages": job.stages, "chosen": job.source,
+            "num_warps": job.warps,
+            "num_stages": job.stages,
+            "chosen": job.source,
         },
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "spill_bytes": spilled,
@@ -232,7 +305,7 @@ def compile_job(job: Job) -> dict[str, Any]:
         "flop_per_tile": job.flop,
         "bytes_per_tile": job.bytes,
         "predicted_share": predicted_share(job),
-    }  # fmt: skip
+    }
 
 
 def _register_operand(ttgir: str) -> bool:

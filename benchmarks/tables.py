@@ -22,12 +22,19 @@ PAGES = ("README.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md")
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 # (column title, contestant) of the interaction's tables, and of the one-way table.
 INTERACTIONS = (
-    ("mm, out=", "mm_out"), ("drl-fast", "drl_fast"), ("eager", "eager"), ("torch.compile", "compile"),
-)  # fmt: skip
+    ("mm, out=", "mm_out"),
+    ("drl-fast", "drl_fast"),
+    ("eager", "eager"),
+    ("torch.compile", "compile"),
+)
 MAXSIMS = (
-    ("drl-fast", "drl_fast"), ("eager", "eager"), ("maxsim-cpu", "maxsim-cpu"), ("NumKong", "numkong"),
-    ("late-interaction-kernels", "late-interaction-kernels"), ("flash-maxsim", "flash-maxsim"),
-)  # fmt: skip
+    ("drl-fast", "drl_fast"),
+    ("eager", "eager"),
+    ("maxsim-cpu", "maxsim-cpu"),
+    ("NumKong", "numkong"),
+    ("late-interaction-kernels", "late-interaction-kernels"),
+    ("flash-maxsim", "flash-maxsim"),
+)
 
 
 # --- what is in them --------------------------------------------------------------------------------------------------
@@ -53,10 +60,14 @@ def _times(result: dict[str, Any], mode: str, title: str, columns: tuple[tuple[s
         times = record["results"]
         cells = [ratio(times[name]) if name in times else NOTHING for _, name in taking_part]
         gain = _gain(times) if "eager" in times else None
-        rows.append([
-            label(record["shape"]), milliseconds(times["mm"]), *cells,
-            f"{gain:.1f}x" if gain else NOTHING,
-        ])  # fmt: skip
+        rows.append(
+            [
+                label(record["shape"]),
+                milliseconds(times["mm"]),
+                *cells,
+                f"{gain:.1f}x" if gain else NOTHING,
+            ]
+        )
     heads = ["batch, words, frames", "torch.mm", *(head for head, _ in taking_part), "gain over eager"]
     return Table(title, heads, rows)
 
@@ -87,11 +98,18 @@ def profile(result: dict[str, Any]) -> Table:
 
 # Of the static report's rows one form of each kernel and precision, at 512 channels; the file has the others.
 SHOWN = (
-    ("bf16", "keyed scores, 32 words"), ("bf16", "keyed matches, 32 words"), ("bf16", "keyed weights, 32 words"),
-    ("bf16", "half, D = 512"), ("bf16", "half, D = 512, later block"), ("fp16", "keyed matches, 16 words"),
-    ("fp16", "half, D = 512"), ("fp32", "tf32 matches, 16 words"), ("fp32", "tf32, D = 512"),
-    ("fp32", "fp32 matches, 16 words"), ("fp32", "fp32, D = 512"),
-)  # fmt: skip
+    ("bf16", "keyed scores, 32 words"),
+    ("bf16", "keyed matches, 32 words"),
+    ("bf16", "keyed weights, 32 words"),
+    ("bf16", "half, D = 512"),
+    ("bf16", "half, D = 512, later block"),
+    ("fp16", "keyed matches, 16 words"),
+    ("fp16", "half, D = 512"),
+    ("fp32", "tf32 matches, 16 words"),
+    ("fp32", "tf32, D = 512"),
+    ("fp32", "fp32 matches, 16 words"),
+    ("fp32", "fp32, D = 512"),
+)
 
 
 def static(result: list[dict[str, Any]]) -> Table:
@@ -100,16 +118,32 @@ def static(result: list[dict[str, Any]]) -> Table:
     for row in result:
         if (row["dtype"], row["what"]) in SHOWN:
             config = row["config"]
-            rows.append([
-                row["kernel"].removeprefix("interaction_").replace("_", " "), row["arch"], row["dtype"], row["what"],
-                f"{config['BM']} x {config['BN']} x {config['BK']}, {config['num_warps']}", str(row["registers"]),
-                str(row["spill_bytes"]), f"{row['shared_bytes'] / 1024:.0f} KB", row["tensor_core"] or NOTHING,
-                f"{100 * row['predicted_share']:.0f} %",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    row["kernel"].removeprefix("interaction_").replace("_", " "),
+                    row["arch"],
+                    row["dtype"],
+                    row["what"],
+                    f"{config['BM']} x {config['BN']} x {config['BK']}, {config['num_warps']}",
+                    str(row["registers"]),
+                    str(row["spill_bytes"]),
+                    f"{row['shared_bytes'] / 1024:.0f} KB",
+                    row["tensor_core"] or NOTHING,
+                    f"{100 * row['predicted_share']:.0f} %",
+                ]
+            )
     heads = [
-        "kernel", "GPU", "tokens", "form", "tile, warps", "registers", "bytes spilled", "shared", "tensor cores",
+        "kernel",
+        "GPU",
+        "tokens",
+        "form",
+        "tile, warps",
+        "registers",
+        "bytes spilled",
+        "shared",
+        "tensor cores",
         "predicted share",
-    ]  # fmt: skip
+    ]
     return Table("Static prediction, not measured", heads, rows)
 
 
@@ -125,8 +159,12 @@ PAGE_ONLY: dict[str, Callable[[Any], Table]] = {
 }
 # What bench_wti.py prints.
 ALL: dict[str, Callable[[dict[str, Any]], Table]] = {
-    "forward": forward, "train": train, "maxsim": maxsim, "memory": memory, "budget": budget,
-}  # fmt: skip
+    "forward": forward,
+    "train": train,
+    "maxsim": maxsim,
+    "memory": memory,
+    "budget": budget,
+}
 
 
 def headline(result: dict[str, Any]) -> str:

@@ -102,9 +102,15 @@ def _inverted_softmax(sim: Tensor, bank: Tensor, beta: float) -> Tensor:
 
 
 def recall_interval(
-    sim: Tensor, owner: Tensor | None = None, *, direction: str = "t2v", k: int = 1, level: float = 0.95,
-    resamples: int = 10_000, seed: int = 0,
-) -> tuple[float, float]:  # fmt: skip
+    sim: Tensor,
+    owner: Tensor | None = None,
+    *,
+    direction: str = "t2v",
+    k: int = 1,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
     """Percentile bootstrap interval of a recall, in percent: how much it depends on which videos were asked about.
 
     Args:

@@ -107,9 +107,16 @@ def maxsim(
     if query_weight is None:
         query_weight = torch.ones(query.shape[:2], dtype=query.dtype, device=query.device)
     scores = token_interaction(
-        query, document, query_weight, None, query_mask, document_mask,
-        normalize=normalize, masking="exclude", bidirectional=False,
-    )  # fmt: skip
+        query,
+        document,
+        query_weight,
+        None,
+        query_mask,
+        document_mask,
+        normalize=normalize,
+        masking="exclude",
+        bidirectional=False,
+    )
     assert isinstance(scores, Tensor)
     return scores
 
@@ -159,9 +166,15 @@ def decorrelation(correlation: Tensor, alpha_on: float, alpha_off: float) -> Ten
 
 
 def cross_correlation_loss(
-    x: Tensor, y: Tensor, weight: Tensor | None = None, *, alpha_on: float, alpha_off: float,
-    divisor: float | None = None, process_group: Any = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor | None = None,
+    *,
+    alpha_on: float,
+    alpha_off: float,
+    divisor: float | None = None,
+    process_group: Any = None,
+) -> Tensor:
     """Barlow Twins' loss (arXiv 2103.03230) of rows x, y (N, D)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
@@ -170,10 +183,17 @@ def cross_correlation_loss(
 
 
 def cdcr_loss(
-    text: Tensor, video: Tensor, text_weight: Tensor | None = None, video_weight: Tensor | None = None,
-    text_mask: Tensor | None = None, video_mask: Tensor | None = None, *, alpha_on: float, alpha_off: float,
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None = None,
+    video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    alpha_on: float,
+    alpha_off: float,
     process_group: Any = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """CDCR of B pairs (arXiv 2203.07111, section 3.3)."""
     t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
     paired = t_real.any(-1) & v_real.any(-1)
@@ -184,9 +204,7 @@ def cdcr_loss(
     word = s.masked_fill(~t_real[:, :, None], -torch.inf).argmax(1)
     pair = torch.arange(len(text), device=text.device)[:, None]
     terms = []
-    for own, real, other, partner, weight in (
-        (t, t_real, v, frame, text_weight), (v, v_real, t, word, video_weight)
-    ):  # fmt: skip
+    for own, real, other, partner, weight in ((t, t_real, v, frame, text_weight), (v, v_real, t, word, video_weight)):
         x, y = own[real], other[pair, partner][real]
         w = None if weight is None else weight.to(x.dtype)[real]
         terms.append(cross_correlation(x, y, w, len(text) if text_weight is not None else len(x)))

@@ -44,7 +44,7 @@ from .cdcr_tokens import (
     standardize,
     sum_of_choosers,
     terms,
-)  # fmt: skip
+)
 from .packing import Side
 
 # Sums over anchors are kept in so many parts at most: enough programs for a GPU, little to add up.
@@ -66,12 +66,35 @@ def _anchors(index, tile, rows, tokens, ROWS: tl.constexpr):
 
 @triton.jit
 def cdcr_partners(
-    own, other, own_inverse, other_inverse, own_mask, other_mask, index, pairs, own_tokens, other_tokens, dim,
-    own_pair, own_token, own_channel, other_pair, other_token, other_channel,
-    own_mask_pair, own_mask_token, other_mask_pair, other_mask_token,
-    PAIRS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
-    OWN_MASKED: tl.constexpr, OTHER_MASKED: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    own_inverse,
+    other_inverse,
+    own_mask,
+    other_mask,
+    index,
+    pairs,
+    own_tokens,
+    other_tokens,
+    dim,
+    own_pair,
+    own_token,
+    own_channel,
+    other_pair,
+    other_token,
+    other_channel,
+    own_mask_pair,
+    own_mask_token,
+    other_mask_pair,
+    other_mask_token,
+    PAIRS: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    BD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    OWN_MASKED: tl.constexpr,
+    OTHER_MASKED: tl.constexpr,
+):
     """The best match of OWN tokens of PAIRS pairs among the other side's."""
     chunks = tl.cdiv(own_tokens, OWN)
     first = tl.program_id(0) // chunks * PAIRS
@@ -128,10 +151,29 @@ def _merge(x, there, here, before, mean, scatter):
 
 @triton.jit
 def cdcr_moments(
-    own, other, own_inverse, other_inverse, index, count, partial, rows, own_tokens, other_tokens, dim, parts, tiles,
-    own_pair, own_token, own_channel, other_pair, other_token, other_channel,
-    ROWS: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    own_inverse,
+    other_inverse,
+    index,
+    count,
+    partial,
+    rows,
+    own_tokens,
+    other_tokens,
+    dim,
+    parts,
+    tiles,
+    own_pair,
+    own_token,
+    own_channel,
+    other_pair,
+    other_token,
+    other_channel,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """Number, mean and scatter of the anchors of one part and of their partners, BD channels."""
     blocks = tl.cdiv(dim, BD)
     part = tl.program_id(0) // blocks
@@ -144,12 +186,22 @@ def cdcr_moments(
         here = tl.sum(there.to(tl.int32), 0)
         x = read_units(
             own, own_inverse, pair, token, there, d, dim, own_tokens, own_pair, own_token, own_channel, NORMALIZE
-        )  # fmt: skip
+        )
         x_mean, x_scatter = _merge(x, there, here, before, x_mean, x_scatter)
         y = read_units(
-            other, other_inverse, pair, partner, there, d, dim, other_tokens, other_pair, other_token, other_channel,
+            other,
+            other_inverse,
+            pair,
+            partner,
+            there,
+            d,
+            dim,
+            other_tokens,
+            other_pair,
+            other_token,
+            other_channel,
             NORMALIZE,
-        )  # fmt: skip
+        )
         y_mean, y_scatter = _merge(y, there, here, before, y_mean, y_scatter)
         before += here
     at = partial + part * dim + d
@@ -164,11 +216,35 @@ def cdcr_moments(
 
 @triton.jit
 def cdcr_correlate(
-    own, other, own_inverse, other_inverse, index, weight, channels, partial, weighted, partners,
-    rows, own_tokens, other_tokens, dim, parts, tiles, role, roles,
-    own_pair, own_token, own_channel, other_pair, other_token, other_channel,
-    ROWS: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    own_inverse,
+    other_inverse,
+    index,
+    weight,
+    channels,
+    partial,
+    weighted,
+    partners,
+    rows,
+    own_tokens,
+    other_tokens,
+    dim,
+    parts,
+    tiles,
+    role,
+    roles,
+    own_pair,
+    own_token,
+    own_channel,
+    other_pair,
+    other_token,
+    other_channel,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
     """C's diagonal and both sums over the anchors of one part, BD channels; KEEP: also their product rows."""
     blocks = tl.cdiv(dim, BD)
     part = tl.program_id(0) // blocks
@@ -179,12 +255,22 @@ def cdcr_correlate(
         w = tl.load(weight + row, mask=there, other=0.0)[:, None]
         x = read_units(
             own, own_inverse, pair, token, there, d, dim, own_tokens, own_pair, own_token, own_channel, NORMALIZE
-        )  # fmt: skip
+        )
         x = standardize(x, there, channels, role, roles, d, dim) * w
         y = read_units(
-            other, other_inverse, pair, partner, there, d, dim, other_tokens, other_pair, other_token, other_channel,
+            other,
+            other_inverse,
+            pair,
+            partner,
+            there,
+            d,
+            dim,
+            other_tokens,
+            other_pair,
+            other_token,
+            other_channel,
             NORMALIZE,
-        )  # fmt: skip
+        )
         y = standardize(y, there, channels, role + 1, roles, d, dim)
         cross += tl.sum(x * y, 0).to(tl.float64)
         sum_x += tl.sum(x, 0).to(tl.float64)
@@ -202,11 +288,33 @@ def cdcr_correlate(
 
 @triton.jit
 def cdcr_product_rows(
-    own, other, own_inverse, other_inverse, index, weight, channels, weighted, partners,
-    pairs, own_tokens, other_tokens, dim, role, roles,
-    own_pair, own_token, own_channel, other_pair, other_token, other_channel,
-    PAIRS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    own_inverse,
+    other_inverse,
+    index,
+    weight,
+    channels,
+    weighted,
+    partners,
+    pairs,
+    own_tokens,
+    other_tokens,
+    dim,
+    role,
+    roles,
+    own_pair,
+    own_token,
+    own_channel,
+    other_pair,
+    other_token,
+    other_channel,
+    PAIRS: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    BD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """Product rows of OWN partners of PAIRS pairs, each with the sum of the other side's anchors that chose it."""
     chunks, blocks = tl.cdiv(own_tokens, OWN), tl.cdiv(dim, BD)
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -216,12 +324,32 @@ def cdcr_product_rows(
     pair, token = (first + r // OWN).to(tl.int64), tile % chunks * OWN + r % OWN
     there = count_choosers(index, token, pair, first, pairs, other_tokens, PAIRS, OTHER) > 0
     x = sum_of_choosers(
-        other, other_inverse, index, weight, channels, weighted, role, roles, token, pair, first, d, pairs,
-        other_tokens, dim, other_pair, other_token, other_channel, PAIRS, OTHER, NORMALIZE, False,
-    )  # fmt: skip
+        other,
+        other_inverse,
+        index,
+        weight,
+        channels,
+        weighted,
+        role,
+        roles,
+        token,
+        pair,
+        first,
+        d,
+        pairs,
+        other_tokens,
+        dim,
+        other_pair,
+        other_token,
+        other_channel,
+        PAIRS,
+        OTHER,
+        NORMALIZE,
+        False,
+    )
     y = read_units(
         own, own_inverse, pair, token, there, d, dim, own_tokens, own_pair, own_token, own_channel, NORMALIZE
-    )  # fmt: skip
+    )
     y = standardize(y, there, channels, role + 1, roles, d, dim)
     inside = ((pair < pairs) & (token < own_tokens))[:, None] & (d < dim)[None, :]
     at = (pair * own_tokens + token)[:, None] * dim + d[None, :]
@@ -248,11 +376,26 @@ def _partners(side: Side, other_side: Side, own: Tokens, other: Tokens, normaliz
     masks = [None if x.mask is None else x.mask.view(torch.uint8) for x in (side, other_side)]
     strides = [stride for mask in masks for stride in ((0, 0) if mask is None else mask.stride())]
     cdcr_partners[(triton.cdiv(pairs, tile["PAIRS"]) * triton.cdiv(n, tile["OWN"]),)](
-        own.features, other.features, own.inverse, other.inverse, *(index if mask is None else mask for mask in masks),
-        index, pairs, n, m, dim, *own.features.stride(), *other.features.stride(), *strides,
-        **tile, BD=channel_block(dim, DEPTH), NORMALIZE=normalize,
-        OWN_MASKED=masks[0] is not None, OTHER_MASKED=masks[1] is not None, **OPTIONS,
-    )  # fmt: skip
+        own.features,
+        other.features,
+        own.inverse,
+        other.inverse,
+        *(index if mask is None else mask for mask in masks),
+        index,
+        pairs,
+        n,
+        m,
+        dim,
+        *own.features.stride(),
+        *other.features.stride(),
+        *strides,
+        **tile,
+        BD=channel_block(dim, DEPTH),
+        NORMALIZE=normalize,
+        OWN_MASKED=masks[0] is not None,
+        OTHER_MASKED=masks[1] is not None,
+        **OPTIONS,
+    )
     return index
 
 
@@ -264,10 +407,26 @@ def _moments(own: Tokens, other: Tokens, index: Tensor, normalize: bool) -> tupl
     count = torch.empty((parts, 1), dtype=torch.float64, device=index.device)
     partial = torch.empty((2, 2, parts, dim), dtype=torch.float64, device=index.device)
     cdcr_moments[(parts * triton.cdiv(dim, block),)](
-        own.features, other.features, own.inverse, other.inverse, index, count, partial, pairs * n, n, m, dim,
-        parts, tiles, *own.features.stride(), *other.features.stride(),
-        ROWS=ROWS, BD=block, NORMALIZE=normalize, **OPTIONS,
-    )  # fmt: skip
+        own.features,
+        other.features,
+        own.inverse,
+        other.inverse,
+        index,
+        count,
+        partial,
+        pairs * n,
+        n,
+        m,
+        dim,
+        parts,
+        tiles,
+        *own.features.stride(),
+        *other.features.stride(),
+        ROWS=ROWS,
+        BD=block,
+        NORMALIZE=normalize,
+        **OPTIONS,
+    )
     # The parts' means and scatters become everyone's, by the same update as inside a part.
     means, scatters = partial
     mean = (count * means).sum(1) / count.sum().clamp(min=1)
@@ -282,9 +441,16 @@ def _split(rows: int) -> tuple[int, int]:
 
 
 def correlation(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, normalize: bool, full: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    normalize: bool,
+    full: bool,
+) -> tuple[Tensor, Tensor]:
     """C of each term, its diagonal (terms, D) or all of it (terms, D, D), float32; sums (roles, D) float64."""
     channels, dim = channels.contiguous(), text.shape[2]
     found = terms(text, video, (text_weight, video_weight), (video_index, text_index), normalize)
@@ -307,11 +473,31 @@ def correlate(term: Term, channels: Tensor, normalize: bool, rows: tuple[Tensor,
     block = channel_block(dim)
     partial = torch.empty((3, parts, dim), dtype=torch.float64, device=channels.device)
     cdcr_correlate[(parts * triton.cdiv(dim, block),)](
-        own.features, other.features, own.inverse, other.inverse, term.index, term.weight, channels, partial,
-        *(rows or (term.weight, term.weight)), pairs * n, n, m, dim, parts, tiles, 2 * term.nth, channels.shape[1],
-        *own.features.stride(), *other.features.stride(),
-        ROWS=ROWS, BD=block, NORMALIZE=normalize, KEEP=rows is not None, **OPTIONS,
-    )  # fmt: skip
+        own.features,
+        other.features,
+        own.inverse,
+        other.inverse,
+        term.index,
+        term.weight,
+        channels,
+        partial,
+        *(rows or (term.weight, term.weight)),
+        pairs * n,
+        n,
+        m,
+        dim,
+        parts,
+        tiles,
+        2 * term.nth,
+        channels.shape[1],
+        *own.features.stride(),
+        *other.features.stride(),
+        ROWS=ROWS,
+        BD=block,
+        NORMALIZE=normalize,
+        KEEP=rows is not None,
+        **OPTIONS,
+    )
     return partial.sum(1)
 
 
@@ -349,7 +535,24 @@ def _rows_of_partners(term: Term, channels: Tensor, normalize: bool, rows: tuple
     tile, block = pair_tile(n, m, LEAST), channel_block(dim, DEPTH)
     programs = triton.cdiv(pairs, tile["PAIRS"]) * triton.cdiv(n, tile["OWN"]) * triton.cdiv(dim, block)
     cdcr_product_rows[(programs,)](
-        own.features, other.features, own.inverse, other.inverse, term.index, term.weight, channels, *rows,
-        pairs, n, m, dim, 2 * term.nth, channels.shape[1], *own.features.stride(), *other.features.stride(),
-        **tile, BD=block, NORMALIZE=normalize, **PRODUCT_ROWS,
-    )  # fmt: skip
+        own.features,
+        other.features,
+        own.inverse,
+        other.inverse,
+        term.index,
+        term.weight,
+        channels,
+        *rows,
+        pairs,
+        n,
+        m,
+        dim,
+        2 * term.nth,
+        channels.shape[1],
+        *own.features.stride(),
+        *other.features.stride(),
+        **tile,
+        BD=block,
+        NORMALIZE=normalize,
+        **PRODUCT_ROWS,
+    )

@@ -35,7 +35,7 @@ from .cdcr_tokens import (
     standardize,
     sum_of_choosers,
     terms,
-)  # fmt: skip
+)
 
 # The widest kernel here: twice the warps, and registers that leave room for two programs a multiprocessor.
 GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
@@ -52,9 +52,28 @@ def _through_statistics(to_x, x, count, channels, role, roles, d, dim):
 
 @triton.jit
 def _to_anchors(
-    x, other, inverse, partner, pair, at, there, channels, pull, to_weighted, role, roles, d, tokens, dim,
-    stride_pair, stride_token, stride_channel, FULL: tl.constexpr, SHORT: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
+    x,
+    other,
+    inverse,
+    partner,
+    pair,
+    at,
+    there,
+    channels,
+    pull,
+    to_weighted,
+    role,
+    roles,
+    d,
+    tokens,
+    dim,
+    stride_pair,
+    stride_token,
+    stride_channel,
+    FULL: tl.constexpr,
+    SHORT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """d loss / d (w x~) of anchors."""
     if FULL:
         row = at if SHORT else pair * tokens + partner
@@ -63,38 +82,111 @@ def _to_anchors(
     else:
         y = read_units(
             other, inverse, pair, partner, there, d, dim, tokens, stride_pair, stride_token, stride_channel, NORMALIZE
-        )  # fmt: skip
+        )
         y = standardize(y, there, channels, role + 1, roles, d, dim)
         return y * tl.load(pull + d, mask=d < dim, other=0.0)[None, :]
 
 
 @triton.jit
 def _to_partners(
-    other, inverse, index, weight, channels, pull, to_partners, role, roles, position, pair, at, there, first, d,
-    pairs, tokens, dim, stride_pair, stride_token, stride_channel,
-    PAIRS: tl.constexpr, OTHER: tl.constexpr, FULL: tl.constexpr, SHORT: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
+    other,
+    inverse,
+    index,
+    weight,
+    channels,
+    pull,
+    to_partners,
+    role,
+    roles,
+    position,
+    pair,
+    at,
+    there,
+    first,
+    d,
+    pairs,
+    tokens,
+    dim,
+    stride_pair,
+    stride_token,
+    stride_channel,
+    PAIRS: tl.constexpr,
+    OTHER: tl.constexpr,
+    FULL: tl.constexpr,
+    SHORT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """d loss / d y~ of partners, from all anchors that chose them."""
     if FULL and SHORT:
         inside = there[:, None] & (d < dim)[None, :]
         return tl.load(to_partners + at[:, None] * dim + d[None, :], mask=inside, other=0.0)
     else:
         to_y = sum_of_choosers(
-            other, inverse, index, weight, channels, to_partners, role, roles, position, pair, first, d, pairs, tokens,
-            dim, stride_pair, stride_token, stride_channel, PAIRS, OTHER, NORMALIZE, FULL,
-        )  # fmt: skip
+            other,
+            inverse,
+            index,
+            weight,
+            channels,
+            to_partners,
+            role,
+            roles,
+            position,
+            pair,
+            first,
+            d,
+            pairs,
+            tokens,
+            dim,
+            stride_pair,
+            stride_token,
+            stride_channel,
+            PAIRS,
+            OTHER,
+            NORMALIZE,
+            FULL,
+        )
         return to_y if FULL else to_y * tl.load(pull + d, mask=d < dim, other=0.0)[None, :]
 
 
 @triton.jit
 def cdcr_gradient(
-    own, other, own_inverse, other_inverse, own_index, other_index, own_weight, other_weight,
-    channels, pull, to_weighted, to_partners, grad, grad_weight,
-    pairs, own_tokens, other_tokens, dim, roles, anchor_role, chooser_role,
-    own_pair, own_token, own_channel, other_pair, other_token, other_channel,
-    PAIRS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, BD: tl.constexpr, NORMALIZE: tl.constexpr,
-    ANCHORS: tl.constexpr, PARTNERS: tl.constexpr, FULL: tl.constexpr, SHORT: tl.constexpr,
-):  # fmt: skip
+    own,
+    other,
+    own_inverse,
+    other_inverse,
+    own_index,
+    other_index,
+    own_weight,
+    other_weight,
+    channels,
+    pull,
+    to_weighted,
+    to_partners,
+    grad,
+    grad_weight,
+    pairs,
+    own_tokens,
+    other_tokens,
+    dim,
+    roles,
+    anchor_role,
+    chooser_role,
+    own_pair,
+    own_token,
+    own_channel,
+    other_pair,
+    other_token,
+    other_channel,
+    PAIRS: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    BD: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    PARTNERS: tl.constexpr,
+    FULL: tl.constexpr,
+    SHORT: tl.constexpr,
+):
     """Gradients of OWN tokens of PAIRS pairs, which are ANCHORS of one term, PARTNERS of the other, or both."""
     chunks = tl.cdiv(own_tokens, OWN)
     first = tl.program_id(0) // chunks * PAIRS
@@ -118,23 +210,64 @@ def cdcr_gradient(
         d = step % blocks * BD + tl.arange(0, BD)
         u = read_units(
             own, own_inverse, pair, token, needed, d, dim, own_tokens, own_pair, own_token, own_channel, NORMALIZE
-        )  # fmt: skip
+        )
         g = tl.zeros((PAIRS * OWN, BD), tl.float32)
         if ANCHORS:
             x = standardize(u, anchor, channels, anchor_role, roles, d, dim)
             to_x = _to_anchors(
-                x, other, other_inverse, tl.maximum(partner, 0), pair, at, anchor, channels, pull, to_weighted,
-                anchor_role, roles, d, other_tokens, dim, other_pair, other_token, other_channel,
-                FULL, SHORT, NORMALIZE,
-            )  # fmt: skip
+                x,
+                other,
+                other_inverse,
+                tl.maximum(partner, 0),
+                pair,
+                at,
+                anchor,
+                channels,
+                pull,
+                to_weighted,
+                anchor_role,
+                roles,
+                d,
+                other_tokens,
+                dim,
+                other_pair,
+                other_token,
+                other_channel,
+                FULL,
+                SHORT,
+                NORMALIZE,
+            )
             of_weight += tl.where(again, 0.0, tl.sum(x * to_x, 1))
             g += _through_statistics(w * to_x, x, anchor.to(tl.float32), channels, anchor_role, roles, d, dim)
         if PARTNERS:
             to_y = _to_partners(
-                other, other_inverse, other_index, other_weight, channels, pull, to_partners, chooser_role, roles,
-                token, pair, at, chosen > 0, first, d, pairs, other_tokens, dim,
-                other_pair, other_token, other_channel, PAIRS, OTHER, FULL, SHORT, NORMALIZE,
-            )  # fmt: skip
+                other,
+                other_inverse,
+                other_index,
+                other_weight,
+                channels,
+                pull,
+                to_partners,
+                chooser_role,
+                roles,
+                token,
+                pair,
+                at,
+                chosen > 0,
+                first,
+                d,
+                pairs,
+                other_tokens,
+                dim,
+                other_pair,
+                other_token,
+                other_channel,
+                PAIRS,
+                OTHER,
+                FULL,
+                SHORT,
+                NORMALIZE,
+            )
             y = standardize(u, chosen > 0, channels, chooser_role + 1, roles, d, dim)
             g += _through_statistics(to_y, y, chosen, channels, chooser_role + 1, roles, d, dim)
         if NORMALIZE:
@@ -150,9 +283,16 @@ def cdcr_gradient(
 
 
 def gradient(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, pull: Tensor, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    pull: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of both features, contiguous and in their dtype, and of both weights, float32; (0, Nv) for none."""
     channels, pull = channels.contiguous(), pull.contiguous()
     found = terms(text, video, (text_weight, video_weight), (video_index, text_index), normalize)
@@ -171,9 +311,14 @@ def gradient(
 
 
 def _walk(
-    found: list[Term], channels: Tensor, pull: Tensor, back: tuple[Tensor, Tensor] | None, features: list[Tensor],
-    weights: list[Tensor], normalize: bool,
-) -> None:  # fmt: skip
+    found: list[Term],
+    channels: Tensor,
+    pull: Tensor,
+    back: tuple[Tensor, Tensor] | None,
+    features: list[Tensor],
+    weights: list[Tensor],
+    normalize: bool,
+) -> None:
     """Gradients of both sides; ``back``: d loss / d product rows, weighted anchors' and partners', (terms, rows, D)."""
     sides = (found[0].anchors, found[0].partners)
     for s, grad in enumerate(features):
@@ -186,11 +331,35 @@ def _walk(
         (pairs, n, dim), m = own.features.shape, other.features.shape[1]
         tile = pair_tile(n, m, LEAST)
         cdcr_gradient[(triton.cdiv(pairs, tile["PAIRS"]) * triton.cdiv(n, tile["OWN"]),)](
-            own.features, other.features, own.inverse, other.inverse, anchors.index, choosing.index,
-            anchors.weight, choosing.weight, channels, pull, to_weighted, to_partners, grad,
+            own.features,
+            other.features,
+            own.inverse,
+            other.inverse,
+            anchors.index,
+            choosing.index,
+            anchors.weight,
+            choosing.weight,
+            channels,
+            pull,
+            to_weighted,
+            to_partners,
+            grad,
             weights[s] if as_anchors else grad,
-            pairs, n, m, dim, channels.shape[1], 2 * anchors.nth, 2 * choosing.nth,
-            *own.features.stride(), *other.features.stride(),
-            **tile, BD=channel_block(dim, DEPTH), NORMALIZE=normalize, ANCHORS=as_anchors is not None,
-            PARTNERS=as_partners is not None, FULL=back is not None, SHORT=s == short_side(found), **GRADIENT,
-        )  # fmt: skip
+            pairs,
+            n,
+            m,
+            dim,
+            channels.shape[1],
+            2 * anchors.nth,
+            2 * choosing.nth,
+            *own.features.stride(),
+            *other.features.stride(),
+            **tile,
+            BD=channel_block(dim, DEPTH),
+            NORMALIZE=normalize,
+            ANCHORS=as_anchors is not None,
+            PARTNERS=as_partners is not None,
+            FULL=back is not None,
+            SHORT=s == short_side(found),
+            **GRADIENT,
+        )

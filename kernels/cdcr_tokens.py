@@ -41,9 +41,19 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": 
 
 @triton.jit
 def read_units(
-    features, inverse, pair, position, there, d, dim, tokens, stride_pair, stride_token, stride_channel,
+    features,
+    inverse,
+    pair,
+    position,
+    there,
+    d,
+    dim,
+    tokens,
+    stride_pair,
+    stride_token,
+    stride_channel,
     NORMALIZE: tl.constexpr,
-):  # fmt: skip
+):
     """Channels d of unit tokens (rows, BD), float32; zeros where there is none."""
     at = (pair * stride_pair + position.to(tl.int64) * stride_token)[:, None] + d.to(tl.int64)[None, :] * stride_channel
     x = tl.load(features + at, mask=there[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
@@ -85,10 +95,29 @@ def count_choosers(index, position, pair, first, pairs, tokens, PAIRS: tl.conste
 
 @triton.jit
 def sum_of_choosers(
-    other, inverse, index, weight, channels, rows, role, roles, position, pair, first, d, pairs, tokens, dim,
-    stride_pair, stride_token, stride_channel,
-    PAIRS: tl.constexpr, OTHER: tl.constexpr, NORMALIZE: tl.constexpr, GIVEN: tl.constexpr,
-):  # fmt: skip
+    other,
+    inverse,
+    index,
+    weight,
+    channels,
+    rows,
+    role,
+    roles,
+    position,
+    pair,
+    first,
+    d,
+    pairs,
+    tokens,
+    dim,
+    stride_pair,
+    stride_token,
+    stride_channel,
+    PAIRS: tl.constexpr,
+    OTHER: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
     """Sum of w x~ over the anchors that chose each of our tokens; or of their given rows. (rows, BD)"""
     total = tl.zeros((position.shape[0], d.shape[0]), tl.float32)
     for chunk in tl.range(0, tl.cdiv(tokens, OTHER)):
@@ -99,9 +128,19 @@ def sum_of_choosers(
             x = tl.load(rows + row[:, None] * dim + d[None, :], mask=inside, other=0.0)
         else:
             x = read_units(
-                other, inverse, of_pair, at, there, d, dim, tokens, stride_pair, stride_token, stride_channel,
+                other,
+                inverse,
+                of_pair,
+                at,
+                there,
+                d,
+                dim,
+                tokens,
+                stride_pair,
+                stride_token,
+                stride_channel,
                 NORMALIZE,
-            )  # fmt: skip
+            )
             x = standardize(x, there, channels, role, roles, d, dim)
             x *= tl.load(weight + row, mask=there, other=0.0)[:, None]
         total = tl.dot(hit.to(tl.float32), x, total, input_precision="ieee")
@@ -110,9 +149,22 @@ def sum_of_choosers(
 
 @triton.jit
 def cdcr_norms(
-    features, mask, inverse, rows, tokens, dim, stride_pair, stride_token, stride_channel, mask_pair, mask_token,
-    ROWS: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, TINY: tl.constexpr,
-):  # fmt: skip
+    features,
+    mask,
+    inverse,
+    rows,
+    tokens,
+    dim,
+    stride_pair,
+    stride_token,
+    stride_channel,
+    mask_pair,
+    mask_token,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+    MASKED: tl.constexpr,
+    TINY: tl.constexpr,
+):
     """1 / |x| of ROWS tokens; 0 for a zero token, and for one that is not there."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
@@ -124,7 +176,7 @@ def cdcr_norms(
         d = d0 + tl.arange(0, BD)
         x = read_units(
             features, inverse, pair, token, there, d, dim, tokens, stride_pair, stride_token, stride_channel, False
-        )  # fmt: skip
+        )
         square += tl.sum(x * x, 1)
     norm = tl.sqrt_rn(square)
     tiny = norm <= TINY
@@ -165,10 +217,20 @@ def norms(side: Side, normalize: bool) -> Tokens:
     inverse = torch.empty((pairs, tokens), dtype=torch.float32, device=x.device)
     mask = None if side.mask is None else side.mask.view(torch.uint8)
     cdcr_norms[(triton.cdiv(pairs * tokens, ROWS),)](
-        x, inverse if mask is None else mask, inverse, pairs * tokens, tokens, dim, *x.stride(),
+        x,
+        inverse if mask is None else mask,
+        inverse,
+        pairs * tokens,
+        tokens,
+        dim,
+        *x.stride(),
         *((0, 0) if mask is None else mask.stride()),
-        ROWS=ROWS, BD=channel_block(dim), MASKED=mask is not None, TINY=NORM_EPS, **OPTIONS,
-    )  # fmt: skip
+        ROWS=ROWS,
+        BD=channel_block(dim),
+        MASKED=mask is not None,
+        TINY=NORM_EPS,
+        **OPTIONS,
+    )
     return Tokens(x, inverse)
 
 

@@ -36,9 +36,19 @@ TAIL = 128
 
 @triton.jit
 def row_layout(
-    mask, length, slots, real, rows, tokens, mask_row, mask_token,
-    MASKED: tl.constexpr, CLASSES: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    mask,
+    length,
+    slots,
+    real,
+    rows,
+    tokens,
+    mask_row,
+    mask_token,
+    MASKED: tl.constexpr,
+    CLASSES: tl.constexpr,
+    GRAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row: how many real tokens, how many slots it needs, and where its real tokens stand."""
     row = tl.program_id(0)
     count = tl.where(row < rows, tokens, 0)
@@ -57,12 +67,39 @@ def row_layout(
 
 @triton.jit
 def pack_slots(
-    features, weights, length, start, real, packed, scale, weight, position, chunk_row,
-    rows, tokens, dim, blocks, companion_rows, x_row, x_token, x_channel, w_row, w_token,
-    D: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr, FRAMES: tl.constexpr, MASKED: tl.constexpr,
-    WEIGHTED: tl.constexpr, NORMALIZE: tl.constexpr, COPIES: tl.constexpr, GRAIN: tl.constexpr, TAIL: tl.constexpr,
-    PAD: tl.constexpr, TINY: tl.constexpr,
-):  # fmt: skip
+    features,
+    weights,
+    length,
+    start,
+    real,
+    packed,
+    scale,
+    weight,
+    position,
+    chunk_row,
+    rows,
+    tokens,
+    dim,
+    blocks,
+    companion_rows,
+    x_row,
+    x_token,
+    x_channel,
+    w_row,
+    w_token,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    MASKED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    COPIES: tl.constexpr,
+    GRAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    PAD: tl.constexpr,
+    TINY: tl.constexpr,
+):
     """SLOTS slots of one row."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     count = tl.load(length + row)
@@ -108,10 +145,27 @@ def pack_slots(
 
 @triton.jit
 def unpack_gradient(
-    grad, features, out, length, start, scale, position, factor, tokens, dim, blocks, companion_rows,
-    x_row, x_token, x_channel,
-    D: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr, FRAMES: tl.constexpr, NORMALIZE: tl.constexpr,
-):  # fmt: skip
+    grad,
+    features,
+    out,
+    length,
+    start,
+    scale,
+    position,
+    factor,
+    tokens,
+    dim,
+    blocks,
+    companion_rows,
+    x_row,
+    x_token,
+    x_channel,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
     """SLOTS real tokens of a row: unit tokens' gradients become those of the raw features, in their padded places."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * SLOTS + tl.arange(0, SLOTS)
@@ -133,9 +187,19 @@ def unpack_gradient(
 
 @triton.jit
 def unpack_weight_gradient(
-    partial, out, length, start, position, tokens, parts, part_stride, companion_rows,
-    BLOCK: tl.constexpr, FRAMES: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    partial,
+    out,
+    length,
+    start,
+    position,
+    tokens,
+    parts,
+    part_stride,
+    companion_rows,
+    BLOCK: tl.constexpr,
+    FRAMES: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """One row: add its tokens' partial sums, always in the same order, to what stands in their padded places."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK)
@@ -200,9 +264,18 @@ def _lengths(side: Side, rows_allocated: int, classes: bool, grain: int) -> tupl
     mask = None if side.mask is None else side.mask.view(torch.uint8)
     real = length if mask is None else torch.empty((rows, tokens), dtype=torch.int32, device=length.device)
     row_layout[(rows_allocated,)](
-        length if mask is None else mask, length, slots, real, rows, tokens, *_strides(mask),
-        MASKED=mask is not None, CLASSES=classes, GRAIN=grain, BLOCK=triton.next_power_of_2(tokens),
-    )  # fmt: skip
+        length if mask is None else mask,
+        length,
+        slots,
+        real,
+        rows,
+        tokens,
+        *_strides(mask),
+        MASKED=mask is not None,
+        CLASSES=classes,
+        GRAIN=grain,
+        BLOCK=triton.next_power_of_2(tokens),
+    )
     return length, slots, real
 
 
@@ -210,13 +283,35 @@ def _fill(side: Side, packed: Packed, real: Tensor, frames: bool, normalize: boo
     rows, tokens, dim = side.features.shape
     blocks, tile = _tile(packed, packed.most_slots)
     pack_slots[(packed.rows_allocated * blocks,)](
-        side.features, packed.scale if side.weight is None else side.weight, packed.length, packed.start, real,
-        packed.tokens, packed.scale, packed.weight, packed.position, packed.chunk_row,
-        rows, tokens, dim, blocks, packed.rows_allocated, *side.features.stride(), *_strides(side.weight),
-        D=packed.dim, FRAMES=frames, MASKED=side.mask is not None, WEIGHTED=side.weight is not None,
-        NORMALIZE=normalize, COPIES=copies, GRAIN=GRAIN, TAIL=TAIL, PAD=NOWHERE if copies else PAD_POSITION,
-        TINY=NORM_EPS, **tile,
-    )  # fmt: skip
+        side.features,
+        packed.scale if side.weight is None else side.weight,
+        packed.length,
+        packed.start,
+        real,
+        packed.tokens,
+        packed.scale,
+        packed.weight,
+        packed.position,
+        packed.chunk_row,
+        rows,
+        tokens,
+        dim,
+        blocks,
+        packed.rows_allocated,
+        *side.features.stride(),
+        *_strides(side.weight),
+        D=packed.dim,
+        FRAMES=frames,
+        MASKED=side.mask is not None,
+        WEIGHTED=side.weight is not None,
+        NORMALIZE=normalize,
+        COPIES=copies,
+        GRAIN=GRAIN,
+        TAIL=TAIL,
+        PAD=NOWHERE if copies else PAD_POSITION,
+        TINY=NORM_EPS,
+        **tile,
+    )
 
 
 def _tile(packed: Packed, slots: int) -> tuple[int, dict[str, int]]:
@@ -255,10 +350,18 @@ def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: b
     d = triton.cdiv(dim, step) * step
     scale, weight = torch.zeros((2, allocated), dtype=torch.float32, device=device)
     packed = Packed(
-        side.features.new_empty((allocated, d)), scale, weight,
-        torch.empty(allocated, dtype=torch.int32, device=device), length, start, order, class_begin,
-        torch.empty(allocated // GRAIN, dtype=torch.int32, device=device), d, most,
-    )  # fmt: skip
+        side.features.new_empty((allocated, d)),
+        scale,
+        weight,
+        torch.empty(allocated, dtype=torch.int32, device=device),
+        length,
+        start,
+        order,
+        class_begin,
+        torch.empty(allocated // GRAIN, dtype=torch.int32, device=device),
+        d,
+        most,
+    )
     _fill(side, packed, real, False, normalize, copies)
     return packed
 
@@ -277,9 +380,18 @@ def pack_frames(side: Side, step: int, block: int, normalize: bool, *, copies: b
     scale, weight = torch.empty((2, tokens, allocated), dtype=torch.float32, device=length.device)
     position = torch.empty((tokens, allocated), dtype=torch.int32, device=length.device)
     packed = Packed(
-        side.features.new_empty((allocated, tokens * d)), scale, weight, position, length, slots, None, None, slots,
-        d, tokens,
-    )  # fmt: skip
+        side.features.new_empty((allocated, tokens * d)),
+        scale,
+        weight,
+        position,
+        length,
+        slots,
+        None,
+        None,
+        slots,
+        d,
+        tokens,
+    )
     _fill(side, packed, real, True, normalize, copies)
     return packed
 
@@ -291,16 +403,40 @@ def unpack(
     rows, tokens, dim = side.features.shape
     blocks, tile = _tile(packed, tokens)
     unpack_gradient[(rows * blocks,)](
-        grad, side.features, out, packed.length, packed.start, packed.scale, packed.position, factor,
-        tokens, dim, blocks, packed.rows_allocated, *side.features.stride(),
-        D=packed.dim, FRAMES=frames, NORMALIZE=normalize, **tile,
-    )  # fmt: skip
+        grad,
+        side.features,
+        out,
+        packed.length,
+        packed.start,
+        packed.scale,
+        packed.position,
+        factor,
+        tokens,
+        dim,
+        blocks,
+        packed.rows_allocated,
+        *side.features.stride(),
+        D=packed.dim,
+        FRAMES=frames,
+        NORMALIZE=normalize,
+        **tile,
+    )
 
 
 def unpack_weight(partial: Tensor, packed: Packed, out: Tensor, *, frames: bool, add: bool) -> None:
     """Sum up (parts, companions) parts of the weights' gradients, into real tokens' places of ``out`` (rows, N)."""
     rows, tokens = out.shape
     unpack_weight_gradient[(rows,)](
-        partial, out, packed.length, packed.start, packed.position, tokens, partial.shape[0], partial.stride(0),
-        packed.rows_allocated, BLOCK=triton.next_power_of_2(tokens), FRAMES=frames, ADD=add,
-    )  # fmt: skip
+        partial,
+        out,
+        packed.length,
+        packed.start,
+        packed.position,
+        tokens,
+        partial.shape[0],
+        partial.stride(0),
+        packed.rows_allocated,
+        BLOCK=triton.next_power_of_2(tokens),
+        FRAMES=frames,
+        ADD=add,
+    )

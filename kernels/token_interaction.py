@@ -124,10 +124,22 @@ def _finish(best, frame, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
 
 @triton.jit
 def _frame_similarity(
-    text, video, b0, c0, f, v_stride, scale_v, scale_t,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    KEYED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    text,
+    video,
+    b0,
+    c0,
+    f,
+    v_stride,
+    scale_v,
+    scale_t,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    KEYED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """S of frame f of BM videos with BN words; plus OFFSET if KEYED."""
     acc = tl.zeros((BM, BN), tl.float32)
     if not TMA:
@@ -150,9 +162,17 @@ def _frame_similarity(
 
 @triton.jit
 def _store_choices(
-    slot, text_index, at, text_position, c0, mask,
-    SLOTS: tl.constexpr, KEYED: tl.constexpr, HOLES: tl.constexpr, NONE: tl.constexpr,
-):  # fmt: skip
+    slot,
+    text_index,
+    at,
+    text_position,
+    c0,
+    mask,
+    SLOTS: tl.constexpr,
+    KEYED: tl.constexpr,
+    HOLES: tl.constexpr,
+    NONE: tl.constexpr,
+):
     """Which word each video's frame chose, slots (BM, captions) turned into places in the padded captions."""
     found = slot < (NOBODY if KEYED else LARGE)
     if HOLES:
@@ -170,10 +190,24 @@ def _of_words(x, SLOTS: tl.constexpr):
 
 @triton.jit
 def _take_frame(
-    s, out, g, t_floor, mask, at, text_index, text_position, weight, partial, c0,
-    SLOTS: tl.constexpr, BOTH: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr, HOLES: tl.constexpr,
+    s,
+    out,
+    g,
+    t_floor,
+    mask,
+    at,
+    text_index,
+    text_position,
+    weight,
+    partial,
+    c0,
+    SLOTS: tl.constexpr,
+    BOTH: tl.constexpr,
+    MODE: tl.constexpr,
+    KEYED: tl.constexpr,
+    HOLES: tl.constexpr,
     NONE: tl.constexpr,
-):  # fmt: skip
+):
     """What a frame's S (BM, BN) means for its videos: their words' maximum, and who that was."""
     CAPTIONS: tl.constexpr = s.shape[1] // SLOTS
     if BOTH:
@@ -191,9 +225,21 @@ def _take_frame(
 
 @triton.jit
 def _take_words(
-    value, frame, out, g, here, mask, at, video_index, weight, partial,
-    SLOTS: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr, NONE: tl.constexpr,
-):  # fmt: skip
+    value,
+    frame,
+    out,
+    g,
+    here,
+    mask,
+    at,
+    video_index,
+    weight,
+    partial,
+    SLOTS: tl.constexpr,
+    MODE: tl.constexpr,
+    KEYED: tl.constexpr,
+    NONE: tl.constexpr,
+):
     """What the maxima over frames (BM, BN) mean for their words' captions, and who they were."""
     BM: tl.constexpr = value.shape[0]
     BN: tl.constexpr = value.shape[1]
@@ -223,14 +269,56 @@ def _store_logits(out, scored, at, mask, ADD: tl.constexpr):
 
 @triton.jit
 def interaction_forward(
-    text, video, text_scale, video_scale, text_weight, video_weight, text_position, video_position,
-    text_length, video_length, order, start, class_begin, logits, video_index, text_index, text_partial, video_partial,
-    texts, videos, text_tokens, video_tokens, video_rows, partial_slots, group, tile_base, zero_competes, factor,
-    logits_caption, logits_row, index_caption, index_token, index_row,
-    SLOTS: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
-    BOTH: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr, PRECISION: tl.constexpr, NONE: tl.constexpr,
-    SORTED: tl.constexpr, LONG: tl.constexpr, ADD: tl.constexpr, TEXT_HOLES: tl.constexpr, VIDEO_HOLES: tl.constexpr,
-):  # fmt: skip
+    text,
+    video,
+    text_scale,
+    video_scale,
+    text_weight,
+    video_weight,
+    text_position,
+    video_position,
+    text_length,
+    video_length,
+    order,
+    start,
+    class_begin,
+    logits,
+    video_index,
+    text_index,
+    text_partial,
+    video_partial,
+    texts,
+    videos,
+    text_tokens,
+    video_tokens,
+    video_rows,
+    partial_slots,
+    group,
+    tile_base,
+    zero_competes,
+    factor,
+    logits_caption,
+    logits_row,
+    index_caption,
+    index_token,
+    index_row,
+    SLOTS: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    BOTH: tl.constexpr,
+    MODE: tl.constexpr,
+    KEYED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NONE: tl.constexpr,
+    SORTED: tl.constexpr,
+    LONG: tl.constexpr,
+    ADD: tl.constexpr,
+    TEXT_HOLES: tl.constexpr,
+    VIDEO_HOLES: tl.constexpr,
+):
     tile = tl.program_id(0) // tl.cdiv(videos, BM)
     b0 = (tl.program_id(0) % tl.cdiv(videos, BM)) * BM
     b = b0 + tl.arange(0, BM)
@@ -258,28 +346,64 @@ def interaction_forward(
         for f in tl.range(0, tl.max(v_length, 0), flatten=True):
             of_frame = f * video_rows + b
             s = _frame_similarity(
-                text, video, b0, c0, f, video_tokens * D, video_scale + of_frame, text_scale + c0 + column,
-                D, BM, BN, BK, KEYED, PRECISION, TMA,
-            )  # fmt: skip
+                text,
+                video,
+                b0,
+                c0,
+                f,
+                video_tokens * D,
+                video_scale + of_frame,
+                text_scale + c0 + column,
+                D,
+                BM,
+                BN,
+                BK,
+                KEYED,
+                PRECISION,
+                TMA,
+            )
             position = tl.full((1, 1), f, tl.int32)
             if VIDEO_HOLES and MODE != SCORES:
                 position = tl.load(video_position + of_frame)[:, None]
             best, frame = _over_frames(best, frame, s, position, MODE, KEYED)
             out = _take_frame(
-                s, out, g, t_length < tl.where(zero_competes, text_tokens, 1), inside & (f < v_length)[:, None],
-                (caption[None, :] * video_tokens + position) * videos + b[:, None], text_index, text_position,
+                s,
+                out,
+                g,
+                t_length < tl.where(zero_competes, text_tokens, 1),
+                inside & (f < v_length)[:, None],
+                (caption[None, :] * video_tokens + position) * videos + b[:, None],
+                text_index,
+                text_position,
                 video_weight + of_frame,
-                video_partial + ((tile_base + tile).to(tl.int64) * video_tokens + f) * video_rows + b, c0,
-                SLOTS, BOTH, MODE, KEYED, TEXT_HOLES, NONE,
-            )  # fmt: skip
+                video_partial + ((tile_base + tile).to(tl.int64) * video_tokens + f) * video_rows + b,
+                c0,
+                SLOTS,
+                BOTH,
+                MODE,
+                KEYED,
+                TEXT_HOLES,
+                NONE,
+            )
         value, frame = _finish(best, frame, v_length < tl.where(zero_competes, video_tokens, 1), MODE, KEYED)
         real = tl.reshape(chunk * BN + tl.arange(0, SLOTS)[None, :] < t_length[:, None], (BN,))
         of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + c0 + column) * index_token
         out = _take_words(
-            value, frame, out, g, here, real[None, :] & (b < videos)[:, None],
-            of_word[None, :] + b[:, None].to(tl.int64) * index_row, video_index, text_weight + c0 + column,
-            text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column, SLOTS, MODE, KEYED, NONE,
-        )  # fmt: skip
+            value,
+            frame,
+            out,
+            g,
+            here,
+            real[None, :] & (b < videos)[:, None],
+            of_word[None, :] + b[:, None].to(tl.int64) * index_row,
+            video_index,
+            text_weight + c0 + column,
+            text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column,
+            SLOTS,
+            MODE,
+            KEYED,
+            NONE,
+        )
     if MODE != WEIGHTS:
         _store_logits(out * factor, (t_length > 0)[None, :] & (v_length > 0)[:, None], logits + pair, inside, ADD)
 
@@ -332,9 +456,16 @@ def forward(
 
 
 def sweep(
-    words: Side, frames: Side, out: Outputs, mode: tl.constexpr, both: bool, normalize: bool, zero_competes: bool,
-    factor: float, add: bool = False,
-) -> Partials:  # fmt: skip
+    words: Side,
+    frames: Side,
+    out: Outputs,
+    mode: tl.constexpr,
+    both: bool,
+    normalize: bool,
+    zero_competes: bool,
+    factor: float,
+    add: bool = False,
+) -> Partials:
     """Launch the kernel over every caption and row: once, or once a length class where a mask gives lengths."""
     a, nt, _ = words.features.shape
     b, nv, _ = frames.features.shape
@@ -362,20 +493,53 @@ def sweep(
     for group, (slots, tile) in enumerate(tiles.items()):
         captions = triton.cdiv(a, tile.n // slots)
         interaction_forward[(blocks * captions,)](
-            *_operands(w.tokens, f.tokens, tile), w.scale, f.scale, w.weight, f.weight, w.position, f.position,
-            w.length, f.length, w.length if w.order is None else w.order, w.start,
+            *_operands(w.tokens, f.tokens, tile),
+            w.scale,
+            f.scale,
+            w.weight,
+            f.weight,
+            w.position,
+            f.position,
+            w.length,
+            f.length,
+            w.length if w.order is None else w.order,
+            w.start,
             w.length if w.class_begin is None else w.class_begin,
-            out.logits, out.index, out.text_index, partials.by_word,
+            out.logits,
+            out.index,
+            out.text_index,
+            partials.by_word,
             partials.by_word if partials.by_frame is None else partials.by_frame,
-            a, b, nt, nv, f.rows_allocated, len(w.scale), group, base, zero_competes, factor,
-            *out.logits_strides, *out.index_strides,
-            SLOTS=slots, D=w.dim, BM=tile.m, BN=tile.n, BK=tile.k, BOTH=both, MODE=mode, KEYED=keyed,
+            a,
+            b,
+            nt,
+            nv,
+            f.rows_allocated,
+            len(w.scale),
+            group,
+            base,
+            zero_competes,
+            factor,
+            *out.logits_strides,
+            *out.index_strides,
+            SLOTS=slots,
+            D=w.dim,
+            BM=tile.m,
+            BN=tile.n,
+            BK=tile.k,
+            BOTH=both,
+            MODE=mode,
+            KEYED=keyed,
             PRECISION="tf32" if precision == "tf32" else "ieee",
             NONE=255 if out.index.dtype == torch.uint8 else -1,
-            SORTED=sorted_, LONG=long, ADD=add,
-            TEXT_HOLES=words.mask is not None or nt != slots, VIDEO_HOLES=frames.mask is not None, TMA=tile.tma,
+            SORTED=sorted_,
+            LONG=long,
+            ADD=add,
+            TEXT_HOLES=words.mask is not None or nt != slots,
+            VIDEO_HOLES=frames.mask is not None,
+            TMA=tile.tma,
             **tuning.launch_options(tile),
-        )  # fmt: skip
+        )
         base += captions
     return partials
 

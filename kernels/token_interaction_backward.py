@@ -46,12 +46,34 @@ BLOCK_ROWS = 16
 
 @triton.jit
 def interaction_backward_text(
-    video, video_scale, video_weight, video_position, most_frames, text_weight, text_position, chunk_row, start,
-    video_index, text_index, grad_logits, grad, boost,
-    texts, videos, text_tokens, video_tokens, video_rows, factor,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BOTH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    video,
+    video_scale,
+    video_weight,
+    video_position,
+    most_frames,
+    text_weight,
+    text_position,
+    chunk_row,
+    start,
+    video_index,
+    text_index,
+    grad_logits,
+    grad,
+    boost,
+    texts,
+    videos,
+    text_tokens,
+    video_tokens,
+    video_rows,
+    factor,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BOTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """BM channels of BN words' gradients."""
     CHUNKS: tl.constexpr = BN // CHUNK
     parts: tl.constexpr = (D + BM - 1) // BM
@@ -100,12 +122,35 @@ def interaction_backward_text(
 
 @triton.jit
 def interaction_backward_video(
-    text, text_scale, text_weight, text_position, chunk_row, start, video_weight, video_position, video_length,
-    video_index, text_index, grad_logits, grad, boost,
-    texts, videos, text_tokens, video_tokens, video_rows, factor,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BOTH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    text,
+    text_scale,
+    text_weight,
+    text_position,
+    chunk_row,
+    start,
+    video_weight,
+    video_position,
+    video_length,
+    video_index,
+    text_index,
+    grad_logits,
+    grad,
+    boost,
+    texts,
+    videos,
+    text_tokens,
+    video_tokens,
+    video_rows,
+    factor,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BOTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """BM channels of the gradients of one frame of BN videos; if ADD, added to those of earlier blocks of text rows."""
     CHUNKS: tl.constexpr = BK // CHUNK
     parts: tl.constexpr = (D + BM - 1) // BM
@@ -177,9 +222,15 @@ class Shared(NamedTuple):
 
 
 def backward(
-    grad_logits: Tensor, text: Side, video: Side, video_index: Tensor, text_index: Tensor, normalize: bool,
-    zero_competes: bool, output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_logits: Tensor,
+    text: Side,
+    video: Side,
+    video_index: Tensor,
+    text_index: Tensor,
+    normalize: bool,
+    zero_competes: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
     """Gradients of both features (their dtype) and both weights (float32); no elements where ``output_mask`` is False.
 
     Matches without elements were not kept: each block of text rows finds its own again.
@@ -283,10 +334,23 @@ def _text(words: Packed, block: Block, shared: Shared) -> Tensor:
     # The tail only serves reads beyond the last word; no gradient belongs there.
     tiles = triton.cdiv(len(grad) - TAIL, tile.n)
     interaction_backward_text[(tiles * triton.cdiv(words.dim, tile.m),)](
-        _operand(frames.tokens, tile), frames.scale, frames.weight, frames.position, frames.length.amax(),
-        words.weight, words.position, words.chunk_row, words.start, block.video_index, block.text_index,
-        block.grad_logits, grad, shared.boost, *_sizes(block, shared), **_options(words, block, shared, tile),
-    )  # fmt: skip
+        _operand(frames.tokens, tile),
+        frames.scale,
+        frames.weight,
+        frames.position,
+        frames.length.amax(),
+        words.weight,
+        words.position,
+        words.chunk_row,
+        words.start,
+        block.video_index,
+        block.text_index,
+        block.grad_logits,
+        grad,
+        shared.boost,
+        *_sizes(block, shared),
+        **_options(words, block, shared, tile),
+    )
     return grad
 
 
@@ -296,11 +360,24 @@ def _video(words: Packed, block: Block, shared: Shared) -> None:
     tile = _tile("video", block.text, add)
     blocks, parts = triton.cdiv(b, tile.n), triton.cdiv(words.dim, tile.m)
     interaction_backward_video[(nv * blocks * parts,)](
-        _operand(words.tokens, tile), words.scale, words.weight, words.position, words.chunk_row, words.start,
-        frames.weight, frames.position, frames.length, block.video_index, block.text_index, block.grad_logits,
-        shared.grad_frames, shared.boost, *_sizes(block, shared), **_options(words, block, shared, tile),
+        _operand(words.tokens, tile),
+        words.scale,
+        words.weight,
+        words.position,
+        words.chunk_row,
+        words.start,
+        frames.weight,
+        frames.position,
+        frames.length,
+        block.video_index,
+        block.text_index,
+        block.grad_logits,
+        shared.grad_frames,
+        shared.boost,
+        *_sizes(block, shared),
+        **_options(words, block, shared, tile),
         ADD=add,
-    )  # fmt: skip
+    )
 
 
 def _sizes(block: Block, shared: Shared) -> tuple[int | float, ...]:
@@ -311,9 +388,15 @@ def _sizes(block: Block, shared: Shared) -> tuple[int | float, ...]:
 def _options(words: Packed, block: Block, shared: Shared, tile: Tile) -> dict[str, object]:
     tf32 = tuning.product(block.text.features.dtype) == "tf32"
     return {
-        "D": words.dim, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BOTH": shared.both,
-        "PRECISION": "tf32" if tf32 else "ieee", "TMA": tile.tma, **tuning.launch_options(tile),
-    }  # fmt: skip
+        "D": words.dim,
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "BOTH": shared.both,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "TMA": tile.tma,
+        **tuning.launch_options(tile),
+    }
 
 
 def _operand(tokens: Tensor, tile: Tile) -> object:

@@ -53,8 +53,11 @@ class Case:
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     with np.load(path) as file:
-        arrays = {k: torch.from_numpy(file[k]) if file[k].ndim else torch.tensor(file[k].item()).double()
-                  for k in file.files if k != "meta"}  # fmt: skip
+        arrays = {
+            k: torch.from_numpy(file[k]) if file[k].ndim else torch.tensor(file[k].item()).double()
+            for k in file.files
+            if k != "meta"
+        }
         return arrays, json.loads(str(file["meta"])) if "meta" in file.files else {}
 
 
@@ -71,8 +74,11 @@ def plain_pair(layer: nn.Module, text: Tensor, video: Tensor, *masks: Tensor | N
         raw = layer.weight_input == "raw"
         t_in, v_in = (text, video) if raw else (F.normalize(text, dim=-1), F.normalize(video, dim=-1))
         wt = layer.text_weight_fc(t_in).squeeze(-1).masked_fill(~t_mask, -torch.inf).softmax(-1)
-        wv = layer.video_weight_fc(v_in).squeeze(-1).masked_fill(~v_mask, -torch.inf).softmax(-1) \
-            if layer.bidirectional else None  # fmt: skip
+        wv = (
+            layer.video_weight_fc(v_in).squeeze(-1).masked_fill(~v_mask, -torch.inf).softmax(-1)
+            if layer.bidirectional
+            else None
+        )
     else:
         wt, wv = t_mask.to(text) / t_mask.sum(-1, keepdim=True), v_mask.to(video) / v_mask.sum(-1, keepdim=True)
     t, v = (F.normalize(text, dim=-1), F.normalize(video, dim=-1)) if layer.normalize else (text, video)

@@ -119,8 +119,11 @@ def peaks(name: str, loss: str, batches: tuple[int, int]) -> dict[int, int]:
         pass  # skips, or fails, where it is absent
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.test_memory", name, loss, *map(str, batches)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(batches, json.loads(done.stdout), strict=True))
 

@@ -39,9 +39,19 @@ HANDED_ON = ("drl_fast", "drl_fast.model.drl")
 HOUSE = ("drl_fast", "kernels", "csrc", "tests", "benchmarks", "examples")
 # Half a second or more each, or not installed everywhere. (torch.compiler's decorators load torch._dynamo.)
 HEAVY = {
-    "PIL", "av", "matplotlib", "numpy", "open_clip", "psutil", "rich", "torch._dynamo", "torchvision", "transformers",
-    "typer", ORACLE,
-}  # fmt: skip
+    "PIL",
+    "av",
+    "matplotlib",
+    "numpy",
+    "open_clip",
+    "psutil",
+    "rich",
+    "torch._dynamo",
+    "torchvision",
+    "transformers",
+    "typer",
+    ORACLE,
+}
 FILE_LINES = 400
 FUNCTION_LINES = 60
 

@@ -42,5 +42,6 @@ def print_unreadable(console: Console, video: Unreadable) -> None:
     """A video that gives no frame, and why."""
     console.print(
         f"[yellow]unreadable, left out:[/yellow] {escape(video.name)}: {escape(video.reason)}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -86,9 +86,13 @@ def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
             # CPU tensors' matches are always kept.
             with little_blocks(device, case.large):
                 ours = run(
-                    op.token_interaction, op.token_interaction_backward, here, probe.to(device), *options,
+                    op.token_interaction,
+                    op.token_interaction_backward,
+                    here,
+                    probe.to(device),
+                    *options,
                     keep=not case.large or device == "cpu",
-                )  # fmt: skip
+                )
             truth = run(chunked.forward, chunked.backward, wide(inputs), probe.double(), *options)
             errors += relative(ours, truth)
     return errors

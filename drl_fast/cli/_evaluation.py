@@ -79,11 +79,19 @@ def run_eval(run: EvalRun, console: Console) -> None:
         watch = _Watch(console)
         with watch.bars:
             found = evaluate(
-                model, split, tokenizer, sampling, max_words=config.words,
+                model,
+                split,
+                tokenizer,
+                sampling,
+                max_words=config.words,
                 workers=config.workers if run.workers is None else run.workers,
-                cache=None if run.cache is None else FeatureCache(run.cache), block=run.block,
-                precision=config.precision, strict=run.strict, process_group=here.group, on_progress=watch,
-            )  # fmt: skip
+                cache=None if run.cache is None else FeatureCache(run.cache),
+                block=run.block,
+                precision=config.precision,
+                strict=run.strict,
+                process_group=here.group,
+                on_progress=watch,
+            )
         if here.first:
             report = _report(run, config, model, split, found, here, watch.seconds)
             _print(report, console)
@@ -102,13 +110,16 @@ def _introduce(
     console.print(
         f"Model {escape(source)}: {escape(name)}, interaction {model.config.interaction}, temporal module "
         f"{model.config.temporal}; {config.precision} on {here.device}" + f", {here.size} processes" * (here.size > 1),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
         f"{config.dataset}, {split.part}: {len(split.captions)} captions of {len(split.videos)} videos, "
         f"of which {sampling.rate:g} frame{'s' * (sampling.rate != 1)} a second are looked at, at most "
-        f"{sampling.max_frames}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{sampling.max_frames}",
+        highlight=False,
+        soft_wrap=True,
+    )
     print_left_out(console, split)
     warning = untrained(config) if run.checkpoint is None else None
     if warning is not None:
@@ -134,9 +145,14 @@ class _Watch:
 
 
 def _report(
-    run: EvalRun, config: RunConfig, model: DRL, split: Split, found: Evaluation, here: Processes,
+    run: EvalRun,
+    config: RunConfig,
+    model: DRL,
+    split: Split,
+    found: Evaluation,
+    here: Processes,
     seconds: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """All that is printed and more, as JSON holds it."""
     texts, videos = found.sim.shape
     intervals = {key: recall_interval(found.sim, found.owner, direction=key) for key in DIRECTIONS}
@@ -158,10 +174,14 @@ def _report(
         "block": run.block,
         "device": str(here.device),
         "processes": here.size,
-        "versions": {"drl_fast": __version__, "torch": torch.__version__, "open_clip": version("open_clip_torch"),
-                     "av": version("av")},
+        "versions": {
+            "drl_fast": __version__,
+            "torch": torch.__version__,
+            "open_clip": version("open_clip_torch"),
+            "av": version("av"),
+        },
         "seconds": {stage: round(taken, 3) for stage, taken in seconds.items()},
-    }  # fmt: skip
+    }
 
 
 def _print(report: dict[str, Any], console: Console) -> None:

@@ -53,9 +53,13 @@ def _losses(rows: list[Row], batch: int) -> Figure:
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(rows)), key=lambda i: -handles[i].get_ydata()[-1])
     axes.legend(
-        [handles[i] for i in order], [names[i] for i in order], frameon=False, loc="center left",
-        bbox_to_anchor=(1, 0.5), handlelength=3,
-    )  # fmt: skip
+        [handles[i] for i in order],
+        [names[i] for i in order],
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        handlelength=3,
+    )
     return figure
 
 
@@ -71,9 +75,16 @@ def _recalls(rows: list[Row]) -> Figure:
             [max(0.0, high - value) for value, (_, high) in zip(values, intervals, strict=True)],
         ]
         axes.errorbar(
-            values, [place + offset for place in range(len(rows))], xerr=reach, fmt=marker, color=colour, markersize=6,
-            capsize=3, linewidth=1.6, label=DIRECTIONS[key],
-        )  # fmt: skip
+            values,
+            [place + offset for place in range(len(rows))],
+            xerr=reach,
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            capsize=3,
+            linewidth=1.6,
+            label=DIRECTIONS[key],
+        )
     blind = chance(candidates)["R1"]
     axes.axvline(blind, color=GREY, linestyle="--", linewidth=1.2, label=f"chance, {blind:.3g} %")
     axes.set_yticks(range(len(rows)), [row.name for row in rows])

@@ -69,8 +69,10 @@ def run_train(asked: TrainRun, console: Console, *, dry: bool = False) -> bool:
         # Whole paths: the run's configuration is read again, perhaps from elsewhere.
         named = [path and path.resolve() for path in (asked.videos, asked.annotations)]
         config, videos, annotations = with_folders(config, named[0], named[1], DRY_HINT)
-        splits = {part: load_split(config.dataset, part, videos=videos, annotations=annotations, strict=asked.strict)
-                  for part in ("train", "val")}  # fmt: skip
+        splits = {
+            part: load_split(config.dataset, part, videos=videos, annotations=annotations, strict=asked.strict)
+            for part in ("train", "val")
+        }
         _introduce(config, splits, here, console)
         torch.manual_seed(config.seed)
         model, tokenizer = build_model(config)
@@ -91,21 +93,25 @@ def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, con
     for split in splits.values():
         console.print(
             f"{config.dataset}, {split.part}: {len(split.captions)} captions of {len(split.videos)} videos",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            highlight=False,
+            soft_wrap=True,
+        )
         print_left_out(console, split)
     if splits["train"].captions == splits["val"].captions:
         console.print(
             "[bold yellow]val holds the training captions: its scores say nothing of other videos; a column "
-            "split (train, val, test) tells them apart[/bold yellow]", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            "split (train, val, test) tells them apart[/bold yellow]",
+            highlight=False,
+            soft_wrap=True,
+        )
     weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
     console.print(
         f"{escape(config.clip)}, {escape(weights)}, interaction {config.interaction}, temporal module "
         f"{config.temporal}, cdcr {config.cdcr}; {config.precision} on {here.device}"
         + (f", {here.size} processes ({config.parallel})" if here.size > 1 else ""),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @contextlib.contextmanager
@@ -174,15 +180,19 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
     if not finished:
         console.print(
             f"stopped after step {run.progress.step} of {len(run.batches)}; the same command with --resume goes on "
-            f"from {escape(str(run.folder / LAST))}", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"from {escape(str(run.folder / LAST))}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     unreadable = run.unreadable()
     if unreadable:
         console.print(
             f"{len(unreadable)} videos could not be read and were left out; {escape(str(run.folder / UNREADABLE))} has "
-            "their names and why", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            "their names and why",
+            highlight=False,
+            soft_wrap=True,
+        )
     leader = run.progress.best()
     if leader is None:
         return
@@ -201,8 +211,10 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
         return
     console.print(
         f"drl-fast eval --checkpoint {escape(str(run.folder))} scores it on the test part; the model is in "
-        f"{escape(str(run.folder / BEST))}", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{escape(str(run.folder / BEST))}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _dry(config: RunConfig, folder: Path, here: Processes) -> RunConfig:
@@ -215,9 +227,15 @@ def _dry(config: RunConfig, folder: Path, here: Processes) -> RunConfig:
     here.any(False)  # the others wait for the clips
     sampling = config.sampling(1)
     return dataclasses.replace(
-        config, dataset="folder", pretrained=None, epochs=1, batch=batch, max_words=config.words,
-        max_frames=sampling.max_frames, workers=min(config.workers, 2),
-    )  # fmt: skip
+        config,
+        dataset="folder",
+        pretrained=None,
+        epochs=1,
+        batch=batch,
+        max_words=config.words,
+        max_frames=sampling.max_frames,
+        workers=min(config.workers, 2),
+    )
 
 
 @contextlib.contextmanager

@@ -51,7 +51,17 @@ def evaluate(
         from ._evaluation import EvalRun, run_eval
 
         run = EvalRun(
-            checkpoint, config, split, videos, annotations, tuple(overrides or ()), out, cache, workers, block, strict,
+            checkpoint,
+            config,
+            split,
+            videos,
+            annotations,
+            tuple(overrides or ()),
+            out,
+            cache,
+            workers,
+            block,
+            strict,
             post,
-        )  # fmt: skip
+        )
         run_eval(run, Console())

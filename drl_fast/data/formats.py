@@ -21,7 +21,7 @@ from .annotations import (
     read_text,
     strings,
     unique,
-)  # fmt: skip
+)
 from .folder import HOW, read_captions
 
 PARTS = ("train", "val", "test")
@@ -83,9 +83,7 @@ def lsmdc(annotations: Path, part: str) -> Listing:
 def vatex(annotations: Path, part: str) -> Listing:
     """Ten captions a clip, of HGR's split; in HGR's own files, or in the release's."""
     short = {"train": "trn", "val": "val", "test": "tst"}[part]
-    ids = read_ids(
-        find_file(annotations, f"{part}_list.txt", f"{short}_names.npy", f"public_split/{short}_names.npy")
-    )  # fmt: skip
+    ids = read_ids(find_file(annotations, f"{part}_list.txt", f"{short}_names.npy", f"public_split/{short}_names.npy"))
     # HGR's validation and test clips are both of the release's validation.
     release = "vatex_training_v1.0.json" if part == "train" else "vatex_validation_v1.0.json"
     path = find_file(annotations, "ref_captions.json", "annotation/RET/ref_captions.json", release)

@@ -8,9 +8,24 @@ from pathlib import Path
 
 # Beside these lie thumbnails, subtitles and sound tracks of the same stem.
 VIDEO_SUFFIXES = {
-    ".3gp", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
-    ".vob", ".webm", ".wmv",
-}  # fmt: skip
+    ".3gp",
+    ".avi",
+    ".f4v",
+    ".flv",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ogv",
+    ".ts",
+    ".vob",
+    ".webm",
+    ".wmv",
+}
 
 
 class VideoFiles:

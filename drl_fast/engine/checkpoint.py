@@ -34,9 +34,15 @@ class Progress:
 
 
 def save(
-    path: Path, model: DRL, optimizer: torch.optim.Optimizer, progress: Progress, config: RunConfig, data: str,
-    *, write: bool
-) -> None:  # fmt: skip
+    path: Path,
+    model: DRL,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: RunConfig,
+    data: str,
+    *,
+    write: bool,
+) -> None:
     """Write a run's state aside and rename it. All processes call it, one of them with ``write``.
 
     Raises:
@@ -46,9 +52,13 @@ def save(
     if not write:
         return
     state = {
-        "format": FORMAT, "model": weights, "optimizer": optimizer_state, "progress": asdict(progress),
-        "config": asdict(config), "data": data,
-    }  # fmt: skip
+        "format": FORMAT,
+        "model": weights,
+        "optimizer": optimizer_state,
+        "progress": asdict(progress),
+        "config": asdict(config),
+        "data": data,
+    }
     try:
         write_aside(path, lambda name: torch.save(state, name))
     except (OSError, RuntimeError) as error:

@@ -50,11 +50,20 @@ class Evaluation:
 
 
 def evaluate(
-    model: DRL, split: Split, tokenizer: Callable[..., Tensor], sampling: Sampling, *, max_words: int,
-    workers: int = 0, cache: FeatureCache | None = None, block: int = 64, precision: str = "fp32",
-    strict: bool = False, process_group: ProcessGroup | None = None,
+    model: DRL,
+    split: Split,
+    tokenizer: Callable[..., Tensor],
+    sampling: Sampling,
+    *,
+    max_words: int,
+    workers: int = 0,
+    cache: FeatureCache | None = None,
+    block: int = 64,
+    precision: str = "fp32",
+    strict: bool = False,
+    process_group: ProcessGroup | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Score every caption of a split against every video of it.
 
     Args:
@@ -94,9 +103,15 @@ def evaluate(
     with _scoring(model):
         terms() if ranks is None else ranks.agree("evaluate", terms)
         features, counts, reasons = frame_features(
-            model, split.videos, sampling, workers=workers, cache=cache, autocast=context, group=ranks,
+            model,
+            split.videos,
+            sampling,
+            workers=workers,
+            cache=cache,
+            autocast=context,
+            group=ranks,
             on_progress=partial(tell, "videos"),
-        )  # fmt: skip
+        )
         unreadable = [Unreadable(split.names[i], reason) for i, reason in reasons.items()]
         _check_readable(split, unreadable, strict)
         texts, columns, owner = _kept(split, reasons)
@@ -135,8 +150,10 @@ def _rehearse(model: DRL, ids: Tensor, sampling: Sampling) -> None:
 def _checksums(model: DRL, split: Split) -> dict[str, object]:
     """What says of a rank that it evaluates the same model on the same split."""
     pairs = list(zip(split.captions, split.owner, strict=True))
-    sums = {name: f"{len(x)} of checksum {zlib.crc32(repr(x).encode()):08x}"
-            for name, x in (("captions", pairs), ("videos", split.names))}  # fmt: skip
+    sums = {
+        name: f"{len(x)} of checksum {zlib.crc32(repr(x).encode()):08x}"
+        for name, x in (("captions", pairs), ("videos", split.names))
+    }
     return {**sums, "model": weights_hash(model.state_dict(), repr(model.describe_config()))}
 
 
@@ -169,9 +186,16 @@ def _scorer(model: DRL, text: Side, video: Side) -> Callable[[slice], list[Tenso
             return [model.similarity(texts, videos, text_mask, video_mask)]
         # With the weights of before: the layer's heads would see other rows in another block, and round otherwise.
         scores = token_interaction(
-            texts, videos, text.weight[rows].to(device), video_weight, text_mask, video_mask,
-            normalize=layer.normalize, masking=layer.masking, bidirectional=layer.bidirectional,
-        )  # fmt: skip
+            texts,
+            videos,
+            text.weight[rows].to(device),
+            video_weight,
+            text_mask,
+            video_mask,
+            normalize=layer.normalize,
+            masking=layer.masking,
+            bidirectional=layer.bidirectional,
+        )
         assert isinstance(scores, Tensor)
         return [scores]
 

@@ -69,9 +69,15 @@ def video_side(model: DRL, features: Tensor, counts: Tensor, autocast: Autocast,
 
 
 def _filled(
-    model: DRL, head_name: str, tokens: Tensor, chunk: int, encode: Callable[[slice], tuple[Tensor, Tensor]],
-    autocast: Autocast, group: Group | None, on_progress: Progress | None,
-) -> Side:  # fmt: skip
+    model: DRL,
+    head_name: str,
+    tokens: Tensor,
+    chunk: int,
+    encode: Callable[[slice], tuple[Tensor, Tensor]],
+    autocast: Autocast,
+    group: Group | None,
+    on_progress: Progress | None,
+) -> Side:
     """A side of what ``encode`` makes of each chunk of rows, written into ``tokens``."""
     layer = model.interaction
     head: nn.Module | None = getattr(layer, head_name, None) if isinstance(layer, WTI) else None
@@ -91,9 +97,16 @@ def _filled(
 
 
 def frame_features(
-    model: DRL, videos: Sequence[Path], sampling: Sampling, *, workers: int, cache: FeatureCache | None,
-    autocast: Autocast, group: Group | None, on_progress: Progress,
-) -> tuple[Tensor, Tensor, dict[int, str]]:  # fmt: skip
+    model: DRL,
+    videos: Sequence[Path],
+    sampling: Sampling,
+    *,
+    workers: int,
+    cache: FeatureCache | None,
+    autocast: Autocast,
+    group: Group | None,
+    on_progress: Progress,
+) -> tuple[Tensor, Tensor, dict[int, str]]:
     """Run the image tower on every video that the cache does not know.
 
     Returns:
@@ -138,9 +151,14 @@ def _stream(
 
 
 def _features(
-    model: DRL, videos: list[Path], sampling: Sampling, workers: int, cache: FeatureCache | None, encoder: str,
+    model: DRL,
+    videos: list[Path],
+    sampling: Sampling,
+    workers: int,
+    cache: FeatureCache | None,
+    encoder: str,
     autocast: Autocast,
-) -> Generator[Tensor | Unreadable, None, None]:  # fmt: skip
+) -> Generator[Tensor | Unreadable, None, None]:
     keys: list[str | None] = [None] * len(videos)
     known: list[Tensor | None] = [None] * len(videos)
     if cache is not None:

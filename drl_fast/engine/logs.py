@@ -11,8 +11,18 @@ from pathlib import Path
 from .._files import write_aside
 
 COLUMNS = (
-    "step", "epoch", "total", "info_nce", "cdcr", "logit_scale", "grad_norm", "lr", "clip_lr", "pairs", "seconds"
-)  # fmt: skip
+    "step",
+    "epoch",
+    "total",
+    "info_nce",
+    "cdcr",
+    "logit_scale",
+    "grad_norm",
+    "lr",
+    "clip_lr",
+    "pairs",
+    "seconds",
+)
 
 
 class Logs:

@@ -18,9 +18,12 @@ def turns(rows: int, chunk: int, group: Group | None) -> list[slice]:
 
 
 def fill(
-    buffers: Sequence[Tensor], chunk: int, compute: Callable[[slice], Sequence[Tensor]], group: Group | None,
+    buffers: Sequence[Tensor],
+    chunk: int,
+    compute: Callable[[slice], Sequence[Tensor]],
+    group: Group | None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Fill tensors of equally many rows, ``chunk`` rows at a time.
 
     A chunk's rows depend on its number alone, so how many processes there are changes no bit. The processes meet after

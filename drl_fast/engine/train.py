@@ -137,8 +137,9 @@ class Run:
         same: dict[str, object] = {
             "the run's last step (out must be a folder that all processes share)": self.progress.step,
             "out (a folder that all processes share)": "there" if self.folder.is_dir() else "not there",
-            "the data set": self.data.fingerprint, "config": repr(self.config),
-        }  # fmt: skip
+            "the data set": self.data.fingerprint,
+            "config": repr(self.config),
+        }
         Group(self.processes.group).agree("training", lambda: Terms({}, same))
 
     def train(self) -> bool:
@@ -178,9 +179,14 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint that a continuation reads; all processes call it."""
         checkpoint.save(
-            self.folder / LAST, self.model, self.optimizer, self.progress, self.config, self.data.fingerprint,
+            self.folder / LAST,
+            self.model,
+            self.optimizer,
+            self.progress,
+            self.config,
+            self.data.fingerprint,
             write=self.processes.first,
-        )  # fmt: skip
+        )
 
     def _loader(self, step: int) -> Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]:
         """This process's part of all batches from ``step`` on; workers live until the end."""
@@ -212,25 +218,31 @@ class Run:
         own_rows = -(-len(self.batches[step]) // self.processes.size)
         reduce_after(self.model, last=False)
         losses = add_gradients(
-            self.model, batch,
+            self.model,
+            batch,
             # By the rows that a process should have: with its videos unreadable it must still take all turns.
             chunks=-(-own_rows // config.chunk) if config.chunk else 1,
-            precision=config.precision, group=self.processes.group,
+            precision=config.precision,
+            group=self.processes.group,
             reseed=lambda part: torch.manual_seed(recipe.seed_of(config.seed, step, self.processes.rank, part)),
             before_last=lambda: reduce_after(self.model, last=True),
-        )  # fmt: skip
+        )
         average_gradients(self.model, self.processes)
         norm = clip_gradients(self.model, config.clip_grad)
         self.optimizer.step()
         self.model.limit_logit_scale()
         self.progress.step = step + 1
         return {
-            "step": step + 1, "epoch": step // self.per_epoch + 1,
+            "step": step + 1,
+            "epoch": step // self.per_epoch + 1,
             **{name: float(loss) for name, loss in losses.items()},
-            "logit_scale": float(self.model.logit_scale.detach()), "grad_norm": float(norm),
-            "lr": config.lr * factor, "clip_lr": config.clip_lr * factor,
-            "pairs": len(self.batches[step]), "seconds": time.perf_counter() - start,
-        }  # fmt: skip
+            "logit_scale": float(self.model.logit_scale.detach()),
+            "grad_norm": float(norm),
+            "lr": config.lr * factor,
+            "clip_lr": config.clip_lr * factor,
+            "pairs": len(self.batches[step]),
+            "seconds": time.perf_counter() - start,
+        }
 
     def _on_device(self, batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """A batch where the model is, of no row if nothing could be read; ``owner`` only if it is asked for."""
@@ -270,10 +282,17 @@ class Run:
             self.whole.to(self.processes.device)
         first = self.processes.first
         found = evaluate(
-            self.whole, self.data.val, self.data.tokenizer, self.sampling, max_words=self.config.words,
-            workers=self.config.workers, precision=self.config.precision, strict=self.data.strict,
-            process_group=self.processes.group, on_progress=self.watcher.evaluating if first else None,
-        )  # fmt: skip
+            self.whole,
+            self.data.val,
+            self.data.tokenizer,
+            self.sampling,
+            max_words=self.config.words,
+            workers=self.config.workers,
+            precision=self.config.precision,
+            strict=self.data.strict,
+            process_group=self.processes.group,
+            on_progress=self.watcher.evaluating if first else None,
+        )
         if first:
             self._tell(found.unreadable)
         self.progress.evaluations[epoch] = found.metrics

@@ -157,9 +157,14 @@ class Inputs(NamedTuple):
 
 
 def _loss(
-    kind: str, names: tuple[str, str], check: Callable[[], Inputs], options: dict[str, Any], process_group: Any,
-    *, by_pairs: bool = False,
-) -> Tensor:  # fmt: skip
+    kind: str,
+    names: tuple[str, str],
+    check: Callable[[], Inputs],
+    options: dict[str, Any],
+    process_group: Any,
+    *,
+    by_pairs: bool = False,
+) -> Tensor:
     """Check, agree with the other ranks where there are any, and call the operators."""
     group = None if process_group is None else Group(process_group)
     checked: list[Inputs] = []
@@ -174,8 +179,13 @@ def _loss(
         if group is not None:
             group.require(names[0], features)
         weighted = "None" if inputs.text_weight is None else "weights"
-        same = {"D": features.shape[2], "dtype": features.dtype, "device type": features.device.type,
-                f"{names[0]} weights": weighted, **options}  # fmt: skip
+        same = {
+            "D": features.shape[2],
+            "dtype": features.dtype,
+            "device type": features.device.type,
+            f"{names[0]} weights": weighted,
+            **options,
+        }
         return Terms({"rows": features.shape[0], "Nt": features.shape[1], "Nv": inputs.video.shape[1]}, same)
 
     sizes = [terms().sizes] if group is None else group.agree(kind, terms)

@@ -122,8 +122,12 @@ def _terms(group: Group, pairs: Pairs, *arguments: Any) -> Terms:
     features, mask = pairs.video.features, pairs.video.mask
     group.require("text", features)
     inputs = {
-        "text": text, "video": video, "text_weight": text_weight, "video_weight": video_weight, "logit_scale": scale
-    }  # fmt: skip
+        "text": text,
+        "video": video,
+        "text_weight": text_weight,
+        "video_weight": video_weight,
+        "logit_scale": scale,
+    }
     same: dict[str, object] = {
         "D": features.shape[2],
         "dtype": features.dtype,

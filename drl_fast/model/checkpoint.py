@@ -39,9 +39,11 @@ NAMES = (
 )
 # Upstream's names for what we call otherwise.
 OPTIONS = {
-    "agg_module": "temporal", "cdcr_alpha1": "cdcr_alpha_on", "cdcr_alpha2": "cdcr_alpha_off",
+    "agg_module": "temporal",
+    "cdcr_alpha1": "cdcr_alpha_on",
+    "cdcr_alpha2": "cdcr_alpha_off",
     "cdcr_lambda": "cdcr_weight",
-}  # fmt: skip
+}
 
 
 def from_upstream(cls: type[DRL], state: Mapping[str, Any] | str | os.PathLike[str], **config: Any) -> DRL:

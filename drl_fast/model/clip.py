@@ -72,9 +72,14 @@ def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
     """
     state = {name: x for name, x in state.items() if name not in SIZES_IN_STATE}
     needed = [
-        "visual.conv1.weight", "visual.positional_embedding", "visual.proj", "text_projection", "positional_embedding",
-        "token_embedding.weight", "ln_final.weight",
-    ]  # fmt: skip
+        "visual.conv1.weight",
+        "visual.positional_embedding",
+        "visual.proj",
+        "text_projection",
+        "positional_embedding",
+        "token_embedding.weight",
+        "ln_final.weight",
+    ]
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(
@@ -87,16 +92,21 @@ def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
         clip = open_clip.CLIP(
             state["text_projection"].shape[1],
             open_clip.CLIPVisionCfg(
-                layers=_blocks(state, "visual.transformer."), width=width, patch_size=patch, image_size=patch * grid,
+                layers=_blocks(state, "visual.transformer."),
+                width=width,
+                patch_size=patch,
+                image_size=patch * grid,
                 head_width=HEAD_WIDTH,
             ),
             open_clip.CLIPTextCfg(
-                context_length=state["positional_embedding"].shape[0], width=text_width,
-                vocab_size=state["token_embedding.weight"].shape[0], heads=max(1, text_width // HEAD_WIDTH),
+                context_length=state["positional_embedding"].shape[0],
+                width=text_width,
+                vocab_size=state["token_embedding.weight"].shape[0],
+                heads=max(1, text_width // HEAD_WIDTH),
                 layers=_blocks(state, "transformer."),
             ),
             quick_gelu=True,
-        )  # fmt: skip
+        )
     except Exception as error:
         raise ValueError(f"state must be a CLIP in OpenAI's layout, got sizes that none has ({error})") from error
     load_strictly(clip, state, "state")

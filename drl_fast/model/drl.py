@@ -299,9 +299,16 @@ class DRL(nn.Module):
         return self.losses(text, video, text_mask, video_mask, batch.get("owner"), process_group, padded=padded)
 
     def losses(
-        self, text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor, owner: Tensor | None = None,
-        process_group: ProcessGroup | None = None, *, padded: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor,
+        video_mask: Tensor,
+        owner: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        *,
+        padded: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """What :meth:`forward` returns, from tokens (B, Nt, D), (B, Nv, D) and masks that the towers gave already.
 
         ``padded``: tokens of both sides with padding's among them, for ``cdcr_padding="competes"``.

@@ -35,17 +35,25 @@ def frames_with_padding(model: DRL, frames: Tensor, mask: Tensor) -> Tensor:
 
 
 def cdcr_loss(
-    text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor,
-    video_mask: Tensor, *, alpha_on: float, alpha_off: float,
-) -> Tensor:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None,
+    video_weight: Tensor | None,
+    text_mask: Tensor,
+    video_mask: Tensor,
+    *,
+    alpha_on: float,
+    alpha_off: float,
+) -> Tensor:
     """The decorrelation loss of tokens that include padding; boolean masks."""
     t, v = unit(text), unit(video)
     s = torch.einsum("bid,bjd->bij", t, v) * text_mask[:, :, None] * video_mask[:, None, :]
     pair = torch.arange(len(text), device=text.device)[:, None]
     terms = []
     for own, real, other, partner, weight in (
-        (t, text_mask, v, s.argmax(2), text_weight), (v, video_mask, t, s.argmax(1), video_weight)
-    ):  # fmt: skip
+        (t, text_mask, v, s.argmax(2), text_weight),
+        (v, video_mask, t, s.argmax(1), video_weight),
+    ):
         x, y = (standard(z[real]) for z in (own, other[pair, partner]))
         weighted = x if weight is None else x * weight[real][:, None]
         terms.append(weighted.T @ y / (len(x) if weight is None else len(text)))

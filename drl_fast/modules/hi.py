@@ -62,9 +62,15 @@ class HI(nn.Module):
         words = unit(text if t_mask is None else torch.where(t_mask[..., None], text, 0))
         with _autocast.off(text.device.type):
             sentence_frame = token_interaction(
-                last_real_token(text, t_mask)[:, None], video, None, None, None, v_mask,
-                masking=self.masking, bidirectional=False,
-            )  # fmt: skip
+                last_real_token(text, t_mask)[:, None],
+                video,
+                None,
+                None,
+                None,
+                v_mask,
+                masking=self.masking,
+                bidirectional=False,
+            )
             assert isinstance(sentence_frame, Tensor)
             level = self.level_logits.to(mean_frame.dtype).softmax(dim=0)
             # Both other levels are linear in the text's side: one product serves them.

@@ -47,7 +47,14 @@ class TI(nn.Module):
         return_matches: bool = False,
     ) -> Tensor | tuple[Tensor, Matches]:
         return token_interaction(
-            text, video, None, None, text_mask, video_mask,
-            normalize=self.normalize, masking=self.masking, bidirectional=self.bidirectional,
+            text,
+            video,
+            None,
+            None,
+            text_mask,
+            video_mask,
+            normalize=self.normalize,
+            masking=self.masking,
+            bidirectional=self.bidirectional,
             return_matches=return_matches,
-        )  # fmt: skip
+        )

@@ -83,10 +83,17 @@ class WTI(nn.Module):
         text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
         text_weight, video_weight = self._both_weights(text, video, t_mask, v_mask)
         return token_interaction(
-            text, video, text_weight, video_weight, t_mask, v_mask,
-            normalize=self.normalize, masking=self.masking, bidirectional=self.bidirectional,
+            text,
+            video,
+            text_weight,
+            video_weight,
+            t_mask,
+            v_mask,
+            normalize=self.normalize,
+            masking=self.masking,
+            bidirectional=self.bidirectional,
             return_matches=return_matches,
-        )  # fmt: skip
+        )
 
     def weights(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None

@@ -50,9 +50,17 @@ def token_contrastive_loss(
 ) -> Tensor:
     """The loss of checked arguments, differentiable once in features, weights and ``logit_scale``."""
     return Loss.apply(
-        text.features, video.features, text.weight, video.weight, logit_scale, text.mask, video.mask, text.owner, rule,
+        text.features,
+        video.features,
+        text.weight,
+        video.weight,
+        logit_scale,
+        text.mask,
+        video.mask,
+        text.owner,
+        rule,
         visits,
-    )[0]  # fmt: skip
+    )[0]
 
 
 class Loss(torch.autograd.Function):
@@ -199,9 +207,18 @@ def differentiate(
 ) -> tuple[Tensor, ...]:
     """Gradients of text, video, text weight, video weight; those not needed may be empty."""
     return torch.ops.drl_fast.token_interaction_backward(
-        grad_logits, text.features, video.features, text.weight, video.weight, text.mask, video.mask, *matches,
-        rule.normalize, rule.zero_competes, list(needs[:4]),
-    )  # fmt: skip
+        grad_logits,
+        text.features,
+        video.features,
+        text.weight,
+        video.weight,
+        text.mask,
+        video.mask,
+        *matches,
+        rule.normalize,
+        rule.zero_competes,
+        list(needs[:4]),
+    )
 
 
 def blocks(text: Tokens, video: Tokens, *, matches: bool) -> Iterator[slice]:

@@ -62,9 +62,16 @@ def _(
 
 @torch.library.register_fake("drl_fast::cdcr_correlation", lib=LIBRARY)
 def _(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, normalize: bool, full: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    normalize: bool,
+    full: bool,
+) -> tuple[Tensor, ...]:
     terms, dim = 1 if video_weight is None else 2, text.shape[2]
     shape = (terms, dim, dim) if full else (terms, dim)
     return text.new_empty(shape, dtype=accumulation_dtype(text.dtype)), _channels(text, 2 * terms)
@@ -124,9 +131,14 @@ class Statistics(NamedTuple):
 
 
 def loss(
-    text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None, text_mask: Tensor | None,
-    video_mask: Tensor | None, options: Options,
-) -> Tensor:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor | None,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    options: Options,
+) -> Tensor:
     """The decorrelation loss of B pairs, a scalar in the dtype of sums; arguments are checked by the caller."""
     value, *_ = _Decorrelation.apply(text, video, text_weight, video_weight, text_mask, video_mask, options)
     return value
@@ -137,9 +149,14 @@ class _Decorrelation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        text: Tensor, video: Tensor, text_weight: Tensor | None, video_weight: Tensor | None,
-        text_mask: Tensor | None, video_mask: Tensor | None, options: Options,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        text: Tensor,
+        video: Tensor,
+        text_weight: Tensor | None,
+        video_weight: Tensor | None,
+        text_mask: Tensor | None,
+        video_mask: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor | None, ...]:
         with _autocast.off(text.device.type):
             partners, statistics = _statistics(text, video, text_mask, video_mask, options)
             weights = _scaled_weights(text, video, (text_weight, video_weight), statistics, options)

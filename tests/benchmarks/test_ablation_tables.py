@@ -13,9 +13,14 @@ from drl_fast.engine.config import read_config
 
 PUBLISHED = harness.load(harness.ROOT / ablation_tables.FOLDER / "published.json")
 EVALUATION: dict[str, Any] = {
-    "dataset": "msrvtt", "part": "test", "texts": 1000, "videos": 1000, "checkpoint": "runs/msrvtt_wti",
-    "untrained": None, "metrics": {"t2v": {"R1": 46.04}, "v2t": {"R1": 44.96}},
-}  # fmt: skip
+    "dataset": "msrvtt",
+    "part": "test",
+    "texts": 1000,
+    "videos": 1000,
+    "checkpoint": "runs/msrvtt_wti",
+    "untrained": None,
+    "metrics": {"t2v": {"R1": 46.04}, "v2t": {"R1": 44.96}},
+}
 
 
 @pytest.fixture

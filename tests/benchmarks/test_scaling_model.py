@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import harness, scaling_check
-from benchmarks.scaling_model import (  # fmt: skip
+from benchmarks.scaling_model import (
     WAYS,
     Machine,
     Way,

@@ -63,8 +63,11 @@ def test_the_contrastive_loss_costs_what_it_may(path: Path) -> None:
     for record in result["time"]:
         assert record["against"]["eager"]["median"] <= 1.35, record["shape"]
         assert record["against"]["two_steps"]["median"] <= 1.8, record["shape"]
-    used = {row["shape"]["batch"]: row["mb"] for row in result["memory"]
-            if row["contestant"] == "fused" and row["shape"]["dim"] == 128}  # fmt: skip
+    used = {
+        row["shape"]["batch"]: row["mb"]
+        for row in result["memory"]
+        if row["contestant"] == "fused" and row["shape"]["dim"] == 128
+    }
     assert used[4096] <= 300
     assert used[4096] < 2.2 * used[2048], "memory is to grow linearly"
 

@@ -304,9 +304,14 @@ def test_costs_that_cannot_be_measured(demo: Demo, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_clips_that_are_not_all_written(
-    demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool, error: BaseException, status: int,
+    demo: Demo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    existing: bool,
+    error: BaseException,
+    status: int,
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     """What would stand in the next run's way is gone again."""
     written = []
 

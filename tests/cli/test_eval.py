@@ -213,9 +213,7 @@ def test_options_reach_the_evaluation(
     assert result.exit_code == 0
     assert "bf16 on cpu" in result.flat
     told = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
-    assert told == {
-        "precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False
-    }  # fmt: skip
+    assert told == {"precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False}
 
 
 @pytest.mark.parametrize(
@@ -302,7 +300,17 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["eval", "--help"])
     assert result.exit_code == 0
     for option in (
-        "--checkpoint", "--config", "--split", "--videos", "--annotations", "--set", "--out", "--cache", "--workers",
-        "--block", "--strict", "--post",
-    ):  # fmt: skip
+        "--checkpoint",
+        "--config",
+        "--split",
+        "--videos",
+        "--annotations",
+        "--set",
+        "--out",
+        "--cache",
+        "--workers",
+        "--block",
+        "--strict",
+        "--post",
+    ):
         assert option in result.stdout

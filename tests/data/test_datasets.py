@@ -306,9 +306,13 @@ def test_python_2_array(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "part", "name"),
-    [("msrvtt", "train", "MSRVTT_train.9k.csv"), ("lsmdc", "train", "LSMDC16_annos_training.csv"),
-     ("vatex", "test", "test_list.txt"), ("vatex", "test", "ref_captions.json")],
-)  # fmt: skip
+    [
+        ("msrvtt", "train", "MSRVTT_train.9k.csv"),
+        ("lsmdc", "train", "LSMDC16_annos_training.csv"),
+        ("vatex", "test", "test_list.txt"),
+        ("vatex", "test", "ref_captions.json"),
+    ],
+)
 def test_what_other_programs_leave(tmp_path: Path, dataset: str, part: str, name: str) -> None:
     """A byte order mark, Windows' line ends and blank lines pass."""
     RELEASES[dataset](tmp_path)

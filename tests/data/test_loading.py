@@ -21,7 +21,7 @@ from drl_fast.data.loading import (
     pair_loader,
     tokenize,
     video_loader,
-)  # fmt: skip
+)
 from drl_fast.data.split import Split
 from drl_fast.data.video import Sampling, read_video
 from tests.clips import cut, grey, noise, solid, write_audio, write_video
@@ -212,8 +212,11 @@ def test_interrupt_is_quiet(split: Split) -> None:
     """Ctrl-C reaches workers too; they print nothing."""
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(split.videos[0])],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "going\n"
     os.killpg(process.pid, signal.SIGINT)

@@ -42,9 +42,12 @@ def step(processes: Processes, way: str, case: str, shares: tuple[tuple[int, int
     start, end = shares[processes.rank]
     reduce_after(model, last=False)
     found = add_gradients(
-        model, {name: x[start:end] for name, x in batch_of().items()}, chunks=chunks, group=processes.group,
+        model,
+        {name: x[start:end] for name, x in batch_of().items()},
+        chunks=chunks,
+        group=processes.group,
         before_last=lambda: reduce_after(model, last=True),
-    )  # fmt: skip
+    )
     average_gradients(model, processes)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     whole = [x.full_tensor() if isinstance(x, DTensor) else x.clone() for x in gradients]
@@ -88,9 +91,11 @@ def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
         stop: Callable[[], bool] = after(5)
         # One process's wish to stop is all of them's.
         run, _ = opened(
-            configured(folder, parallel=first), out / name, stop=stop if rank == 1 else lambda: False,
+            configured(folder, parallel=first),
+            out / name,
+            stop=stop if rank == 1 else lambda: False,
             processes=here(rank, size),
-        )  # fmt: skip
+        )
         run.train()
         run, _ = opened(configured(folder, parallel=second), out / name, resume=True, processes=here(rank, size))
         steps.append(run.progress.step)

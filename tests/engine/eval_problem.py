@@ -29,9 +29,14 @@ def make_split(folder: Path) -> Split:
     owner = [video for turn in range(3) for video in range(VIDEOS) if video % 3 >= turn]
     captions = [f"caption {number} " + "of words " * (number % 7) for number in range(len(owner))]
     return Split(
-        dataset="folder", part="test", captions=tuple(captions), owner=tuple(owner),
-        videos=tuple(folder / name for name in names), names=tuple(names), missing=(),
-    )  # fmt: skip
+        dataset="folder",
+        part="test",
+        captions=tuple(captions),
+        owner=tuple(owner),
+        videos=tuple(folder / name for name in names),
+        names=tuple(names),
+        missing=(),
+    )
 
 
 def make_model(**options: Any) -> DRL:

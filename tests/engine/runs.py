@@ -44,10 +44,23 @@ def make_folder(folder: Path, count: int = 12) -> Path:
 def configured(folder: Path, **options: Any) -> RunConfig:
     """Two epochs of four steps, without decoding processes, in float32."""
     usual: dict[str, Any] = {
-        "dataset": "folder", "videos": str(folder), "annotations": str(folder), "clip": "toy", "pretrained": None,
-        "temporal": None, "cdcr": 3, "epochs": 2, "batch": 4, "lr": 1e-2, "clip_lr": 1e-3, "precision": "fp32",
-        "max_words": 12, "max_frames": 3, "workers": 0, "checkpoint_every": 3,
-    }  # fmt: skip
+        "dataset": "folder",
+        "videos": str(folder),
+        "annotations": str(folder),
+        "clip": "toy",
+        "pretrained": None,
+        "temporal": None,
+        "cdcr": 3,
+        "epochs": 2,
+        "batch": 4,
+        "lr": 1e-2,
+        "clip_lr": 1e-3,
+        "precision": "fp32",
+        "max_words": 12,
+        "max_frames": 3,
+        "workers": 0,
+        "checkpoint_every": 3,
+    }
     return RunConfig(**{**usual, **options})
 
 
@@ -79,14 +92,21 @@ class Notes:
 
 
 def opened(
-    config: RunConfig, out: Path, *, resume: bool = False, stop: Callable[[], bool] = lambda: False,
-    strict: bool = False, processes: Processes | None = None,
-) -> tuple[Run, Notes]:  # fmt: skip
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    strict: bool = False,
+    processes: Processes | None = None,
+) -> tuple[Run, Notes]:
     """A run whose folder is open, to be trained."""
     assert config.videos is not None
     assert config.annotations is not None
-    parts = [load_split(config.dataset, part, videos=config.videos, annotations=config.annotations)
-             for part in ("train", "val")]  # fmt: skip
+    parts = [
+        load_split(config.dataset, part, videos=config.videos, annotations=config.annotations)
+        for part in ("train", "val")
+    ]
     torch.manual_seed(config.seed)
     model, tokenizer = build_model(config)
     notes = Notes()

@@ -29,8 +29,11 @@ def test_a_row_is_the_same_on_every_dataset(row: str) -> None:
     config = found["msrvtt"]
     assert (config.epochs, config.batch, config.lr, config.clip_lr) == (5, 128, 1e-4, 1e-7)
     assert (config.pretrained, config.clip, config.precision, config.skip_same_video) == (
-        "openai", "ViT-B-32", "bf16", False
-    )  # fmt: skip
+        "openai",
+        "ViT-B-32",
+        "bf16",
+        False,
+    )
     assert config.interaction == row.partition("_")[0]
     assert (config.cdcr > 0) == row.endswith("cdcr")
     sizes = {name: (config.words, config.sampling(224).max_frames) for name, config in found.items()}

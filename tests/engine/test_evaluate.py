@@ -49,9 +49,12 @@ def leave_out(split: Split, *numbers: int) -> Split:
     kept = [i for i in range(len(split.videos)) if i not in numbers]
     pairs = [(text, kept.index(i)) for text, i in zip(split.captions, split.owner, strict=True) if i in kept]
     return dataclasses.replace(
-        split, captions=tuple(text for text, _ in pairs), owner=tuple(i for _, i in pairs),
-        videos=tuple(split.videos[i] for i in kept), names=tuple(split.names[i] for i in kept),
-    )  # fmt: skip
+        split,
+        captions=tuple(text for text, _ in pairs),
+        owner=tuple(i for _, i in pairs),
+        videos=tuple(split.videos[i] for i in kept),
+        names=tuple(split.names[i] for i in kept),
+    )
 
 
 def spoil(split: Split, folder: Path, *numbers: int) -> Split:

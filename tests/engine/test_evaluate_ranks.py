@@ -34,9 +34,16 @@ def scores(split: Split, interaction: str, group: object, **options: Any) -> dic
     features.TEXTS, features.VIDEOS, features.DECODED = 4, 3, 2
     model, done = make_model(interaction=interaction), []
     found = evaluate(
-        model, split, tokenizer(), SAMPLING, max_words=WORDS, block=3, process_group=group,
-        on_progress=lambda *call: done.append(call[1:]), **options,
-    )  # fmt: skip
+        model,
+        split,
+        tokenizer(),
+        SAMPLING,
+        max_words=WORDS,
+        block=3,
+        process_group=group,
+        on_progress=lambda *call: done.append(call[1:]),
+        **options,
+    )
     unreadable = [(video.name, video.reason) for video in found.unreadable]
     return {"sim": found.sim, "owner": found.owner, "unreadable": unreadable, "last": done[-1]}
 

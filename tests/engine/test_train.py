@@ -144,9 +144,7 @@ def test_a_folder_with_a_run_is_not_overwritten(folder: Path, whole: Path) -> No
         ({"batch": 3, "seed": 4}, "batch 4 then and 3 now; seed 0 then and 4 now"),
     ],
 )
-def test_another_configuration_does_not_go_on(
-    folder: Path, whole: Path, changed: dict[str, Any], words: str
-) -> None:  # fmt: skip
+def test_another_configuration_does_not_go_on(folder: Path, whole: Path, changed: dict[str, Any], words: str) -> None:
     text = (whole / "config.yaml").read_text()
     with pytest.raises(ValueError, match=f"config must be the one that .*{LAST} was trained with, got {words}"):
         opened(configured(folder, **changed), whole, resume=True)
@@ -275,9 +273,7 @@ def test_a_full_disk_under_the_logs_is_told(folder: Path, tmp_path: Path, monkey
     assert opened(configured(folder, checkpoint_every=1), tmp_path / "run", resume=True)[0].train()
 
 
-def test_the_first_checkpoint_on_a_full_disk(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_the_first_checkpoint_on_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(state: object, name: str) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 128 vs 0")
 

@@ -43,13 +43,15 @@ def two_words() -> Tensor:
         ({"text_weight": torch.rand(4, 4), "video_weight": torch.rand(4, 5)}, r"text_weight must be .* \(4, 3\)"),
         ({"text_mask": torch.ones(4, 2)}, r"text_mask must be .*\(4, 3\)"),
         ({"text_mask": torch.zeros(4, 3)}, "text_mask and video_mask must leave at least 2 .* got 0 and 0"),
-        ({"text_mask": torch.eye(4, 3), "video_mask": torch.eye(4, 5)[[0]].mul(torch.eye(4)[:, :1])},
-         "must leave at least 2 .* got 1 and 1"),
+        (
+            {"text_mask": torch.eye(4, 3), "video_mask": torch.eye(4, 5)[[0]].mul(torch.eye(4)[:, :1])},
+            "must leave at least 2 .* got 1 and 1",
+        ),
         ({"alpha_on": -0.1}, "alpha_on must be finite and >= 0, got -0.1"),
         ({"alpha_off": float("nan")}, "alpha_off must be finite and >= 0, got nan"),
         ({"alpha_off": float("inf")}, "alpha_off must be finite"),
     ],
-)  # fmt: skip
+)
 def test_cdcr_values(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cdcr(**changes)

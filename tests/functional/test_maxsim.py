@@ -73,9 +73,16 @@ def test_it_is_one_direction_of_the_interaction(impl: Implementation) -> None:
     p = make((7, 5, 6, 9), masks=("holes", "prefix")).map(lambda x: x.to(impl.device))
     ones = torch.ones(7, 5, device=impl.device)
     want = drl_fast.token_interaction(
-        p.text, p.video, ones, None, p.text_mask, p.video_mask,
-        normalize=False, masking="exclude", bidirectional=False,
-    )  # fmt: skip
+        p.text,
+        p.video,
+        ones,
+        None,
+        p.text_mask,
+        p.video_mask,
+        normalize=False,
+        masking="exclude",
+        bidirectional=False,
+    )
     assert torch.equal(drl_fast.maxsim(p.text, p.video, p.text_mask, p.video_mask), want)
 
 

@@ -76,9 +76,11 @@ def test_equal_bits(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Non
     assert all(torch.equal(g, second.grads[n]) for n, g in first.grads.items())
     with torch.no_grad():
         assert torch.equal(drl_fast.token_interaction(*p.args()), first.logits)
-    part = replace(p, **{
-        name: getattr(p, name)[5:12] for name in ("text", "text_weight", "text_mask")
-    } | {name: getattr(p, name)[3:60] for name in ("video", "video_weight", "video_mask")})  # fmt: skip
+    part = replace(
+        p,
+        **{name: getattr(p, name)[5:12] for name in ("text", "text_weight", "text_mask")}
+        | {name: getattr(p, name)[3:60] for name in ("video", "video_weight", "video_mask")},
+    )
     assert torch.equal(run(drl_fast.token_interaction, part).logits, first.logits[5:12, 3:60])
 
 

@@ -23,17 +23,36 @@ CDCR = "tests/ops/test_cdcr.py"
 ROW = "interpreter"
 # File, test, and the parameters behind the row's name.
 SUITE: list[tuple[str, str, list[str]]] = [
-    (f"{OPS}.py", "test_shapes", [
-        "holes-(1, 1, 1, 1)", "holes-(5, 1, 4, 6)", "holes-(4, 6, 5, 1)", "holes-(33, 9, 47, 5)",
-        "holes-(16, 32, 16, 12)", "holes-(3, 255, 2, 4)", "empty rows-(1, 7, 100, 3)",
-        "empty rows-(33, 9, 47, 5)", "empty rows-(3, 256, 2, 4)", "none-(16, 32, 16, 12)", "none-(1, 1, 1, 1)",
-        "text only-(5, 1, 4, 6)", "video only-(33, 9, 47, 5)",
-    ]),
+    (
+        f"{OPS}.py",
+        "test_shapes",
+        [
+            "holes-(1, 1, 1, 1)",
+            "holes-(5, 1, 4, 6)",
+            "holes-(4, 6, 5, 1)",
+            "holes-(33, 9, 47, 5)",
+            "holes-(16, 32, 16, 12)",
+            "holes-(3, 255, 2, 4)",
+            "empty rows-(1, 7, 100, 3)",
+            "empty rows-(33, 9, 47, 5)",
+            "empty rows-(3, 256, 2, 4)",
+            "none-(16, 32, 16, 12)",
+            "none-(1, 1, 1, 1)",
+            "text only-(5, 1, 4, 6)",
+            "video only-(33, 9, 47, 5)",
+        ],
+    ),
     (f"{OPS}.py", "test_widths", ["True-1", "True-17", "True-64", "False-512", "True-1030"]),
-    (f"{OPS}.py", "test_options", [
-        f"given-{ways}-{unit}-{masking}-torch.float16"
-        for ways in ("both", "one way") for unit in ("unit", "raw") for masking in ("drl", "exclude", "none")
-    ]),
+    (
+        f"{OPS}.py",
+        "test_options",
+        [
+            f"given-{ways}-{unit}-{masking}-torch.float16"
+            for ways in ("both", "one way")
+            for unit in ("unit", "raw")
+            for masking in ("drl", "exclude", "none")
+        ],
+    ),
     (f"{OPS}.py", "test_masks", [f"torch.float32-{rule}-empty rows" for rule in ("drl", "exclude", "none")]),
     (f"{OPS}.py", "test_empty_batches", ["prefix-(0, 3, 4, 5)", "prefix-(4, 3, 0, 5)"]),
     (f"{OPS}.py", "test_strides", ["True-channels first", "True-expanded", "False-every second"]),
@@ -42,18 +61,25 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}.py", "test_scale_of_upstream_gradients", []),
     (f"{OPS}_masks.py", "test_negative_pair_at_exact_length_and_padded", []),
     (f"{OPS}_masks.py", "test_no_gradient_where_the_zero_won", []),
-    (f"{OPS}_masks.py", "test_masked_features_reach_nothing", [
-        "torch.float32-nan-drl", "torch.float16-inf-exclude",
-    ]),
+    (
+        f"{OPS}_masks.py",
+        "test_masked_features_reach_nothing",
+        [
+            "torch.float32-nan-drl",
+            "torch.float16-inf-exclude",
+        ],
+    ),
     (f"{OPS}_masks.py", "test_masked_weights_count_for_nothing", ["drl"]),
     (f"{OPS}_masks.py", "test_rows_without_a_real_token_score_zero", ["drl", "exclude", "none"]),
     (f"{OPS}_masks.py", "test_a_bad_real_token_spoils_its_own_scores_alone", ["nan", "inf"]),
     (f"{OPS}_masks.py", "test_nan_wins_the_maximum_wherever_it_stands", ["4-drl", "1-exclude"]),
     (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float32", "torch.float16"]),
     (f"{OPS}_masks.py", "test_tiny_norms_that_are_not_zero", ["torch.float32"]),
-    (f"{OPS}_matches.py", "test_matches_are_the_argmax", [
-        f"('{kind}', '{kind}')-{rule}-(9, 11, 8, 6)" for kind, rule in (("empty", "drl"), ("prefix", "exclude"))
-    ]),
+    (
+        f"{OPS}_matches.py",
+        "test_matches_are_the_argmax",
+        [f"('{kind}', '{kind}')-{rule}-(9, 11, 8, 6)" for kind, rule in (("empty", "drl"), ("prefix", "exclude"))],
+    ),
     (f"{OPS}_matches.py", "test_minus_one_where_no_real_token_was_chosen", ["drl", "exclude"]),
     (f"{OPS}_matches.py", "test_minus_one_where_the_zero_won", []),
     (f"{OPS}_matches.py", "test_a_real_zero_beats_the_masked_zero", []),
@@ -61,23 +87,44 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
     (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
     (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
-    ("tests/kernels/test_descriptors.py", "test_values", [
-        "(5, 9, 6, 4)-torch.float32", "(2, 140, 3, 5)-torch.float16",
-    ]),
-    ("tests/kernels/test_recompute.py", "test_equal_bits", [
-        "blocks-(17, 5, 3, 3)-torch.float32-drl-both", "blocks-(17, 5, 3, 3)-torch.float16-exclude-both",
-        "blocks-(17, 5, 3, 3)-torch.float32-exclude-one way", "blocks-(17, 130, 1, 3)-torch.float16-drl-both",
-    ]),
+    (
+        "tests/kernels/test_descriptors.py",
+        "test_values",
+        [
+            "(5, 9, 6, 4)-torch.float32",
+            "(2, 140, 3, 5)-torch.float16",
+        ],
+    ),
+    (
+        "tests/kernels/test_recompute.py",
+        "test_equal_bits",
+        [
+            "blocks-(17, 5, 3, 3)-torch.float32-drl-both",
+            "blocks-(17, 5, 3, 3)-torch.float16-exclude-both",
+            "blocks-(17, 5, 3, 3)-torch.float32-exclude-one way",
+            "blocks-(17, 130, 1, 3)-torch.float16-drl-both",
+        ],
+    ),
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
     ("tests/kernels/test_recompute.py", "test_small_gradients_of_one_block_beside_large_ones", ["blocks"]),
     ("tests/kernels/test_recompute.py", "test_the_graph_holds_matches_within_the_budget_alone", ["True"]),
-    (CDCR, "test_shapes", [
-        f"{weights}-{shape}-{form}" for weights, shape, form in (
-            ("plain", "(4, 1, 1)", "full"), ("weighted", "(33, 9, 5)", "diagonal"), ("weighted", "(7, 4, 9)", "full"),
-            ("plain", "(16, 32, 12)", "full"), ("weighted", "(9, 6, 1)", "diagonal"), ("plain", "(9, 1, 6)", "full"),
-            ("weighted", "(2, 300, 3)", "full"), ("weighted", "(2, 3, 300)", "diagonal"),
-        )
-    ]),
+    (
+        CDCR,
+        "test_shapes",
+        [
+            f"{weights}-{shape}-{form}"
+            for weights, shape, form in (
+                ("plain", "(4, 1, 1)", "full"),
+                ("weighted", "(33, 9, 5)", "diagonal"),
+                ("weighted", "(7, 4, 9)", "full"),
+                ("plain", "(16, 32, 12)", "full"),
+                ("weighted", "(9, 6, 1)", "diagonal"),
+                ("plain", "(9, 1, 6)", "full"),
+                ("weighted", "(2, 300, 3)", "full"),
+                ("weighted", "(2, 3, 300)", "diagonal"),
+            )
+        ],
+    ),
     (CDCR, "test_masks", ["(12, 9, 5)-empty rows-full", "(12, 4, 7)-holes-diagonal", "(12, 4, 7)-video only-full"]),
     (CDCR, "test_widths", ["3-diagonal", "3-full", "64-full", "512-diagonal"]),
     (CDCR, "test_dtypes", ["None-torch.float16-full", "torch.float16-torch.float16-diagonal"]),
@@ -93,7 +140,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_cdcr.py", "test_equal_bits", []),
     ("tests/kernels/test_cdcr.py", "test_the_first_of_equals_beyond_one_tile", []),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
-]  # fmt: skip
+]
 
 
 def nodes() -> list[str]:

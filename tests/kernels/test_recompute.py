@@ -52,9 +52,15 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, impl: Implementation, p: Problem,
         assert bool(grad.any()), name
 
 
-@pytest.mark.parametrize("options", [
-    "torch.float32-drl-both", "torch.float16-drl-both", "torch.float16-exclude-both", "torch.float32-exclude-one way",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        "torch.float32-drl-both",
+        "torch.float16-drl-both",
+        "torch.float16-exclude-both",
+        "torch.float32-exclude-one way",
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equal_bits(
     recomputing: Implementation, blocks: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], options: str
@@ -70,9 +76,12 @@ def test_equal_bits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_the_oracle(
-    recomputing: Implementation, blocks: None, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...],
+    recomputing: Implementation,
+    blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
     dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> None:
     budget(monkeypatch, recomputing, 0)
     judge(make(shape, 16, dtype, masks=("holes", None), weights=torch.float32), recomputing.device)
 

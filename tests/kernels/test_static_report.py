@@ -27,8 +27,13 @@ PRODUCTS = ("interaction_forward", "interaction_backward_text", "interaction_bac
 # Products too small for anything but mma: the kernel reads memory most of its time.
 SMALL_PRODUCT = "cdcr_partners"
 CDCR = (
-    "cdcr_norms", "cdcr_partners", "cdcr_moments", "cdcr_correlate", "cdcr_product_rows", "cdcr_gradient",
-)  # fmt: skip
+    "cdcr_norms",
+    "cdcr_partners",
+    "cdcr_moments",
+    "cdcr_correlate",
+    "cdcr_product_rows",
+    "cdcr_gradient",
+)
 
 
 @pytest.fixture(scope="module")

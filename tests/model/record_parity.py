@@ -29,9 +29,14 @@ HEAD_WIDTH = 64
 # Lambda is 0.01 and not the published 0.001, so that CDCR too has a say in 30 steps. With much more of it every frame
 # comes to match the start token: partners without variance, NaN in this dense form (ours stays finite).
 RECIPE = {
-    "lr": 3e-4, "betas": [0.9, 0.98], "eps": 1e-6, "clip_norm": 1.0, "alpha_on": 0.11, "alpha_off": 0.06,
+    "lr": 3e-4,
+    "betas": [0.9, 0.98],
+    "eps": 1e-6,
+    "clip_norm": 1.0,
+    "alpha_on": 0.11,
+    "alpha_off": 0.06,
     "lambda": 0.01,
-}  # fmt: skip
+}
 State = dict[str, Tensor]
 
 
@@ -53,10 +58,13 @@ def batches() -> list[dict[str, Tensor]]:
         real[0], real[1] = [True, False, True, False, True], [False, True, True, False, False]
         colour = (draw.random((PAIRS, FRAMES, 3, 1, 1)) - 0.5) * 6  # of a frame: there is something to tell apart
         video = ((draw.random((PAIRS, FRAMES, 3, PIXELS, PIXELS)) - 0.5) * 2 + colour).astype(np.float32)
-        made.append({
-            "text_ids": torch.from_numpy(ids), "video": torch.from_numpy(video),
-            "video_mask": torch.from_numpy(real.astype(np.int64)),
-        })  # fmt: skip
+        made.append(
+            {
+                "text_ids": torch.from_numpy(ids),
+                "video": torch.from_numpy(video),
+                "video_mask": torch.from_numpy(real.astype(np.int64)),
+            }
+        )
     return [made[step % DISTINCT] for step in range(STEPS)]
 
 
@@ -147,9 +155,7 @@ def losses(batch: dict[str, Tensor], state: State) -> tuple[Tensor, Tensor]:
     best_word = own.masked_fill(~t_real[:, :, None], -torch.inf).argmax(1)
     pair = target[:, None]
     sides = ((t, v[pair, best_frame], w_t, t_real), (v, t[pair, best_word], w_v, v_real))
-    halves = [
-        (standard(x[real]) * w[real][:, None]).T @ standard(y[real]) / len(ids) for x, y, w, real in sides
-    ]  # fmt: skip
+    halves = [(standard(x[real]) * w[real][:, None]).T @ standard(y[real]) / len(ids) for x, y, w, real in sides]
     c = (halves[0] + halves[1]) / 2
     on = c.diagonal()
     off = c.square().sum() - on.square().sum()
@@ -179,9 +185,16 @@ def train() -> list[dict[str, float]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     made = {
-        "made_by": "python tests/model/record_parity.py", "dtype": "float64", "torch": torch.__version__,
-        "numpy": np.__version__, "python": platform.python_version(), "weights": f"model/{WEIGHTS.name}",
-        "seed": SEED, "batches_sha256": digest(batches()), "recipe": RECIPE, "curve": train(),
-    }  # fmt: skip
+        "made_by": "python tests/model/record_parity.py",
+        "dtype": "float64",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "weights": f"model/{WEIGHTS.name}",
+        "seed": SEED,
+        "batches_sha256": digest(batches()),
+        "recipe": RECIPE,
+        "curve": train(),
+    }
     CURVE.write_text(json.dumps(made, indent=1) + "\n")
     print(f"wrote {CURVE}: loss {made['curve'][0]['total']:.4f} to {made['curve'][-1]['total']:.4f}")

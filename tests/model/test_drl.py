@@ -158,7 +158,7 @@ def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
         (lambda s: None, {"patch": 16}, ["patch must be the state's own, 8, got 16"]),
         (lambda s: s.update({"clip.visual.proj": torch.zeros(60, 64)}), {}, ["visual.proj", "(60, 64)"]),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_that_does_not_fit(change: Any, options: dict[str, Any], words: list[str]) -> None:
     arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
     state = part(arrays, "state.")
@@ -254,7 +254,7 @@ def test_long_captions_are_cut_and_counted(small: drl_fast.DRL) -> None:
         (lambda m: drl_fast.DRL(m.clip, cdcr=4), ValueError, "cdcr must be one of"),
         (lambda m: drl_fast.DRL("ViT-B-33"), ValueError, "nearest: ViT-B-32"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(small: drl_fast.DRL, call: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call(small)

@@ -17,10 +17,18 @@ def test_the_loss_curve_is_the_dense_models(dtype: torch.dtype) -> None:
     recorded = json.loads(CURVE.read_text())
     steps, recipe = batches(), recorded["recipe"]
     assert digest(steps) == recorded["batches_sha256"], "this numpy draws other batches than the recorded ones"
-    model = drl_fast.DRL.from_upstream(
-        initial_state(), cdcr=3, cdcr_alpha1=recipe["alpha_on"], cdcr_alpha2=recipe["alpha_off"],
-        cdcr_lambda=recipe["lambda"], cdcr_padding="never",
-    ).to(dtype).train()  # fmt: skip
+    model = (
+        drl_fast.DRL.from_upstream(
+            initial_state(),
+            cdcr=3,
+            cdcr_alpha1=recipe["alpha_on"],
+            cdcr_alpha2=recipe["alpha_off"],
+            cdcr_lambda=recipe["lambda"],
+            cdcr_padding="never",
+        )
+        .to(dtype)
+        .train()
+    )
     adam = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=recipe["betas"], eps=recipe["eps"])
     assert len(recorded["curve"]) == len(steps) == 30
     for step, (batch, want) in enumerate(zip(steps, recorded["curve"], strict=True)):

@@ -38,8 +38,11 @@ def problem(masks: tuple[str | None, str | None]) -> Problem:
 def gradients(layer: torch.nn.Module, p: Problem, plain: bool) -> dict[str, Tensor]:
     layer.zero_grad()
     q = p.map(lambda x: x.clone().requires_grad_() if x.is_floating_point() else x)
-    logits = {drl_fast.HI: plain_hi, drl_fast.MLP: plain_mlp}[type(layer)](layer, q) if plain else \
-        layer(q.text, q.video, q.text_mask, q.video_mask)  # fmt: skip
+    logits = (
+        {drl_fast.HI: plain_hi, drl_fast.MLP: plain_mlp}[type(layer)](layer, q)
+        if plain
+        else layer(q.text, q.video, q.text_mask, q.video_mask)
+    )
     (logits * torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)).sum().backward()
     found = {k: v.grad.clone() for k, v in layer.named_parameters()}
     return {"logits": logits.detach(), "text": q.text.grad, "video": q.video.grad, **found}

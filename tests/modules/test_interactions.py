@@ -36,9 +36,11 @@ def gradients(layer: nn.Module, p: Problem) -> dict[str, Tensor]:
     logits = layer(text, video, p.text_mask, p.video_mask)
     logits.square().sum().backward()
     return {
-        "logits": logits.detach(), "text": text.grad, "video": video.grad,
+        "logits": logits.detach(),
+        "text": text.grad,
+        "video": video.grad,
         **{k: v.grad.clone() for k, v in layer.named_parameters()},
-    }  # fmt: skip
+    }
 
 
 def test_names() -> None:

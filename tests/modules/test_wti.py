@@ -151,9 +151,7 @@ def test_one_way_uses_the_text_side_alone() -> None:
     both, one = drl_fast.WTI(16), drl_fast.WTI(16, bidirectional=False)
     one.load_state_dict({k: v for k, v in both.state_dict().items() if k.startswith("text")}, strict=True)
     weight = both.text_weight_fc(p.text).squeeze(-1).masked_fill(~p.text_mask, -math.inf).softmax(-1)
-    want = drl_fast.token_interaction(
-        p.text, p.video, weight, None, p.text_mask, p.video_mask, bidirectional=False
-    )  # fmt: skip
+    want = drl_fast.token_interaction(p.text, p.video, weight, None, p.text_mask, p.video_mask, bidirectional=False)
     torch.testing.assert_close(one(p.text, p.video, p.text_mask, p.video_mask), want)
 
 

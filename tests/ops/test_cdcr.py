@@ -61,17 +61,25 @@ class Pairs:
 
 
 def pairs(
-    shape: tuple[int, int, int], dim: int = 17, dtype: torch.dtype = torch.float32, masks: str = "none",
-    weights: torch.dtype | None = torch.float32, **options: Any,
-) -> Pairs:  # fmt: skip
+    shape: tuple[int, int, int],
+    dim: int = 17,
+    dtype: torch.dtype = torch.float32,
+    masks: str = "none",
+    weights: torch.dtype | None = torch.float32,
+    **options: Any,
+) -> Pairs:
     """A random problem of shape (B, Nt, Nv)."""
     b, nt, nv = shape
     kinds = MASKS[masks]
     return Pairs(
-        torch.randn(b, nt, dim, dtype=torch.float64).to(dtype), torch.randn(b, nv, dim, dtype=torch.float64).to(dtype),
-        make_weight(weights, b, nt), make_weight(weights, b, nv),
-        make_mask(kinds[0], b, nt), make_mask(kinds[1], b, nv), options or FORMS["full"],
-    )  # fmt: skip
+        torch.randn(b, nt, dim, dtype=torch.float64).to(dtype),
+        torch.randn(b, nv, dim, dtype=torch.float64).to(dtype),
+        make_weight(weights, b, nt),
+        make_weight(weights, b, nv),
+        make_mask(kinds[0], b, nt),
+        make_mask(kinds[1], b, nv),
+        options or FORMS["full"],
+    )
 
 
 def rows(count: int, dim: int, dtype: torch.dtype = torch.float32, weighted: bool = True, **options: Any) -> Pairs:

@@ -17,10 +17,14 @@ from tests.implementations import Implementation
 ROOT = Path(__file__).parents[2]
 # The suites in which a kernel's arithmetic, masks and matches are compared with the oracle and with recorded numbers.
 SUITES = (
-    "tests/ops/test_fuzz.py", "tests/ops/test_token_interaction.py", "tests/ops/test_token_interaction_masks.py",
-    "tests/ops/test_token_interaction_matches.py", "tests/ops/test_token_interaction_bits.py",
-    "tests/ops/test_cdcr.py", "tests/test_golden.py",
-)  # fmt: skip
+    "tests/ops/test_fuzz.py",
+    "tests/ops/test_token_interaction.py",
+    "tests/ops/test_token_interaction_masks.py",
+    "tests/ops/test_token_interaction_matches.py",
+    "tests/ops/test_token_interaction_bits.py",
+    "tests/ops/test_cdcr.py",
+    "tests/test_golden.py",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +48,16 @@ def test_conformance_of_lesser_instruction_sets(limit: str, name: str) -> None:
 
 
 FORWARD = {
-    "text": torch.zeros(4, 3, 8), "video": torch.zeros(2, 5, 8), "text_weight": torch.ones(4, 3),
-    "video_weight": torch.ones(2, 5), "text_mask": torch.ones(4, 3, dtype=torch.bool), "video_mask": None,
-    "normalize": True, "zero_competes": True, "keep_matches": True,
-}  # fmt: skip
+    "text": torch.zeros(4, 3, 8),
+    "video": torch.zeros(2, 5, 8),
+    "text_weight": torch.ones(4, 3),
+    "video_weight": torch.ones(2, 5),
+    "text_mask": torch.ones(4, 3, dtype=torch.bool),
+    "video_mask": None,
+    "normalize": True,
+    "zero_competes": True,
+    "keep_matches": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -93,10 +103,15 @@ def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: obje
 
 SIDES = {"text": torch.randn(4, 3, 8), "video": torch.randn(4, 5, 8)}
 PAIRS = {
-    **SIDES, "text_weight": torch.ones(4, 3), "video_weight": torch.ones(4, 5),
-    "video_index": torch.zeros(4, 3, dtype=torch.int16), "text_index": torch.zeros(4, 5, dtype=torch.int16),
-    "channels": torch.ones(2, 4, 8, dtype=torch.float64), "normalize": True, "full": True,
-}  # fmt: skip
+    **SIDES,
+    "text_weight": torch.ones(4, 3),
+    "video_weight": torch.ones(4, 5),
+    "video_index": torch.zeros(4, 3, dtype=torch.int16),
+    "text_index": torch.zeros(4, 5, dtype=torch.int16),
+    "channels": torch.ones(2, 4, 8, dtype=torch.float64),
+    "normalize": True,
+    "full": True,
+}
 
 
 @pytest.mark.parametrize(

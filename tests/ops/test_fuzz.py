@@ -63,12 +63,15 @@ def problems(draw: st.DrawFn) -> Problem:
         "bidirectional": draw(st.booleans()),
     }
     problem = make(
-        (a, nt, b, nv), draw(DIM), dtype,
+        (a, nt, b, nv),
+        draw(DIM),
+        dtype,
         masks=(draw(MASK), draw(MASK)),
         mask_dtype=draw(st.sampled_from([torch.bool, torch.int64, torch.float32, torch.uint8])),
         weights=draw(st.sampled_from([None, torch.float16, torch.float32, torch.float64])),
-        seed=draw(st.integers(0, 2**31)), **options,
-    )  # fmt: skip
+        seed=draw(st.integers(0, 2**31)),
+        **options,
+    )
     if draw(st.booleans()):
         problem.text[:, draw(st.integers(0, nt - 1))] = 0
     scale = draw(st.sampled_from([1.0, 2.0**-6, 2.0**6]))

@@ -64,9 +64,15 @@ def test_options(
     weights: torch.dtype | None,
 ) -> None:
     problem = make(
-        (9, 11, 10, 6), 32, dtype, masks=("empty", "empty"), weights=weights,
-        masking=masking, normalize=normalize, bidirectional=bidirectional,
-    )  # fmt: skip
+        (9, 11, 10, 6),
+        32,
+        dtype,
+        masks=("empty", "empty"),
+        weights=weights,
+        masking=masking,
+        normalize=normalize,
+        bidirectional=bidirectional,
+    )
     judge(problem, impl.device)
 
 

@@ -39,10 +39,13 @@ def subset(p: Problem, rows: Tensor, columns: Tensor) -> Problem:
 
     return replace(
         p,
-        text=pick(p.text, rows), text_weight=pick(p.text_weight, rows), text_mask=pick(p.text_mask, rows),
-        video=pick(p.video, columns), video_weight=pick(p.video_weight, columns),
+        text=pick(p.text, rows),
+        text_weight=pick(p.text_weight, rows),
+        text_mask=pick(p.text_mask, rows),
+        video=pick(p.video, columns),
+        video_weight=pick(p.video_weight, columns),
         video_mask=pick(p.video_mask, columns),
-    )  # fmt: skip
+    )
 
 
 def bits(x: Tensor) -> Tensor:

@@ -82,9 +82,12 @@ def statistics(
     with _autocast.off(text.device.type):
         for pairs in chunks(text, video):
             video_index[pairs], text_index[pairs] = _partners(
-                text[pairs], video[pairs], None if text_mask is None else text_mask[pairs],
-                None if video_mask is None else video_mask[pairs], normalize,
-            )  # fmt: skip
+                text[pairs],
+                video[pairs],
+                None if text_mask is None else text_mask[pairs],
+                None if video_mask is None else video_mask[pairs],
+                normalize,
+            )
         count = torch.stack([(index >= 0).sum() for index in (video_index, text_index)]).clamp(min=1).to(dtype)
         roles = 4 if both else 2
         count = count.repeat_interleave(2)[:roles, None]
@@ -143,9 +146,16 @@ def product_rows(chunk: Chunk, term: Term, x: Tensor, y: Tensor, channels: Tenso
 
 
 def correlation(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, normalize: bool, full: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    normalize: bool,
+    full: bool,
+) -> tuple[Tensor, Tensor]:
     terms, dim = 1 if video_weight is None else 2, text.shape[2]
     cross = channels.new_zeros((terms, dim, dim) if full else (terms, dim))
     sums = channels.new_zeros((2 * terms, dim))
@@ -164,9 +174,16 @@ def correlation(
 
 
 def gradient(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, pull: Tensor, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    pull: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     both = video_weight is not None
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (text, video)]
     weight_grads = [torch.zeros(x.shape[:2], dtype=text_weight.dtype, device=text.device) for x in (text, video)]

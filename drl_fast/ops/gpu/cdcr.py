@@ -25,9 +25,16 @@ def statistics(
 
 
 def correlation(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, normalize: bool, full: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    normalize: bool,
+    full: bool,
+) -> tuple[Tensor, Tensor]:
     arguments = (text, video, text_weight, video_weight, video_index, text_index, channels, normalize, full)
     if not _registry.triton_serves(text):
         return chunked.correlation(*arguments)
@@ -38,9 +45,16 @@ def correlation(
 
 
 def gradient(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, video_index: Tensor,
-    text_index: Tensor, channels: Tensor, pull: Tensor, normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    video_index: Tensor,
+    text_index: Tensor,
+    channels: Tensor,
+    pull: Tensor,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (text, video, text_weight, video_weight, video_index, text_index, channels, pull, normalize)
     if not _registry.triton_serves(text):
         return chunked.gradient(*arguments)

@@ -33,9 +33,12 @@ def forward(
 
     with on_device_of(text):
         return kernels.forward(
-            Side(text, text_weight, text_mask), Side(video, video_weight, video_mask),
-            normalize, zero_competes, keep_matches,
-        )  # fmt: skip
+            Side(text, text_weight, text_mask),
+            Side(video, video_weight, video_mask),
+            normalize,
+            zero_competes,
+            keep_matches,
+        )
 
 
 def backward(
@@ -54,14 +57,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _registry.triton_serves(text):
         return chunked.backward(
-            grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,
-            normalize, zero_competes, output_mask,
-        )  # fmt: skip
+            grad_logits,
+            text,
+            video,
+            text_weight,
+            video_weight,
+            text_mask,
+            video_mask,
+            video_index,
+            text_index,
+            normalize,
+            zero_competes,
+            output_mask,
+        )
     from drl_fast.kernels import token_interaction_backward as kernels
     from drl_fast.kernels.packing import Side
 
     with on_device_of(text):
         return kernels.backward(
-            grad_logits, Side(text, text_weight, text_mask), Side(video, video_weight, video_mask),
-            video_index, text_index, normalize, zero_competes, output_mask,
-        )  # fmt: skip
+            grad_logits,
+            Side(text, text_weight, text_mask),
+            Side(video, video_weight, video_mask),
+            video_index,
+            text_index,
+            normalize,
+            zero_competes,
+            output_mask,
+        )
