@@ -42,8 +42,8 @@ class OptionalBuild(BuildExtension):
 
 
 setup(
-    packages=[*find_packages(include=["drl_fast", "drl_fast.*"]), "drl_fast.kernels", "drl_fast.configs"],
-    package_dir={"drl_fast.kernels": "kernels", "drl_fast.configs": "configs"},
+    packages=[*find_packages(include=["drl_fast", "drl_fast.*"]), "drl_fast.kernels"],
+    package_dir={"drl_fast.kernels": "kernels"},
     ext_modules=[
         CppExtension(
             "drl_fast._C",

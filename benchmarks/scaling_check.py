@@ -26,6 +26,7 @@ from benchmarks.problem import Shape, make_problem
 from benchmarks.scaling_model import WAYS, Way, Work, cdcr_sent, flop, held, sent
 from benchmarks.session import memory_apart
 from drl_fast import functional
+from drl_fast.distributed import exchange
 
 FAMILY = Work(0, 1, 16, 8, 128, 4)
 BATCHES = (512, 1024, 2048, 4096)
@@ -75,7 +76,6 @@ def memory(threads: int, batches: tuple[int, ...] = BATCHES) -> list[dict[str, A
 # --- a group ----------------------------------------------------------------------------------------------------------
 def rank_step(rank: int, kind: str, work: dict[str, Any], folder: str) -> None:
     """One process of a group: a warm-up, then one step of which bytes and memory are taken."""
-    from drl_fast.ops import _visits
 
     torch.set_num_threads(1)
     whole = Work(**work)
@@ -93,7 +93,7 @@ def rank_step(rank: int, kind: str, work: dict[str, Any], folder: str) -> None:
 
         return who.loss_step(forward, tokens)
 
-    with mock.patch.object(_visits, "GATHER_BYTES", 0 if kind == "ring" else 1 << 62):
+    with mock.patch.object(exchange, "GATHER_BYTES", 0 if kind == "ring" else 1 << 62):
         step(2)()
         call = step(rows)
         dist.barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import validation
 
 
 def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dict[str, float]]:
@@ -81,7 +81,7 @@ def query_bank_metrics(
     """
     sim, owner = _check(sim, owner)
     _positive("beta", beta)
-    text_bank, video_bank = _checks.tensor("text_bank", text_bank), _checks.tensor("video_bank", video_bank)
+    text_bank, video_bank = validation.tensor("text_bank", text_bank), validation.tensor("video_bank", video_bank)
     if text_bank.dim() != 2 or text_bank.shape[1] != sim.shape[1] or len(text_bank) == 0:
         raise ValueError(f"text_bank must be (Q, B) with B = {sim.shape[1]} to match sim, got {tuple(text_bank.shape)}")
     if video_bank.dim() != 2 or video_bank.shape[0] != sim.shape[0] or video_bank.shape[1] == 0:
@@ -126,9 +126,9 @@ def recall_interval(
         ValueError, TypeError: as :func:`retrieval_metrics`; an unknown direction, a level outside 0..1.
     """
     sim, owner = _check(sim, owner)
-    _checks.option("direction", direction, ("t2v", "v2t"))
-    _checks.positive_int("k", k)
-    _checks.positive_int("resamples", resamples)
+    validation.option("direction", direction, ("t2v", "v2t"))
+    validation.positive_int("k", k)
+    validation.positive_int("resamples", resamples)
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     videos = sim.shape[1]
@@ -144,7 +144,7 @@ def recall_interval(
 
 
 def _check(sim: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
-    sim = _checks.tensor("sim", sim).detach()
+    sim = validation.tensor("sim", sim).detach()
     if sim.dim() != 2 or sim.numel() == 0:
         raise ValueError(f"sim must be a non-empty (A, B) matrix, got shape {tuple(sim.shape)}")
     if not sim.is_floating_point():
@@ -161,7 +161,7 @@ def _check(sim: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a positive number, got {_checks.describe(value)}")
+        raise TypeError(f"{name} must be a positive number, got {validation.describe(value)}")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
@@ -175,7 +175,7 @@ def _video_ranks(sim: Tensor, owner: Tensor) -> Tensor:
 
 
 def _check_owner(owner: Tensor, texts: int, videos: int) -> Tensor:
-    owner = _checks.tensor("owner", owner)
+    owner = validation.tensor("owner", owner)
     if owner.is_floating_point() or owner.is_complex() or owner.dtype == torch.bool:
         raise TypeError(f"owner must be integer video indices, got {owner.dtype}")
     if tuple(owner.shape) != (texts,):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drl_fast.ops import _registry, cdcr
+from drl_fast.ops import cdcr, dispatch
 from drl_fast.ops.chunked import token_interaction as chunked
 from drl_fast.ops.gpu import cdcr as gpu_cdcr
 from drl_fast.ops.gpu import token_interaction as gpu
@@ -60,7 +60,7 @@ def _no_gpu() -> str | None:
 IMPLEMENTATIONS = {
     row.name: row
     for row in (
-        Implementation("cpp", "cpu", nullcontext, lambda: _registry.EXTENSION_ERROR),
+        Implementation("cpp", "cpu", nullcontext, lambda: dispatch.EXTENSION_ERROR),
         Implementation("chunked", "cpu", chunked_on_cpu, lambda: None),
         Implementation("cuda", "cuda", nullcontext, _no_gpu),
     )

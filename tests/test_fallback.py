@@ -26,13 +26,13 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(fi
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, drl_fast
-    from drl_fast.ops import _registry
+    from drl_fast.ops import dispatch
     import tests.test_fallback as case
     results = [case.step(), case.step()]
     layer = drl_fast.WTI(dim=8)(torch.randn(2, 3, 8), torch.randn(4, 5, 8))
 print(json.dumps({
     "file": drl_fast.__file__,
-    "served": [_registry.implementation("cpu"), _registry.cpu_capability()],
+    "served": [dispatch.implementation("cpu"), dispatch.cpu_capability()],
     "warnings": [[w.category.__name__, str(w.message)] for w in caught if "drl_fast" in str(w.message)],
     "results": results,
     "layer": list(layer.shape),

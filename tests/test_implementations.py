@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import drl_fast
-from drl_fast.ops import _registry
+from drl_fast.ops import dispatch
 from drl_fast.ops.chunked import token_interaction as chunked
 from tests.implementations import IMPLEMENTATIONS, chunked_on_cpu, must_exist
 
@@ -52,7 +52,7 @@ def test_override_is_undone_after_an_error() -> None:
 def test_the_extension_serves_the_cpu_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the extension, CPU tensors never reach chunked PyTorch."""
     if IMPLEMENTATIONS["cpp"].missing():
-        pytest.skip(str(_registry.EXTENSION_ERROR))
+        pytest.skip(str(dispatch.EXTENSION_ERROR))
 
     def never(*args: object) -> object:
         raise AssertionError("chunked PyTorch was called")
@@ -72,5 +72,5 @@ def test_ci_does_not_skip_the_extension(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_implementation_is_named_truthfully() -> None:
-    assert _registry.implementation("cpu") == ("chunked" if _registry.EXTENSION_ERROR else "cpp")
-    assert _registry.implementation("meta") == "chunked"
+    assert dispatch.implementation("cpu") == ("chunked" if dispatch.EXTENSION_ERROR else "cpp")
+    assert dispatch.implementation("meta") == "chunked"

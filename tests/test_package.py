@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import drl_fast
 from drl_fast.cli import app
-from drl_fast.ops import _registry
+from drl_fast.ops import dispatch
 
 try:
     INSTALLED = metadata.distribution("drl-fast")
@@ -41,8 +41,8 @@ def test_type_checkers_may_read_the_annotations() -> None:
 
 
 def test_the_extension_serves_every_python() -> None:
-    if _registry.EXTENSION_ERROR is not None:
-        pytest.skip(_registry.EXTENSION_ERROR)
+    if dispatch.EXTENSION_ERROR is not None:
+        pytest.skip(dispatch.EXTENSION_ERROR)
     assert Path(sys.modules["drl_fast._C"].__file__ or "").name == "_C.abi3.so"
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import statistics_dtype
-from ..ops import _registry
+from ..ops import dispatch
+from ..validation import statistics_dtype
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -145,7 +145,7 @@ def pair_problem(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor | None
 @contextmanager
 def little_blocks(device: str, little: bool) -> Iterator[None]:
     """Let the Triton kernels' backward take as few text rows at a time as it can; other devices have no such blocks."""
-    if not little or _registry.implementation(device) != "triton":
+    if not little or dispatch.implementation(device) != "triton":
         yield
         return
     from drl_fast.kernels import token_interaction_backward as kernels

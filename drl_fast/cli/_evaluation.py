@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from .._checks import option
-from .._files import write_aside
+from ..atomic_write import write_atomically
 from ..data.datasets import load_split
 from ..data.feature_cache import FeatureCache
 from ..data.formats import PARTS
@@ -29,6 +28,7 @@ from ..engine.evaluate import Evaluation, evaluate
 from ..engine.processes import Processes, processes
 from ..metrics import dual_softmax_metrics, recall_interval
 from ..model.drl import DRL
+from ..validation import option
 from ._data import print_left_out, print_unreadable, with_folders
 from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ._trained import load_model, settings, untrained
@@ -219,6 +219,6 @@ def _check_out(path: Path) -> None:
 def _write(path: Path, report: dict[str, Any]) -> None:
     text = json.dumps(report, indent=2) + "\n"
     try:
-        write_aside(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OSError(f"the result could not be written to {path}, got: {error.strerror or error}") from error

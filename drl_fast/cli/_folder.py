@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import DP
 from ..data.folder import read_captions
-from ..data.matching import VIDEO_SUFFIXES
 from ..data.video import Sampling, read_video
+from ..data.video_files import VIDEO_SUFFIXES
 from ..engine.evaluate import encode_texts, encode_videos
 from ..metrics import ranks, retrieval_metrics
 from ..model.clip import load_clip

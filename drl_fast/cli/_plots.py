@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .._files import write_aside
+from ..atomic_write import write_atomically
 from ._comparison import ROWS, Row
 from ._tables import DIRECTIONS, chance
 
@@ -29,7 +29,7 @@ def draw(rows: list[Row], batch: int, folder: Path) -> list[Path]:
     """Write ``loss.png`` and ``recall.png``; a file there is always a whole one."""
     figures = {"loss.png": _losses(rows, batch), "recall.png": _recalls(rows)}
     for name, figure in figures.items():
-        write_aside(folder / name, partial(figure.savefig, format="png"))
+        write_atomically(folder / name, partial(figure.savefig, format="png"))
     return [folder / name for name in figures]
 
 

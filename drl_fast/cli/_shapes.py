@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from .._files import write_aside
+from ..atomic_write import write_atomically
 from ..data import moving_shapes
 from ..data.moving_shapes import ARRANGEMENTS, MOST, Clip
 from ..data.video import Sampling, read_video
@@ -103,7 +103,7 @@ def _keep_numbers(run: ShapesRun, rows: list[Row], seconds: float) -> None:
     asked = {"clips": run.clips, "steps": run.steps, "seed": run.seed}
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     found = {**asked, **machine, "torch": torch.__version__, "seconds": round(seconds, 1), **as_json(rows)}
-    write_aside(run.out / NUMBERS, lambda name: Path(name).write_text(json.dumps(found, indent=1) + "\n"))
+    write_atomically(run.out / NUMBERS, lambda name: Path(name).write_text(json.dumps(found, indent=1) + "\n"))
 
 
 def _must_be_writable(folder: Path) -> None:

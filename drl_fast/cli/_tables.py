@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
-from ..ops import _registry
+from ..ops import dispatch
 
 SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
@@ -20,7 +20,7 @@ DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 
 def served_by() -> str:
     """What computes the interaction on this machine's CPU, in words."""
-    name = _registry.implementation("cpu")
+    name = dispatch.implementation("cpu")
     return SERVED_BY.get(name, name)
 
 

@@ -19,7 +19,7 @@ def doctor() -> None:
 
     Exits with 1 when a value is wrong.
     """
-    from ..ops import _registry
+    from ..ops import dispatch
 
     console = Console()
     table = Table(title="drl-fast doctor", title_justify="left")
@@ -32,7 +32,7 @@ def doctor() -> None:
         wrong |= bad
         shown = ", ".join(f"{str(dtype)[6:]} {error:.1e}" for dtype, error in errors.items())
         table.add_row(
-            device, _registry.implementation(device), escape(reason(device)), f"[red]{shown}[/]" if bad else shown
+            device, dispatch.implementation(device), escape(reason(device)), f"[red]{shown}[/]" if bad else shown
         )
     if not torch.cuda.is_available():
         table.add_row("cuda", "-", "torch sees no CUDA device", "-")
@@ -45,19 +45,19 @@ def doctor() -> None:
 
 
 def reason(device: str) -> str:
-    from ..ops import _registry
+    from ..ops import dispatch
 
     if device == "cuda":
-        problem = _registry.triton_problem(device)
+        problem = dispatch.triton_problem(device)
         if problem is not None:
             return problem
         from drl_fast.kernels import tuning
 
         name = torch.cuda.get_device_name(device)
         return f"Triton kernels, {name}, tiles for {tuning.architecture(torch.device(device))}"
-    if _registry.EXTENSION_ERROR is not None:
-        return f"no C++ extension: {_registry.EXTENSION_ERROR}"
-    return f"C++ extension, {_registry.cpu_capability()} kernels, {torch.get_num_threads()} threads"
+    if dispatch.EXTENSION_ERROR is not None:
+        return f"no C++ extension: {dispatch.EXTENSION_ERROR}"
+    return f"C++ extension, {dispatch.cpu_capability()} kernels, {torch.get_num_threads()} threads"
 
 
 def version(package: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from .._checks import describe
+from ..validation import describe
 
 AS_RELEASED = "take the file as it was released"
 T = TypeVar("T")

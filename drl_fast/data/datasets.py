@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._checks import option
+from ..validation import option
 from . import formats
 from .annotations import Listing
-from .matching import VideoFiles
 from .split import Split, some
+from .video_files import VideoFiles
 
 
 @dataclass(frozen=True)

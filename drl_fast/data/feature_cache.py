@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._checks import tensor
-from .._files import write_aside
+from ..atomic_write import write_atomically
+from ..validation import tensor
 from .video import Sampling
 
 # Of the file that is hashed at a time.
@@ -86,7 +86,7 @@ class FeatureCache:
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(path, lambda name: Path(name).write_bytes(data))
+            write_atomically(path, lambda name: Path(name).write_bytes(data))
         except OSError as error:
             raise OSError(
                 f"features could not be kept in {self.folder}, got: {error.strerror or error}; make room there, or "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .._checks import describe, positive_int
+from ..validation import describe, positive_int
 from .split import Split
 from .video import Sampling, read_video
 

@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .._files import write_aside
+from ..atomic_write import write_atomically
 
 SIZE = 64
 FPS = 8
@@ -190,5 +190,5 @@ def write_folder(
         with open(name, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(zip(*columns, strict=True))
 
-    write_aside(folder / "captions.csv", write)
+    write_atomically(folder / "captions.csv", write)
     return paths

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from .._files import write_aside
+from ..atomic_write import write_atomically
 from ..model.drl import DRL
 from .config import RunConfig
 
@@ -60,7 +60,7 @@ def save(
         "data": data,
     }
     try:
-        write_aside(path, lambda name: torch.save(state, name))
+        write_atomically(path, lambda name: torch.save(state, name))
     except (OSError, RuntimeError) as error:
         # torch's writer has an error of its own for a full disk, which does not say so.
         reason = error.strerror if isinstance(error, OSError) else "its writer failed, as it does on a full disk"

@@ -16,10 +16,10 @@ import open_clip
 import yaml
 from torch import Tensor
 
-from .._checks import option
 from ..data.datasets import DATASETS
 from ..data.video import Sampling
 from ..model.drl import DRL, Config
+from ..validation import option
 from .precision import PRECISIONS
 
 PARALLEL = ("ddp", "fsdp")

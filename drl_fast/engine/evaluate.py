@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import WTI, _checks, token_interaction
+from .. import WTI, token_interaction, validation
 from ..data.feature_cache import FeatureCache
 from ..data.loading import Unreadable, tokenize
 from ..data.split import Split
 from ..data.video import Sampling
+from ..distributed.group import Group, Terms
 from ..metrics import retrieval_metrics
 from ..model.drl import DRL
-from ..ops._group import Group, Terms
 from .features import Side, device_of, frame_features, inner, text_side, video_side, weights_hash
-from .precision import PRECISIONS, autocast
-from .shares import fill
+from .precision import PRECISIONS, autocast_for
+from .row_sharding import fill
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,7 +86,7 @@ def evaluate(
         RuntimeError: another rank failed; its error is named.
     """
     ranks = None if process_group is None else Group(process_group)
-    context = autocast(precision, device_of(model).type)
+    context = autocast_for(precision, device_of(model).type)
     tell = on_progress or (lambda stage, done, total: None)
     words = min(max_words, model.clip.positional_embedding.shape[0])
 
@@ -126,8 +126,8 @@ def evaluate(
 
 
 def _check(split: Split, block: int, precision: str) -> None:
-    _checks.positive_int("block", block)
-    _checks.option("precision", precision, PRECISIONS)
+    validation.positive_int("block", block)
+    validation.option("precision", precision, PRECISIONS)
     if not split.captions:
         raise ValueError(f"split must hold at least one caption, got none of {split.dataset}, {split.part}")
     silent = sorted(set(range(len(split.videos))) - set(split.owner))

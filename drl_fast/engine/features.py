@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import WTI, _autocast
+from .. import WTI, autocast
 from ..data.feature_cache import FeatureCache
 from ..data.loading import Unreadable, video_loader
 from ..data.video import Sampling
+from ..distributed.group import Group
 from ..model.drl import DRL
 from ..modules.wti import softmax_weights
-from ..ops._group import Group
 from .precision import Autocast
-from .shares import fill, of_all, turns
+from .row_sharding import fill, of_all, turns
 
 # Rows that one pass takes; other numbers give other last bits.
 TEXTS, VIDEOS = 128, 32
@@ -196,8 +196,8 @@ def fingerprint(model: DRL) -> str:
     """
     device, visual = device_of(model).type, model.clip.visual
     heads = [(name, module.num_heads) for name, module in visual.named_modules() if hasattr(module, "num_heads")]
-    autocast = torch.get_autocast_dtype(device) if _autocast.is_on(device) else None
-    build = (repr(visual), heads, visual.image_size, device, autocast, torch.get_float32_matmul_precision())
+    active = torch.get_autocast_dtype(device) if autocast.is_on(device) else None
+    build = (repr(visual), heads, visual.image_size, device, active, torch.get_float32_matmul_precision())
     parts = {**visual.state_dict(), "mean": model.mean, "std": model.std}
     return weights_hash(parts, repr(build))
 

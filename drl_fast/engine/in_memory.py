@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.drl import DRL
-from .recipe import by_decay, rate
+from .schedule import by_decay, rate
 
 
 @dataclass(frozen=True)

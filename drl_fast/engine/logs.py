@@ -8,7 +8,7 @@ import json
 import threading
 from pathlib import Path
 
-from .._files import write_aside
+from ..atomic_write import write_atomically
 
 COLUMNS = (
     "step",
@@ -36,7 +36,7 @@ class Logs:
 
         path = folder / "log.csv"
         rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
-        write_aside(path, lambda name: _write(Path(name), rows))
+        write_atomically(path, lambda name: _write(Path(name), rows))
         self._file = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.DictWriter(self._file, COLUMNS)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -95,7 +95,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
 def write_evaluations(folder: Path, evaluations: dict[int, dict[str, dict[str, float]]]) -> None:
     """``evaluations.json``: metrics by epoch."""
     text = json.dumps(evaluations, indent=2) + "\n"
-    write_aside(folder / "evaluations.json", lambda name: Path(name).write_text(text))
+    write_atomically(folder / "evaluations.json", lambda name: Path(name).write_text(text))
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

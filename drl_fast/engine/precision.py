@@ -8,13 +8,13 @@ from functools import partial
 
 import torch
 
-from .. import _autocast
+from .. import autocast
 
 PRECISIONS = ("bf16", "fp32")
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-def autocast(precision: str, device: str) -> Autocast:
+def autocast_for(precision: str, device: str) -> Autocast:
     """Make contexts, on a device type: ``"bf16"`` autocasts to bfloat16, ``"fp32"`` not at all."""
-    return partial(torch.autocast, device, torch.bfloat16) if precision == "bf16" else partial(_autocast.off, device)
+    return partial(torch.autocast, device, torch.bfloat16) if precision == "bf16" else partial(autocast.off, device)

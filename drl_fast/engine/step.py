@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..model.drl import DRL
-from .precision import autocast
+from .precision import autocast_for
 
 Losses = dict[str, Tensor]
 
@@ -41,7 +41,7 @@ def add_gradients(
             is drawn at random there (dropout) must be the same twice.
         before_last: called before the backward pass that is the last one.
     """
-    context = autocast(precision, batch["text_ids"].device.type)
+    context = autocast_for(precision, batch["text_ids"].device.type)
     rows = len(batch["text_ids"])
     if chunks == 1:
         before_last()

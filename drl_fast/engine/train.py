@@ -23,17 +23,17 @@ import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from .._files import remove_parts, write_aside
+from ..atomic_write import remove_parts, write_atomically
 from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
+from ..distributed.group import Group, Terms
 from ..model.drl import DRL
-from ..ops._group import Group, Terms
-from . import checkpoint, recipe
+from . import checkpoint, schedule
 from .checkpoint import Progress
 from .config import RunConfig, read_config
 from .evaluate import Evaluation, evaluate
+from .fsdp import average_gradients, clip_gradients, distribute, reduce_after
 from .logs import Logs, write_evaluations
-from .parallel import average_gradients, clip_gradients, distribute, reduce_after
 from .processes import Processes
 from .step import add_gradients
 
@@ -87,8 +87,8 @@ class Run:
         self.whole = copy.deepcopy(self.model) if self._sharded else self.model
         self.model.to(self.processes.device)
         distribute(self.model, config.parallel, self.processes)
-        self.optimizer = recipe.optimizer(self.model, config)
-        self.batches = recipe.batches(len(self.data.train.captions), config)
+        self.optimizer = schedule.optimizer(self.model, config)
+        self.batches = schedule.batches(len(self.data.train.captions), config)
         self.per_epoch = len(self.batches) // config.epochs
         self.sampling = config.sampling(self.whole.picture_size[0])
 
@@ -124,7 +124,7 @@ class Run:
         self._agree()
         if self.processes.first:
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
-            write_aside(self.folder / CONFIG, lambda name: Path(name).write_text(text))
+            write_atomically(self.folder / CONFIG, lambda name: Path(name).write_text(text))
 
     def _agree(self) -> None:
         """See that all processes go on from one point, with the same data and the same folder.
@@ -213,8 +213,8 @@ class Run:
             )
         self.model.train()
         self.optimizer.zero_grad()
-        factor = recipe.rate(step, len(self.batches), config.warmup)
-        recipe.set_rates(self.optimizer, factor)
+        factor = schedule.rate(step, len(self.batches), config.warmup)
+        schedule.set_rates(self.optimizer, factor)
         own_rows = -(-len(self.batches[step]) // self.processes.size)
         reduce_after(self.model, last=False)
         losses = add_gradients(
@@ -224,7 +224,7 @@ class Run:
             chunks=-(-own_rows // config.chunk) if config.chunk else 1,
             precision=config.precision,
             group=self.processes.group,
-            reseed=lambda part: torch.manual_seed(recipe.seed_of(config.seed, step, self.processes.rank, part)),
+            reseed=lambda part: torch.manual_seed(schedule.seed_of(config.seed, step, self.processes.rank, part)),
             before_last=lambda: reduce_after(self.model, last=True),
         )
         average_gradients(self.model, self.processes)

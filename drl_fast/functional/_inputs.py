@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
+from .. import autocast, validation
 
 
 class Sides(NamedTuple):
@@ -28,20 +28,20 @@ def check_sides(
 ) -> Sides:
     """Check two sides of an interaction (ValueError, TypeError) and bring them to one dtype under autocast."""
     t, v = names
-    text = _autocast.cast(_checks.tokens(t, text, "A, Nt, D"))
-    video = _autocast.cast(_checks.tokens(v, video, "B, Nv, D"))
-    _checks.same_features(text, video, t, v)
+    text = autocast.cast(validation.tokens(t, text, "A, Nt, D"))
+    video = autocast.cast(validation.tokens(v, video, "B, Nv, D"))
+    validation.same_features(text, video, t, v)
     return Sides(
         text,
         video,
-        _checks.mask(f"{t}_mask", text_mask, text, "A, Nt", t),
-        _checks.mask(f"{v}_mask", video_mask, video, "B, Nv", v),
+        validation.mask(f"{t}_mask", text_mask, text, "A, Nt", t),
+        validation.mask(f"{v}_mask", video_mask, video, "B, Nv", v),
     )
 
 
 def uniform_weight(mask: Tensor | None, features: Tensor) -> Tensor:
     """(rows, tokens) weights of 1 / (real tokens in the row); 0 on masked tokens and in rows without a real one."""
-    dtype = _checks.accumulation_dtype(features.dtype)
+    dtype = validation.accumulation_dtype(features.dtype)
     rows, length = features.shape[:2]
     if mask is None:
         return torch.full((rows, length), 1 / length, dtype=dtype, device=features.device)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .. import _checks
+from .. import validation
+from ..distributed.group import Group, Terms
 from ..ops import cdcr as op
-from ..ops._group import Group, Terms
 from ._inputs import check_sides
 from .token_interaction import refuse_forward_mode
 
@@ -82,8 +82,8 @@ def cdcr_loss(
         if (text_weight is None) != (video_weight is None):
             name, other = ("video_weight", "text_weight") if video_weight is None else ("text_weight", "video_weight")
             raise ValueError(f"{name} must be given where {other} is, got None; give both (weighted) or neither")
-        wt = None if text_weight is None else _checks.weight("text_weight", text_weight, t, "B, Nt", "text")
-        wv = None if video_weight is None else _checks.weight("video_weight", video_weight, v, "B, Nv", "video")
+        wt = None if text_weight is None else validation.weight("text_weight", text_weight, t, "B, Nt", "text")
+        wv = None if video_weight is None else validation.weight("video_weight", video_weight, v, "B, Nv", "video")
         return Inputs(t, v, wt, wv, t_mask, v_mask)
 
     alphas = {"alpha_on": alpha_on, "alpha_off": alpha_off}
@@ -136,10 +136,10 @@ def cross_correlation_loss(
         a, b, _, _ = check_sides(a[:, None], b[:, None], None, None, ("x", "y"))
         if weight is None:
             return Inputs(a, b)
-        given = _checks.tensor("weight", weight)
+        given = validation.tensor("weight", weight)
         if tuple(given.shape) != (a.shape[0],):
             raise ValueError(f"weight must be (N,) = ({a.shape[0]},) to match x, got {tuple(given.shape)}")
-        return Inputs(a, b, _checks.weight("weight", given[:, None], a, "N", "x"))
+        return Inputs(a, b, validation.weight("weight", given[:, None], a, "N", "x"))
 
     options = {"alpha_on": alpha_on, "alpha_off": alpha_off, "divisor": divisor}
     return _loss("cross_correlation_loss", ("x", "y"), check, options, process_group)
@@ -199,7 +199,7 @@ def _loss(
 
 def _rows(name: str, value: object) -> Tensor:
     """Check one matrix of rows: rank 2 and a dtype we serve."""
-    x = _checks.tensor(name, value)
+    x = validation.tensor(name, value)
     if x.dim() != 2:
         raise ValueError(f"{name} must be (N, D), got shape {tuple(x.shape)}; flatten tokens to rows")
     if x.shape[1] == 0:
@@ -209,8 +209,8 @@ def _rows(name: str, value: object) -> Tensor:
 
 def _alpha(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {_checks.describe(value)}")
-    number = _checks.as_float(value)
+        raise TypeError(f"{name} must be a number, got {validation.describe(value)}")
+    number = validation.as_float(value)
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {number}; 0 leaves its term out")
     return number
@@ -220,8 +220,8 @@ def _divisor(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"divisor must be a positive number or None, got {_checks.describe(value)}")
-    number = _checks.as_float(value)
+        raise TypeError(f"divisor must be a positive number or None, got {validation.describe(value)}")
+    number = validation.as_float(value)
     if not 0 < number < math.inf:
         raise ValueError(f"divisor must be positive and finite, got {number}; leave it out to divide by N")
     return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
+from .. import autocast, validation
 from ._inputs import check_sides, uniform_weight
 
 NORM_EPS = 1e-12
@@ -13,7 +13,7 @@ NORM_EPS = 1e-12
 
 def unit(x: Tensor) -> Tensor:
     """L2-normalise the last axis in float32 (float64 for float64); norm <= 1e-12 maps to 0 with gradient 0."""
-    x = x.to(_checks.accumulation_dtype(x.dtype))
+    x = x.to(validation.accumulation_dtype(x.dtype))
     dead = (x * x).sum(-1, keepdim=True) <= NORM_EPS**2
     # Replaced before the norm, not after: a gradient through norm(0) is NaN even where a later `where` drops it.
     x = x.masked_fill(dead, 1.0)
@@ -43,7 +43,7 @@ def dot_product(
     Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3 (mean pooling); arXiv 2203.07111, table 1, "DP".
     """
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-    with _autocast.off(text.device.type):
+    with autocast.off(text.device.type):
         end_token, mean_frame = pool(text, video, t_mask, v_mask)
         return end_token @ mean_frame.T
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
+from .. import validation
 
 
 def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
 
     Source: arXiv 2203.07111, section 3.4; Radford et al., arXiv 2103.00020, figure 3.
     """
-    x = _checks.tensor("logits", logits)
+    x = validation.tensor("logits", logits)
     if x.dim() != 2 or x.shape[0] != x.shape[1]:
         raise ValueError(
             f"logits must be square (B, B) with positives on the diagonal, got {tuple(x.shape)}; "
@@ -38,7 +38,7 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
         raise ValueError("logits must hold at least one pair, got shape (0, 0); skip empty batches")
     if not x.is_floating_point():
         raise TypeError(f"logits must be floating point, got {x.dtype}; convert them with logits.float()")
-    scaled = x.to(_checks.accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
+    scaled = x.to(validation.accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
     target = torch.arange(scaled.shape[0], device=scaled.device)
     return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
 
@@ -58,8 +58,8 @@ def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Te
             )
         return logit_scale.reshape(())
     if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real):
-        raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {_checks.describe(logit_scale)}")
-    number = _checks.as_float(logit_scale)
+        raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {validation.describe(logit_scale)}")
+    number = validation.as_float(logit_scale)
     if not 0 < number < float("inf"):
         raise ValueError(
             f"logit_scale must be positive and finite, got {number}; pass the factor itself, exp already taken"

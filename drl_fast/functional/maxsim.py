@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import validation
 from ._inputs import check_sides
 from .token_interaction import interact
 
@@ -37,12 +37,12 @@ def maxsim(
 
     Source: Khattab & Zaharia, "ColBERT", arXiv 2004.12832, section 3.3.
     """
-    _checks.flag("normalize", normalize)
+    validation.flag("normalize", normalize)
     names = ("query", "document")
     query, document, q_mask, d_mask = check_sides(query, document, query_mask, document_mask, names)
     if query_weight is None:
         query_weight = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
-    query_weight = _checks.weight("query_weight", query_weight, query, "A, Nt", "query")
+    query_weight = validation.weight("query_weight", query_weight, query, "A, Nt", "query")
     scores = interact(query, document, query_weight, None, q_mask, d_mask, normalize, False, False)
     assert isinstance(scores, Tensor)
     return scores

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..ops import _token_contrastive_loss as ops
-from ..ops._group import Group, Terms
-from ..ops._visits import Shape, over
+from .. import validation
+from ..distributed.exchange import Shape, over
+from ..distributed.group import Group, Terms
+from ..ops import token_contrastive_loss as ops
 from ._inputs import check_sides, uniform_weight
 from .info_nce import check_scale
 from .token_interaction import refuse_forward_mode
@@ -164,8 +164,8 @@ def _check(
     normalize: bool,
     owner: Tensor | None,
 ) -> Pairs:
-    _checks.option("masking", masking, _checks.MASKINGS)
-    _checks.flag("normalize", normalize)
+    validation.option("masking", masking, validation.MASKINGS)
+    validation.flag("normalize", normalize)
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
     scale = check_scale(logit_scale, text.device)
     if len(text) != len(video):
@@ -175,8 +175,8 @@ def _check(
         )
     wt = uniform_weight(t_mask, text) if text_weight is None else text_weight
     wv = uniform_weight(v_mask, video) if video_weight is None else video_weight
-    wt = _checks.weight("text_weight", wt, text, "B, Nt", "text")
-    wv = _checks.weight("video_weight", wv, video, "B, Nv", "video")
+    wt = validation.weight("text_weight", wt, text, "B, Nt", "text")
+    wv = validation.weight("video_weight", wv, video, "B, Nv", "video")
     refuse_forward_mode((text, video, wt, wv, scale if isinstance(scale, Tensor) else None), "token contrastive loss")
     ids = None if owner is None else _owner(owner, text)
     if masking == "none":
@@ -187,7 +187,7 @@ def _check(
 
 def _owner(value: object, text: Tensor) -> Tensor:
     """Check (B,) ids of the videos that the pairs belong to."""
-    owner = _checks.tensor("owner", value)
+    owner = validation.tensor("owner", value)
     if tuple(owner.shape) != (len(text),):
         raise ValueError(f"owner must be (B,) = ({len(text)},) to match text, got {tuple(owner.shape)}")
     if owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _checks
+from .. import validation
 from ..ops import token_interaction as op
 from ._inputs import check_sides, uniform_weight
 
@@ -69,23 +69,23 @@ def token_interaction(
 
     Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction".
     """
-    _checks.option("masking", masking, _checks.MASKINGS)
+    validation.option("masking", masking, validation.MASKINGS)
     for name, value in (("normalize", normalize), ("bidirectional", bidirectional), ("return_matches", return_matches)):
-        _checks.flag(name, value)
+        validation.flag(name, value)
     text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
     if text_weight is None:
         text_weight = uniform_weight(t_mask, text)
-    text_weight = _checks.weight("text_weight", text_weight, text, "A, Nt", "text")
+    text_weight = validation.weight("text_weight", text_weight, text, "A, Nt", "text")
     if not bidirectional:
         if video_weight is not None:
             raise ValueError(
                 "video_weight must be None when bidirectional=False (only the text side is summed), "
-                f"got {_checks.describe(video_weight)}"
+                f"got {validation.describe(video_weight)}"
             )
     else:
         if video_weight is None:
             video_weight = uniform_weight(v_mask, video)
-        video_weight = _checks.weight("video_weight", video_weight, video, "B, Nv", "video")
+        video_weight = validation.weight("video_weight", video_weight, video, "B, Nv", "video")
     if masking == "none":
         t_mask = v_mask = None
     return interact(text, video, text_weight, video_weight, t_mask, v_mask, normalize, masking == "drl", return_matches)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._files import write_aside
+from ..atomic_write import write_atomically
 from .clip import HEAD_WIDTH, SIZES_IN_STATE, clip_from_state_dict, load_strictly, quiet
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def save_pretrained(model: DRL, folder: str | os.PathLike[str]) -> None:
     config = json.dumps({"format": FORMAT, **model.describe_config()}, indent=2) + "\n"
     state = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     # The configuration rides with the weights: the two cannot come from different saves. The JSON is for people.
-    write_aside(path / WEIGHTS, lambda file: safetensors.torch.save_file(state, file, {"config": config}))
-    write_aside(path / CONFIG, lambda file: Path(file).write_text(config))
+    write_atomically(path / WEIGHTS, lambda file: safetensors.torch.save_file(state, file, {"config": config}))
+    write_atomically(path / CONFIG, lambda file: Path(file).write_text(config))
 
 
 def _refuse_another_form(model: DRL) -> None:

@@ -13,8 +13,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from .._checks import describe, option
 from ..modules import INTERACTIONS, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from ..validation import describe, option
 from . import losses, padding
 from .clip import build_clip, check_clip, clip_from_state_dict
 

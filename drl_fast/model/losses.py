@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, info_nce
+from ..distributed.gather import gather_rows
+from ..distributed.group import Group, Terms
 from ..functional.dot_product import pool
 from ..modules import TI, WTI
-from ..ops._gather import gather_rows
-from ..ops._group import Group, Terms
 from . import padding
 
 if TYPE_CHECKING:

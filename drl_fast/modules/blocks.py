@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import validation
 
 # The public modules outside CLIP have it; CLIP's own layers have 1e-5.
 LAYER_NORM_EPS = 1e-12
@@ -95,9 +95,9 @@ class Transformer(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int) -> None:
         super().__init__()
-        _checks.positive_int("dim", dim)
-        _checks.positive_int("layers", layers)
-        if dim % _checks.positive_int("heads", heads):
+        validation.positive_int("dim", dim)
+        validation.positive_int("layers", layers)
+        if dim % validation.positive_int("heads", heads):
             raise ValueError(f"dim must be a multiple of heads = {heads}, got {dim}; choose another width")
         self.resblocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
 
@@ -138,7 +138,7 @@ def copy_from_clip(
     Raises:
         ValueError: a block whose keys are not those of CLIP's form.
     """
-    _checks.tensor("positional_embedding", positional_embedding)
+    validation.tensor("positional_embedding", positional_embedding)
     if positional_embedding.shape[-1] != positions.embedding_dim:
         return False
     count = min(len(positional_embedding), positions.num_embeddings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import _autocast, _checks
+from .. import autocast, validation
 from ..functional import token_interaction
 from ..functional._inputs import check_sides
 from ..functional.dot_product import last_real_token, pool, unit
@@ -43,8 +43,8 @@ class HI(nn.Module):
 
     def __init__(self, dim: int = 512, *, masking: str = "drl") -> None:
         super().__init__()
-        self.dim = _checks.positive_int("dim", dim)
-        _checks.option("masking", masking, _checks.MASKINGS)
+        self.dim = validation.positive_int("dim", dim)
+        validation.option("masking", masking, validation.MASKINGS)
         self.masking = masking
         self.text_weight_fc = weight_head(dim, dim, arch=2)
         self.level_logits = nn.Parameter(torch.zeros(3))
@@ -60,7 +60,7 @@ class HI(nn.Module):
         weight = softmax_weights(self.text_weight_fc, text, t_mask)
         end_token, mean_frame = pool(text, video, t_mask, v_mask)
         words = unit(text if t_mask is None else torch.where(t_mask[..., None], text, 0))
-        with _autocast.off(text.device.type):
+        with autocast.off(text.device.type):
             sentence_frame = token_interaction(
                 last_real_token(text, t_mask)[:, None],
                 video,

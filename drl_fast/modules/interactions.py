@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import _checks
+from .. import validation
 from .dp import DP
 from .hi import HI
 from .mlp import MLP
@@ -30,9 +30,9 @@ def build_interaction(name: str, dim: int, **options: Any) -> nn.Module:
         ValueError: an unknown name, a value that the layer refuses.
         TypeError: an option that the layer does not have.
     """
-    _checks.option("interaction", name, tuple(INTERACTIONS))
+    validation.option("interaction", name, tuple(INTERACTIONS))
     layer = INTERACTIONS[name]
-    _checks.positive_int("dim", dim)
+    validation.positive_int("dim", dim)
     known = list(inspect.signature(layer.__init__).parameters)[1:] if layer.__init__ is not nn.Module.__init__ else []
     for option in options:
         if option not in known:

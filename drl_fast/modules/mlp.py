@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _autocast, _checks
+from .. import autocast, validation
 from ..functional._inputs import check_sides
 from ..functional.dot_product import pool
-from ._pairs import score_pairs
 from .blocks import start_new
+from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
 
 # Hidden activations of one block where the caller names no chunk: 16 MB in float32.
@@ -39,8 +39,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int = 512, *, chunk: int | None = None) -> None:
         super().__init__()
-        self.dim = _checks.positive_int("dim", dim)
-        self.chunk = None if chunk is None else _checks.positive_int("chunk", chunk)
+        self.dim = validation.positive_int("dim", dim)
+        self.chunk = None if chunk is None else validation.positive_int("chunk", chunk)
         self.hidden = nn.Linear(2 * dim, dim)
         self.similarity_dense = nn.Linear(dim, 1)
         self.apply(start_new)
@@ -59,11 +59,11 @@ class MLP(nn.Module):
         by_video = F.linear(mean_frame.to(dtype), self.hidden.weight[:, self.dim :])
         wide = torch.promote_types(dtype, torch.float32)
         pairs = max(1, CHUNK_ACTIVATIONS // self.dim) if self.chunk is None else self.chunk
-        with _autocast.off(text.device.type):
+        with autocast.off(text.device.type):
             logits = score_pairs(
                 self.similarity_dense, self._score, by_text.to(wide), (by_video.to(wide),), pairs, random=False
             )
-        return logits.to(_checks.accumulation_dtype(text.dtype))
+        return logits.to(validation.accumulation_dtype(text.dtype))
 
     def _score(self, by_text: Tensor, by_video: Tensor) -> Tensor:
         """What the first layer makes of each side, (a, D) and (b, D), to (a, b)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import validation
 from .blocks import Transformer, copy_from_clip, start_new
 from .wti import head_dtype
 
@@ -35,8 +35,8 @@ class SeqTransf(nn.Module):
 
     def __init__(self, dim: int = 512, layers: int = 4, max_positions: int = 77) -> None:
         super().__init__()
-        self.dim = _checks.positive_int("dim", dim)
-        self.frame_position_embeddings = nn.Embedding(_checks.positive_int("max_positions", max_positions), dim)
+        self.dim = validation.positive_int("dim", dim)
+        self.frame_position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)
         self.transformer = Transformer(dim, layers, max(1, dim // HEAD_WIDTH))
         self.apply(start_new)
 
@@ -82,10 +82,10 @@ class SeqLSTM(nn.Module):
 
     def __init__(self, dim: int = 512, max_positions: int | None = None) -> None:
         super().__init__()
-        self.dim = _checks.positive_int("dim", dim)
+        self.dim = validation.positive_int("dim", dim)
         self.lstm = nn.LSTM(dim, dim, batch_first=True)
         if max_positions is not None:
-            self.frame_position_embeddings = nn.Embedding(_checks.positive_int("max_positions", max_positions), dim)
+            self.frame_position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)
             self.frame_position_embeddings.requires_grad_(False)
             self.apply(start_new)
 
@@ -115,13 +115,13 @@ class SeqLSTM(nn.Module):
 
 def check_frames(video: Tensor, mask: Tensor | None, dim: int, layer: str) -> Tensor | None:
     """Check the frames and return the mask as bool."""
-    _checks.tokens("video", video, "B, Nv, D")
+    validation.tokens("video", video, "B, Nv, D")
     if video.shape[2] != dim:
         raise ValueError(
             f"video must have D = {dim} channels, the module's dim, got {video.shape[2]}; "
             f"build it with {layer}(dim={video.shape[2]})"
         )
-    return _checks.mask("mask", mask, video, "B, Nv", "video")
+    return validation.mask("mask", mask, video, "B, Nv", "video")
 
 
 def real_frames(video: Tensor, mask: Tensor | None) -> Tensor:

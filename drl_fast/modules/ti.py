@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import validation
 from ..functional import Matches, token_interaction
 
 
@@ -27,9 +27,9 @@ class TI(nn.Module):
 
     def __init__(self, *, masking: str = "drl", normalize: bool = True, bidirectional: bool = True) -> None:
         super().__init__()
-        _checks.option("masking", masking, _checks.MASKINGS)
-        _checks.flag("normalize", normalize)
-        _checks.flag("bidirectional", bidirectional)
+        validation.option("masking", masking, validation.MASKINGS)
+        validation.flag("normalize", normalize)
+        validation.flag("bidirectional", bidirectional)
         self.masking = masking
         self.normalize = normalize
         self.bidirectional = bidirectional

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .. import _autocast, _checks
+from .. import autocast, validation
 from ..functional import Matches, token_interaction
 from ..functional._inputs import check_sides
 from ..functional.dot_product import unit
@@ -49,13 +49,13 @@ class WTI(nn.Module):
         bidirectional: bool = True,
     ) -> None:
         super().__init__()
-        _checks.positive_int("dim", dim)
-        _checks.option("arch", _checks.positive_int("arch", arch), (1, 2, 3))
-        _checks.option("masking", masking, _checks.MASKINGS)
-        _checks.flag("normalize", normalize)
-        _checks.flag("bidirectional", bidirectional)
-        _checks.option("weight_input", weight_input, ("raw", "normalized"))
-        hidden = dim if hidden_dim is None else _checks.positive_int("hidden_dim", hidden_dim)
+        validation.positive_int("dim", dim)
+        validation.option("arch", validation.positive_int("arch", arch), (1, 2, 3))
+        validation.option("masking", masking, validation.MASKINGS)
+        validation.flag("normalize", normalize)
+        validation.flag("bidirectional", bidirectional)
+        validation.option("weight_input", weight_input, ("raw", "normalized"))
+        hidden = dim if hidden_dim is None else validation.positive_int("hidden_dim", hidden_dim)
         self.dim = dim
         self.masking = masking
         self.normalize = normalize
@@ -144,7 +144,7 @@ def head_dtype(head: nn.Module, tokens: Tensor, names: str = "text and video") -
     """The dtype of a head's parameters, which is to hold the tokens without loss."""
     # A quantised head has no parameters and says itself what it takes.
     dtype = next((p.dtype for p in head.parameters()), tokens.dtype)
-    if torch.promote_types(dtype, tokens.dtype) != dtype and not _autocast.is_on(tokens.device.type):
+    if torch.promote_types(dtype, tokens.dtype) != dtype and not autocast.is_on(tokens.device.type):
         raise TypeError(
             f"{names} must be no wider than the layer's {dtype}, got {tokens.dtype}; convert the layer with "
             f"layer.to({tokens.dtype}), or the tokens"

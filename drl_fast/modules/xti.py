@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import validation
 from ..functional._inputs import check_sides
 from ..functional.dot_product import last_real_token
-from ._pairs import score_pairs
 from .blocks import LayerNorm, QuickGELU, Transformer, copy_from_clip, start_new
+from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
 
 # Positions of one block where the caller names no chunk: with 512 channels some 650 MB of activations in training.
@@ -69,14 +69,14 @@ class XTI(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.dim = _checks.positive_int("dim", dim)
+        self.dim = validation.positive_int("dim", dim)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout must be a probability, got {_checks.describe(dropout)}")
+            raise TypeError(f"dropout must be a probability, got {validation.describe(dropout)}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a probability in [0, 1), got {dropout}")
         self.dropout = dropout
-        self.chunk = None if chunk is None else _checks.positive_int("chunk", chunk)
-        self.position_embeddings = nn.Embedding(_checks.positive_int("max_positions", max_positions), dim)
+        self.chunk = None if chunk is None else validation.positive_int("chunk", chunk)
+        self.position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)
         self.transformer = Transformer(dim, layers, heads)
         self.pooler = Pooler(dim)
         self.similarity_dense = nn.Linear(dim, 1)
@@ -110,7 +110,7 @@ class XTI(nn.Module):
         sides = (frames,) if v_mask is None else (frames, v_mask)
         pairs = max(1, CHUNK_POSITIONS // length) if self.chunk is None else self.chunk
         logits = score_pairs(self, score, end_token, sides, pairs, random=dropout > 0)
-        return logits.to(_checks.accumulation_dtype(text.dtype))
+        return logits.to(validation.accumulation_dtype(text.dtype))
 
     def _score(self, end_token: Tensor, frames: Tensor, mask: Tensor | None = None, *, dropout: float) -> Tensor:
         """Rows (a, D), (b, Nv, D), (b, Nv) -> (a, b)."""

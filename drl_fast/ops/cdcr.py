@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulation_dtype, statistics_dtype
-from ._group import Group
-from ._once import differentiable_once
-from ._registry import LIBRARY
+from .. import autocast
+from ..distributed.group import Group
+from ..validation import accumulation_dtype, statistics_dtype
 from .chunked import cdcr as chunked
+from .dispatch import LIBRARY
 from .gpu import cdcr as gpu
+from .no_double_backward import differentiable_once
 
 # A channel whose deviation is smaller counts as constant: it is 0 when standardised, and gets no gradient.
 STD_EPS = 1e-12
@@ -157,7 +157,7 @@ class _Decorrelation(torch.autograd.Function):
         video_mask: Tensor | None,
         options: Options,
     ) -> tuple[Tensor | None, ...]:
-        with _autocast.off(text.device.type):
+        with autocast.off(text.device.type):
             partners, statistics = _statistics(text, video, text_mask, video_mask, options)
             weights = _scaled_weights(text, video, (text_weight, video_weight), statistics, options)
             channels = torch.stack([statistics.mean, statistics.inverse_std])
@@ -184,7 +184,7 @@ class _Decorrelation(torch.autograd.Function):
             return (None,) * 7
         *inputs, text_weight, video_weight, video_index, text_index, channels, pull, count = ctx.saved_tensors
         (text, video, *given), options = inputs, ctx.options
-        with torch.no_grad(), _autocast.off(text.device.type):
+        with torch.no_grad(), autocast.off(text.device.type):
             arguments = (text, video, text_weight, video_weight, video_index, text_index)
             factor = grad * options.ranks
             constants, per_anchor = channels.split(2)

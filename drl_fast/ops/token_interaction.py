@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
-from ._registry import LIBRARY
+from ..validation import accumulation_dtype
 from .chunked import token_interaction as chunked
 from .chunked.token_interaction import index_dtype
+from .dispatch import LIBRARY
 from .gpu import token_interaction as gpu
 
 LIBRARY.define(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import drl_fast
 from drl_fast.cli import app
 from drl_fast.cli.doctor import limit, worst_error
-from drl_fast.ops import _registry
+from drl_fast.ops import dispatch
 from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
 from tests.implementations import Implementation, chunked_on_cpu, on_cpu
@@ -39,7 +39,7 @@ def test_this_machine_is_well() -> None:
     assert f"torch {version('torch')}" in result.stdout
     assert f"drl-fast {drl_fast.__version__}" in result.stdout
     row = next(line for line in result.stdout.splitlines() if " cpu " in line)
-    assert f" {_registry.implementation('cpu')} " in row
+    assert f" {dispatch.implementation('cpu')} " in row
     assert "float32" in row
     assert "bfloat16" in row
     assert WRONG not in result.stdout
@@ -126,7 +126,7 @@ def test_wrong_matches_are_found() -> None:
 
 
 def test_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_registry, "EXTENSION_ERROR", "/a/[/b]/_C.so: undefined symbol")
+    monkeypatch.setattr(dispatch, "EXTENSION_ERROR", "/a/[/b]/_C.so: undefined symbol")
     result = doctor()
     assert result.exit_code == 0, result.output
     row = next(line for line in result.stdout.splitlines() if " cpu " in line)

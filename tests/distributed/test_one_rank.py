@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drl_fast import cdcr_loss, token_contrastive_loss
-from drl_fast.ops import _visits
+from drl_fast.distributed import exchange
 
 
 def contrastive(text: Tensor, video: Tensor, group: object) -> Tensor:
@@ -24,7 +24,7 @@ def decorrelation(text: Tensor, video: Tensor, group: object) -> Tensor:
 
 @pytest.mark.parametrize("loss", [contrastive, decorrelation])
 def test_one_rank(loss: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_visits, "GATHER_BYTES", 0)  # where several ranks would take the ring
+    monkeypatch.setattr(exchange, "GATHER_BYTES", 0)  # where several ranks would take the ring
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         found = []

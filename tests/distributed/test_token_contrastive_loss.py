@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from drl_fast import WTI, token_contrastive_loss
-from drl_fast.ops import _token_contrastive_loss as ops
-from drl_fast.ops import _visits
+from drl_fast.distributed import exchange
+from drl_fast.ops import token_contrastive_loss as ops
 from tests.distributed.ranks import error_of, on_ranks
 
 SCALE, DIM, WORDS, FRAMES = 15.0, 8, 6, 4
@@ -119,7 +119,7 @@ def losses(rank: int, size: int, group: Any) -> dict[str, Any]:
     ops.BLOCK_BYTES, ops.LEAST_WORDS = 1, 2 * WORDS
     found = {}
     for way, budget in WAYS.items():
-        _visits.GATHER_BYTES = budget
+        exchange.GATHER_BYTES = budget
         for name, case in CASES.items():
             arguments = share(rank, ROWS[size], case)
             loss = token_contrastive_loss(**arguments, process_group=group)
@@ -186,7 +186,7 @@ def ddp_step(rank: int, group: Any) -> dict[str, dict[str, Tensor]]:
     text, video = ddp_data()
     found = {}
     for way, budget in WAYS.items():
-        _visits.GATHER_BYTES = budget
+        exchange.GATHER_BYTES = budget
         model = DistributedDataParallel(Retriever(), process_group=group)
         mine = slice(0, 4) if rank == 0 else slice(4, 11)
         model(text[mine], video[mine], group).backward()

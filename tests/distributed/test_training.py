@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from drl_fast.engine.parallel import average_gradients, clip_gradients, distribute, reduce_after
+from drl_fast.engine.fsdp import average_gradients, clip_gradients, distribute, reduce_after
 from drl_fast.engine.processes import Processes
 from drl_fast.engine.step import add_gradients
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drl_fast import DRL
-from drl_fast.engine import checkpoint, recipe
+from drl_fast.engine import checkpoint, schedule
 from drl_fast.engine.logs import read_log
 from drl_fast.engine.train import BEST, LAST, UNREADABLE
 
@@ -308,15 +308,15 @@ def test_an_epoch_sees_every_caption_once() -> None:
     from dataclasses import replace
 
     config = replace(configured(Path(".")), batch=4, epochs=3)
-    batches = recipe.batches(18, config)
+    batches = schedule.batches(18, config)
     assert [len(batch) for batch in batches] == [4] * 12
     for epoch in range(3):
         seen = [row for batch in batches[4 * epoch : 4 * epoch + 4] for row in batch]
         assert len(set(seen)) == 16
         assert set(seen) <= set(range(18))
     assert batches[:4] != batches[4:8]
-    assert batches == recipe.batches(18, config)
-    assert recipe.batches(3, config) != recipe.batches(3, replace(config, seed=1))
+    assert batches == schedule.batches(18, config)
+    assert schedule.batches(3, config) != schedule.batches(3, replace(config, seed=1))
 
 
 def test_rates_and_weight_decay_are_the_papers(folder: Path) -> None:
@@ -324,7 +324,7 @@ def test_rates_and_weight_decay_are_the_papers(folder: Path) -> None:
     from drl_fast.engine.config import build_model
 
     model, _ = build_model(config)
-    optimizer = recipe.optimizer(model, config)
+    optimizer = schedule.optimizer(model, config)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
@@ -332,7 +332,7 @@ def test_rates_and_weight_decay_are_the_papers(folder: Path) -> None:
         for p in group["params"]:
             assert group["peak"] == (1e-7 if names[id(p)].startswith("clip.") else 1e-4)
             assert group["weight_decay"] == (0.2 if p.ndim >= 2 else 0)
-    factors = [recipe.rate(step, 100, 0.1) for step in range(100)]
+    factors = [schedule.rate(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert factors[55] == pytest.approx(0.5)
     assert 0 < factors[-1] < 1e-3

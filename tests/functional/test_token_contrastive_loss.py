@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drl_fast import info_nce, reference, token_contrastive_loss, token_interaction
-from drl_fast.ops import _token_contrastive_loss as ops
+from drl_fast.ops import token_contrastive_loss as ops
 from tests.implementations import Implementation
 from tests.oracle import ATOL, LEAVES, Problem, assert_close, make, plain
 

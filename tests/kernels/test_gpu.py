@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import drl_fast
-from drl_fast.ops import _registry
+from drl_fast.ops import dispatch
 from tests.ops import test_cdcr as cdcr
 from tests.oracle import Problem, judge, make, run
 
@@ -28,7 +28,7 @@ def on_gpu(p: Problem) -> Problem:
 
 @pytest.fixture(autouse=True)
 def _served_by_triton() -> None:
-    assert _registry.implementation("cuda") == "triton", _registry.triton_problem("cuda")
+    assert dispatch.implementation("cuda") == "triton", dispatch.triton_problem("cuda")
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)

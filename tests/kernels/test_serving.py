@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drl_fast.ops import _registry
+from drl_fast.ops import dispatch
 from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
 from drl_fast.ops.gpu import cdcr as gpu_cdcr
@@ -21,9 +21,9 @@ DEVICE = torch.device("cuda:0")
 
 @pytest.fixture(autouse=True)
 def _forget_devices() -> Iterator[None]:
-    _registry._triton_works.cache_clear()
+    dispatch._triton_works.cache_clear()
     yield
-    _registry._triton_works.cache_clear()
+    dispatch._triton_works.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -38,18 +38,18 @@ def test_from_ampere_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, 
     pretend(monkeypatch, capability)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _registry._triton_works(DEVICE)
-    assert _registry.implementation("cuda") == "triton"
+        assert dispatch._triton_works(DEVICE)
+    assert dispatch.implementation("cuda") == "triton"
 
 
 def test_an_older_gpu_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (7, 0))
     with pytest.warns(RuntimeWarning, match=r"slower chunked PyTorch path \(Testla V100 has compute capability 7\.0"):
-        assert not _registry._triton_works(DEVICE)
+        assert not dispatch._triton_works(DEVICE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not _registry._triton_works(DEVICE)
-    assert _registry.implementation("cuda") == "chunked"
+        assert not dispatch._triton_works(DEVICE)
+    assert dispatch.implementation("cuda") == "chunked"
 
 
 def test_no_triton_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +57,8 @@ def test_no_triton_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
     with pytest.warns(RuntimeWarning, match=r"\(Triton is not installed\)"):
-        assert not _registry._triton_works(DEVICE)
-    assert _registry.implementation("cuda") == "chunked"
+        assert not dispatch._triton_works(DEVICE)
+    assert dispatch.implementation("cuda") == "chunked"
 
 
 def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
 def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """float64 on any GPU, and everything on one that is too old: the fallback's numbers, forward and backward."""
     if dtype != torch.float64:
-        monkeypatch.setattr(_registry, "triton_serves", lambda x: False)
+        monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     inputs = arguments(dtype)
     ours, want = (f(*inputs, True, True, True) for f in (gpu.forward, chunked.forward))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
@@ -84,7 +84,7 @@ def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_cdcr_falls_back_as_well(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     if dtype != torch.float64:
-        monkeypatch.setattr(_registry, "triton_serves", lambda x: False)
+        monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     text, video, *weights, mask, _ = arguments(dtype)
     sides = (text[:2], video, mask[:2], None)
     ours, want = (home.statistics(*sides, True, True) for home in (gpu_cdcr, chunked_cdcr))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drl_fast.ops import _registry
+from drl_fast.ops import dispatch
 from tests.conftest import use
 from tests.implementations import Implementation
 
@@ -36,10 +36,10 @@ def extension() -> Implementation:
 @pytest.mark.parametrize(("limit", "name"), [("avx2", "avx2"), ("default", "portable")])
 def test_conformance_of_lesser_instruction_sets(limit: str, name: str) -> None:
     """A process of its own: kernels are chosen once, as PyTorch's are."""
-    if _registry.cpu_capability() == "portable" or (name == "avx2" and _registry.cpu_capability() != "avx512"):
-        pytest.skip(f"this CPU's best kernels, {_registry.cpu_capability()}, are those that every test runs")
+    if dispatch.cpu_capability() == "portable" or (name == "avx2" and dispatch.cpu_capability() != "avx512"):
+        pytest.skip(f"this CPU's best kernels, {dispatch.cpu_capability()}, are those that every test runs")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit, "DRL_FAST_FUZZ": "0"}
-    ask = "from drl_fast.ops import _registry; print(_registry.cpu_capability())"
+    ask = "from drl_fast.ops import dispatch; print(dispatch.cpu_capability())"
     asked = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
     assert asked.stdout.strip() == name
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp", "-p", "no:cacheprovider", *SUITES]

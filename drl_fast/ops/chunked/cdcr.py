@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _autocast
-from ..._checks import accumulation_dtype, statistics_dtype
+from ... import autocast
+from ...validation import accumulation_dtype, statistics_dtype
 from .token_interaction import LARGEST, best, through_norm, unit
 
 # Tokens of one side in a chunk: temporaries stay at some ten times that many rows of D.
@@ -79,7 +79,7 @@ def statistics(
     video_index = text.new_empty(text.shape[:2], dtype=torch.int16)
     text_index = text.new_empty(video.shape[:2], dtype=torch.int16)
     dtype = statistics_dtype(text.device)
-    with _autocast.off(text.device.type):
+    with autocast.off(text.device.type):
         for pairs in chunks(text, video):
             video_index[pairs], text_index[pairs] = _partners(
                 text[pairs],
@@ -159,7 +159,7 @@ def correlation(
     terms, dim = 1 if video_weight is None else 2, text.shape[2]
     cross = channels.new_zeros((terms, dim, dim) if full else (terms, dim))
     sums = channels.new_zeros((2 * terms, dim))
-    with _autocast.off(text.device.type):
+    with autocast.off(text.device.type):
         for chunk in walk(text, video, video_index, text_index, normalize, terms == 2):
             for term in chunk.terms:
                 w, x, y = _standardized(chunk, term, (text_weight, video_weight), channels)
@@ -187,7 +187,7 @@ def gradient(
     both = video_weight is not None
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (text, video)]
     weight_grads = [torch.zeros(x.shape[:2], dtype=text_weight.dtype, device=text.device) for x in (text, video)]
-    with _autocast.off(text.device.type):
+    with autocast.off(text.device.type):
         for chunk in walk(text, video, video_index, text_index, normalize, both):
             into = [torch.zeros_like(x) for x in chunk.units]
             for term in chunk.terms:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _autocast
-from ..._checks import accumulation_dtype
+from ... import autocast
+from ...validation import accumulation_dtype
 
 NORM_EPS = 1e-12
 # Tokens along one edge of a block: small on a CPU, where a block should stay in cache and little batches are common.
@@ -146,7 +146,7 @@ def forward(
     video_index = text.new_empty((a, nt, b) if keep_matches else (0,), dtype=index_dtype(nv))
     text_index = text.new_empty((a, nv, b) if keep_matches and both else (0,), dtype=index_dtype(nt))
     none_v, none_t = _none(video_index), _none(text_index)
-    with _autocast.off(text.device.type):
+    with autocast.off(text.device.type):
         t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
         wt = _pad_rows(text_weight, t)
         wv = None if video_weight is None else _pad_rows(video_weight, v)
@@ -188,7 +188,7 @@ def backward(
     kept = video_index.numel() > 0
     words = torch.arange(nt, device=text.device)[None, :, None, None]
     frames = torch.arange(nv, device=text.device)
-    with _autocast.off(text.device.type):
+    with autocast.off(text.device.type):
         t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
         grad_t, grad_v = torch.zeros_like(t.tokens), torch.zeros_like(v.tokens)
         grad_wt, grad_wv = torch.zeros_like(t.tokens[..., 0]), torch.zeros_like(v.tokens[..., 0])

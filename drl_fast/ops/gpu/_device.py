@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor
 
-from ... import _autocast
+from ... import autocast
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -15,5 +15,5 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     stack = ExitStack()
     if x.is_cuda:
         stack.enter_context(torch.cuda.device(x.device))
-    stack.enter_context(_autocast.off(x.device.type))
+    stack.enter_context(autocast.off(x.device.type))
     return stack

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _registry
+from .. import dispatch
 from ..chunked import cdcr as chunked
 from ._device import on_device_of
 
@@ -15,7 +15,7 @@ from ._device import on_device_of
 def statistics(
     text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, normalize: bool, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _registry.triton_serves(text):
+    if not dispatch.triton_serves(text):
         return chunked.statistics(text, video, text_mask, video_mask, normalize, both)
     # Here, not above: importing drl_fast must not import Triton.
     from drl_fast.kernels import cdcr as kernels
@@ -36,7 +36,7 @@ def correlation(
     full: bool,
 ) -> tuple[Tensor, Tensor]:
     arguments = (text, video, text_weight, video_weight, video_index, text_index, channels, normalize, full)
-    if not _registry.triton_serves(text):
+    if not dispatch.triton_serves(text):
         return chunked.correlation(*arguments)
     from drl_fast.kernels import cdcr as kernels
 
@@ -56,7 +56,7 @@ def gradient(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = (text, video, text_weight, video_weight, video_index, text_index, channels, pull, normalize)
-    if not _registry.triton_serves(text):
+    if not dispatch.triton_serves(text):
         return chunked.gradient(*arguments)
     from drl_fast.kernels import cdcr_backward as kernels
 

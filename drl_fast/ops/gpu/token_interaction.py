@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _registry
+from .. import dispatch
 from ..chunked import token_interaction as chunked
 from ._device import on_device_of
 
@@ -23,7 +23,7 @@ def forward(
     zero_competes: bool,
     keep_matches: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _registry.triton_serves(text):
+    if not dispatch.triton_serves(text):
         return chunked.forward(
             text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches
         )
@@ -55,7 +55,7 @@ def backward(
     zero_competes: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _registry.triton_serves(text):
+    if not dispatch.triton_serves(text):
         return chunked.backward(
             grad_logits,
             text,

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulation_dtype
+from ..distributed.exchange import Alone, Tokens, Visits
+from ..validation import accumulation_dtype
 from . import token_interaction as op
-from ._once import differentiable_once
-from ._visits import Alone, Tokens, Visits
+from .no_double_backward import differentiable_once
 
 # One block's matches and logits. With 16 MiB a block of 4096 videos and 24 tokens a pair still has 1500 words.
 BLOCK_BYTES = 16 << 20

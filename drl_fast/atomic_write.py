@@ -10,7 +10,7 @@ from pathlib import Path
 PART = ".part"
 
 
-def write_aside(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
     """Let ``write(name)`` fill a file beside ``path``, then rename it: a reader sees the old file or the new one.
 
     Raises:

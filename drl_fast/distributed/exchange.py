@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._group import Group
+from .group import Group
 
 # Gathered videos, padded to the largest rank's, may take this much; results take twice to five times as much again.
 GATHER_BYTES = 256 << 20

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .. import _autocast
+from .. import autocast
 
 
 def score_pairs(
@@ -81,11 +81,11 @@ def _block(
     By the time of the backward pass that autocast has ended, and the module may hold other parameters: those of
     ``torch.func.functional_call`` are gone from it.
     """
-    caller, autocast = _Caller(layer, score), _autocast.same(next(layer.parameters()).device.type)
+    caller, same_autocast = _Caller(layer, score), autocast.same(next(layer.parameters()).device.type)
 
     def block(rows: list[Tensor], parameters: list[Tensor]) -> Tensor:
         state = {f"layer.{name}": p for name, p in zip(names, parameters, strict=True)}
-        with autocast():
+        with same_autocast():
             return torch.func.functional_call(caller, state, tuple(rows))
 
     return block

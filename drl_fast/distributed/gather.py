@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._group import Group
+from .group import Group
 
 
 def gather_rows(x: Tensor, group: Group, counts: list[int]) -> Tensor:

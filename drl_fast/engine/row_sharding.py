@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops._group import Group, Terms
+from ..distributed.group import Group, Terms
 
 
 def turns(rows: int, chunk: int, group: Group | None) -> list[slice]:

@@ -1,0 +1,1 @@
+"""Process groups: agreement between ranks, rows gathered with gradients, exchange of videos."""
