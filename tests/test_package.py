@@ -1,4 +1,4 @@
-"""What was installed: metadata that agree with the code, a typed package, one extension for every Python, a command."""
+"""The installed package: metadata that match the code, a bare library, types, one extension, a command."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("drl-fast is not installed", allow_module_level=True)
 PACKAGE = Path(drl_fast.__file__).parent
+# What the extras install, by the names under which it is imported.
+OPTIONAL = ["PIL", "av", "matplotlib", "open_clip", "psutil", "rich", "safetensors", "tensorboard", "threadpoolctl"]
+OPTIONAL += ["torchvision", "typer", "yaml"]
 # A name that typer gives where a command has none of its own.
 COMMANDS = [str(row.name or getattr(row.callback, "__name__", "")) for row in app.registered_commands]
 
@@ -31,9 +34,32 @@ def test_version() -> None:
 
 def test_what_is_required() -> None:
     required = [line for line in INSTALLED.requires or [] if "extra ==" not in line]
-    assert sorted(required) == ["numpy", "rich", "torch>=2.10", "typer"]
+    assert sorted(required) == ["numpy", "torch>=2.10"]
     assert INSTALLED.metadata["Requires-Python"] == ">=3.10"
     assert INSTALLED.metadata["License-Expression"] == "MIT"
+
+
+def test_extras() -> None:
+    assert set(INSTALLED.metadata.get_all("Provides-Extra") or []) == {"cli", "video", "train", "bench", "dev"}
+
+
+def test_the_bare_library_needs_torch_and_numpy_alone() -> None:
+    """A step of the loss with every optional package missing."""
+    code = f"""
+import sys
+for name in {OPTIONAL}:
+    sys.modules[name] = None  # makes `import name` raise ModuleNotFoundError
+import torch, drl_fast
+text, video = torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 5, 8, requires_grad=True)
+layer = drl_fast.WTI(8)
+loss = drl_fast.info_nce(layer(text, video), 100.0)
+loss = loss + drl_fast.cdcr_loss(text, video, alpha_on=0.1, alpha_off=0.1)
+loss = loss + drl_fast.token_contrastive_loss(text, video, logit_scale=100.0)
+loss.backward()
+drl_fast.metrics.retrieval_metrics(torch.eye(3))
+assert text.grad.abs().sum() > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_type_checkers_may_read_the_annotations() -> None:

@@ -1,5 +1,5 @@
-"""``python -m drl_fast.cli``: the command where its script is not on the path, as under torchrun."""
+"""``python -m drl_fast.cli``: the same command where the script is not on the path, as under torchrun."""
 
-from . import app
+from . import main
 
-app()
+main()

@@ -1,6 +1,6 @@
-"""Whether a device's numbers are right: every form of every kernel on little problems, against float64.
+"""Check a device's results: run every form of every kernel on small problems and compare with float64.
 
-Compilers have got kernels like these wrong before, and only on the device does that show.
+Compilers have miscompiled kernels like these before, and only a run on the device itself shows it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..validation import statistics_dtype
 
 
 def limit(dtype: torch.dtype) -> float:
-    """Relative error that rounding of features and sums explains."""
+    """Return the largest relative error that rounding of features and sums explains."""
     return 1e-4 if dtype == torch.float32 else 3e-2
 
 
 class Case(NamedTuple):
-    """A little problem; together they launch every kernel, at every length class, in every form it has."""
+    """A small problem. Together the cases launch every kernel at every length class and in every form."""
 
     texts: int
     words: int
@@ -30,14 +30,14 @@ class Case(NamedTuple):
     frames: int
     normalize: bool = True
     both: bool = True
-    large: bool = False  # as a large batch: matches are not kept, and the backward walks over blocks of text rows
+    large: bool = False  # treat it as a large batch: keep no matches, run the backward over blocks of text rows
 
 
 CASES = (
     Case(9, 13, 37, 5),
     Case(9, 100, 5, 12),  # length classes up to 128 words
-    Case(3, 140, 4, 9),  # words beyond one tile: each direction by itself
-    Case(3, 9, 2, 260),  # matches beyond a byte
+    Case(3, 140, 4, 9),  # more words than one tile: each direction runs by itself
+    Case(3, 9, 2, 260),  # match indices that need more than a byte
     Case(9, 13, 11, 5, normalize=False),
     Case(9, 13, 11, 5, both=False),
     Case(33, 13, 3, 5, large=True),
@@ -46,7 +46,7 @@ CASES = (
 
 
 class PairCase(NamedTuple):
-    """A little problem of CDCR's operators."""
+    """A small problem for CDCR's operators."""
 
     pairs: int
     words: int
@@ -58,22 +58,22 @@ class PairCase(NamedTuple):
 PAIR_CASES = (
     PairCase(9, 12, 5),
     PairCase(5, 4, 12),
-    PairCase(3, 40, 70),  # tokens beyond one tile, on both sides
+    PairCase(3, 40, 70),  # more tokens than one tile, on both sides
     PairCase(50, 1, 1, normalize=False, both=False),  # the cross-correlation loss
 )
 
 
 def worst_error(device: str, dtype: torch.dtype) -> float:
-    """Largest relative error of any operator's results.
+    """Return the largest relative error of any operator's results; NaN if any result is NaN.
 
-    The truth is chunked PyTorch in float64 on the CPU: another implementation, from the same rounded features.
+    The reference is another implementation, chunked PyTorch in float64 on the CPU, on the same rounded features.
     """
-    # torch's maximum and not Python's, which loses a NaN.
+    # Python's max can drop a NaN; torch's cannot.
     return float(torch.stack([*interaction_errors(device, dtype), *decorrelation_errors(device, dtype)]).max())
 
 
 def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Of logits and gradients, with and without competing zeros, holes in the masks."""
+    """Compare logits and gradients, with holes in the masks, with and without zeros that compete for the maximum."""
     from ..ops.chunked import token_interaction as chunked
 
     op = torch.ops.drl_fast
@@ -83,8 +83,8 @@ def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
         for zero_competes in (True, False):
             options = (case.normalize, zero_competes)
             here = [None if x is None else x.to(device) for x in inputs]
-            # CPU tensors' matches are always kept.
-            with little_blocks(device, case.large):
+            # The CPU kernels always keep the matches.
+            with small_blocks(device, case.large):
                 ours = run(
                     op.token_interaction,
                     op.token_interaction_backward,
@@ -93,13 +93,13 @@ def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
                     *options,
                     keep=not case.large or device == "cpu",
                 )
-            truth = run(chunked.forward, chunked.backward, wide(inputs), probe.double(), *options)
+            truth = run(chunked.forward, chunked.backward, to_float64(inputs), probe.double(), *options)
             errors += relative(ours, truth)
     return errors
 
 
 def decorrelation_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Of CDCR's partners, statistics, correlations and gradients, the diagonal's and the full form's."""
+    """Compare CDCR's matches, statistics, correlations and gradients, in the diagonal and the full form."""
     from ..ops.cdcr import CHUNKED
 
     op: Any = torch.ops.drl_fast
@@ -107,9 +107,10 @@ def decorrelation_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
     errors = []
     for case in PAIR_CASES:
         inputs, pull = pair_problem(case, dtype)
-        tokens, weights, masks = wide(inputs[:2]), wide(inputs[2:4]), inputs[4:]
+        tokens, weights, masks = to_float64(inputs[:2]), to_float64(inputs[2:4]), inputs[4:]
         truth = true["cdcr_statistics"](*tokens, *masks, case.normalize, case.both)
-        channels = torch.stack([truth[2], 1 / truth[3].sqrt(), truth[2], truth[3]])  # any offset and along will do
+        # Any values serve as offset and slope.
+        channels = torch.stack([truth[2], 1 / truth[3].sqrt(), truth[2], truth[3]])
         here = [None if x is None else x.to(device) for x in inputs]
         indices = [index.to(device) for index in truth[:2]]
         constants = channels.to(device, statistics_dtype(torch.device(device)))
@@ -126,26 +127,27 @@ def decorrelation_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def relative(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Tensor]:
+    """Return each result's largest error relative to the largest true entry; empty results are skipped."""
     pairs = [(x.cpu().double(), y.double()) for x, y in zip(ours, truth, strict=True) if y.numel()]
-    # Partners that are all 0 leave nothing to divide by.
+    # Match indices may all be 0.
     return [(x - y).abs().max() / y.abs().max().clamp(min=1e-30) for x, y in pairs]
 
 
-def wide(inputs: list[Tensor | None]) -> list[Tensor | None]:
+def to_float64(inputs: list[Tensor | None]) -> list[Tensor | None]:
     return [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
 
 
 def pair_problem(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
-    """Features, weights and masks of pairs, and a gradient of C."""
+    """Return features, weights and masks of pairs, and a gradient of the correlation matrix."""
     same = Case(case.pairs, case.words, case.pairs, case.frames, case.normalize, case.both)
     inputs, _ = problem(same, dtype)
     return inputs, torch.randn(80, 80, generator=torch.Generator().manual_seed(1))
 
 
 @contextmanager
-def little_blocks(device: str, little: bool) -> Iterator[None]:
-    """Let the Triton kernels' backward take as few text rows at a time as it can; other devices have no such blocks."""
-    if not little or dispatch.implementation(device) != "triton":
+def small_blocks(device: str, small: bool) -> Iterator[None]:
+    """Make the Triton backward take as few text rows at a time as it can. Other devices have no such blocks."""
+    if not small or dispatch.implementation(device) != "triton":
         yield
         return
     from drl_fast.kernels import token_interaction_backward as kernels
@@ -158,7 +160,7 @@ def little_blocks(device: str, little: bool) -> Iterator[None]:
 
 
 def problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
-    """Features, weights and masks, and a gradient of the logits, always the same ones."""
+    """Return features, weights and masks, and a gradient of the logits: the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     sides = ((case.texts, case.words), (case.videos, case.frames))
     features = [torch.randn(*side, 80, generator=generator).to(dtype) for side in sides]
@@ -178,6 +180,6 @@ def run(
     zero: bool,
     keep: bool = True,
 ) -> list[Tensor]:
-    """Logits and all gradients of one implementation."""
+    """Return logits and all gradients of one implementation."""
     logits, video_index, text_index = forward(*inputs, normalize, zero, keep)
     return [logits, *backward(probe, *inputs, video_index, text_index, normalize, zero, [True] * 4)]

@@ -1,8 +1,9 @@
-"""How a command ends when something is wrong: one line that says what to do, and a status; never a traceback."""
+"""How a command ends when something is wrong: one line that says what to do, an exit status, and no traceback."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 import typer
@@ -10,24 +11,24 @@ from rich.console import Console
 from rich.markup import escape
 
 # What shells report for a command that Ctrl-C ended.
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
 
 
 @contextlib.contextmanager
-def told(extra: str) -> Iterator[None]:
-    """Turn what a command may raise into a message and exit status 1 (130 after Ctrl-C).
+def report_errors(extra: str) -> Iterator[None]:
+    """Print an exception as one line on stderr and exit with status 1, or 130 after Ctrl-C.
 
     Args:
-        extra: the optional dependencies that the command needs, named when a package is missing.
+        extra: the optional dependencies that the command needs; the message names them when a package is missing.
     """
     try:
         yield
-    except typer.Exit:  # a RuntimeError itself
+    except typer.Exit:  # a RuntimeError, but no error
         raise
     except (ValueError, TypeError) as error:
         raise _exit(str(error)) from error
     except OSError as error:
-        # Of the system's own; ours say what to do.
+        # Only the system's own errors have a number; ours already say what to do.
         remedy = "; check that the path can be read and written and that the disk has room" if error.errno else ""
         raise _exit(f"{error}{remedy}") from error
     except RuntimeError as error:
@@ -40,7 +41,10 @@ def told(extra: str) -> Iterator[None]:
         raise _exit(f"{error.name} is missing; this needs: pip install 'drl-fast[{extra}]'") from error
 
 
+told = report_errors
+
+
 def _exit(message: str, status: int = 1) -> typer.Exit:
-    # Escaped: file names hold brackets, which rich takes for its markup.
+    # File names may hold brackets, which rich would read as markup.
     Console(stderr=True).print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(status)

@@ -1,4 +1,4 @@
-"""``drl-fast doctor``: what serves this machine's tensors, and whether its numbers are right."""
+"""``drl-fast doctor``: which implementation serves this machine's tensors, and whether its results are right."""
 
 from __future__ import annotations
 
@@ -11,40 +11,70 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .. import __version__
 from ._device_check import limit, worst_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPTIONAL = ("triton", "open_clip_torch", "torchvision", "av")
+# Narrower terminals get one dtype per line.
+WIDE = 120
+ONE_DTYPE = 20
 
 
 def doctor() -> None:
-    """Say which implementation serves each device and why, print versions, and compare every kernel with float64.
+    """Show which implementation serves each device and compare its results with float64.
 
-    Exits with 1 when a value is wrong.
+    The last line is the verdict. Exits with status 1 if a result is wrong.
     """
     from ..ops import dispatch
 
     console = Console()
     table = Table(title="drl-fast doctor", title_justify="left")
-    for heading in ("device", "served by", "why", "largest error against float64"):
+    for heading in ("device", "served by", "why"):
         table.add_column(heading, overflow="fold")
-    wrong = False
+    table.add_column("largest error against float64", width=None if console.width >= WIDE else ONE_DTYPE)
+    wrong, slow = [], []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        errors = {dtype: worst_error(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-        bad = any(not error <= limit(dtype) for dtype, error in errors.items())
-        wrong |= bad
-        shown = ", ".join(f"{str(dtype)[6:]} {error:.1e}" for dtype, error in errors.items())
-        table.add_row(
-            device, dispatch.implementation(device), escape(reason(device)), f"[red]{shown}[/]" if bad else shown
-        )
+        errors = {dtype: worst_error(device, dtype) for dtype in DTYPES}
+        # `not <=` is true for NaN as well.
+        failed = any(not error <= limit(dtype) for dtype, error in errors.items())
+        shown = ", ".join(f"{str(dtype).removeprefix('torch.')} {error:.1e}" for dtype, error in errors.items())
+        served_by = dispatch.implementation(device)
+        table.add_row(device, served_by, escape(reason(device)), f"[red]{shown}[/]" if failed else shown)
+        wrong += [device] * failed
+        slow += [device] * (served_by == "chunked")
     if not torch.cuda.is_available():
         table.add_row("cuda", "-", "torch sees no CUDA device", "-")
     console.print(table)
-    names = ("drl-fast", "torch", "triton", "open_clip_torch", "av")
-    console.print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names))
+    console.print(environment(), highlight=False)
+    console.print(", ".join(f"{name} {version(name)}" for name in OPTIONAL), highlight=False)
     if wrong:
-        console.print("[red]A value is wrong on this device: do not train on it; please report this table.[/]")
+        console.print(
+            "[bold red]PROBLEM:[/] A value is wrong on this device: do not train on it "
+            f"({', '.join(wrong)}). Open an issue with this output.",
+            highlight=False,
+        )
         raise typer.Exit(1)
+    console.print(f"[bold green]OK:[/] {verdict(slow)}", highlight=False)
+
+
+def verdict(slow: list[str]) -> str:
+    """Sum up a machine whose results are right; ``slow`` lists the devices that have no kernels."""
+    if slow:
+        return f"results are right, but {' and '.join(slow)} runs without kernels (see why); expect it to be slow."
+    return "results are right, and kernels serve every device."
+
+
+def environment() -> str:
+    """Name the versions that matter to a bug report, in one line."""
+    return (
+        f"drl-fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}"
+    )
 
 
 def reason(device: str) -> str:
+    """Say why ``device`` is served as it is."""
     from ..ops import dispatch
 
     if device == "cuda":

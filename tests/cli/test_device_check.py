@@ -1,4 +1,4 @@
-"""The doctor's value check: right implementations pass, and its problems leave no room for luck."""
+"""The doctor's check of values: right implementations pass, and no problem of it has near ties."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_implementation_passes(impl: Implementation, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masking", ["drl", "exclude"])
 def test_no_near_ties(dtype: torch.dtype, masking: str) -> None:
-    """Rounding may not choose another match, or a right device would be called wrong."""
+    """Rounding must not change a match: a correct device would fail the check."""
     for case in check.CASES:
         inputs, _ = check.problem(case, dtype)
         found = choices(Problem(*inputs, {"masking": masking, "normalize": case.normalize}))

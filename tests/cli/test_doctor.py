@@ -1,7 +1,8 @@
-"""``drl-fast doctor``: right where kernels are right, and not fooled by one that is not."""
+"""``drl-fast doctor`` passes right kernels and finds wrong ones."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -43,6 +44,17 @@ def test_this_machine_is_well() -> None:
     assert "float32" in row
     assert "bfloat16" in row
     assert WRONG not in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("OK: results are right, ")
+
+
+def test_it_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = doctor().stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    # A dtype and its error stay on one line.
+    for name in ("float32", "bfloat16", "float16"):
+        assert any(re.search(rf"\b{name} \d\.\de-\d\d", line) for line in lines)
+    assert lines[-1].startswith("OK: ")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,7 +85,7 @@ def nan(x: Tensor) -> Tensor:
 
 def one_nan(x: Tensor) -> Tensor:
     x = x.clone()
-    x.view(-1)[-1:] = torch.nan  # no element: one direction has no gradient of the video's weights
+    x.view(-1)[-1:] = torch.nan  # selects nothing when empty: one direction has no gradient of the video's weights
     return x
 
 
@@ -95,11 +107,12 @@ def test_a_wrong_kernel_is_found(forward: Callable, backward: Callable) -> None:
         result = doctor()
     assert result.exit_code == 1
     assert WRONG in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("PROBLEM: ")
 
 
 @pytest.mark.parametrize(("name", "results"), [("statistics", 4), ("correlation", 2), ("gradient", 4)])
 def test_a_wrong_decorrelation_is_found(name: str, results: int) -> None:
-    """Any one of an operator's results."""
+    """A single wrong result of an operator is enough."""
     right = getattr(chunked_cdcr, name)
     for number in range(results):
 
@@ -113,7 +126,7 @@ def test_a_wrong_decorrelation_is_found(name: str, results: int) -> None:
 
 
 def test_wrong_matches_are_found() -> None:
-    """The forward is right, but says that other tokens won."""
+    """The logits are right, but the forward reports other tokens as matches."""
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits, video_index, text_index = chunked.forward(*arguments)
@@ -132,3 +145,4 @@ def test_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     row = next(line for line in result.stdout.splitlines() if " cpu " in line)
     assert " chunked " in row
     assert "no C++ extension: /a/[/b]/_C.so: undefined symbol" in row
+    assert "but cpu runs without kernels" in result.stdout.splitlines()[-1]
