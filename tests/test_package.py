@@ -62,6 +62,14 @@ assert text.grad.abs().sum() > 0
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_command_needs_its_own_extra_alone() -> None:
+    """Listing commands and checking the machine work without the packages of video and train."""
+    others = [name for name in OPTIONAL if name not in ("rich", "typer")]
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); from drl_fast.cli import main; main()"
+    for words in (["--help"], ["train", "--help"], ["eval", "--help"], ["demo", "--help"]):
+        subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_type_checkers_may_read_the_annotations() -> None:
     assert (PACKAGE / "py.typed").exists()
 
