@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: each path exists, and each public layer and function has a row."""
+"""docs/architecture.md is true: each path exists, each layer and function has a row. CITATION.cff names this version."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 import drl_fast
 
@@ -55,3 +56,9 @@ def test_a_kernel_row_names_a_file_for_every_backend() -> None:
         assert cpp.startswith("`csrc/")
         assert triton.startswith("`kernels/")
         assert chunked.startswith("`ops/chunked/")
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == drl_fast.__version__
+    assert citation["references"][0]["url"] == "https://arxiv.org/abs/2203.07111"

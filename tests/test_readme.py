@@ -1,4 +1,4 @@
-"""README.md is true: its Python runs, its files exist, its commands are ones that there are."""
+"""README.md and docs/ are true: their Python runs, their links lead somewhere, the names they list exist."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,10 +23,7 @@ def test_python_blocks_run_one_after_the_other() -> None:
     assert names["text"].grad is not None
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "CONTRIBUTING.md", "docs/performance.md", "docs/gpu.md", "docs/scaling.md", "docs/training.md"],
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_repository_lead_somewhere(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -34,7 +32,7 @@ def test_links_within_the_repository_lead_somewhere(page: str) -> None:
 
 def test_make_targets_that_the_pages_name_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in PAGES:
         named = re.findall(r"(?:^|`)make ([a-z]+(?: [a-z]+)*)", (ROOT / page).read_text(encoding="utf-8"), re.M)
         assert {word for words in named for word in words.split()} <= targets
 
