@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: each path exists, each layer and function has a row. CITATION.cff names this version."""
+"""docs/architecture.md is true: each path exists, each layer has a row. CITATION.cff names this version."""
 
 from __future__ import annotations
 

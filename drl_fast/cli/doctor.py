@@ -47,7 +47,7 @@ def doctor() -> None:
         table.add_row("cuda", "-", "torch sees no CUDA device", "-")
     console.print(table)
     console.print(environment(), highlight=False)
-    console.print(", ".join(f"{name} {version(name)}" for name in OPTIONAL), highlight=False)
+    console.print(", ".join(version(name) for name in OPTIONAL), highlight=False)
     if wrong:
         console.print(
             "[bold red]PROBLEM:[/] A value is wrong on this device: do not train on it "
@@ -91,7 +91,8 @@ def reason(device: str) -> str:
 
 
 def version(package: str) -> str:
+    """Name an optional package and its version, or say that it is missing."""
     try:
-        return metadata.version(package)
+        return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return f"no {package}"

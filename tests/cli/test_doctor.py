@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import drl_fast
 from drl_fast.cli import app
-from drl_fast.cli.doctor import limit, worst_error
+from drl_fast.cli.doctor import limit, version, worst_error
 from drl_fast.ops import dispatch
 from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
@@ -37,7 +37,7 @@ def test_this_machine_is_well() -> None:
     result = doctor()
     assert result.exit_code == 0, result.output
     assert "drl-fast doctor" in result.stdout
-    assert f"torch {version('torch')}" in result.stdout
+    assert f"torch {metadata.version('torch')}" in result.stdout
     assert f"drl-fast {drl_fast.__version__}" in result.stdout
     row = next(line for line in result.stdout.splitlines() if " cpu " in line)
     assert f" {dispatch.implementation('cpu')} " in row
@@ -55,6 +55,11 @@ def test_it_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("float32", "bfloat16", "float16"):
         assert any(re.search(rf"\b{name} \d\.\de-\d\d", line) for line in lines)
     assert lines[-1].startswith("OK: ")
+
+
+def test_a_missing_package_is_named() -> None:
+    assert version("typer") == f"typer {metadata.version('typer')}"
+    assert version("no-such-package") == "no no-such-package"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
