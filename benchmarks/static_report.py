@@ -1,12 +1,11 @@
-"""What the Triton kernels compile to, found without a GPU: registers, spills, shared memory, tensor-core instructions.
+"""Compile every Triton kernel without a GPU and report registers, spills, shared memory and tensor-core instructions.
 
     python -m benchmarks.static_report                      a table
-    python -m benchmarks.static_report --json FILE          and a list of objects, one a row
+    python -m benchmarks.static_report --json FILE          also a list of objects, one a row
 
-Every kernel is compiled ahead of time for sm_80, sm_90 and sm_100 at the configurations of kernels/tuning.py, and the
-machine code that ptxas made is read with the tools that Triton ships. Nothing is run and no time is measured:
-``predicted_share`` comes from the cost model below, the share of the tensor cores' (float32: the FMA units') rate that
-one tile could reach if nothing but the counted work took time.
+Targets: sm_80, sm_90 and sm_100, at the tiles of kernels/tuning.py. The tools in Triton's wheel read the machine code
+that ptxas made. Nothing runs and no time is measured: ``predicted_share`` comes from the cost model below. It is the
+share of the tensor cores' rate (float32: the FMA units') that one tile could reach if only the counted work took time.
 """
 
 from __future__ import annotations
@@ -23,19 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from drl_fast.kernels import packing, tuning
+from drl_fast.kernels import cdcr, cdcr_backward, cdcr_tokens, packing, tuning
 from drl_fast.kernels import token_interaction as forward
 from drl_fast.kernels import token_interaction_backward as backward
+from drl_fast.kernels.cdcr_tokens import Channels, Choices, UnitTokens
+from drl_fast.kernels.packing import PackedRows, Strided
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from benchmarks import static_cdcr
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 QUICK_ARCH = "sm_90"
 INSTRUCTION = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA"}
-# Shared memory that one block may have.
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
+SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # The cost model, per SM and clock: FLOP of dense half-precision products, of float32 FMAs, bytes from L2, and lane
 # instructions issued. From the chips' published peak rates at their boost clocks; L2 is an assumption.
@@ -43,7 +41,7 @@ FLOP_HALF = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
 FLOP_FP32 = {"sm_80": 128, "sm_90": 256, "sm_100": 256}
 BYTES_L2 = {"sm_80": 44, "sm_90": 36, "sm_100": 36}
 ISSUE = 128
-# Instructions a similarity (forward) or coefficient (backward) outside the product, counted in sm_90 machine code.
+# Instructions per similarity (forward) or coefficient (backward) outside the product, counted in sm_90 machine code.
 WORK = {"scores": 4.5, "matches": 8.5, "weights": 5.0, "exact": 10.5, "coefficient": 9.0}
 
 
@@ -55,86 +53,21 @@ class Job:
     arch: str
     dtype: str  # Triton's name of the tokens' type
     what: str  # the launch in words
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    blocks: dict[str, list[int]] = field(default_factory=dict)  # descriptor arguments
-    flop: float = 0.0
+    # By name, grouped as the launcher groups them: a type ("*fp32", "i32"; "i64:16" is a multiple of 16), or the value
+    # that Triton compiles in (None, or a stride of 1).
+    arguments: dict[str, Any]
+    constants: dict[str, Any]  # the kernel's constexpr parameters
+    options: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)  # of the constants, those that the report shows
+    source: str = "static"
+    fma: bool = False  # the product is computed by FMA units
+    flop: float = 0.0  # of a tile
     bytes: float = 0.0
     work: float = 0.0  # instructions outside the product
-    source: str = "static"
-    types: dict[str, str] | None = None  # of the arguments, where their names do not say it
-    divisible: list[str] = field(default_factory=list)  # arguments that are multiples of 16, beside addresses
-    options: dict[str, Any] = field(default_factory=dict)  # of the launch, beside warps and stages
-
-
-INT32 = (
-    "text_position",
-    "video_position",
-    "position",
-    "text_length",
-    "video_length",
-    "length",
-    "start",
-    "class_begin",
-    "chunk_row",
-    "most_frames",
-    "slots",
-    "real",
-)
-SCALARS = {"zero_competes": "i1", "factor": "fp32"}
-
-
-def signature(job: Job) -> dict[str, str]:
-    """Argument types as the launchers pass them."""
-    if job.types is not None:
-        return job.types
-    types = {}
-    for name in job.fn.arg_names:
-        if name in job.constants:
-            types[name] = "constexpr"
-        elif name in job.blocks:
-            types[name] = f"tensordesc<{job.dtype}{job.blocks[name]}>".replace(" ", "")
-        elif name in ("text", "video", "features", "packed") or (name == "out" and "dim" in job.fn.arg_names):
-            types[name] = f"*{job.dtype}"
-        elif name in ("video_index", "text_index", "mask"):
-            types[name] = "*u8"
-        elif name == "order":
-            types[name] = "*i64"
-        elif name in INT32:
-            types[name] = "*i32"
-        elif name.startswith(("logits_", "index_", "x_", "w_", "mask_")) or name == "part_stride":
-            types[name] = "i64"
-        elif name in SCALARS and not (name == "factor" and job.fn is packing.unpack_gradient):
-            types[name] = SCALARS[name]
-        elif name in FLOATS or name == "factor":
-            types[name] = "*fp32"
-        else:
-            types[name] = "i32"
-    return types
-
-
-FLOATS = (
-    "text_scale",
-    "video_scale",
-    "text_weight",
-    "video_weight",
-    "scale",
-    "weight",
-    "weights",
-    "logits",
-    "grad_logits",
-    "text_partial",
-    "video_partial",
-    "partial",
-    "grad",
-    "boost",
-    "out",
-)
 
 
 def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
-    """Every kernel at its tuned configurations; ``quick``: of those without a tensor-core product, one chip's."""
+    """Every kernel at its tuned configurations; ``quick``: kernels without tensor-core products for one chip only."""
     for arch in ARCHS:
         for kind, dtype, modes in (
             ("keyed", "bf16", ("scores", "matches", "weights")),
@@ -157,174 +90,226 @@ def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
         yield from cdcr_jobs(arch, dim)
 
 
+def packed(dtype: str, *, frames: bool = False, classes: bool = False) -> PackedRows:
+    """Types of one side in slots."""
+    return PackedRows(
+        features=f"*{dtype}",
+        scale="*fp32",
+        weight="*fp32",
+        position="*i32",
+        length="*i32",
+        start=None if frames else "*i32",
+        order="*i64" if classes else None,
+        class_begin="*i32" if classes else None,
+        chunk_row=None if frames else "*i32",
+        **dict.fromkeys(("rows", "tokens", "allocated", "dim", "most_slots"), "i32"),
+    )
+
+
+def descriptor(dtype: str, rows: int, columns: int, tile: tuning.Tile) -> str | None:
+    return f"tensordesc<{dtype}[{rows},{columns}]>" if tile.tma else None
+
+
 def forward_job(
     arch: str, kind: str, dtype: str, mode: str, slots: int, dim: int, *, long: bool = False, both: bool = True
 ) -> Job:
     tile, both = tuning.forward_tile(arch, kind, slots), both and not long
-    modes = {"scores": forward.SCORES, "matches": forward.MATCHES, "weights": forward.WEIGHTS}
-    constants = {
-        "SLOTS": slots,
-        "D": dim,
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "BOTH": both,
-        "MODE": modes[mode].value,
-        "KEYED": kind == "keyed",
-        "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        "NONE": 255,
-        "SORTED": not long,
-        "LONG": long,
-        "ADD": False,
-        "TEXT_HOLES": True,
-        "VIDEO_HOLES": True,
-        "TMA": tile.tma,
-    }
-    size = 4 if dtype == "fp32" else 2
-    work = WORK["exact" if mode == "matches" and kind != "keyed" else mode] * tile.m * tile.n
+    strides = ("i64", "i64"), ("i64", "i64", "i64")
+    form = forward.Form(
+        slots=slots,
+        dim=dim,
+        both=both,
+        mode={"scores": forward.SCORES, "matches": forward.MATCHES, "weights": forward.WEIGHTS}[mode].value,
+        keyed=kind == "keyed",
+        precision="tf32" if kind == "tf32" else "ieee",
+        none=255,
+        long=long,
+        add=False,
+        text_holes=True,
+        video_holes=True,
+    )
     return Job(
         forward.interaction_forward,
         arch,
         dtype,
         f"{kind} {mode}, {slots} words" + (", long captions" if long else "") + ("" if both else ", one direction"),
-        constants,
-        tile.warps,
-        tile.stages,
-        {"text": [tile.n, tile.k], "video": [tile.m, tile.k]} if tile.tma else {},
-        2.0 * tile.m * tile.n * dim,
-        float((tile.m + tile.n) * dim * size),
-        work,
+        {
+            "words": packed(dtype, classes=not long),
+            "frames": packed(dtype, frames=True),
+            "word_tiles": descriptor(dtype, tile.n, tile.k, tile),
+            "frame_tiles": descriptor(dtype, tile.m, tile.k, tile),
+            "out": forward.Outputs("*fp32", strides[0], "*u8", strides[1], "*u8"),
+            "partials": forward.Partials("*fp32", "*fp32" if both else None) if mode == "weights" else None,
+            **{"group": "i32", "tile_base": "i32", "zero_competes": "i1", "factor": "fp32"},
+        },
+        {"TILE": tile, "FORM": form},
+        tuning.launch_options(tile),
+        {"BM": tile.m, "BN": tile.n, "BK": tile.k, "SLOTS": slots, "D": dim, "TMA": tile.tma},
         tile.source,
+        kind == "fp32",
+        2.0 * tile.m * tile.n * dim,
+        float((tile.m + tile.n) * dim * SIZE[dtype]),
+        WORK["exact" if mode == "matches" and kind != "keyed" else mode] * tile.m * tile.n,
     )
 
 
 def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, add: bool = False) -> Job:
     tile = tuning.backward_tile(arch, side, precision, dim, add=add)
-    fn = backward.interaction_backward_text if side == "text" else backward.interaction_backward_video
-    other, size = "video" if side == "text" else "text", 4 if dtype == "fp32" else 2
-    constants = {
-        "D": dim,
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "BOTH": True,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "TMA": tile.tma,
-        **({"ADD": add} if side == "video" else {}),
+    other = descriptor(dtype, tile.k, tile.m, tile)
+    arguments = {
+        "words": packed(dtype),
+        "frames": packed(dtype, frames=True),
+        "pairs": backward.Pairs("*fp32", "*u8", "*u8", "*fp32", "fp32"),
+        "grad": "*fp32",
     }
+    constants = {"TILE": tile, "D": dim, "PRECISION": "tf32" if precision == "tf32" else "ieee"}
+    if side == "text":
+        fn, arguments = backward.interaction_backward_text, {**arguments, "frame_tiles": other, "most_frames": "*i32"}
+    else:
+        fn, arguments = backward.interaction_backward_video, {**arguments, "word_tiles": other}
+        constants["ADD"] = add
     return Job(
         fn,
         arch,
         dtype,
         f"{precision}, D = {dim}" + (", later block" if add else ""),
+        arguments,
         constants,
-        tile.warps,
-        tile.stages,
-        {other: [tile.k, tile.m]} if tile.tma else {},
-        2.0 * tile.m * tile.n * tile.k,
-        float(tile.m * tile.k * size + tile.k * tile.n * (1 + 5 / 16)),
-        WORK["coefficient"] * tile.k * tile.n,
+        tuning.launch_options(tile),
+        {"BM": tile.m, "BN": tile.n, "BK": tile.k, "D": dim, "TMA": tile.tma},
         tile.source,
+        precision == "fp32",
+        2.0 * tile.m * tile.n * tile.k,
+        float(tile.m * tile.k * SIZE[dtype] + tile.k * tile.n * (1 + 5 / 16)),
+        WORK["coefficient"] * tile.k * tile.n,
     )
 
 
 def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
-    shared = {"D": dim, "CHANNELS": 512, "SLOTS": 8, "NORMALIZE": True}
-    pack = {
-        **shared,
-        "MASKED": True,
-        "WEIGHTED": True,
-        "COPIES": True,
-        "GRAIN": packing.GRAIN,
-        "TAIL": packing.TAIL,
-        "PAD": packing.NOWHERE,
-        "TINY": packing.NORM_EPS,
-    }
-    layout = {"MASKED": True, "CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32}
-    yield Job(packing.row_layout, arch, "bf16", "length classes", layout, 4, 3)
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    features, weights = Strided("*bf16", ("i64",) * 3), Strided("*fp32", ("i64",) * 2)
+    mask = Strided("*u8", ("i64",) * 2)
+    layout = {"mask": mask, "length": "*i32", "slots": "*i32", "real": "*i32", "rows": "i32", "tokens": "i32"}
+    constants = {"CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32}
+    yield Job(packing.row_layout, arch, "bf16", "length classes", layout, constants, options)
+    tile = {"D": dim, "CHANNELS": 512, "SLOTS": 8, "NORMALIZE": True}
+    shown = {"SLOTS": 8, "D": dim}
     for frames in (False, True):
-        side = "frames" if frames else "words"
-        yield Job(packing.pack_slots, arch, "bf16", side, {**pack, "FRAMES": frames}, 4, 3)
-        yield Job(packing.unpack_gradient, arch, "bf16", side, {**shared, "FRAMES": frames}, 4, 3)
-        constants = {"BLOCK": 32, "FRAMES": frames, "ADD": True}
-        yield Job(packing.unpack_weight_gradient, arch, "bf16", side, constants, 4, 3)
+        side, rows = "frames" if frames else "words", packed("bf16", frames=frames)
+        sizes = {"packed": rows, "dim": "i32", "blocks": "i32"}
+        given = {"features": features, "weights": weights, "real": "*i32", **sizes}
+        yield Job(packing.pack_slots, arch, "bf16", side, given, {**tile, "COPIES": True}, options, shown)
+        given = {"grad": "*fp32", "features": features, "out": "*bf16", "factor": "*fp32", **sizes}
+        yield Job(packing.unpack_gradient, arch, "bf16", side, given, tile, options, shown)
+        given = {"partial": "*fp32", "out": "*fp32", "packed": rows, "parts": "i32", "part_stride": "i64"}
+        constants = {"BLOCK": 32, "ADD": True}
+        yield Job(packing.unpack_weight_gradient, arch, "bf16", side, given, constants, options)
 
 
 def cdcr_jobs(arch: str, dim: int) -> Iterator[Job]:
-    for launch in static_cdcr.launches(dim):
-        for dtype in launch.dtypes:
-            yield Job(
-                launch.fn,
-                arch,
-                dtype,
-                launch.what,
-                launch.fixed(),
-                launch.options["num_warps"],
-                launch.options["num_stages"],
-                types=launch.signature(dtype),
-                divisible=launch.divisible(),
-                options=launch.options,
-            )
+    """CDCR's kernels at 32 words and 12 frames, and at one token a row; half precisions differ in one product."""
+    options, flat = cdcr_tokens.OPTIONS, {"ROWS": cdcr_tokens.ROWS, "BD": cdcr_tokens.channel_block(dim)}
+    mask, width = Strided("*u8", ("i64", "i64")), "i32:16"
+    channels, choices = Channels("*fp64", "i32", width), Choices("*i16", "*fp32", "i32")
+    sums = {"rows": "i32", "parts": "i32", "tiles": "i32"}
+
+    def both(fn: Any, what: str, given: dict[str, Any], constants: dict[str, Any], unit: bool, **more: Any) -> Iterator:
+        for dtype in ("bf16", "fp16", "fp32") if fn is cdcr.cdcr_partners else ("bf16", "fp32"):
+            # Features are dense, masks need not be.
+            features = Strided(f"*{dtype}", ("i64:16", "i64:16", 1))
+            side = UnitTokens(features, "*fp32" if unit else None, "i32")
+            known = {"own": side, "other": side, "features": features, "grad": f"*{dtype}", **given}
+            arguments = {name: known[name] for name in fn.arg_names if name not in constants}
+            yield Job(fn, arch, dtype, what, arguments, constants, {**options, **more})
+
+    given = {"mask": mask, "inverse": "*fp32", "rows": "i32", "tokens": "i32", "dim": width}
+    yield from both(cdcr_tokens.cdcr_norms, "norms", given, flat, True)
+    given = {"index": "*i16", "count": "*fp64", "partial": "*fp64", "dim": width, **sums}
+    yield from both(cdcr.cdcr_moments, "unit tokens", given, flat, True)
+    for keep in (None, "*fp32"):
+        what = "product rows of anchors" if keep else "diagonal"
+        given = {"choices": choices, "channels": channels, "partial": "*fp64", "weighted": keep, "partners": keep}
+        yield from both(cdcr.cdcr_correlate, what, {**given, **sums}, flat, True)
+    for own, other in ((32, 12), (12, 32), (1, 1)):
+        size, unit = f"{own} x {other}", own > 1
+        given = {"own_mask": mask, "other_mask": mask, "index": "*i16", "pairs": "i32", "dim": width}
+        tile = cdcr_tokens.pair_tile(own, other, cdcr_tokens.MOST, dim)
+        yield from both(cdcr.cdcr_partners, size, given, {"TILE": tile}, unit)
+        given = {"choices": choices, "channels": channels, "weighted": "*fp32", "partners": "*fp32", "pairs": "i32"}
+        tile = cdcr_tokens.pair_tile(own, other, cdcr_tokens.LEAST, dim)
+        if own <= other:
+            yield from both(cdcr.cdcr_product_rows, size, given, {"TILE": tile}, unit, **cdcr.PRODUCT_ROWS)
+        for form, rows in (("diagonal", None), ("full", "*fp32")):
+            given = {"own_choices": choices, "other_choices": choices, "channels": channels, "pull": "*fp32"}
+            given |= {"to_weighted": rows, "to_partners": rows, "grad_weight": "*fp32", "pairs": "i32"}
+            constants = {"TILE": tile, "SHORT": own < other}
+            what = f"{form}, {size}"
+            yield from both(cdcr_backward.cdcr_gradient, what, given, constants, unit, **cdcr_backward.GRADIENT)
+
+
+def source(job: Job) -> ASTSource:
+    """Spell the arguments' types as Triton's launcher does: pointers are multiples of 16."""
+    constants: dict[Any, Any] = dict(job.constants)
+    attributes = {}
+
+    def spell(x: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(x, tuple):
+            parts = [spell(part, (*path, i)) for i, part in enumerate(x)]
+            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        if not isinstance(x, str):
+            constants[path] = x
+            return "constexpr"
+        kind, _, multiple = x.partition(":")
+        if multiple or kind.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {
+        name: "constexpr" if name in job.constants else spell(job.arguments[name], (i,))
+        for i, name in enumerate(job.fn.arg_names)
+    }
+    return ASTSource(job.fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compile_job(job: Job) -> dict[str, Any]:
     """Compile, disassemble, and count."""
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature(job).items())
-        if kind.startswith("*") or name in job.divisible
-    }
-    source = ASTSource(job.fn, signature=signature(job), constexprs=job.constants, attrs=attributes)
-    target = GPUTarget("cuda", int(job.arch[3:]), 32)
-    options = {"num_warps": job.warps, "num_stages": job.stages, "enable_fp_fusion": True, **job.options}
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source(job), target=GPUTarget("cuda", int(job.arch[3:]), 32), options=job.options)
     usage, sass = disassemble(compiled.asm["cubin"])
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTION.items()}
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
-    spilled = stack if re.search(r"\b(STL|LDL)\b", sass) else 0
     waits = len(re.findall(r"HGMMA.*gsb0", sass))
-    constants = job.constants
+    warps, stages = job.options["num_warps"], job.options["num_stages"]
     return {
         "kernel": job.fn.__name__,
         "arch": job.arch,
         "dtype": job.dtype,
         "what": job.what,
-        "config": {
-            **{k: constants[k] for k in ("BM", "BN", "BK", "SLOTS", "D", "TMA") if k in constants},
-            "num_warps": job.warps,
-            "num_stages": job.stages,
-            "chosen": job.source,
-        },
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
-        "spill_bytes": spilled,
+        "config": {**job.config, "num_warps": warps, "num_stages": stages, "chosen": job.source},
+        "registers": registers,
+        "spill_bytes": stack if re.search(r"\b(STL|LDL)\b", sass) else 0,
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": next((name for name in ("tcgen05", "wgmma", "mma") if counts[name]), ""),
         "tensor_core_instructions": max(counts.values()),
         "serialised": counts["wgmma"] > 1 and waits >= counts["wgmma"],
-        "register_operand": _register_operand(compiled.asm["ttgir"]),
+        # A transposed product as another product's operand: Triton has miscompiled that on Hopper.
+        "register_operand": bool(re.search(r"dot_op<\{[^}]*parent = #linear", compiled.asm["ttgir"])),
         "flop_per_tile": job.flop,
         "bytes_per_tile": job.bytes,
         "predicted_share": predicted_share(job),
     }
 
 
-def _register_operand(ttgir: str) -> bool:
-    """Whether a transposed product is another product's operand: Triton has miscompiled that on Hopper."""
-    return bool(re.search(r"dot_op<\{[^}]*parent = #linear", ttgir))
-
-
 def predicted_share(job: Job) -> float | None:
-    """The cost model: product and the rest of a tile in turn, or the reads from L2, whichever is longer."""
+    """Apply the cost model: the product and then the rest of a tile, or the reads from L2, whichever takes longer."""
     if not job.flop:
         return None
-    exact = job.dtype == "fp32" and job.constants["PRECISION"] == "ieee"
-    rate = FLOP_FP32[job.arch] if exact else FLOP_HALF[job.arch] / (2 if job.dtype == "fp32" else 1)
+    rate = FLOP_FP32[job.arch] if job.fma else FLOP_HALF[job.arch] / (2 if job.dtype == "fp32" else 1)
     product = job.flop / rate
     return round(product / max(product + job.work / ISSUE, job.bytes / BYTES_L2[job.arch]), 3)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the tools in Triton's wheel."""
+    """Return resource usage and machine code, by the tools in Triton's wheel."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
     def call(*command: str) -> str:
@@ -338,38 +323,32 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         return call("cuobjdump", "-res-usage", file.name), sass
 
 
-def report(dim: int = 512, quick: bool = False) -> list[dict[str, Any]]:
-    """Compile everything into a cache of its own, so that no stale binary is read."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("the static report compiles; unset TRITON_INTERPRET")
-    with tempfile.TemporaryDirectory() as cache:
-        before = os.environ.get("TRITON_CACHE_DIR")
-        os.environ["TRITON_CACHE_DIR"] = cache
-        try:
-            return [compile_job(job) for job in jobs(dim, quick)]
-        finally:
-            os.environ.pop("TRITON_CACHE_DIR")
-            if before is not None:
-                os.environ["TRITON_CACHE_DIR"] = before
+def line(r: dict[str, Any]) -> str:
+    share = "" if r["predicted_share"] is None else f"{r['predicted_share']:.2f}"
+    return (
+        f"{r['arch']:7}{r['kernel']:28}{r['dtype']:5} {r['what']:38}{r['registers']:4} reg"
+        f"{r['spill_bytes']:5} B spilled{r['shared_bytes']:7} B shared  {r['tensor_core']:8}"
+        f"{'SERIALISED ' if r['serialised'] else ''}{share}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every Triton kernel and report what it became; needs no GPU.")
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel and report the result; needs no GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as a JSON list")
     parser.add_argument("--dim", type=int, default=512, help="channels D (default 512)")
-    parser.add_argument(
-        "--quick", action="store_true", help=f"kernels without tensor-core products: {QUICK_ARCH} alone"
-    )
+    quick = f"kernels without tensor-core products: {QUICK_ARCH} only"
+    parser.add_argument("--quick", action="store_true", help=quick)
     arguments = parser.parse_args()
-    rows = report(arguments.dim, arguments.quick)
-    print(f"triton {triton.__version__}; static, nothing measured")
-    for r in rows:
-        share = "" if r["predicted_share"] is None else f"{r['predicted_share']:.2f}"
-        print(
-            f"{r['arch']:7}{r['kernel']:28}{r['dtype']:5} {r['what']:38}{r['registers']:4} reg"
-            f"{r['spill_bytes']:5} B spilled{r['shared_bytes']:7} B shared  {r['tensor_core']:8}"
-            f"{'SERIALISED ' if r['serialised'] else ''}{share}"
-        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("the static report compiles the kernels, and the interpreter does not; unset TRITON_INTERPRET")
+    print(f"triton {triton.__version__}; static, nothing measured", flush=True)
+    rows = []
+    # A cache of its own: no stale binary is read.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for job in jobs(arguments.dim, arguments.quick):
+            rows.append(compile_job(job))
+            print(line(rows[-1]), flush=True)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

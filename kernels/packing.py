@@ -1,18 +1,18 @@
-"""Real tokens first: rows with masks become dense slots, and gradients of slots become gradients of rows.
+"""Pack real tokens into dense slots, and unpack the slots' gradients into the padded rows.
 
-    slot s of row r   <-  the s-th real token x of the row, as it is; masked tokens are never read
-    scale             =   1 / |x|  (float32; 0 where |x| <= 1e-12 or overflows; 1 if tokens are used as they are)
-    weight            =   the token's weight; NaN where the token has a NaN or Inf, whose slot then holds zeros
+    slot s of row r   <-  the s-th real token x of the row, unchanged; masked tokens are never read
+    scale             =   1 / |x|  (float32; 0 where |x| <= 1e-12 or overflows; 1 without normalisation)
+    weight            =   the token's weight; NaN where the token holds a NaN or Inf, whose slot is then zero
     grad x            =   scale (G - u <u, G>),  u = scale x,  G the gradient of the unit token
 
-Words (text) of all rows share one array of slots; a row gets a multiple of ``grain`` of them, or, as a length class,
-the smallest of 16, 32, 64, 128 that holds it, rows of a class side by side. Frames (video) keep one stride for every
-row, and their companions (scale, weight, position) are frame-major, so that a tile of videos reads them side by side.
+All rows of words (text) share one array of slots. A row has a multiple of ``grain`` slots or, with length classes, the
+smallest of 16, 32, 64, 128 that holds it; rows of one class are neighbours. Frames (video) have the same number of
+slots in every row. Their companions (scale, weight, position) are frame-major: a tile of videos reads neighbours.
 
-        words   | r0 w0 w1 w2 . | r1 w0 . . . | r2 ...          '.' copies the row's first token (``copies``, for
-        frames  | r0 f0 f1 f2 | r1 f0 . . | ...                 maxima) or is zero with position -2 (for gradients)
+        words   | r0 w0 w1 w2 . | r1 w0 . . . | r2 ...          '.' is a copy of the row's first token (``copies``, for
+        frames  | r0 f0 f1 f2 | r1 f0 . . | ...                 maxima), or zero with position -2 (for gradients)
 
-A program takes a few slots of one row, D channels on chip; bytes: D itemsize read and written a slot; no product.
+Tile: a few slots of one row x all D channels, on chip. Bytes: D itemsize read and written a slot. FLOP: 2 D a slot.
 """
 
 from __future__ import annotations
@@ -24,37 +24,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NORM_EPS = 1e-12
-PAD_POSITION = -2
-NOWHERE = 1 << 30  # the position of a row's slots where there is no token to copy
-# A class below 16 words would cut the waste on short captions further, at one more launch and twice the chunk tables.
+# A class below 16 words would waste less on short captions, but costs one more launch and doubles the chunk tables.
 GRAIN = 16
 LONGEST_CLASS = 128
-# Zeroed slots behind the last word: the last tile of any kernel reads that far.
+# Zeroed slots behind the last word. No kernel reads further beyond it.
 TAIL = 128
+NORM_EPS = 1e-12
+NOWHERE = tl.constexpr(1 << 30)  # the position of a slot in a row that has no token to copy
+PADDING = tl.constexpr(-2)  # the position of a slot that is zero
+# The same for the kernels, which read only constexpr globals.
+CHUNK, TAIL_SLOTS, TINY = tl.constexpr(GRAIN), tl.constexpr(TAIL), tl.constexpr(NORM_EPS)
+
+
+class Strided(NamedTuple):
+    """A tensor as a kernel's argument."""
+
+    data: Tensor
+    strides: tuple[int, ...]
+
+
+class Side(NamedTuple):
+    """One side of the interaction as the caller gave it."""
+
+    features: Tensor  # (rows, N, D), any strides
+    weight: Tensor | None  # (rows, N)
+    mask: Tensor | None  # (rows, N) bool
+
+
+class PackedRows(NamedTuple):
+    """One side in slots, also as a kernel's argument. Companions: words (slots,), frames (N, rows allocated)."""
+
+    features: Tensor  # words (slots, D'), frames (rows allocated, N D'); D' is D padded with zeros
+    scale: Tensor
+    weight: Tensor
+    position: Tensor  # int32, the token's place in the padded row
+    length: Tensor  # int32, real tokens of each row; words have one more row, the tail
+    start: Tensor | None  # words: (2, rows + 1) int32, first slot and number of slots; the last column is the tail
+    order: Tensor | None  # words by length class: the rows in slot order
+    class_begin: Tensor | None  # words by length class: where each class begins in ``order``, and where the last ends
+    chunk_row: Tensor | None  # words: the row of each GRAIN slots, -1 in the tail
+    rows: int
+    tokens: int  # N
+    allocated: int  # the last size of a companion
+    dim: int  # D'
+    most_slots: int  # of a row
 
 
 @triton.jit
 def row_layout(
-    mask,
-    length,
-    slots,
-    real,
-    rows,
-    tokens,
-    mask_row,
-    mask_token,
-    MASKED: tl.constexpr,
-    CLASSES: tl.constexpr,
-    GRAIN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    mask, length, slots, real, rows, tokens, CLASSES: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row: how many real tokens, how many slots it needs, and where its real tokens stand."""
+    """Count one row's real tokens, find its number of slots, and list the places of its real tokens."""
     row = tl.program_id(0)
     count = tl.where(row < rows, tokens, 0)
-    if MASKED:
+    if mask is not None:
         n = tl.arange(0, BLOCK)
-        there = tl.load(mask + row.to(tl.int64) * mask_row + n * mask_token, mask=n < count, other=0) != 0
+        flag = mask.data + row.to(tl.int64) * mask.strides[0] + n * mask.strides[1]
+        there = tl.load(flag, mask=n < count, other=0) != 0
         rank = tl.cumsum(there.to(tl.int32), 0) - 1
         count = tl.sum(there.to(tl.int32), 0)
         tl.store(real + row.to(tl.int64) * tokens + rank, n, mask=there)
@@ -69,55 +95,36 @@ def row_layout(
 def pack_slots(
     features,
     weights,
-    length,
-    start,
     real,
     packed,
-    scale,
-    weight,
-    position,
-    chunk_row,
-    rows,
-    tokens,
     dim,
     blocks,
-    companion_rows,
-    x_row,
-    x_token,
-    x_channel,
-    w_row,
-    w_token,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
     SLOTS: tl.constexpr,
-    FRAMES: tl.constexpr,
-    MASKED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     COPIES: tl.constexpr,
-    GRAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    PAD: tl.constexpr,
-    TINY: tl.constexpr,
 ):
-    """SLOTS slots of one row."""
+    """Fill SLOTS slots of one row at a time."""
+    FRAMES: tl.constexpr = packed.start is None
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    count = tl.load(length + row)
+    count = tl.load(packed.length + row)
     if FRAMES:
-        begin, end = row * tokens, tokens
+        begin, end = row * packed.tokens, packed.tokens
     else:
-        begin = tl.load(start + row).to(tl.int64)
-        end = tl.where(row == rows, TAIL, tl.load(start + rows + 1 + row))
+        begin = tl.load(packed.start + row).to(tl.int64)
+        end = tl.where(row == packed.rows, TAIL_SLOTS, tl.load(packed.start + packed.rows + 1 + row))
     channel = tl.arange(0, CHANNELS)[None, :]
     for s0 in range(tl.program_id(0) % blocks * SLOTS, end, blocks * SLOTS):
         s = s0 + tl.arange(0, SLOTS)
         is_real = s < count
         filled = s < (tl.where(count > 0, end, 0) if COPIES else count)
         token = tl.where(is_real, s, 0)
-        if MASKED:
-            token = tl.load(real + row * tokens + token, mask=filled, other=0)
-        at = row * x_row + token[:, None].to(tl.int64) * x_token + channel.to(tl.int64) * x_channel
-        x = tl.load(features + at, mask=filled[:, None] & (channel < dim), other=0.0)
+        if real is not None:
+            token = tl.load(real + row * packed.tokens + token, mask=filled, other=0)
+        at = row * features.strides[0] + token[:, None].to(tl.int64) * features.strides[1]
+        at = at + channel.to(tl.int64) * features.strides[2]
+        x = tl.load(features.data + at, mask=filled[:, None] & (channel < dim), other=0.0)
         wide = x.to(tl.float32)
         broken = tl.sum(wide * 0.0, 1) != 0.0
         inverse = tl.where(filled & (broken == 0), 1.0, 0.0)
@@ -126,21 +133,21 @@ def pack_slots(
             alive = (norm > TINY) & (norm < float("inf"))
             inverse = tl.where(alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0)
         w = tl.zeros((SLOTS,), tl.float32)
-        if WEIGHTED:
-            at = row * w_row + token.to(tl.int64) * w_token
-            w = tl.load(weights + at, mask=is_real, other=0.0).to(tl.float32)
+        if weights is not None:
+            of_token = row * weights.strides[0] + token.to(tl.int64) * weights.strides[1]
+            w = tl.load(weights.data + of_token, mask=is_real, other=0.0).to(tl.float32)
         w = tl.where(broken & is_real, float("nan"), w)
         slot = begin + s
         inside = s < end
         clean = tl.where((inverse == 0.0)[:, None], 0.0, wide).to(x.dtype)
-        tl.store(packed + slot[:, None] * D + channel, clean, mask=inside[:, None] & (channel < D))
-        companion = s * companion_rows + row if FRAMES else slot
-        tl.store(scale + companion, inverse, mask=inside)
-        tl.store(weight + companion, w, mask=inside)
-        tl.store(position + companion, tl.where(filled, token, PAD), mask=inside)
+        tl.store(packed.features + slot[:, None] * D + channel, clean, mask=inside[:, None] & (channel < D))
+        companion = s * packed.allocated + row if FRAMES else slot
+        tl.store(packed.scale + companion, inverse, mask=inside)
+        tl.store(packed.weight + companion, w, mask=inside)
+        tl.store(packed.position + companion, tl.where(filled, token, NOWHERE if COPIES else PADDING), mask=inside)
         if not FRAMES:
-            whose = tl.where(row < rows, row, -1).to(tl.int32) + s * 0
-            tl.store(chunk_row + slot // GRAIN, whose, mask=inside & (s % GRAIN == 0))
+            whose = tl.where(row < packed.rows, row, -1).to(tl.int32) + s * 0
+            tl.store(packed.chunk_row + slot // CHUNK, whose, mask=inside & (s % CHUNK == 0))
 
 
 @triton.jit
@@ -148,104 +155,63 @@ def unpack_gradient(
     grad,
     features,
     out,
-    length,
-    start,
-    scale,
-    position,
+    packed,
     factor,
-    tokens,
     dim,
     blocks,
-    companion_rows,
-    x_row,
-    x_token,
-    x_channel,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
     SLOTS: tl.constexpr,
-    FRAMES: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """SLOTS real tokens of a row: unit tokens' gradients become those of the raw features, in their padded places."""
+    """Turn the gradients of SLOTS unit tokens of a row into those of the raw features, in their padded places."""
+    FRAMES: tl.constexpr = packed.start is None
     row = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * SLOTS + tl.arange(0, SLOTS)
-    is_real = s < tl.load(length + row)
-    slot = (row * tokens if FRAMES else tl.load(start + row).to(tl.int64)) + s
-    companion = s * companion_rows + row if FRAMES else slot
-    token = tl.load(position + companion, mask=is_real, other=0)[:, None].to(tl.int64)
+    is_real = s < tl.load(packed.length + row)
+    slot = (row * packed.tokens if FRAMES else tl.load(packed.start + row).to(tl.int64)) + s
+    companion = s * packed.allocated + row if FRAMES else slot
+    token = tl.load(packed.position + companion, mask=is_real, other=0)[:, None].to(tl.int64)
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = is_real[:, None] & (channel < dim)
     g = tl.load(grad + slot[:, None] * D + channel, mask=inside, other=0.0) * tl.load(factor)
     if NORMALIZE:
-        inverse = tl.load(scale + companion, mask=is_real, other=0.0)[:, None]
-        at = row * x_row + token * x_token + channel.to(tl.int64) * x_channel
-        x = tl.load(features + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(packed.scale + companion, mask=is_real, other=0.0)[:, None]
+        at = row * features.strides[0] + token * features.strides[1] + channel.to(tl.int64) * features.strides[2]
+        x = tl.load(features.data + at, mask=inside, other=0.0).to(tl.float32)
         unit = x * inverse
         g = tl.where(inverse == 0.0, 0.0, (g - unit * tl.sum(unit * g, 1)[:, None]) * inverse)
-    tl.store(out + (row * tokens + token) * dim + channel, g.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (row * packed.tokens + token) * dim + channel, g.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def unpack_weight_gradient(
-    partial,
-    out,
-    length,
-    start,
-    position,
-    tokens,
-    parts,
-    part_stride,
-    companion_rows,
-    BLOCK: tl.constexpr,
-    FRAMES: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """One row: add its tokens' partial sums, always in the same order, to what stands in their padded places."""
+def unpack_weight_gradient(partial, out, packed, parts, part_stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """Add up the partial sums of one row's tokens in a fixed order; ADD: to what is in their padded places already."""
+    FRAMES: tl.constexpr = packed.start is None
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK)
-    is_real = s < tl.load(length + row)
-    companion = s * companion_rows + row if FRAMES else tl.load(start + row).to(tl.int64) + s
-    token = tl.load(position + companion, mask=is_real, other=0)
+    is_real = s < tl.load(packed.length + row)
+    companion = s * packed.allocated + row if FRAMES else tl.load(packed.start + row).to(tl.int64) + s
+    token = tl.load(packed.position + companion, mask=is_real, other=0)
     total = tl.zeros((BLOCK,), tl.float32)
     if ADD:
-        total = tl.load(out + row * tokens + token, mask=is_real, other=0.0)
+        total = tl.load(out + row * packed.tokens + token, mask=is_real, other=0.0)
     at = partial + companion
     for _ in range(0, parts):
         total += tl.load(at, mask=is_real, other=0.0)
         at += part_stride
-    tl.store(out + row * tokens + token, total, mask=is_real)
+    tl.store(out + row * packed.tokens + token, total, mask=is_real)
 
 
-class Side(NamedTuple):
-    """One side of the interaction as the caller gave it."""
-
-    features: Tensor  # (rows, N, D), any strides
-    weight: Tensor | None  # (rows, N)
-    mask: Tensor | None  # (rows, N) bool
-
-
-class Packed(NamedTuple):
-    """One side in slots. Companions are (slots,) for words and (N, rows_allocated) for frames."""
-
-    tokens: Tensor  # words (slots, D'), frames (rows_allocated, N D'); D' is D padded with zeros
-    scale: Tensor
-    weight: Tensor
-    position: Tensor  # int32, place in the padded row
-    length: Tensor  # (rows_allocated,) int32, real tokens of each row
-    start: Tensor  # (2, rows + 1) int32: first slot, number of slots; the last column is the tail
-    order: Tensor | None  # rows by length class
-    class_begin: Tensor | None  # where in order each class begins, and the last one ends
-    chunk_row: Tensor  # the row of each GRAIN word slots, -1 in the tail
-    dim: int  # D'
-    most_slots: int
-
-    @property
-    def rows_allocated(self) -> int:
-        return self.length.shape[0]
+def strided(x: Tensor | None) -> Strided | None:
+    """Pass a tensor of any strides to a kernel; a bool tensor as bytes."""
+    if x is None:
+        return None
+    return Strided(x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride())
 
 
 def length_class(tokens: int) -> int:
-    """The smallest class of 16, 32, 64, 128 slots that holds so many words."""
+    """The smallest class of 16, 32, 64, 128 slots that holds so many words; 128 beyond that."""
     return min(LONGEST_CLASS, max(GRAIN, triton.next_power_of_2(tokens)))
 
 
@@ -254,81 +220,19 @@ def length_classes(tokens: int) -> list[int]:
     return [c for c in (16, 32, 64, 128) if c <= length_class(tokens)]
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0) if x is None else x.stride()
+def index_dtype(tokens: int) -> torch.dtype:
+    """The dtype of matches that name one of ``tokens`` tokens or none."""
+    return torch.uint8 if tokens <= 255 else torch.int16
 
 
-def _lengths(side: Side, rows_allocated: int, classes: bool, grain: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows, tokens = side.features.shape[:2]
-    length, slots = side.features.new_empty((2, rows_allocated), dtype=torch.int32)
-    mask = None if side.mask is None else side.mask.view(torch.uint8)
-    real = length if mask is None else torch.empty((rows, tokens), dtype=torch.int32, device=length.device)
-    row_layout[(rows_allocated,)](
-        length if mask is None else mask,
-        length,
-        slots,
-        real,
-        rows,
-        tokens,
-        *_strides(mask),
-        MASKED=mask is not None,
-        CLASSES=classes,
-        GRAIN=grain,
-        BLOCK=triton.next_power_of_2(tokens),
-    )
-    return length, slots, real
-
-
-def _fill(side: Side, packed: Packed, real: Tensor, frames: bool, normalize: bool, copies: bool) -> None:
-    rows, tokens, dim = side.features.shape
-    blocks, tile = _tile(packed, packed.most_slots)
-    pack_slots[(packed.rows_allocated * blocks,)](
-        side.features,
-        packed.scale if side.weight is None else side.weight,
-        packed.length,
-        packed.start,
-        real,
-        packed.tokens,
-        packed.scale,
-        packed.weight,
-        packed.position,
-        packed.chunk_row,
-        rows,
-        tokens,
-        dim,
-        blocks,
-        packed.rows_allocated,
-        *side.features.stride(),
-        *_strides(side.weight),
-        D=packed.dim,
-        FRAMES=frames,
-        MASKED=side.mask is not None,
-        WEIGHTED=side.weight is not None,
-        NORMALIZE=normalize,
-        COPIES=copies,
-        GRAIN=GRAIN,
-        TAIL=TAIL,
-        PAD=NOWHERE if copies else PAD_POSITION,
-        TINY=NORM_EPS,
-        **tile,
-    )
-
-
-def _tile(packed: Packed, slots: int) -> tuple[int, dict[str, int]]:
-    """Programs a row, and their shape: about 32 values a thread."""
-    channels = triton.next_power_of_2(packed.dim)
-    size = min(max(1, 4096 // channels), triton.next_power_of_2(slots))
-    return triton.cdiv(slots, size), {"CHANNELS": channels, "SLOTS": size, "num_warps": 4 if channels <= 4096 else 8}
-
-
-def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: bool, copies: bool) -> Packed:
+def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: bool, copies: bool) -> PackedRows:
     """Pack text: by length class, or in the rows' own order with a multiple of ``grain`` slots each."""
     rows, tokens, dim = side.features.shape
     most = length_class(tokens) if classes else triton.cdiv(tokens, grain) * grain
     allocated = rows * most + TAIL
     if allocated >= 2**31:
         raise ValueError(
-            f"text has {rows} rows of up to {most} token slots, and the GPU kernels index at most 2^31 - 1 of them; "
+            f"text has {rows} rows of up to {most} token slots, but the GPU kernels index at most 2^31 - 1 slots; "
             "score the rows in several calls"
         )
     length, slots, real = _lengths(side, rows + 1, classes, grain)
@@ -349,94 +253,112 @@ def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: b
         start = torch.stack([slots.cumsum(0, dtype=torch.int32) - slots, slots])
     d = triton.cdiv(dim, step) * step
     scale, weight = torch.zeros((2, allocated), dtype=torch.float32, device=device)
-    packed = Packed(
-        side.features.new_empty((allocated, d)),
-        scale,
-        weight,
-        torch.empty(allocated, dtype=torch.int32, device=device),
-        length,
-        start,
-        order,
-        class_begin,
-        torch.empty(allocated // GRAIN, dtype=torch.int32, device=device),
-        d,
-        most,
+    packed = PackedRows(
+        features=side.features.new_empty((allocated, d)),
+        scale=scale,
+        weight=weight,
+        position=torch.empty(allocated, dtype=torch.int32, device=device),
+        length=length,
+        start=start,
+        order=order,
+        class_begin=class_begin,
+        chunk_row=torch.empty(allocated // GRAIN, dtype=torch.int32, device=device),
+        rows=rows,
+        tokens=tokens,
+        allocated=allocated,
+        dim=d,
+        most_slots=most,
     )
-    _fill(side, packed, real, False, normalize, copies)
+    _fill(side, packed, real, normalize, copies)
     return packed
 
 
-def pack_frames(side: Side, step: int, block: int, normalize: bool, *, copies: bool) -> Packed:
+def pack_frames(side: Side, step: int, block: int, normalize: bool, *, copies: bool) -> PackedRows:
     """Pack video: N slots a row, rows padded to whole blocks of ``block``."""
     rows, tokens, dim = side.features.shape
     allocated = triton.cdiv(rows, block) * block
     d = triton.cdiv(dim, step) * step
     if max(allocated * tokens, tokens * d) >= 2**31:
         raise ValueError(
-            f"video has {allocated} rows of {tokens} frames, and the GPU kernels index at most 2^31 - 1 frames; "
+            f"video has {allocated} rows of {tokens} frames, but the GPU kernels index at most 2^31 - 1 frames; "
             "score the rows in several calls"
         )
-    length, slots, real = _lengths(side, allocated, False, 1)
+    length, _, real = _lengths(side, allocated, False, 1)
     scale, weight = torch.empty((2, tokens, allocated), dtype=torch.float32, device=length.device)
-    position = torch.empty((tokens, allocated), dtype=torch.int32, device=length.device)
-    packed = Packed(
-        side.features.new_empty((allocated, tokens * d)),
-        scale,
-        weight,
-        position,
-        length,
-        slots,
-        None,
-        None,
-        slots,
-        d,
-        tokens,
+    packed = PackedRows(
+        features=side.features.new_empty((allocated, tokens * d)),
+        scale=scale,
+        weight=weight,
+        position=torch.empty((tokens, allocated), dtype=torch.int32, device=length.device),
+        length=length,
+        start=None,
+        order=None,
+        class_begin=None,
+        chunk_row=None,
+        rows=rows,
+        tokens=tokens,
+        allocated=allocated,
+        dim=d,
+        most_slots=tokens,
     )
-    _fill(side, packed, real, True, normalize, copies)
+    _fill(side, packed, real, normalize, copies)
     return packed
 
 
-def unpack(
-    grad: Tensor, side: Side, packed: Packed, factor: Tensor, normalize: bool, out: Tensor, *, frames: bool
-) -> None:
-    """Write the raw features' gradient, from that of the slots' unit tokens, to real tokens' places in ``out``."""
-    rows, tokens, dim = side.features.shape
-    blocks, tile = _tile(packed, tokens)
-    unpack_gradient[(rows * blocks,)](
-        grad,
-        side.features,
-        out,
-        packed.length,
-        packed.start,
-        packed.scale,
-        packed.position,
-        factor,
-        tokens,
-        dim,
+def _lengths(side: Side, rows_allocated: int, classes: bool, grain: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, tokens = side.features.shape[:2]
+    length, slots = side.features.new_empty((2, rows_allocated), dtype=torch.int32)
+    real = None if side.mask is None else torch.empty((rows, tokens), dtype=torch.int32, device=length.device)
+    block = triton.next_power_of_2(tokens)
+    row_layout[(rows_allocated,)](
+        strided(side.mask), length, slots, real, rows, tokens, CLASSES=classes, GRAIN=grain, BLOCK=block
+    )
+    return length, slots, real
+
+
+def _fill(side: Side, packed: PackedRows, real: Tensor | None, normalize: bool, copies: bool) -> None:
+    blocks, tile = _tile(packed, packed.most_slots)
+    pack_slots[(len(packed.length) * blocks,)](
+        strided(side.features),
+        strided(side.weight),
+        real,
+        packed,
+        side.features.shape[2],
         blocks,
-        packed.rows_allocated,
-        *side.features.stride(),
         D=packed.dim,
-        FRAMES=frames,
+        NORMALIZE=normalize,
+        COPIES=copies,
+        **tile,
+    )
+
+
+def _tile(packed: PackedRows, slots: int) -> tuple[int, dict[str, int]]:
+    """Choose the programs a row and their shape: about 32 values a thread."""
+    channels = triton.next_power_of_2(packed.dim)
+    size = min(max(1, 4096 // channels), triton.next_power_of_2(slots))
+    return triton.cdiv(slots, size), {"CHANNELS": channels, "SLOTS": size, "num_warps": 4 if channels <= 4096 else 8}
+
+
+def unpack(grad: Tensor, side: Side, packed: PackedRows, factor: Tensor, normalize: bool, out: Tensor) -> None:
+    """Write the raw features' gradient to the real tokens' places in ``out``, given that of the slots' unit tokens."""
+    blocks, tile = _tile(packed, packed.tokens)
+    unpack_gradient[(packed.rows * blocks,)](
+        grad,
+        strided(side.features),
+        out,
+        packed,
+        factor,
+        side.features.shape[2],
+        blocks,
+        D=packed.dim,
         NORMALIZE=normalize,
         **tile,
     )
 
 
-def unpack_weight(partial: Tensor, packed: Packed, out: Tensor, *, frames: bool, add: bool) -> None:
-    """Sum up (parts, companions) parts of the weights' gradients, into real tokens' places of ``out`` (rows, N)."""
-    rows, tokens = out.shape
-    unpack_weight_gradient[(rows,)](
-        partial,
-        out,
-        packed.length,
-        packed.start,
-        packed.position,
-        tokens,
-        partial.shape[0],
-        partial.stride(0),
-        packed.rows_allocated,
-        BLOCK=triton.next_power_of_2(tokens),
-        FRAMES=frames,
-        ADD=add,
+def unpack_weight(partial: Tensor, packed: PackedRows, out: Tensor, *, add: bool) -> None:
+    """Add up (parts, companions) partial sums of the weights' gradients into the real tokens' places of ``out``."""
+    block = triton.next_power_of_2(packed.tokens)
+    unpack_weight_gradient[(packed.rows,)](
+        partial, out, packed, partial.shape[0], partial.stride(0), BLOCK=block, ADD=add
     )

@@ -1,28 +1,28 @@
-"""Forward kernel of the token interaction: scores, matches, or the weights' gradients, from one similarity tile.
+"""Forward kernel of the token interaction: scores, matches, or the weights' gradients, from one tile of similarities.
 
-    S[b,f,a,i]  = <v_bf, t_ai> / (|v_bf| |t_ai|)          raw tokens on the tensor cores, norms applied after
+    S[b,f,a,i]  = <v_bf, t_ai> / (|v_bf| |t_ai|)          raw tokens on the tensor cores, norms applied afterwards
     m_t[a,i,b]  = max_f S      m_v[a,f,b] = max_i S       (and 0, where a masked token's similarity competes)
     logits[a,b] = (sum_i w_ai m_t[a,i,b] + sum_f w_bf m_v[a,f,b]) / 2
     matches     = the two argmaxes, lowest index first, as positions in the padded rows
     grad w_ai   = sum_b g[a,b] m_t[a,i,b] / 2,  grad w_bf = sum_a g[a,b] m_v[a,f,b] / 2
 
 Tile: BM videos (one frame of each at a time) x BN words = BN / SLOTS captions of SLOTS word slots. A program keeps its
-words and walks over the frames; K = D in steps of BK.
+words and loops over the frames; K = D in steps of BK.
 
-        BN words of BN/SLOTS captions          on chip: the running m_t (and its frame) for the whole tile,
-      +---------+---------+---------+          the partial sum of m_v a (video, caption), nothing else.
-   BM |  frame f of BM videos  . t  |  for f   Words lie along a thread's own registers and 4 neighbours, so that the
-      +---------+---------+---------+          maximum over words needs no shared memory.
+        BN words of BN/SLOTS captions          on chip: the running m_t (and its frame) of the whole tile,
+      +---------+---------+---------+          the partial sum of m_v for each (video, caption), nothing else.
+   BM |  frame f of BM videos  . t  |  for f   A caption's words lie in one thread's registers and in 4 neighbouring
+      +---------+---------+---------+          threads, so the maximum over words needs no shared memory.
 
-FLOP per tile and frame: 2 BM BN D. Bytes read: (BM + BN) D itemsize; written once a tile: 4 BM BN/SLOTS, in training
-BM BN bytes, and BM BN/SLOTS bytes a frame.
+FLOP per tile and frame: 2 BM BN D. Bytes read: (BM + BN) D itemsize. Bytes written per tile: 4 BM BN/SLOTS; in training
+also BM BN, and BM BN/SLOTS per frame.
 
-Slots beyond a row's real tokens hold copies of its first real token (packing.py): a copy never changes a maximum and,
-standing later, never wins a tie, so no mask is needed in the loop.
+Slots beyond a row's real tokens hold copies of its first real token (packing.py). A copy never changes a maximum and,
+being later, never wins a tie, so the loop needs no mask.
 
 KEYED (16-bit unit tokens, |S| < 2): S + 6 lies in (4, 8), where a float32 is fixed point with step 2^-21. Shifted left
-by 8 with 255 - index below, an unsigned maximum gives value and lowest index at once; an index of 255 is "none", the
-masked 0. A NaN never gets here: it travels in the weights (packing.py). Otherwise value and index are kept apart.
+by 8, with 255 - index in the low byte, an unsigned maximum gives the value and its lowest index at once. Index 255 is
+"none", the masked 0. A NaN never gets here: the weights carry it (packing.py). Otherwise value and index are separate.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import packing, tuning
-from .packing import LONGEST_CLASS, Packed, Side
-from .tuning import Tile
+from .packing import LONGEST_CLASS, PackedRows, Side
 
 # What a launch writes.
 SCORES = tl.constexpr(0)
@@ -48,7 +47,40 @@ OFFSET = tl.constexpr(6.0)
 EXPONENT = tl.constexpr(0x40000000)  # the bits of a float in [4, 8) that the shift pushes out
 ZERO_KEY = tl.constexpr(0xC0000000)  # the key of value 0 that names no token
 NOBODY = tl.constexpr(255)  # no slot, in a key; x ^ 255 is 255 - x
-LARGE = tl.constexpr(packing.NOWHERE)  # no slot, where value and slot are kept apart
+LARGE = packing.NOWHERE  # no slot, where value and slot are separate
+
+
+class Form(NamedTuple):
+    """What is fixed when the forward kernel is compiled, beside the tile."""
+
+    slots: int  # of a caption
+    dim: int  # D'
+    both: bool  # both directions
+    mode: int
+    keyed: bool
+    precision: str  # of the product: "ieee" or "tf32"
+    none: int  # the index that names no token
+    long: bool  # captions of more than one tile
+    add: bool  # to the logits of the other direction
+    text_holes: bool  # a word's slot may differ from its position
+    video_holes: bool
+
+
+class Outputs(NamedTuple):
+    """Where a sweep writes, also as the kernel's argument; strides in the caller's layout."""
+
+    logits: Tensor
+    logits_strides: tuple[int, int]  # caption, row
+    index: Tensor
+    index_strides: tuple[int, int, int]  # caption, word, row
+    text_index: Tensor
+
+
+class Partials(NamedTuple):
+    """Partial sums of the weights' gradients, also as the kernel's argument."""
+
+    by_word: Tensor  # (blocks of rows, word slots)
+    by_frame: Tensor | None  # (tiles of words, N, rows)
 
 
 @triton.jit
@@ -58,7 +90,7 @@ def _key_value(key):
 
 @triton.jit
 def _over_words(s, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """Value and slot of the maximum of s (BM, captions, SLOTS) over words; floor (captions,): a masked 0 competes."""
+    """Return value and slot of the maximum over words of s (BM, captions, SLOTS); floor (captions,): a 0 competes."""
     slot = tl.arange(0, s.shape[2])[None, None, :]
     if KEYED and MODE == MATCHES:
         key = (s.to(tl.uint32, bitcast=True) << 8) + (slot ^ NOBODY).to(tl.uint32)
@@ -81,7 +113,7 @@ def _over_words(s, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
 
 @triton.jit
 def _start(BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """The running maximum over frames before the first frame, and its frame where that is kept apart."""
+    """Start the running maximum over frames, and its frame where that is separate."""
     frame = tl.full((BM, BN), LARGE, tl.int32)
     if KEYED and MODE == MATCHES:
         best = tl.zeros((BM, BN), tl.uint32)
@@ -94,7 +126,7 @@ def _start(BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, KEYED: tl.con
 
 @triton.jit
 def _over_frames(best, frame, s, position, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """Take one more frame, known by its position in the padded row ((1, 1) or (BM, 1))."""
+    """Compare with one more frame, whose position in the padded row is (1, 1) or (BM, 1)."""
     if KEYED and MODE == MATCHES:
         best = tl.maximum(best, (s.to(tl.uint32, bitcast=True) << 8) + (position ^ NOBODY).to(tl.uint32))
     elif KEYED:
@@ -108,7 +140,7 @@ def _over_frames(best, frame, s, position, MODE: tl.constexpr, KEYED: tl.constex
 
 @triton.jit
 def _finish(best, frame, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """Value and frame of the maximum over frames (BM, BN); floor (BM,): a masked 0 competes."""
+    """Return value and frame of the maximum over frames (BM, BN); floor (BM,): a masked 0 competes."""
     if KEYED and MODE == MATCHES:
         best = tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[:, None])
         value = _key_value(best)
@@ -123,322 +155,194 @@ def _finish(best, frame, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
 
 
 @triton.jit
-def _frame_similarity(
-    text,
-    video,
-    b0,
-    c0,
-    f,
-    v_stride,
-    scale_v,
-    scale_t,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    KEYED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """S of frame f of BM videos with BN words; plus OFFSET if KEYED."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    if not TMA:
-        kk = tl.arange(0, BK)[None, :]
-        v_rows = video + (b0 + tl.arange(0, BM))[:, None].to(tl.int64) * v_stride + (f * D + kk)
-        t_rows = text + (c0 + tl.arange(0, BN))[:, None].to(tl.int64) * D + kk
-    for k in tl.range(0, D, BK):
-        if TMA:
-            v = video.load([b0, f * D + k])
-            t = text.load([c0, k])
+def _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE: tl.constexpr, FORM: tl.constexpr):
+    """Compute S of frame f of BM videos with BN words; plus OFFSET if keyed."""
+    acc = tl.zeros((TILE.m, TILE.n), tl.float32)
+    if not TILE.tma:
+        kk = tl.arange(0, TILE.k)[None, :]
+        v_rows = b0 + tl.arange(0, TILE.m)
+        v_rows = frames.features + v_rows[:, None].to(tl.int64) * (frames.tokens * FORM.dim) + (f * FORM.dim + kk)
+        t_rows = words.features + (c0 + tl.arange(0, TILE.n))[:, None].to(tl.int64) * FORM.dim + kk
+    for k in tl.range(0, FORM.dim, TILE.k):
+        if TILE.tma:
+            v = frame_tiles.load([b0, f * FORM.dim + k])
+            t = word_tiles.load([c0, k])
         else:
             v = tl.load(v_rows + k)
             t = tl.load(t_rows + k)
-        acc = tl.dot(v, t.T, acc, input_precision=PRECISION)
-    # Loaded frame by frame: held over the loop, the words' norms would cost 32 registers a thread.
-    r = acc * tl.load(scale_v)[:, None]
-    scale = tl.broadcast_to(tl.load(scale_t)[None, :], BM, BN)
-    return tl.fma(r, scale, tl.full((BM, BN), OFFSET, tl.float32)) if KEYED else r * scale
+        acc = tl.dot(v, t.T, acc, input_precision=FORM.precision)
+    # Loaded for each frame: kept over the loop, the words' norms would cost 32 registers a thread.
+    r = acc * tl.load(frames.scale + (f * frames.allocated + (b0 + tl.arange(0, TILE.m))))[:, None]
+    scale = tl.broadcast_to(tl.load(words.scale + c0 + tl.arange(0, TILE.n))[None, :], TILE.m, TILE.n)
+    return tl.fma(r, scale, tl.full((TILE.m, TILE.n), OFFSET, tl.float32)) if FORM.keyed else r * scale
 
 
 @triton.jit
-def _store_choices(
-    slot,
-    text_index,
-    at,
-    text_position,
-    c0,
-    mask,
-    SLOTS: tl.constexpr,
-    KEYED: tl.constexpr,
-    HOLES: tl.constexpr,
-    NONE: tl.constexpr,
-):
-    """Which word each video's frame chose, slots (BM, captions) turned into places in the padded captions."""
-    found = slot < (NOBODY if KEYED else LARGE)
-    if HOLES:
-        of_slot = c0 + tl.arange(0, slot.shape[1])[None, :] * SLOTS + slot
-        slot = tl.load(text_position + of_slot, mask=found, other=LARGE)
+def _store_choices(slot, words, out, at, c0, mask, FORM: tl.constexpr):
+    """Store which word each video's frame chose: slots (BM, captions) become places in the padded captions."""
+    found = slot < (NOBODY if FORM.keyed else LARGE)
+    if FORM.text_holes:
+        of_slot = c0 + tl.arange(0, slot.shape[1])[None, :] * FORM.slots + slot
+        slot = tl.load(words.position + of_slot, mask=found, other=LARGE)
         found = slot < LARGE
-    tl.store(text_index + at, tl.where(found, slot, NONE).to(text_index.dtype.element_ty), mask=mask)
+    tl.store(out.text_index + at, tl.where(found, slot, FORM.none).to(out.text_index.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _of_words(x, SLOTS: tl.constexpr):
-    """(captions,) repeated for each of a caption's slots, (captions SLOTS,)."""
+    """Repeat (captions,) for each of a caption's slots: (captions SLOTS,)."""
     return tl.reshape(tl.broadcast_to(x[:, None], x.shape[0], SLOTS), (x.shape[0] * SLOTS,))
 
 
 @triton.jit
 def _take_frame(
-    s,
-    out,
-    g,
-    t_floor,
-    mask,
-    at,
-    text_index,
-    text_position,
-    weight,
-    partial,
-    c0,
-    SLOTS: tl.constexpr,
-    BOTH: tl.constexpr,
-    MODE: tl.constexpr,
-    KEYED: tl.constexpr,
-    HOLES: tl.constexpr,
-    NONE: tl.constexpr,
+    s, total, g, t_floor, mask, at, words, frames, of_frame, out, partials, nth_frame, b, c0, FORM: tl.constexpr
 ):
-    """What a frame's S (BM, BN) means for its videos: their words' maximum, and who that was."""
-    CAPTIONS: tl.constexpr = s.shape[1] // SLOTS
-    if BOTH:
-        value, slot = _over_words(tl.reshape(s, (s.shape[0], CAPTIONS, SLOTS)), t_floor, MODE, KEYED)
-    if MODE == WEIGHTS and BOTH:
-        chosen = tl.load(text_index + at, mask=mask, other=NOBODY) != NOBODY
-        tl.store(partial, tl.sum(tl.where(chosen, value * g, 0.0), axis=1))
-    elif MODE != WEIGHTS:
-        # One direction: the weight is 0, or NaN where the frame is.
-        out += value * tl.load(weight)[:, None] if BOTH else tl.load(weight)[:, None]
-    if MODE == MATCHES and BOTH:
-        _store_choices(slot, text_index, at, text_position, c0, mask, SLOTS, KEYED, HOLES, NONE)
-    return out
+    """Use a frame's S (BM, BN) for its videos: add its maximum over words to the logits, and store its match."""
+    if FORM.both:
+        captions = tl.reshape(s, (s.shape[0], s.shape[1] // FORM.slots, FORM.slots))
+        value, slot = _over_words(captions, t_floor, FORM.mode, FORM.keyed)
+    if FORM.mode == WEIGHTS and FORM.both:
+        chosen = tl.load(out.text_index + at, mask=mask, other=NOBODY) != NOBODY
+        tl.store(partials.by_frame + nth_frame + b, tl.sum(tl.where(chosen, value * g, 0.0), axis=1))
+    elif FORM.mode != WEIGHTS:
+        # One direction: the weight is 0, or NaN where the frame holds one.
+        weight = tl.load(frames.weight + of_frame)[:, None]
+        total += value * weight if FORM.both else weight
+    if FORM.mode == MATCHES and FORM.both:
+        _store_choices(slot, words, out, at, c0, mask, FORM)
+    return total
 
 
 @triton.jit
-def _take_words(
-    value,
-    frame,
-    out,
-    g,
-    here,
-    mask,
-    at,
-    video_index,
-    weight,
-    partial,
-    SLOTS: tl.constexpr,
-    MODE: tl.constexpr,
-    KEYED: tl.constexpr,
-    NONE: tl.constexpr,
-):
-    """What the maxima over frames (BM, BN) mean for their words' captions, and who they were."""
+def _take_words(value, frame, total, g, here, mask, at, words, out, partials, block, c0, FORM: tl.constexpr):
+    """Use the maxima over frames (BM, BN) for their captions: add them to the logits, and store the matches."""
     BM: tl.constexpr = value.shape[0]
     BN: tl.constexpr = value.shape[1]
-    CAPTIONS: tl.constexpr = BN // SLOTS
-    if MODE == WEIGHTS:
-        chosen = tl.load(video_index + at, mask=mask, other=NONE) != NONE
-        share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
-        # Columns beyond the last caption are another class's.
-        tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=_of_words(here, SLOTS))
+    CAPTIONS: tl.constexpr = BN // FORM.slots
+    column = tl.arange(0, BN)
+    if FORM.mode == WEIGHTS:
+        chosen = tl.load(out.index + at, mask=mask, other=FORM.none) != FORM.none
+        share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, FORM.slots), (BM, BN))
+        partial = partials.by_word + block.to(tl.int64) * words.allocated + c0 + column
+        # Columns beyond the last caption belong to another class.
+        tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=_of_words(here, FORM.slots))
     else:
-        weights = tl.reshape(tl.load(weight), (1, CAPTIONS, SLOTS))
-        out += tl.sum(tl.reshape(value, (BM, CAPTIONS, SLOTS)) * weights, axis=2)
-    if MODE == MATCHES:
-        frame = frame if KEYED else tl.where(frame == LARGE, NONE, frame)
-        tl.store(video_index + at, frame.to(video_index.dtype.element_ty), mask=mask)
-    return out
-
-
-@triton.jit
-def _store_logits(out, scored, at, mask, ADD: tl.constexpr):
-    # A pair with an empty side scores 0 whatever the other side's weights are.
-    out = tl.where(scored, out, 0.0)
-    if ADD:
-        out += tl.load(at, mask=mask, other=0.0)
-    tl.store(at, out, mask=mask)
+        weights = tl.reshape(tl.load(words.weight + c0 + column), (1, CAPTIONS, FORM.slots))
+        total += tl.sum(tl.reshape(value, (BM, CAPTIONS, FORM.slots)) * weights, axis=2)
+    if FORM.mode == MATCHES:
+        frame = frame if FORM.keyed else tl.where(frame == LARGE, FORM.none, frame)
+        tl.store(out.index + at, frame.to(out.index.dtype.element_ty), mask=mask)
+    return total
 
 
 @triton.jit
 def interaction_forward(
-    text,
-    video,
-    text_scale,
-    video_scale,
-    text_weight,
-    video_weight,
-    text_position,
-    video_position,
-    text_length,
-    video_length,
-    order,
-    start,
-    class_begin,
-    logits,
-    video_index,
-    text_index,
-    text_partial,
-    video_partial,
-    texts,
-    videos,
-    text_tokens,
-    video_tokens,
-    video_rows,
-    partial_slots,
+    words,
+    frames,
+    word_tiles,
+    frame_tiles,
+    out,
+    partials,
     group,
     tile_base,
     zero_competes,
     factor,
-    logits_caption,
-    logits_row,
-    index_caption,
-    index_token,
-    index_row,
-    SLOTS: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TMA: tl.constexpr,
-    BOTH: tl.constexpr,
-    MODE: tl.constexpr,
-    KEYED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NONE: tl.constexpr,
-    SORTED: tl.constexpr,
-    LONG: tl.constexpr,
-    ADD: tl.constexpr,
-    TEXT_HOLES: tl.constexpr,
-    VIDEO_HOLES: tl.constexpr,
+    TILE: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    tile = tl.program_id(0) // tl.cdiv(videos, BM)
-    b0 = (tl.program_id(0) % tl.cdiv(videos, BM)) * BM
+    """Score TILE.m videos against the captions of TILE.n word slots; tokens come by descriptor if TILE.tma."""
+    BM: tl.constexpr = TILE.m
+    BN: tl.constexpr = TILE.n
+    SLOTS: tl.constexpr = FORM.slots
+    SORTED: tl.constexpr = words.order is not None
+    tile = tl.program_id(0) // tl.cdiv(frames.rows, BM)
+    b0 = (tl.program_id(0) % tl.cdiv(frames.rows, BM)) * BM
     b = b0 + tl.arange(0, BM)
-    first, end = tile * (BN // SLOTS), texts
+    first, end = tile * (BN // SLOTS), words.rows
     if SORTED:
-        # The grid covers every caption being of this class; how many are is known on the device alone.
-        first += tl.load(class_begin + group)
-        end = tl.load(class_begin + group + 1)
+        # The grid has room for every caption in this class; only the device knows how many there are.
+        first += tl.load(words.class_begin + group)
+        end = tl.load(words.class_begin + group + 1)
         if first >= end:
             return
     nth = first + tl.arange(0, BN // SLOTS)
     here = nth < end
-    caption = tl.load(order + nth, mask=here, other=0).to(tl.int64) if SORTED else nth.to(tl.int64)
-    t0 = tl.load(start + (tl.load(order + first) if SORTED else first))
-    t_length = tl.load(text_length + caption, mask=here, other=0)
-    v_length = tl.load(video_length + b)
-    inside = here[None, :] & (b < videos)[:, None]
-    pair = caption[None, :] * logits_caption + b[:, None].to(tl.int64) * logits_row
-    g = tl.load(logits + pair, mask=inside, other=0.0) * factor if MODE == WEIGHTS else 0.0
-    out = tl.zeros((BM, BN // SLOTS), tl.float32)
-    for chunk in tl.range(0, tl.cdiv(tl.max(t_length, 0), BN) if LONG else 1):
+    caption = tl.load(words.order + nth, mask=here, other=0).to(tl.int64) if SORTED else nth.to(tl.int64)
+    t0 = tl.load(words.start + (tl.load(words.order + first) if SORTED else first))
+    t_length = tl.load(words.length + caption, mask=here, other=0)
+    v_length = tl.load(frames.length + b)
+    inside = here[None, :] & (b < frames.rows)[:, None]
+    pair = caption[None, :] * out.logits_strides[0] + b[:, None].to(tl.int64) * out.logits_strides[1]
+    g = tl.load(out.logits + pair, mask=inside, other=0.0) * factor if FORM.mode == WEIGHTS else 0.0
+    total = tl.zeros((BM, BN // SLOTS), tl.float32)
+    for chunk in tl.range(0, tl.cdiv(tl.max(t_length, 0), BN) if FORM.long else 1):
         c0 = t0 + chunk * BN
         column = tl.arange(0, BN)  # added last: offsets from one address cost no registers
-        best, frame = _start(BM, BN, MODE, KEYED)
+        best, frame = _start(BM, BN, FORM.mode, FORM.keyed)
         for f in tl.range(0, tl.max(v_length, 0), flatten=True):
-            of_frame = f * video_rows + b
-            s = _frame_similarity(
-                text,
-                video,
-                b0,
-                c0,
-                f,
-                video_tokens * D,
-                video_scale + of_frame,
-                text_scale + c0 + column,
-                D,
-                BM,
-                BN,
-                BK,
-                KEYED,
-                PRECISION,
-                TMA,
-            )
+            of_frame = f * frames.allocated + b
+            s = _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE, FORM)
             position = tl.full((1, 1), f, tl.int32)
-            if VIDEO_HOLES and MODE != SCORES:
-                position = tl.load(video_position + of_frame)[:, None]
-            best, frame = _over_frames(best, frame, s, position, MODE, KEYED)
-            out = _take_frame(
+            if FORM.video_holes and FORM.mode != SCORES:
+                position = tl.load(frames.position + of_frame)[:, None]
+            best, frame = _over_frames(best, frame, s, position, FORM.mode, FORM.keyed)
+            total = _take_frame(
                 s,
-                out,
+                total,
                 g,
-                t_length < tl.where(zero_competes, text_tokens, 1),
+                t_length < tl.where(zero_competes, words.tokens, 1),
                 inside & (f < v_length)[:, None],
-                (caption[None, :] * video_tokens + position) * videos + b[:, None],
-                text_index,
-                text_position,
-                video_weight + of_frame,
-                video_partial + ((tile_base + tile).to(tl.int64) * video_tokens + f) * video_rows + b,
+                (caption[None, :] * frames.tokens + position) * frames.rows + b[:, None],
+                words,
+                frames,
+                of_frame,
+                out,
+                partials,
+                ((tile_base + tile).to(tl.int64) * frames.tokens + f) * frames.allocated,
+                b,
                 c0,
-                SLOTS,
-                BOTH,
-                MODE,
-                KEYED,
-                TEXT_HOLES,
-                NONE,
+                FORM,
             )
-        value, frame = _finish(best, frame, v_length < tl.where(zero_competes, video_tokens, 1), MODE, KEYED)
+        floor = v_length < tl.where(zero_competes, frames.tokens, 1)
+        value, frame = _finish(best, frame, floor, FORM.mode, FORM.keyed)
         real = tl.reshape(chunk * BN + tl.arange(0, SLOTS)[None, :] < t_length[:, None], (BN,))
-        of_word = _of_words(caption, SLOTS) * index_caption + tl.load(text_position + c0 + column) * index_token
-        out = _take_words(
+        place = tl.load(words.position + c0 + column) * out.index_strides[1]
+        of_word = _of_words(caption, SLOTS) * out.index_strides[0] + place
+        total = _take_words(
             value,
             frame,
-            out,
+            total,
             g,
             here,
-            real[None, :] & (b < videos)[:, None],
-            of_word[None, :] + b[:, None].to(tl.int64) * index_row,
-            video_index,
-            text_weight + c0 + column,
-            text_partial + (b0 // BM).to(tl.int64) * partial_slots + c0 + column,
-            SLOTS,
-            MODE,
-            KEYED,
-            NONE,
+            real[None, :] & (b < frames.rows)[:, None],
+            of_word[None, :] + b[:, None].to(tl.int64) * out.index_strides[2],
+            words,
+            out,
+            partials,
+            b0 // BM,
+            c0,
+            FORM,
         )
-    if MODE != WEIGHTS:
-        _store_logits(out * factor, (t_length > 0)[None, :] & (v_length > 0)[:, None], logits + pair, inside, ADD)
-
-
-class Outputs(NamedTuple):
-    """Where a sweep writes, in the caller's layout: strides of a caption, a word's place and a row."""
-
-    logits: Tensor
-    logits_strides: tuple[int, int]  # caption, row
-    index: Tensor
-    index_strides: tuple[int, int, int]  # caption, word, row
-    text_index: Tensor
-
-
-class Partials(NamedTuple):
-    """Partial sums of the weights' gradients, and the slots that they belong to."""
-
-    words: Packed
-    frames: Packed
-    by_word: Tensor  # (blocks of rows, word slots)
-    by_frame: Tensor | None  # (tiles of words, N, rows)
+    if FORM.mode != WEIGHTS:
+        # A pair with an empty side scores 0, whatever the other side's weights are.
+        total = tl.where((t_length > 0)[None, :] & (v_length > 0)[:, None], total * factor, 0.0)
+        if FORM.add:
+            total += tl.load(out.logits + pair, mask=inside, other=0.0)
+        tl.store(out.logits + pair, total, mask=inside)
 
 
 def forward(
     text: Side, video: Side, normalize: bool, zero_competes: bool, keep_matches: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (A, B) float32 and, if kept, matches (A, Nt, B) and (A, Nv, B), uint8 or beyond 255 tokens int16.
+    """Return logits (A, B) float32 and, if kept, matches (A, Nt, B) and (A, Nv, B): uint8, or int16 beyond 255 tokens.
 
     A video without weights: one direction, not halved.
     """
     both = video.weight is not None
     a, nt, _ = text.features.shape
     b, nv, _ = video.features.shape
-    new = text.features.new_empty
-    logits = new((a, b), dtype=torch.float32)
+    logits = text.features.new_empty((a, b), dtype=torch.float32)
     video_index = _index(text, (a, nt, b) if keep_matches else (0,), nv, text.mask)
     text_index = _index(text, (a, nv, b) if keep_matches and both else (0,), nt, video.mask)
     if a == 0 or b == 0:
@@ -448,7 +352,8 @@ def forward(
     if nt <= LONGEST_CLASS or not both:
         sweep(text, video, out, mode, both, normalize, zero_competes, 0.5 if both else 1.0)
         return logits, video_index, text_index
-    # Words beyond one tile: a frame's maximum would have to wait for the caption's next tile. Each direction by itself.
+    # Captions of more than one tile: a frame's maximum would have to wait for the caption's next tile, so each
+    # direction has a sweep of its own.
     sweep(text, video, out, mode, False, normalize, zero_competes, 0.5)
     out = Outputs(logits, (1, b), text_index, (1, b, nv * b), text_index)
     sweep(video, text, out, mode, False, normalize, zero_competes, 0.5, add=True)
@@ -465,8 +370,11 @@ def sweep(
     zero_competes: bool,
     factor: float,
     add: bool = False,
-) -> Partials:
-    """Launch the kernel over every caption and row: once, or once a length class where a mask gives lengths."""
+) -> tuple[PackedRows, PackedRows, Partials | None]:
+    """Launch the kernel over every caption and row: once, or once a length class where a mask gives lengths.
+
+    Returns both sides in slots and, of WEIGHTS, the partial sums.
+    """
     a, nt, _ = words.features.shape
     b, nv, _ = frames.features.shape
     arch, precision = tuning.architecture(words.features.device), tuning.product(words.features.dtype)
@@ -476,86 +384,56 @@ def sweep(
     tiles = {c: tuning.forward_tile(arch, kind, c) for c in packing.length_classes(nt)}
     if words.mask is None or long:
         tiles = {c: tile for c, tile in tiles.items() if c == packing.length_class(nt)}
-    block, sorted_ = tiles[packing.length_class(nt)].m, words.mask is not None and not long
-    w = packing.pack_words(
-        words, step, normalize, grain=LONGEST_CLASS if long else packing.GRAIN, classes=not long, copies=True
-    )
-    # One direction has no use for the frames' weights, but for their NaN.
+    block = tiles[packing.length_class(nt)].m
+    grain = LONGEST_CLASS if long else packing.GRAIN
+    w = packing.pack_words(words, step, normalize, grain=grain, classes=not long, copies=True)
+    # One direction needs nothing of the frames' weights but their NaN.
     frames = frames if both else frames._replace(weight=None)
     f = packing.pack_frames(frames, step, block, normalize, copies=True)
     blocks = triton.cdiv(b, block)
-    partials = Partials(w, f, w.scale, None)
+    partials = None
     if mode == WEIGHTS:
-        shape = (sum(triton.cdiv(a, t.n // c) for c, t in tiles.items()), nv, f.rows_allocated)
-        by_word = w.scale.new_zeros((blocks, len(w.scale)))
-        partials = Partials(w, f, by_word, w.scale.new_zeros(shape) if both else None)
+        by_word = w.scale.new_zeros((blocks, w.allocated))
+        shape = (sum(triton.cdiv(a, t.n // c) for c, t in tiles.items()), nv, f.allocated)
+        partials = Partials(by_word, w.scale.new_zeros(shape) if both else None)
+    form = Form(
+        slots=0,
+        dim=w.dim,
+        both=both,
+        mode=mode.value,
+        keyed=keyed,
+        precision="tf32" if precision == "tf32" else "ieee",
+        none=255 if out.index.dtype == torch.uint8 else -1,
+        long=long,
+        add=add,
+        text_holes=True,
+        video_holes=frames.mask is not None,
+    )
     base = 0
     for group, (slots, tile) in enumerate(tiles.items()):
         captions = triton.cdiv(a, tile.n // slots)
         interaction_forward[(blocks * captions,)](
-            *_operands(w.tokens, f.tokens, tile),
-            w.scale,
-            f.scale,
-            w.weight,
-            f.weight,
-            w.position,
-            f.position,
-            w.length,
-            f.length,
-            w.length if w.order is None else w.order,
-            w.start,
-            w.length if w.class_begin is None else w.class_begin,
-            out.logits,
-            out.index,
-            out.text_index,
-            partials.by_word,
-            partials.by_word if partials.by_frame is None else partials.by_frame,
-            a,
-            b,
-            nt,
-            nv,
-            f.rows_allocated,
-            len(w.scale),
+            w,
+            f,
+            TensorDescriptor.from_tensor(w.features, [tile.n, tile.k]) if tile.tma else None,
+            TensorDescriptor.from_tensor(f.features, [tile.m, tile.k]) if tile.tma else None,
+            out,
+            partials,
             group,
             base,
             zero_competes,
             factor,
-            *out.logits_strides,
-            *out.index_strides,
-            SLOTS=slots,
-            D=w.dim,
-            BM=tile.m,
-            BN=tile.n,
-            BK=tile.k,
-            BOTH=both,
-            MODE=mode,
-            KEYED=keyed,
-            PRECISION="tf32" if precision == "tf32" else "ieee",
-            NONE=255 if out.index.dtype == torch.uint8 else -1,
-            SORTED=sorted_,
-            LONG=long,
-            ADD=add,
-            TEXT_HOLES=words.mask is not None or nt != slots,
-            VIDEO_HOLES=frames.mask is not None,
-            TMA=tile.tma,
+            TILE=tile,
+            FORM=form._replace(slots=slots, text_holes=words.mask is not None or nt != slots),
             **tuning.launch_options(tile),
         )
         base += captions
-    return partials
-
-
-def _operands(words: Tensor, frames: Tensor, tile: Tile) -> tuple[object, object]:
-    if not tile.tma:
-        return words, frames
-    return (
-        TensorDescriptor.from_tensor(words, [tile.n, tile.k]),
-        TensorDescriptor.from_tensor(frames, [tile.m, tile.k]),
-    )
+    return w, f, partials
 
 
 def _index(like: Side, shape: tuple[int, ...], length: int, mask: Tensor | None) -> Tensor:
-    """Memory for matches; where tokens may be masked, "none" everywhere: the kernel writes real tokens' alone."""
-    dtype, none = (torch.uint8, 255) if length <= 255 else (torch.int16, -1)
+    """Allocate matches. Where tokens may be masked, fill them with "none": the kernel writes only real tokens."""
+    dtype = packing.index_dtype(length)
     if mask is None:
         return like.features.new_empty(shape, dtype=dtype)
-    return like.features.new_full(shape, none, dtype=dtype)
+    return like.features.new_full(shape, 255 if dtype == torch.uint8 else -1, dtype=dtype)

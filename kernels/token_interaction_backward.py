@@ -1,23 +1,24 @@
-"""Backward kernels of the token interaction: gradients of the unit tokens, from the matches alone.
+"""Backward kernels of the token interaction: gradients of the unit tokens, from the matches only.
 
     C[a,i,b,f] = g[a,b] (w_ai [word i of a chose frame f of b] + w_bf [frame f of b chose word i of a]) / 2
     G_ai = sum_bf C[a,i,b,f] v_bf / |v_bf|        G_bf = sum_ai C[a,i,b,f] t_ai / |t_ai|
-    then packing.unpack turns the gradient G of a unit token into that of the raw one
+    packing.unpack then turns the gradient G of a unit token into that of the raw token
 
-C is sparse (one entry a word and video, one a frame and caption) but gathers starve a GPU, so a tile of C is rebuilt on
-chip and multiplied on the tensor cores. No atomics: each program owns its part of G and adds in one order.
+C is sparse (one entry per word and video, one per frame and caption), but gathers starve a GPU. So a tile of C is built
+on chip and multiplied on the tensor cores. No atomics: each program owns its part of G and adds in a fixed order.
 
       transposed:   G^T (D x words) += v^T (D x videos)  C (videos x words)     one frame of BK videos a step
                     G^T (D x videos) += t^T (D x words)  C (words x videos)     BK words a step, one frame a program
 
-On chip: the accumulator and one tile of C. C is always the right operand, so it goes through shared memory once and is
-never a register operand: ptxas does not serialise the products, and no product's result feeds another.
-FLOP a step: 2 BM BN BK; bytes: BM BK itemsize of tokens, BK BN of words' choices, 5 BK BN / 16 of frames' and of g.
+On chip: the accumulator and one tile of C. C is always the right operand: it goes through shared memory once and is
+never a register operand, so ptxas does not serialise the products, and no product's result feeds another product.
+FLOP a step: 2 BM BN BK. Bytes a step: BM BK itemsize of tokens, BK BN of the words' choices, 5 BK BN / 16 of g and the
+frames' choices.
 
-Words come in chunks of GRAIN slots, each of one caption, so that what belongs to a pair is loaded once a chunk.
+Words come in chunks of GRAIN slots, each of one caption, so that values of a pair are loaded once a chunk.
 
-The launcher walks over blocks of text rows. A block's matches are a part of the kept ones, or found again by the
-forward's kernel: nothing else differs, so neither do the bits. G_bf grows from block to block in float32.
+The launcher loops over blocks of text rows. It takes a block's matches from the kept ones, or finds them again with the
+forward's kernel. Nothing else differs, so the bits do not either. G_bf grows from block to block in float32.
 """
 
 from __future__ import annotations
@@ -32,88 +33,97 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .packing import GRAIN, LONGEST_CLASS, NORM_EPS, TAIL, Packed, Side, pack_frames, pack_words, unpack, unpack_weight
+from .packing import (
+    CHUNK,
+    GRAIN,
+    LONGEST_CLASS,
+    NORM_EPS,
+    TAIL,
+    PackedRows,
+    Side,
+    index_dtype,
+    pack_frames,
+    pack_words,
+    unpack,
+    unpack_weight,
+)
 from .token_interaction import WEIGHTS, Outputs, forward, sweep
 from .tuning import Tile
 
-CHUNK = tl.constexpr(GRAIN)
-# Bytes of matches in a block of text rows. Large: a block ends with a pass over all video gradients, and starts with
-# packing. Small beside what a training step holds anyway: batches up to 2,400 at 32 words x 12 frames are one block.
+# Bytes of matches in a block of text rows. Large, because each block packs its text and ends with a pass over all video
+# gradients. Small beside the memory of a training step: batches up to 2,400 at 32 words x 12 frames are one block.
 BLOCK_BYTES = 256 << 20
-# Rows in a block are a multiple of this, so that a block's part of any tensor starts at 16 bytes, as the whole does.
+# Rows in a block are a multiple of this: a block's part of any tensor is then aligned to 16 bytes, as the whole is.
 BLOCK_ROWS = 16
+
+
+class Pairs(NamedTuple):
+    """What a kernel reads of the pairs of a block of text rows."""
+
+    grad_logits: Tensor  # (rows, B) float32
+    video_index: Tensor
+    text_index: Tensor | None  # None: one direction
+    boost: Tensor
+    factor: float
 
 
 @triton.jit
 def interaction_backward_text(
-    video,
-    video_scale,
-    video_weight,
-    video_position,
+    words,
+    frames,
+    frame_tiles,
     most_frames,
-    text_weight,
-    text_position,
-    chunk_row,
-    start,
-    video_index,
-    text_index,
-    grad_logits,
+    pairs,
     grad,
-    boost,
-    texts,
-    videos,
-    text_tokens,
-    video_tokens,
-    video_rows,
-    factor,
+    TILE: tl.constexpr,
     D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BOTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
 ):
-    """BM channels of BN words' gradients."""
+    """Compute TILE.m channels of the gradients of TILE.n words; frames come by descriptor if TILE.tma."""
+    BM: tl.constexpr = TILE.m
+    BN: tl.constexpr = TILE.n
+    BK: tl.constexpr = TILE.k
     CHUNKS: tl.constexpr = BN // CHUNK
     parts: tl.constexpr = (D + BM - 1) // BM
     t0 = tl.program_id(0) // parts * BN
     d0 = tl.program_id(0) % parts * BM
-    if t0 >= tl.load(start + texts):
+    if t0 >= tl.load(words.start + words.rows):
         return
     slot = t0 + tl.arange(0, BN)
-    row = tl.load(chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
+    row = tl.load(words.chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
     there = row >= 0
-    word = tl.load(text_position + slot)
+    word = tl.load(words.position + slot)
     word3 = tl.reshape(word, (1, CHUNKS, CHUNK))
-    weight = tl.load(text_weight + slot)
-    of_word = tl.reshape(tl.broadcast_to(row[:, None], CHUNKS, CHUNK), (BN,)) * text_tokens + word
-    scale_all = tl.load(boost) * factor
+    weight = tl.load(words.weight + slot)
+    of_word = tl.reshape(tl.broadcast_to(row[:, None], CHUNKS, CHUNK), (BN,)) * words.tokens + word
+    scale_all = tl.load(pairs.boost) * pairs.factor
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
-    # One loop, not two: what an outer loop would keep for an inner one costs registers that there are not.
+    # One loop, not two: the values that an outer loop keeps for an inner one need registers that are not there.
     most = tl.load(most_frames)
-    for step in tl.range(0, tl.cdiv(videos, BK) * most):
+    for step in tl.range(0, tl.cdiv(frames.rows, BK) * most):
         b0 = step // most * BK
         b = b0 + tl.arange(0, BK)
-        of_frame = step % most * video_rows + b
-        frame = tl.load(video_position + of_frame)
-        pair = there[None, :] & (b < videos)[:, None]
-        g = tl.load(grad_logits + row[None, :] * videos + b[:, None], mask=pair, other=0.0) * scale_all
-        ok = (word >= 0)[None, :] & (b < videos)[:, None]
-        chosen = tl.load(video_index + of_word[None, :] * videos + b[:, None], mask=ok, other=0).to(tl.int32)
+        of_frame = step % most * frames.allocated + b
+        frame = tl.load(frames.position + of_frame)
+        pair = there[None, :] & (b < frames.rows)[:, None]
+        g = tl.load(pairs.grad_logits + row[None, :] * frames.rows + b[:, None], mask=pair, other=0.0) * scale_all
+        ok = (word >= 0)[None, :] & (b < frames.rows)[:, None]
+        match = pairs.video_index + of_word[None, :] * frames.rows + b[:, None]
+        chosen = tl.load(match, mask=ok, other=0).to(tl.int32)
         c = tl.where(chosen == frame[:, None], weight[None, :], 0.0)
         c = tl.reshape(c, (BK, CHUNKS, CHUNK))
-        if BOTH:
-            match = text_index + (row[None, :] * video_tokens + frame[:, None]) * videos + b[:, None]
+        if pairs.text_index is not None:
+            match = pairs.text_index + (row[None, :] * frames.tokens + frame[:, None]) * frames.rows + b[:, None]
             by_frame = tl.load(match, mask=pair & (frame >= 0)[:, None], other=0).to(tl.int32)
-            share = tl.load(video_weight + of_frame)[:, None, None]
+            share = tl.load(frames.weight + of_frame)[:, None, None]
             c += tl.where(by_frame[:, :, None] == word3, share, 0.0)
-        c = c * (g * tl.load(video_scale + of_frame)[:, None])[:, :, None]
-        if TMA:
-            v = video.load([b0, step % most * D + d0])
+        c = c * (g * tl.load(frames.scale + of_frame)[:, None])[:, :, None]
+        if TILE.tma:
+            v = frame_tiles.load([b0, step % most * D + d0])
         else:
-            v_rows = video + b[:, None].to(tl.int64) * (video_tokens * D) + (step % most * D + channel)[None, :]
+            v_rows = b[:, None].to(tl.int64) * (frames.tokens * D)
+            v_rows = frames.features + v_rows + (step % most * D + channel)[None, :]
             v = tl.load(v_rows, mask=(channel < D)[None, :], other=0.0)
         acc = tl.dot(v.T, tl.reshape(c, (BK, BN)).to(v.dtype), acc, input_precision=PRECISION)
     target = grad + slot[None, :].to(tl.int64) * D + channel[:, None]
@@ -122,83 +132,68 @@ def interaction_backward_text(
 
 @triton.jit
 def interaction_backward_video(
-    text,
-    text_scale,
-    text_weight,
-    text_position,
-    chunk_row,
-    start,
-    video_weight,
-    video_position,
-    video_length,
-    video_index,
-    text_index,
-    grad_logits,
+    words,
+    frames,
+    word_tiles,
+    pairs,
     grad,
-    boost,
-    texts,
-    videos,
-    text_tokens,
-    video_tokens,
-    video_rows,
-    factor,
+    TILE: tl.constexpr,
     D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BOTH: tl.constexpr,
     PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """BM channels of the gradients of one frame of BN videos; if ADD, added to those of earlier blocks of text rows."""
+    """Compute TILE.m channels of the gradients of one frame of TILE.n videos; ADD: to those of earlier blocks."""
+    BM: tl.constexpr = TILE.m
+    BN: tl.constexpr = TILE.n
+    BK: tl.constexpr = TILE.k
     CHUNKS: tl.constexpr = BK // CHUNK
     parts: tl.constexpr = (D + BM - 1) // BM
-    blocks = tl.cdiv(videos, BN)
+    blocks = tl.cdiv(frames.rows, BN)
     d0 = tl.program_id(0) % parts * BM
     b0 = tl.program_id(0) // parts % blocks * BN
     f = tl.program_id(0) // parts // blocks
     b = b0 + tl.arange(0, BN)
-    if f >= tl.max(tl.load(video_length + b), 0):
+    if f >= tl.max(tl.load(frames.length + b), 0):
         return
-    of_frame = f * video_rows + b
-    frame = tl.load(video_position + of_frame)
-    share = tl.load(video_weight + of_frame)[None, None, :]
-    scale_all = tl.load(boost) * factor
+    of_frame = f * frames.allocated + b
+    frame = tl.load(frames.position + of_frame)
+    share = tl.load(frames.weight + of_frame)[None, None, :]
+    scale_all = tl.load(pairs.boost) * pairs.factor
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
     if ADD:
-        # Now, not at the end: there the tile just computed stands in the registers as well.
-        earlier = grad + (b[None, :].to(tl.int64) * video_tokens + f) * D + channel[:, None]
+        # Now, not at the end, where the computed tile is in the registers as well.
+        earlier = grad + (b[None, :].to(tl.int64) * frames.tokens + f) * D + channel[:, None]
         acc = tl.load(earlier, mask=(channel < D)[:, None], other=0.0)
-    for t0 in tl.range(0, tl.load(start + texts), BK):
+    for t0 in tl.range(0, tl.load(words.start + words.rows), BK):
         slot = t0 + tl.arange(0, BK)
-        row = tl.load(chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
-        word = tl.load(text_position + slot)
-        pair = (row >= 0)[:, None] & (b < videos)[None, :]
-        g = tl.load(grad_logits + row[:, None] * videos + b[None, :], mask=pair, other=0.0) * scale_all
-        of_word = tl.reshape(tl.broadcast_to(row[:, None], CHUNKS, CHUNK), (BK,)) * text_tokens + word
-        ok = (word >= 0)[:, None] & (b < videos)[None, :]
-        chosen = tl.load(video_index + of_word[:, None] * videos + b[None, :], mask=ok, other=0).to(tl.int32)
-        c = tl.where(chosen == frame[None, :], tl.load(text_weight + slot)[:, None], 0.0)
+        row = tl.load(words.chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
+        word = tl.load(words.position + slot)
+        pair = (row >= 0)[:, None] & (b < frames.rows)[None, :]
+        g = tl.load(pairs.grad_logits + row[:, None] * frames.rows + b[None, :], mask=pair, other=0.0) * scale_all
+        of_word = tl.reshape(tl.broadcast_to(row[:, None], CHUNKS, CHUNK), (BK,)) * words.tokens + word
+        ok = (word >= 0)[:, None] & (b < frames.rows)[None, :]
+        match = pairs.video_index + of_word[:, None] * frames.rows + b[None, :]
+        chosen = tl.load(match, mask=ok, other=0).to(tl.int32)
+        c = tl.where(chosen == frame[None, :], tl.load(words.weight + slot)[:, None], 0.0)
         c = tl.reshape(c, (CHUNKS, CHUNK, BN))
-        if BOTH:
-            match = text_index + (row[:, None] * video_tokens + frame[None, :]) * videos + b[None, :]
+        if pairs.text_index is not None:
+            match = pairs.text_index + (row[:, None] * frames.tokens + frame[None, :]) * frames.rows + b[None, :]
             by_frame = tl.load(match, mask=pair & (frame >= 0)[None, :], other=0).to(tl.int32)
             c += tl.where(by_frame[:, None, :] == tl.reshape(word, (CHUNKS, CHUNK, 1)), share, 0.0)
-        c = c * g[:, None, :] * tl.reshape(tl.load(text_scale + slot), (CHUNKS, CHUNK, 1))
-        if TMA:
-            t = text.load([t0, d0])
+        c = c * g[:, None, :] * tl.reshape(tl.load(words.scale + slot), (CHUNKS, CHUNK, 1))
+        if TILE.tma:
+            t = word_tiles.load([t0, d0])
         else:
-            t_rows = text + slot[:, None].to(tl.int64) * D + channel[None, :]
+            t_rows = words.features + slot[:, None].to(tl.int64) * D + channel[None, :]
             t = tl.load(t_rows, mask=(channel < D)[None, :], other=0.0)
         acc = tl.dot(t.T, tl.reshape(c, (BK, BN)).to(t.dtype), acc, input_precision=PRECISION)
-    target = grad + (b[None, :].to(tl.int64) * video_tokens + f) * D + channel[:, None]
+    target = grad + (b[None, :].to(tl.int64) * frames.tokens + f) * D + channel[:, None]
     tl.store(target, acc, mask=(channel < D)[:, None])
 
 
 class Block(NamedTuple):
-    """Some rows of text, and what belongs to their pairs with every video."""
+    """Some rows of text, and their pairs with every video."""
 
     rows: slice
     text: Side
@@ -208,10 +203,10 @@ class Block(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What every block needs of the video side."""
+    """What all blocks need."""
 
     video: Side
-    frames: Packed | None  # where gradients of features are wanted
+    frames: PackedRows | None  # where gradients of features are wanted
     grad_frames: Tensor | None  # (rows_allocated, N D') float32, the sum over blocks so far
     boost: Tensor
     normalize: bool
@@ -231,9 +226,9 @@ def backward(
     zero_competes: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of both features (their dtype) and both weights (float32); no elements where ``output_mask`` is False.
+    """Compute the gradients of both features (their dtype) and both weights (float32); empty where not asked for.
 
-    Matches without elements were not kept: each block of text rows finds its own again.
+    Empty matches were not kept: each block of text rows finds its own again.
     """
     both = video.weight is not None
     grads = _outputs(text, video, (*output_mask[:3], output_mask[3] and both))
@@ -246,7 +241,7 @@ def backward(
     if output_mask[0] or output_mask[1]:
         block = max(_tile("text", text).k, _tile("video", text).n)
         frames = pack_frames(video, tuning.STEP, block, normalize, copies=False)
-        grad_frames = torch.empty(frames.tokens.shape, dtype=torch.float32, device=boost.device)
+        grad_frames = torch.empty(frames.features.shape, dtype=torch.float32, device=boost.device)
     shared = Shared(video, frames, grad_frames, boost, normalize)
     step = _rows_of_a_block(text, video)
     for start in range(0, a, step):
@@ -256,19 +251,19 @@ def backward(
             matches = video_index[rows], text_index[rows] if both else text_index
         else:
             matches = forward(part, video, normalize, zero_competes, True)[1:]
-        _take(Block(rows, part, grad_logits[rows], *matches), shared, grads)
-        del matches  # before the next block's are found
+        _block_gradients(Block(rows, part, grad_logits[rows], *matches), shared, grads)
+        del matches  # frees them before the next block finds its own
     if len(grads[1]):
-        unpack(grad_frames, video, frames, 1 / boost, normalize, grads[1], frames=True)
+        unpack(grad_frames, video, frames, 1 / boost, normalize, grads[1])
     return grads
 
 
 def _outputs(text: Side, video: Side, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Memory for the gradients; zeros where masked tokens, or a side whose other side has no rows, keep them."""
+    """Allocate the gradients; zeros where no kernel writes: masked tokens, and both sides if one is empty."""
     written = len(text.features) > 0 and len(video.features) > 0
     grads = []
     for i, (side, want) in enumerate(zip((text, video, text, video), wanted, strict=True)):
-        # Contiguous whatever the features' strides: that is what the operator's fake promises.
+        # Contiguous whatever the features' strides: the operator's fake promises that.
         new = torch.empty if side.mask is None and written else torch.zeros
         shape, dtype = (side.features.shape, side.features.dtype) if i < 2 else (side.features.shape[:2], torch.float32)
         grads.append(new(shape if want else (0,), dtype=dtype, device=side.features.device))
@@ -276,49 +271,51 @@ def _outputs(text: Side, video: Side, wanted: Sequence[bool]) -> tuple[Tensor, .
 
 
 def _rows_of_a_block(text: Side, video: Side) -> int:
-    """How many text rows make a block: from shapes alone, so that keeping matches has no part in it."""
+    """Choose the text rows of a block by shapes only, so that it does not depend on whether matches were kept."""
     nt, (b, nv, _) = text.features.shape[1], video.features.shape
-    a_pair = nt * (1 if nv <= 255 else 2) + (nv * (1 if nt <= 255 else 2) if video.weight is not None else 0)
+    a_pair = nt * index_dtype(nv).itemsize
+    if video.weight is not None:
+        a_pair += nv * index_dtype(nt).itemsize
     return max(1, BLOCK_BYTES // (b * a_pair) // BLOCK_ROWS) * BLOCK_ROWS
 
 
-def _take(block: Block, shared: Shared, grads: tuple[Tensor, ...]) -> None:
-    """Write a block's gradients, and add to the video's."""
+def _block_gradients(block: Block, shared: Shared, grads: tuple[Tensor, ...]) -> None:
+    """Write the gradients of a block's text rows, and add to the video's."""
     of_text, of_video, *of_weights = (len(x) > 0 for x in grads)
     if shared.frames is not None:
         words = pack_words(block.text, tuning.STEP, shared.normalize, grain=GRAIN, classes=False, copies=False)
         if of_text:
-            grad = _text(words, block, shared)
-            unpack(grad, block.text, words, 1 / shared.boost, shared.normalize, grads[0][block.rows], frames=False)
+            grad = text_gradient(words, block, shared)
+            unpack(grad, block.text, words, 1 / shared.boost, shared.normalize, grads[0][block.rows])
             del grad
         if of_video:
-            _video(words, block, shared)
-        del words  # packed anew by the last pass, which wants other slots
+            add_video_gradient(words, block, shared)
+        del words  # weight_gradients needs other slots and packs again
     if any(of_weights):
         weight_gradients(block, shared.video, shared.normalize, grads[2], grads[3])
 
 
 def weight_gradients(block: Block, video: Side, normalize: bool, of_text: Tensor, of_video: Tensor) -> None:
-    """Gradients of both sides' weights, (A, Nt) and (B, Nv), float32: a block's rows, and a block's share of the sum.
+    """Write a block's rows of the text weights' gradient (A, Nt), and add its share to the video's (B, Nv); float32.
 
-    The maxima are found again, at the price of one product: kept from the forward they would take two to four times the
-    matches' memory. Where the matches name nobody the maximum was the masked 0. No atomics: partial sums, then one sum
-    in a fixed order. A gradient without elements is not wanted.
+    The maxima are found again, which costs one product: kept from the forward they would take two to four times the
+    matches' memory. Where a match names no token, the maximum was the masked 0. No atomics: partial sums, then one sum
+    in a fixed order. An empty gradient is not asked for.
     """
     text, b, nt = block.text, video.features.shape[0], block.text.features.shape[1]
     nv, both, add = video.features.shape[1], video.weight is not None, block.rows.start > 0
     together = nt <= LONGEST_CLASS and both
     if together or len(of_text):
         out = Outputs(block.grad_logits, (b, 1), block.video_index, (nt * b, b, 1), block.text_index)
-        p = sweep(text, video, out, WEIGHTS, together, normalize, False, 0.5 if both else 1.0)
+        words, frames, partials = sweep(text, video, out, WEIGHTS, together, normalize, False, 0.5 if both else 1.0)
         if len(of_text):
-            unpack_weight(p.by_word, p.words, of_text[block.rows], frames=False, add=False)
+            unpack_weight(partials.by_word, words, of_text[block.rows], add=False)
         if together and len(of_video):
-            unpack_weight(p.by_frame.flatten(1), p.frames, of_video, frames=True, add=add)
+            unpack_weight(partials.by_frame.flatten(1), frames, of_video, add=add)
     if len(of_video) and not together:
         out = Outputs(block.grad_logits, (1, b), block.text_index, (1, b, nv * b), block.text_index)
-        p = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
-        unpack_weight(p.by_word, p.words, of_video, frames=False, add=add)
+        words, _, partials = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
+        unpack_weight(partials.by_word, words, of_video, add=add)
 
 
 def _tile(side: str, text: Side, add: bool = False) -> Tile:
@@ -327,87 +324,60 @@ def _tile(side: str, text: Side, add: bool = False) -> Tile:
     return tuning.backward_tile(arch, side, precision, features.shape[2], add=add)
 
 
-def _text(words: Packed, block: Block, shared: Shared) -> Tensor:
-    """Gradients (slots, D') float32 of a block's unit words, times the boost."""
+def text_gradient(words: PackedRows, block: Block, shared: Shared) -> Tensor:
+    """Compute the gradients (slots, D') float32 of a block's unit words, times the boost."""
     tile, frames = _tile("text", block.text), shared.frames
-    grad = torch.empty(words.tokens.shape, dtype=torch.float32, device=shared.boost.device)
-    # The tail only serves reads beyond the last word; no gradient belongs there.
+    grad = torch.empty(words.features.shape, dtype=torch.float32, device=shared.boost.device)
+    # The tail only serves reads beyond the last word; it has no gradient.
     tiles = triton.cdiv(len(grad) - TAIL, tile.n)
     interaction_backward_text[(tiles * triton.cdiv(words.dim, tile.m),)](
-        _operand(frames.tokens, tile),
-        frames.scale,
-        frames.weight,
-        frames.position,
+        words,
+        frames,
+        _descriptor(frames.features, tile),
         frames.length.amax(),
-        words.weight,
-        words.position,
-        words.chunk_row,
-        words.start,
-        block.video_index,
-        block.text_index,
-        block.grad_logits,
+        _pairs(block, shared),
         grad,
-        shared.boost,
-        *_sizes(block, shared),
-        **_options(words, block, shared, tile),
+        **_options(words, tile),
     )
     return grad
 
 
-def _video(words: Packed, block: Block, shared: Shared) -> None:
+def add_video_gradient(words: PackedRows, block: Block, shared: Shared) -> None:
     """Add a block's share of the unit frames' gradients, times the boost."""
-    add, frames, (b, nv, _) = block.rows.start > 0, shared.frames, shared.video.features.shape
+    add, frames = block.rows.start > 0, shared.frames
     tile = _tile("video", block.text, add)
-    blocks, parts = triton.cdiv(b, tile.n), triton.cdiv(words.dim, tile.m)
-    interaction_backward_video[(nv * blocks * parts,)](
-        _operand(words.tokens, tile),
-        words.scale,
-        words.weight,
-        words.position,
-        words.chunk_row,
-        words.start,
-        frames.weight,
-        frames.position,
-        frames.length,
-        block.video_index,
-        block.text_index,
-        block.grad_logits,
+    blocks, parts = triton.cdiv(frames.rows, tile.n), triton.cdiv(words.dim, tile.m)
+    interaction_backward_video[(frames.tokens * blocks * parts,)](
+        words,
+        frames,
+        _descriptor(words.features, tile),
+        _pairs(block, shared),
         shared.grad_frames,
-        shared.boost,
-        *_sizes(block, shared),
-        **_options(words, block, shared, tile),
         ADD=add,
+        **_options(words, tile),
     )
 
 
-def _sizes(block: Block, shared: Shared) -> tuple[int | float, ...]:
-    (a, nt, _), (b, nv, _) = block.text.features.shape, shared.video.features.shape
-    return a, b, nt, nv, shared.frames.rows_allocated, 0.5 if shared.both else 1.0
+def _pairs(block: Block, shared: Shared) -> Pairs:
+    text_index = block.text_index if shared.both else None
+    return Pairs(block.grad_logits, block.video_index, text_index, shared.boost, 0.5 if shared.both else 1.0)
 
 
-def _options(words: Packed, block: Block, shared: Shared, tile: Tile) -> dict[str, object]:
-    tf32 = tuning.product(block.text.features.dtype) == "tf32"
-    return {
-        "D": words.dim,
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "BOTH": shared.both,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "TMA": tile.tma,
-        **tuning.launch_options(tile),
-    }
+def _options(words: PackedRows, tile: Tile) -> dict[str, object]:
+    tf32 = tuning.product(words.features.dtype) == "tf32"
+    options = {"TILE": tile, "D": words.dim, "PRECISION": "tf32" if tf32 else "ieee"}
+    return {**options, **tuning.launch_options(tile)}
 
 
-def _operand(tokens: Tensor, tile: Tile) -> object:
-    return TensorDescriptor.from_tensor(tokens, [tile.k, tile.m]) if tile.tma else tokens
+def _descriptor(tokens: Tensor, tile: Tile) -> TensorDescriptor | None:
+    return TensorDescriptor.from_tensor(tokens, [tile.k, tile.m]) if tile.tma else None
 
 
 def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Tensor:
-    """A power of two that brings the largest coefficient near float16's upper end; 1 for other dtypes.
+    """Choose a power of two that brings the largest coefficient near float16's upper end; 1 for other dtypes.
 
-    Gradients of a mean over many pairs lie below what float16 can hold. Of all rows, so that blocks add up. Found on
-    the device: no synchronisation.
+    Gradients of a mean over many pairs are too small for float16. All blocks share the factor, so that they add up. It
+    is computed on the device: no synchronisation.
     """
     if text.features.dtype != torch.float16:
         return torch.ones((), dtype=torch.float32, device=grad_logits.device)
@@ -418,7 +388,7 @@ def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Ten
 
 
 def _peaks(side: Side, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The largest weight and the largest 1 / |x| of one side's real tokens."""
+    """Find the largest weight and the largest 1 / |x| of one side's real tokens."""
     zero = torch.zeros((), dtype=torch.float32, device=side.features.device)
     real = torch.ones_like(zero, dtype=torch.bool) if side.mask is None else side.mask
     weight = zero

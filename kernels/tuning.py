@@ -1,9 +1,9 @@
-"""Tile shapes by architecture, kernel and shape class, chosen ahead of time; nothing is tried out while training.
+"""Tile shapes by architecture, kernel and shape class. They are chosen ahead of time; training tries nothing out.
 
-``source`` says where an entry comes from: "static" was chosen from the static report (benchmarks/static_report.py:
-no spills, tensor cores not serialised, shared memory within the chip's) and has not been measured; "measured" was
-timed by benchmarks/tune.py on the GPU it names. A score's bits depend on the entry, so that training and inference
-share it, and batch size takes no part in the choice.
+``source`` says where an entry comes from. "static": chosen from the static report (benchmarks/static_report.py: no
+spills, tensor cores not serialised, shared memory within the chip's) and not measured. "measured": timed by
+benchmarks/tune.py on the GPU that it names. A score's bits depend on the entry, so training and inference share it, and
+the choice does not depend on the batch size.
 
 Architectures: "sm_80" also serves 8.6, 8.9 and 12.x, whose shared memory is 99 KB.
 """
@@ -20,7 +20,7 @@ STEP = 64
 
 
 class Tile(NamedTuple):
-    """One launch: ``m`` videos (or channels) x ``n`` words x ``k`` a step."""
+    """One launch: ``m`` videos (or channels) x ``n`` words x ``k`` a step. Also a constant of the kernel."""
 
     m: int
     n: int
@@ -33,75 +33,62 @@ class Tile(NamedTuple):
 
 # Forward, by how the maxima are kept: "keyed" (16-bit unit tokens), "exact" (16-bit raw tokens, or beyond 255 tokens),
 # "tf32" and "fp32" (float32 tokens). n grows to the length class where that is larger.
-FORWARD = {
-    "sm_80": {
-        "keyed": Tile(64, 128, 64, 8, 3, False),
-        "exact": Tile(64, 64, 64, 8, 3, False),
-        "tf32": Tile(64, 64, 32, 8, 3, False),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-    "sm_90": {
-        "keyed": Tile(128, 128, 64, 8, 3, True),
-        "exact": Tile(64, 128, 64, 8, 3, True),
-        "tf32": Tile(64, 128, 32, 8, 3, True),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-    "sm_100": {
-        "keyed": Tile(128, 128, 64, 8, 3, True),
-        "exact": Tile(64, 128, 64, 8, 3, True),
-        "tf32": Tile(64, 128, 32, 8, 3, True),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-    # Triton's interpreter: small, so that little problems have several tiles and ragged edges.
-    "interpreter": dict.fromkeys(("keyed", "exact", "tf32", "fp32"), Tile(32, 64, 64, 1, 1, False)),
+AMPERE_FORWARD = {
+    "keyed": Tile(64, 128, 64, 8, 3, False),
+    "exact": Tile(64, 64, 64, 8, 3, False),
+    "tf32": Tile(64, 64, 32, 8, 3, False),
+    "fp32": Tile(64, 64, 16, 8, 2, False),
 }
-
+HOPPER_FORWARD = {
+    "keyed": Tile(128, 128, 64, 8, 3, True),
+    "exact": Tile(64, 128, 64, 8, 3, True),
+    "tf32": Tile(64, 128, 32, 8, 3, True),
+    "fp32": Tile(64, 64, 16, 8, 2, False),
+}
+FORWARD = {
+    "sm_80": AMPERE_FORWARD,
+    "sm_90": HOPPER_FORWARD,
+    "sm_100": dict(HOPPER_FORWARD),
+    # Triton's interpreter: small, so that small problems have several tiles and ragged edges.
+    "interpreter": dict.fromkeys(HOPPER_FORWARD, Tile(32, 64, 64, 1, 1, False)),
+}
 
 SIDES = ("text", "video")
 # Backward: m channels x n words (gradient of the text) or videos (of the video), k of the other side a step.
+AMPERE_BACKWARD = {
+    "text": {
+        "half": Tile(128, 64, 64, 8, 2, False),
+        "tf32": Tile(128, 64, 32, 8, 2, False),
+        "fp32": Tile(64, 64, 16, 8, 2, False),
+    },
+    "video": {
+        "half": Tile(128, 64, 64, 8, 2, False),
+        "tf32": Tile(64, 64, 32, 8, 2, False),
+        "fp32": Tile(64, 64, 16, 8, 2, False),
+    },
+}
+HOPPER_BACKWARD = {
+    "text": {
+        "half": Tile(256, 64, 64, 8, 2, True),
+        "tf32": Tile(128, 64, 32, 8, 2, True),
+        "fp32": Tile(64, 64, 16, 8, 2, False),
+    },
+    "video": {
+        "half": Tile(256, 64, 64, 4, 2, True),
+        "tf32": Tile(128, 64, 32, 8, 2, True),
+        "fp32": Tile(64, 64, 16, 8, 2, False),
+    },
+}
 BACKWARD = {
-    "sm_80": {
-        "text": {
-            "half": Tile(128, 64, 64, 8, 2, False),
-            "tf32": Tile(128, 64, 32, 8, 2, False),
-            "fp32": Tile(64, 64, 16, 8, 2, False),
-        },
-        "video": {
-            "half": Tile(128, 64, 64, 8, 2, False),
-            "tf32": Tile(64, 64, 32, 8, 2, False),
-            "fp32": Tile(64, 64, 16, 8, 2, False),
-        },
-    },
-    "sm_90": {
-        "text": {
-            "half": Tile(256, 64, 64, 8, 2, True),
-            "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 16, 8, 2, False),
-        },
-        "video": {
-            "half": Tile(256, 64, 64, 4, 2, True),
-            "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 16, 8, 2, False),
-        },
-    },
-    "sm_100": {
-        "text": {
-            "half": Tile(256, 64, 64, 8, 2, True),
-            "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 16, 8, 2, False),
-        },
-        "video": {
-            "half": Tile(256, 64, 64, 4, 2, True),
-            "tf32": Tile(128, 64, 32, 8, 2, True),
-            "fp32": Tile(64, 64, 16, 8, 2, False),
-        },
-    },
+    "sm_80": AMPERE_BACKWARD,
+    "sm_90": HOPPER_BACKWARD,
+    "sm_100": {side: dict(tiles) for side, tiles in HOPPER_BACKWARD.items()},
     "interpreter": {side: dict.fromkeys(("half", "tf32", "fp32"), Tile(64, 64, 64, 1, 1, False)) for side in SIDES},
 }
 
 
 def architecture(device: torch.device) -> str:
-    """The table's key for a device; CPU tensors can only be Triton's interpreter's."""
+    """Return the tables' key of a device. CPU tensors reach the kernels only in Triton's interpreter."""
     if device.type == "cpu":
         return "interpreter"
     major, _ = torch.cuda.get_device_capability(device)
@@ -109,7 +96,7 @@ def architecture(device: torch.device) -> str:
 
 
 def product(dtype: torch.dtype) -> str:
-    """How a product of this dtype is computed: "half", or for float32 what torch's own setting allows."""
+    """Return how a product of this dtype is computed: "half", or for float32 what torch's own setting allows."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
@@ -123,11 +110,11 @@ def forward_tile(arch: str, kind: str, slots: int) -> Tile:
 def backward_tile(arch: str, side: str, precision: str, dim: int, *, add: bool = False) -> Tile:
     tile = BACKWARD[arch][side][precision]
     if add:
-        # Starting from the sum so far costs registers that four warps do not have.
+        # Starting from the earlier blocks' sum needs more registers than four warps have.
         tile = tile._replace(warps=8)
     return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:
-    # Fusing a * b + c is triton 3.9's default and no longer 3.10's.
+    # Fusing a * b + c is the default of Triton 3.9, and no longer of 3.10.
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
