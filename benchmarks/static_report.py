@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,29 @@ class Job:
     arguments: dict[str, Any]
     constants: dict[str, Any]  # the kernel's constexpr parameters
     options: dict[str, Any]
-    config: dict[str, Any] = field(default_factory=dict)  # of the constants, those that the report shows
-    source: str = "static"
-    fma: bool = False  # the product is computed by FMA units
-    flop: float = 0.0  # of a tile
-    bytes: float = 0.0
-    work: float = 0.0  # instructions outside the product
+    # Of a tile with a product: FLOP, bytes, instructions outside the product.
+    cost: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def tile(self) -> Any:
+        return self.constants.get("TILE")
+
+    @property
+    def precision(self) -> str:
+        return self.constants["FORM"].precision if "FORM" in self.constants else self.constants["PRECISION"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constants that the report shows."""
+        shown = {name: self.constants[name] for name in ("SLOTS", "D") if name in self.constants}
+        if "FORM" in self.constants:
+            shown = {"SLOTS": self.constants["FORM"].slots, "D": self.constants["FORM"].dim}
+        source = "static"
+        if isinstance(self.tile, tuning.Tile):
+            m, n, k, _, _, tma, source = self.tile
+            shown = {"BM": m, "BN": n, "BK": k, **shown, "TMA": tma}
+        sizes = {name: self.options[name] for name in ("num_warps", "num_stages")}
+        return {**shown, **sizes, "chosen": source}
 
 
 def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
@@ -114,7 +131,7 @@ def forward_job(
     arch: str, kind: str, dtype: str, mode: str, slots: int, dim: int, *, long: bool = False, both: bool = True
 ) -> Job:
     tile, both = tuning.forward_tile(arch, kind, slots), both and not long
-    strides = ("i64", "i64"), ("i64", "i64", "i64")
+    work = WORK["exact" if mode == "matches" and kind != "keyed" else mode]
     form = forward.Form(
         slots=slots,
         dim=dim,
@@ -138,18 +155,13 @@ def forward_job(
             "frames": packed(dtype, frames=True),
             "word_tiles": descriptor(dtype, tile.n, tile.k, tile),
             "frame_tiles": descriptor(dtype, tile.m, tile.k, tile),
-            "out": forward.Outputs("*fp32", strides[0], "*u8", strides[1], "*u8"),
+            "out": forward.Outputs("*fp32", ("i64",) * 2, "*u8", ("i64",) * 3, "*u8"),
             "partials": forward.Partials("*fp32", "*fp32" if both else None) if mode == "weights" else None,
             **{"group": "i32", "tile_base": "i32", "zero_competes": "i1", "factor": "fp32"},
         },
         {"TILE": tile, "FORM": form},
         tuning.launch_options(tile),
-        {"BM": tile.m, "BN": tile.n, "BK": tile.k, "SLOTS": slots, "D": dim, "TMA": tile.tma},
-        tile.source,
-        kind == "fp32",
-        2.0 * tile.m * tile.n * dim,
-        float((tile.m + tile.n) * dim * SIZE[dtype]),
-        WORK["exact" if mode == "matches" and kind != "keyed" else mode] * tile.m * tile.n,
+        (2.0 * tile.m * tile.n * dim, float((tile.m + tile.n) * dim * SIZE[dtype]), work * tile.m * tile.n),
     )
 
 
@@ -168,21 +180,10 @@ def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, 
     else:
         fn, arguments = backward.interaction_backward_video, {**arguments, "word_tiles": other}
         constants["ADD"] = add
-    return Job(
-        fn,
-        arch,
-        dtype,
-        f"{precision}, D = {dim}" + (", later block" if add else ""),
-        arguments,
-        constants,
-        tuning.launch_options(tile),
-        {"BM": tile.m, "BN": tile.n, "BK": tile.k, "D": dim, "TMA": tile.tma},
-        tile.source,
-        precision == "fp32",
-        2.0 * tile.m * tile.n * tile.k,
-        float(tile.m * tile.k * SIZE[dtype] + tile.k * tile.n * (1 + 5 / 16)),
-        WORK["coefficient"] * tile.k * tile.n,
-    )
+    what = f"{precision}, D = {dim}" + (", later block" if add else "")
+    bytes_ = float(tile.m * tile.k * SIZE[dtype] + tile.k * tile.n * (1 + 5 / 16))
+    cost = (2.0 * tile.m * tile.n * tile.k, bytes_, WORK["coefficient"] * tile.k * tile.n)
+    return Job(fn, arch, dtype, what, arguments, constants, tuning.launch_options(tile), cost)
 
 
 def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
@@ -193,14 +194,13 @@ def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
     constants = {"CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32}
     yield Job(packing.row_layout, arch, "bf16", "length classes", layout, constants, options)
     tile = {"D": dim, "CHANNELS": 512, "SLOTS": 8, "NORMALIZE": True}
-    shown = {"SLOTS": 8, "D": dim}
     for frames in (False, True):
         side, rows = "frames" if frames else "words", packed("bf16", frames=frames)
         sizes = {"packed": rows, "dim": "i32", "blocks": "i32"}
         given = {"features": features, "weights": weights, "real": "*i32", **sizes}
-        yield Job(packing.pack_slots, arch, "bf16", side, given, {**tile, "COPIES": True}, options, shown)
+        yield Job(packing.pack_slots, arch, "bf16", side, given, {**tile, "COPIES": True}, options)
         given = {"grad": "*fp32", "features": features, "out": "*bf16", "factor": "*fp32", **sizes}
-        yield Job(packing.unpack_gradient, arch, "bf16", side, given, tile, options, shown)
+        yield Job(packing.unpack_gradient, arch, "bf16", side, given, tile, options)
         given = {"partial": "*fp32", "out": "*fp32", "packed": rows, "parts": "i32", "part_stride": "i64"}
         constants = {"BLOCK": 32, "ADD": True}
         yield Job(packing.unpack_weight_gradient, arch, "bf16", side, given, constants, options)
@@ -278,13 +278,12 @@ def compile_job(job: Job) -> dict[str, Any]:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTION.items()}
     waits = len(re.findall(r"HGMMA.*gsb0", sass))
-    warps, stages = job.options["num_warps"], job.options["num_stages"]
     return {
         "kernel": job.fn.__name__,
         "arch": job.arch,
         "dtype": job.dtype,
         "what": job.what,
-        "config": {**job.config, "num_warps": warps, "num_stages": stages, "chosen": job.source},
+        "config": job.config,
         "registers": registers,
         "spill_bytes": stack if re.search(r"\b(STL|LDL)\b", sass) else 0,
         "shared_bytes": compiled.metadata.shared,
@@ -293,19 +292,22 @@ def compile_job(job: Job) -> dict[str, Any]:
         "serialised": counts["wgmma"] > 1 and waits >= counts["wgmma"],
         # A transposed product as another product's operand: Triton has miscompiled that on Hopper.
         "register_operand": bool(re.search(r"dot_op<\{[^}]*parent = #linear", compiled.asm["ttgir"])),
-        "flop_per_tile": job.flop,
-        "bytes_per_tile": job.bytes,
+        "flop_per_tile": job.cost[0],
+        "bytes_per_tile": job.cost[1],
         "predicted_share": predicted_share(job),
     }
 
 
 def predicted_share(job: Job) -> float | None:
     """Apply the cost model: the product and then the rest of a tile, or the reads from L2, whichever takes longer."""
-    if not job.flop:
+    flop, bytes_, work = job.cost
+    if not flop:
         return None
-    rate = FLOP_FP32[job.arch] if job.fma else FLOP_HALF[job.arch] / (2 if job.dtype == "fp32" else 1)
-    product = job.flop / rate
-    return round(product / max(product + job.work / ISSUE, job.bytes / BYTES_L2[job.arch]), 3)
+    rate = FLOP_HALF[job.arch] / (2 if job.dtype == "fp32" else 1)
+    if job.dtype == "fp32" and job.precision == "ieee":
+        rate = FLOP_FP32[job.arch]
+    product = flop / rate
+    return round(product / max(product + work / ISSUE, bytes_ / BYTES_L2[job.arch]), 3)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -324,6 +326,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def line(r: dict[str, Any]) -> str:
+    """Show one row."""
     share = "" if r["predicted_share"] is None else f"{r['predicted_share']:.2f}"
     return (
         f"{r['arch']:7}{r['kernel']:28}{r['dtype']:5} {r['what']:38}{r['registers']:4} reg"

@@ -79,8 +79,8 @@ def cdcr_partners(own, other, own_mask, other_mask, index, pairs, dim, TILE: tl.
     inside = (pair < pairs) & (token < own.tokens)
     real = inside
     if own_mask is not None:
-        flag = own_mask.data + pair * own_mask.strides[0] + token * own_mask.strides[1]
-        real &= tl.load(flag, mask=inside, other=0) != 0
+        own_flag = own_mask.data + pair * own_mask.strides[0] + token * own_mask.strides[1]
+        real &= tl.load(own_flag, mask=inside, other=0) != 0
     top = tl.full((M,), float("-inf"), tl.float32)
     best = tl.full((M,), NOBODY, tl.int32)
     for chunk in tl.range(0, tl.cdiv(other.tokens, OTHER)):

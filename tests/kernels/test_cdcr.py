@@ -1,4 +1,4 @@
-"""CDCR's kernels where little problems would not go: several blocks of product rows, several parts of a sum."""
+"""CDCR's kernels in cases that small problems do not reach: several blocks of product rows, several parts of a sum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ops.test_cdcr import FORMS, judge, pairs, rows
 def test_blocks_and_parts(impl: Implementation, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
     """Against the oracle with a few pairs a block, and with parts of more than one tile."""
     if impl.name not in ("interpreter", "cuda"):
-        pytest.skip("the kernels' own sizes")
+        pytest.skip("only the Triton kernels have these sizes")
     from drl_fast.kernels import cdcr
 
     problem = pairs(shape, 20, masks="holes", **FORMS["full"])
@@ -37,7 +37,7 @@ def test_blocks_and_parts(impl: Implementation, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_equal_bits(impl: Implementation) -> None:
-    """Run after run: nothing is added in the order in which programs end."""
+    """Repeat a run: the order in which programs end changes no sum."""
     problem = pairs((12, 9, 6), 40, masks="holes", **FORMS["full"]).map(lambda x: x.to(impl.device))
     first, second = (problem.grads(functional) for _ in range(2))
     assert torch.equal(first[0], second[0])
@@ -45,7 +45,7 @@ def test_equal_bits(impl: Implementation) -> None:
 
 
 def test_the_first_of_equals_beyond_one_tile(impl: Implementation) -> None:
-    """Zeros tie with everything, and a NaN beats everything, wherever in a long row they stand."""
+    """Zeros tie with everything and a NaN beats everything, at any place in a long row."""
     text, video = torch.randn(2, 3, 20), torch.zeros(2, 70, 20)
     real = torch.ones(2, 70, dtype=torch.bool)
     real[:, :2] = False

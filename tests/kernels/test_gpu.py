@@ -1,7 +1,7 @@
-"""On a GPU: real sizes, equal bits, CUDA graphs, distributed wrappers aside. Skipped without one; ``make gpu`` runs it.
+"""On a GPU: real sizes, equal bits, CUDA graphs. Skipped without a GPU; ``make gpu`` runs these tests.
 
-Friendly to the sanitizers: ``compute-sanitizer --tool racecheck python -m pytest tests/kernels/test_gpu.py -k small``
-(or memcheck, initcheck) launches every form of every kernel once, at little sizes.
+For the sanitizers: ``compute-sanitizer --tool racecheck python -m pytest tests/kernels/test_gpu.py -k small``
+(or memcheck, initcheck) launches every form of every kernel once, at small sizes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_small_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, norma
 
 
 def test_tf32_only_where_torch_allows_it() -> None:
-    """The setting changes float32 results, and only then."""
+    """float32 results change with the setting, and only with it."""
     p = on_gpu(make((64, 32, 64, 12), 512))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -68,7 +68,7 @@ def test_tf32_only_where_torch_allows_it() -> None:
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", REAL, ids=str)
 def test_equal_bits(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Run after run, with and without matches, and for a part of the batch."""
+    """Repeat a run, with and without matches, and for a part of the batch."""
     p = on_gpu(make(shape, 512, dtype, masks=("prefix", "holes"), weights=torch.float32))
     probe = torch.randn(p.pairs)
     first, second = (run(drl_fast.token_interaction, p, probe) for _ in range(2))
@@ -86,7 +86,7 @@ def test_equal_bits(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("masks", [(None, None), ("prefix", "holes")], ids=str)
 def test_cuda_graph(masks: tuple[str, str]) -> None:
-    """Forward and backward replay on new inputs, lengths and all: nothing was decided on the host."""
+    """Forward and backward replay on new inputs and lengths: the host decided nothing."""
     p = on_gpu(make((64, 32, 48, 12), 512, torch.bfloat16, masks=masks, weights=torch.float32))
     leaves = [x.requires_grad_() for x in p.args()[:4]]
     probe = torch.randn(p.pairs, device="cuda")
@@ -114,7 +114,7 @@ def test_cuda_graph(masks: tuple[str, str]) -> None:
 
 
 def test_an_offset_beyond_32_bits() -> None:
-    """Matches of 4096 x 64 x 12288 bytes: the last pair's must be where they belong."""
+    """Matches of 4096 x 64 x 12288 bytes: those of the last pairs must be in the right place."""
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB of GPU memory")
     text = torch.randn(4096, 64, 64, device="cuda", dtype=torch.bfloat16)
@@ -157,7 +157,7 @@ def test_cdcr_has_equal_bits(form: str) -> None:
 
 @pytest.mark.parametrize("form", cdcr.FORMS)
 def test_cdcr_in_a_cuda_graph(form: str) -> None:
-    """Replayed on other pairs: nothing was decided on the host."""
+    """Replay on other pairs: the host decided nothing."""
     p, other = (pairs_on_gpu((64, 32, 12), torch.bfloat16, seed, **cdcr.FORMS[form]) for seed in (0, 1))
     inputs = {name: getattr(p, name) for name in (*cdcr.LEAVES, "text_mask", "video_mask")}
 

@@ -1,9 +1,9 @@
 """The conformance suite through Triton's interpreter: the kernels' arithmetic, tile by tile, without a GPU.
 
-The interpreter must be chosen before the kernels are imported, so a fresh process runs it (tests/implementations.py).
-It is slow, so this is a choice of the suite: every form of every kernel, every mask rule and edge at least once. Its
-bfloat16 products are wrong (Triton 3.9) and float64 never reaches the kernels, so both are left out. The rest runs by
-hand: TRITON_INTERPRET=1 python -m pytest tests/ops -k "interpreter and not bfloat16 and not float64".
+The interpreter must be chosen before the kernels are imported, so a new process runs it (tests/implementations.py). It
+is slow, so this is a selection: every form of every kernel, every mask rule and edge at least once. Its bfloat16
+products are wrong (Triton 3.9) and float64 never reaches the kernels, so both are left out. To run the whole suite:
+TRITON_INTERPRET=1 python -m pytest tests/ops -k "interpreter and not bfloat16 and not float64".
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_matches.py", "test_minus_one_where_no_real_token_was_chosen", ["drl", "exclude"]),
     (f"{OPS}_matches.py", "test_minus_one_where_the_zero_won", []),
     (f"{OPS}_matches.py", "test_a_real_zero_beats_the_masked_zero", []),
-    # Ties of equal tokens are no test here: numpy's products round by place in the tile. Zeros tie exactly everywhere.
+    # Equal tokens need not tie here: numpy's products round by their place in the tile. Zeros tie exactly everywhere.
     (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
     (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
     (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
@@ -153,10 +153,10 @@ def nodes() -> list[str]:
 
 def test_the_suite_passes() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    # numpy warns of the NaN, Inf and divisions that the kernels are meant to meet.
+    # numpy warns about NaN, Inf and divisions, which these tests contain on purpose.
     command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning:triton", "--disable-warnings", *nodes()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    # Every one ran and none was skipped: a suite that finds no interpreter proves nothing.
+    # Every test ran and none was skipped: without the interpreter the suite would prove nothing.
     summary = done.stdout.strip().splitlines()[-1]
     assert re.match(rf"{len(nodes())} passed\b(?!.*skipped)", summary), summary

@@ -1,4 +1,4 @@
-"""Matches beyond the budget are found again, block by block of text rows: the same bits, and nothing kept."""
+"""Matches beyond the budget are not kept but found again for each block of text rows, with the same bits."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def recomputing(impl: Implementation) -> Implementation:
 
 @pytest.fixture(params=["one block", "blocks"])
 def blocks(request: pytest.FixtureRequest, impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of the Triton kernels' backward; chunked PyTorch has its own."""
+    """Set the blocks of the Triton kernels' backward; chunked PyTorch has its own."""
     if request.param == "blocks":
         if impl.name not in ("cuda", "interpreter"):
-            pytest.skip("only the Triton kernels walk over blocks of text rows")
+            pytest.skip("only the Triton kernels loop over blocks of text rows")
         from drl_fast.kernels import token_interaction_backward as kernels
 
         monkeypatch.setattr(kernels, "BLOCK_BYTES", 1)
@@ -41,7 +41,7 @@ def budget(monkeypatch: pytest.MonkeyPatch, impl: Implementation, size: int) -> 
 
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, impl: Implementation, p: Problem, probe: Tensor) -> None:
-    """Logits and gradients have one set of bits, matches kept or found again."""
+    """Logits and gradients have the same bits whether matches are kept or found again."""
     budget(monkeypatch, impl, 1 << 30)
     kept = run(drl_fast.token_interaction, p, probe)
     budget(monkeypatch, impl, 0)
@@ -89,7 +89,7 @@ def test_against_the_oracle(
 def test_small_gradients_of_one_block_beside_large_ones(
     recomputing: Implementation, blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks add up at one scale, whatever is in them: float16's coefficients are scaled by all rows' largest."""
+    """All blocks use one scale, so that they add up: float16's coefficients are scaled by the largest of all rows."""
     p = make((33, 5, 4, 3), 16, torch.float16, weights=torch.float32)
     probe = torch.randn(p.pairs, dtype=torch.float64)
     probe[:16] *= 1e-7
@@ -99,7 +99,7 @@ def test_small_gradients_of_one_block_beside_large_ones(
 
 
 class Saved:
-    """Shapes of what the graph holds."""
+    """Count the match entries that the graph holds."""
 
     def __init__(self) -> None:
         self.matches = 0
@@ -142,7 +142,7 @@ def test_cpu_tensors_keep_their_matches() -> None:
 
 @pytest.mark.parametrize(("batch", "kept"), [(4096, True), (5120, False)])
 def test_the_budget_on_cuda(batch: int, kept: bool) -> None:
-    """By shapes alone, which is all that a fake tensor has."""
+    """The choice depends on shapes only: a fake tensor has nothing else."""
     with torch._subclasses.FakeTensorMode():
         text, video = (torch.empty(batch, n, 512, device="cuda") for n in (32, 12))
         assert op.keeps_matches(text, video, True) is kept
@@ -158,7 +158,7 @@ def test_matches_within_the_budget_must_be_kept(impl: Implementation) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(recomputing: Implementation, monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
-    """A graph on either side of the budget, and the same gradients."""
+    """Graphs on both sides of the budget give the same gradients."""
     torch._dynamo.reset()
     budget(monkeypatch, recomputing, 5 * 6 * 13)
     compiled = torch.compile(drl_fast.token_interaction, fullgraph=True, backend="aot_eager", dynamic=dynamic)

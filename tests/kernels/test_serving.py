@@ -1,4 +1,4 @@
-"""When the Triton kernels serve CUDA tensors, what happens where they do not, and what they refuse."""
+"""When the Triton kernels serve CUDA tensors, what runs where they do not, and what they refuse."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """float64 on any GPU, and everything on one that is too old: the fallback's numbers, forward and backward."""
+    """float64 on any GPU, and every dtype on an old GPU, give the fallback's numbers, forward and backward."""
     if dtype != torch.float64:
         monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     inputs = arguments(dtype)
@@ -87,12 +87,12 @@ def test_cdcr_falls_back_as_well(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
         monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     text, video, *weights, mask, _ = arguments(dtype)
     sides = (text[:2], video, mask[:2], None)
-    ours, want = (home.statistics(*sides, True, True) for home in (gpu_cdcr, chunked_cdcr))
+    ours, want = (module.statistics(*sides, True, True) for module in (gpu_cdcr, chunked_cdcr))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
     tokens = (text[:2], video, weights[0][:2], weights[1], *want[:2])
     channels, pull = torch.stack([want[2], want[3]] * 2), torch.randn(8, dtype=weights[0].dtype)
     for name, more in (("correlation", (channels[:2], True, False)), ("gradient", (channels, pull, True))):
-        ours, want = (getattr(home, name)(*tokens, *more) for home in (gpu_cdcr, chunked_cdcr))
+        ours, want = (getattr(module, name)(*tokens, *more) for module in (gpu_cdcr, chunked_cdcr))
         assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
 
 
@@ -117,7 +117,7 @@ def test_length_classes() -> None:
 
 
 def test_importing_the_package_leaves_triton_alone() -> None:
-    """Triton is looked for, not imported, until a CUDA tensor comes."""
+    """Importing finds Triton but does not import it; the first CUDA tensor does."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""What the kernels compile to, on every architecture that they are tuned for; no GPU needed."""
+"""Compile the kernels for every architecture that has tiles, and check the result; no GPU needed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-# The report takes minutes: once for all of them.
+# The report takes minutes: one run serves all tests.
 pytestmark = pytest.mark.xdist_group("static report")
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "static" / "kernels.json"
-# `make fuzz` compiles for every chip what make test compiles for one.
+# `make fuzz` compiles every kernel for every chip; `make test` compiles some for one chip only.
 WHOLE = bool(os.environ.get("DRL_FAST_FUZZ"))
 QUICK_ARCH = "sm_90"
 ARCHS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
-# sm_80's entries also serve chips with less (8.6, 8.9, 12.x).
+# sm_80's entries also serve chips with less shared memory (8.6, 8.9, 12.x).
 SHARED_SMALL = 101376
 PRODUCTS = ("interaction_forward", "interaction_backward_text", "interaction_backward_video")
-# Products too small for anything but mma: the kernel reads memory most of its time.
+# Its products are too small for anything but mma; it is bound by memory.
 SMALL_PRODUCT = "cdcr_partners"
 CDCR = (
     "cdcr_norms",
@@ -71,7 +71,7 @@ def test_shared_memory_fits(rows: list[dict[str, Any]]) -> None:
 
 
 def test_products_run_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
-    """All but full float32, which has none to run on."""
+    """Except full float32, which tensor cores cannot compute."""
     for row in rows:
         if row["kernel"] in PRODUCTS:
             full_float32 = row["what"].startswith("fp32")
@@ -82,12 +82,12 @@ def test_products_run_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
 
 
 def test_products_are_not_serialised(rows: list[dict[str, Any]]) -> None:
-    """ptxas says nothing when it makes every product wait for the one before."""
+    """ptxas gives no warning when it makes every product wait for the one before."""
     assert [name(row) for row in rows if row["serialised"]] == []
 
 
 def test_no_product_reads_another_from_registers(rows: list[dict[str, Any]]) -> None:
-    """Triton has miscompiled a transposed product as the operand of the next one."""
+    """Triton has miscompiled a transposed product that is the operand of the next one."""
     assert [name(row) for row in rows if row["register_operand"]] == []
 
 
@@ -100,7 +100,7 @@ def test_predictions_are_shares(rows: list[dict[str, Any]]) -> None:
 
 
 def test_the_committed_report_describes_these_kernels(rows: list[dict[str, Any]]) -> None:
-    """Registers move with the compiler; kernels, configurations and what they are must be those of the sources."""
+    """Registers depend on the compiler; kernels, forms and configurations must be those of the sources."""
     committed = json.loads(COMMITTED.read_text())
     made = [r for r in committed if WHOLE or r["arch"] == QUICK_ARCH or r["kernel"] in PRODUCTS]
     assert [(name(r), r["config"]) for r in made] == [(name(r), r["config"]) for r in rows]
