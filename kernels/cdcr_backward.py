@@ -44,11 +44,10 @@ GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
 @triton.jit
 def _through_statistics(to_x, x, count, channels, role, d):
     """Turn the gradient of standardised channels into that of unit tokens; ``count``: how often each token counts."""
-    of_role, step = channels.table + role * channels.dim + d, channels.roles * channels.dim
-    inside = d < channels.dim
-    inverse_std = tl.load(of_role + step, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(of_role + 2 * step, mask=inside, other=0.0).to(tl.float32)
-    along = tl.load(of_role + 3 * step, mask=inside, other=0.0).to(tl.float32)
+    table, roles, dim = channels.table, channels.roles, channels.dim
+    inverse_std = tl.load(table + (roles + role) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+    offset = tl.load(table + (2 * roles + role) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
+    along = tl.load(table + (3 * roles + role) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
     return (to_x - count[:, None] * (offset[None, :] + x * along[None, :])) * inverse_std[None, :]
 
 
