@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import eager
 import torch
-from comparison import Comparison, Contestant, Plan, gradient_step, loss_step, main
-from harness import Call
-from problems import Problem, Shape, batches
 from torch import Tensor
 
+import eager
+from comparison import Comparison, Contestant, Plan, gradient_step, loss_step, main
 from drl_fast import functional
+from harness import Call
+from problems import Problem, Shape, batches
 
 FULL_FORM = {"alpha_on": 1.0, "alpha_off": 0.06}  # the public code's defaults
 DIAGONAL = {"alpha_on": 0.11, "alpha_off": 0.0}  # as published for WTI

@@ -8,12 +8,12 @@ Time of a training step where all fit, peak memory beyond the inputs, and the la
 
 from __future__ import annotations
 
-import eager
-from comparison import PRODUCT, Comparison, Contestant, Plan, loss_step, main, similarities
-from problems import Problem, Shape, batches
 from torch import Tensor
 
+import eager
+from comparison import PRODUCT, Comparison, Contestant, Plan, loss_step, main, similarities
 from drl_fast import functional
+from problems import Problem, Shape, batches
 
 SCALE = 100.0  # CLIP's upper limit of the factor
 SMALL = Shape(0, 16, 8, 128)
@@ -32,30 +32,14 @@ def eager_loss(problem: Problem) -> Tensor:
     return eager.contrastive_loss(eager.token_interaction(*problem.inputs()), SCALE)
 
 
-COMPARISON = Comparison(
-    "contrastive",
-    {
-        "train": (
-            PRODUCT,
-            Contestant("fused", "drl-fast", loss_step(fused), "drl_fast.functional.token_contrastive_loss"),
-            Contestant(
-                "two_steps",
-                "drl-fast, two steps",
-                loss_step(two_steps),
-                "info_nce(token_interaction(...)), which keeps matches",
-            ),
-            Contestant(
-                "eager",
-                "eager PyTorch",
-                loss_step(eager_loss),
-                "interaction and loss in eager code (benchmarks/eager.py)",
-                similarities(3),
-            ),
-        )
-    },
-    against={"fused": ("eager", "two_steps")},
+EAGER = "both in eager code (benchmarks/eager.py)"
+CONTESTANTS = (
+    PRODUCT,
+    Contestant("fused", "drl-fast", loss_step(fused), "drl_fast.functional.token_contrastive_loss"),
+    Contestant("two_steps", "drl-fast, two steps", loss_step(two_steps), "info_nce(token_interaction(...))"),
+    Contestant("eager", "eager PyTorch", loss_step(eager_loss), EAGER, similarities(3)),
 )
-
+COMPARISON = Comparison("contrastive", {"train": CONTESTANTS}, against={"fused": ("eager", "two_steps")})
 
 _DEFAULT = (*batches(SMALL, 1024, 4096), *batches(WIDE, 512))
 _FULL = (*batches(SMALL, 512, 1024, 2048, 4096), *batches(WIDE, 256, 512, 1024))
@@ -68,21 +52,13 @@ PLANS = {
     "default": Plan(
         2,
         {"train": (*batches(SMALL, 256, 512), *batches(WIDE, 128, 256))},
-        {
-            "fused": _DEFAULT,
-            "two_steps": _DEFAULT,
-            "eager": (*batches(SMALL, 256, 512), *batches(WIDE, 512)),
-        },
+        {"fused": _DEFAULT, "two_steps": _DEFAULT, "eager": (*batches(SMALL, 256, 512), *batches(WIDE, 512))},
         ((SMALL, 100),),
     ),
     "full": Plan(
         3.5,
         {"train": (*batches(SMALL, 256, 512, 1024), *batches(WIDE, 64, 128, 256, 512), Shape(256, lengths="real"))},
-        {
-            "fused": _FULL,
-            "two_steps": _FULL,
-            "eager": (*batches(SMALL, 256, 512, 1024), *batches(WIDE, 256, 512)),
-        },
+        {"fused": _FULL, "two_steps": _FULL, "eager": (*batches(SMALL, 256, 512, 1024), *batches(WIDE, 256, 512))},
         ((SMALL, 100),),
         seconds=2.0,
         rounds=5,

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import eager
-import harness
 import torch
-from comparison import SAFE_SHARE, Comparison, Contestant, Plan, loss_step, present, similarities
-from harness import Call, Run
-from problems import Shape, batches
 from torch import Tensor
 
+import eager
+import harness
+from comparison import SAFE_SHARE, Comparison, Contestant, Plan, loss_step, present, similarities
 from drl_fast import DRL, functional
 from drl_fast.model.small import small_model
+from harness import Call, Run
+from problems import Shape, batches
 
 Mark = Callable[[str], None]
 ALPHA_ON, CDCR_WEIGHT = 0.11, 0.001

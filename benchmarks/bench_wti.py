@@ -23,16 +23,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import eager
-import harness
 import numpy as np
 import torch
-from comparison import PRODUCT, Comparison, Contestant, Plan, present, similarities
-from harness import Call, Run
-from problems import Problem, Shape, batches, make_problem
 from torch import Tensor
 
 import drl_fast
+import eager
+import harness
+from comparison import PRODUCT, Comparison, Contestant, Plan, present, similarities
+from harness import Call, Run
+from problems import Problem, Shape, batches, make_problem
 
 OURS = "drl_fast"
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import harness
 import plots
 import result_tables
-import torch
 from harness import Call, Run
 from problems import Problem, Shape, make_problem
-from torch import Tensor
 
 YARDSTICK = "mm"
 # Share of the available memory that a contestant may be expected to need. It only refuses what cannot fit.

@@ -1,7 +1,8 @@
 """Tables of results: for the terminal, and for README.md and docs/, where marks name their table and its source.
 
-    python benchmarks/result_tables.py            # write the pages' tables and the results' pictures again
-    python benchmarks/result_tables.py --check    # exit with 1 where pages differ from the committed results
+    python benchmarks/result_tables.py               # write the pages' tables again
+    python benchmarks/result_tables.py --check       # exit with 1 where pages differ from the committed results
+    python benchmarks/result_tables.py --pictures    # draw the committed results' pictures again
 
 Times compare as time relative to eager code; lower is better.
 """
@@ -105,15 +106,15 @@ def runs(results: dict[str, Result]) -> Table:
 
 
 def contestants(result: Result) -> Table:
-    """Say what each contestant is, how it was called, and why some are missing."""
-    measured = {name for row in result["time"] for name in row["results"]}
+    """Show other people's packages: version, how each was called, or why it is missing."""
     rows = []
     for name, about in result["contestants"].items():
-        reasons = [row["absent"][name] for row in result["time"] if name in row["absent"]]
-        if name in measured or reasons:
-            note = about["note"] if name in measured else f"not measured: {reasons[0]}"
-            rows.append([about["label"], about.get("version") or NOTHING, note])
-    return Table("Contestants", ["contestant", "version", "how it is called"], rows)
+        if "version" in about:
+            measured = any(name in row["results"] for row in result["time"])
+            missing = next((row["absent"][name] for row in result["time"] if name in row["absent"]), "")
+            note = about["note"] if measured else f"not measured: {missing}"
+            rows.append([about["label"], about["version"] or NOTHING, note])
+    return Table("Packages", ["package", "version", "how it is called"], rows)
 
 
 def memory(result: Result) -> Table:
@@ -434,9 +435,10 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: tables {'differ from the results' if check else 'written'}")
             if not check:
                 page.write_text(new, encoding="utf-8")
-    if not check:
-        for result in sorted(harness.RESULTS.glob("*/*.json")):
-            plots.draw(harness.load(result), result)
+    if "--pictures" in arguments:
+        for name in plots.DRAWN:
+            for result in sorted(harness.RESULTS.glob(f"*/{name}.json")):
+                plots.draw(harness.load(result), result)
     return 1 if stale and check else 0
 
 

@@ -28,19 +28,19 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
 import bench_cdcr
 import bench_contrastive
 import harness
 import result_tables
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from comparison import gradient_step, present
-from harness import Call, Run
-from problems import Shape, make_problem
-
 from drl_fast import functional
 from drl_fast.distributed import exchange
+from harness import Call, Run
+from problems import Shape, make_problem
 
 Way = Literal["gathered", "ring"]
 WAYS: tuple[Way, ...] = ("gathered", "ring")

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import harness
 import torch
 from drl_fast.kernels import packing, tuning
 from drl_fast.kernels import token_interaction as forward
 from drl_fast.kernels import token_interaction_backward as backward
 from drl_fast.kernels.tuning import Tile
+
+import harness
+from drl_fast.cli import _device_check as check
 from harness import Call, Run, interleave
 from problems import Shape, make_problem
-
-from drl_fast.cli import _device_check as check
 
 SECONDS = 1.0
 SHAPES = (Shape(1024, 32, 12), Shape(512, 64, 64), Shape(512, 77, 20), Shape(1024, 32, 12, lengths="real"))
