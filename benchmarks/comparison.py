@@ -170,6 +170,8 @@ class Comparison:
             once = harness.seconds(call, 1, device)
             base = results[self.yardstick]["ms"]["median"] / 1e3
             results[name] = harness.summarize({"base": [base], name: [once]}, "base")[name]
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()  # the processes that measure memory share the GPU with this one
         row = {"shape": asdict(shape), "mode": mode, "results": results, "absent": absent}
         for ours, others in self.against.items():
             measured = [other for other in others if {ours, other} <= set(times)]
