@@ -43,6 +43,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+SIZE := $(if $(QUICK),--quick)$(if $(FULL),--full)
 # Peers are measured where this machine can have them, and listed as not installed where it cannot.
 .venv/.peers: .venv/.packages benchmarks/peers.txt
 	@for peer in $$(cat benchmarks/peers.txt); do \
@@ -50,16 +51,16 @@ lint: setup ## ruff and mypy
 	  echo "no $$peer for this machine; the benchmark goes without it"; done
 	@touch $@
 
-bench: setup .venv/.peers ## the benchmarks' tables, JSON and plots: interaction, contrastive loss, CDCR, a whole training step
-	$(BIN)/python benchmarks/bench_wti.py
-	$(BIN)/python benchmarks/bench_contrastive.py
-	$(BIN)/python benchmarks/bench_cdcr.py
-	$(BIN)/python benchmarks/bench_model.py
+bench: setup .venv/.peers ## the benchmarks' tables, JSON and plots; QUICK=1 a minute each, FULL=1 the whole grids
+	$(BIN)/python benchmarks/bench_wti.py $(SIZE)
+	$(BIN)/python benchmarks/bench_contrastive.py $(SIZE)
+	$(BIN)/python benchmarks/bench_cdcr.py $(SIZE)
+	$(BIN)/python benchmarks/bench_model.py $(SIZE)
 
-gpu: setup ## on a machine with a CUDA GPU: the kernels' tests at real sizes, then their benchmark; FULL=1 the whole grid
+gpu: setup ## on a machine with a CUDA GPU: the kernels' tests at real sizes, then a benchmark; QUICK=1 or FULL=1
 	$(BIN)/drl-fast doctor
 	$(BIN)/python -m pytest tests/kernels/test_gpu.py tests/ops tests/functional tests/cli -k "cuda or gpu"
-	$(BIN)/python benchmarks/bench_gpu.py $(if $(FULL),--full)
+	$(BIN)/python benchmarks/bench_wti.py --device cuda $(SIZE)
 
 fuzz: setup ## the long random run
 	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py tests/engine/test_kill.py \

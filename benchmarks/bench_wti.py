@@ -1,166 +1,328 @@
 """The token interaction against what people use today: time, peak memory, and the largest batch in a budget.
 
-    python benchmarks/bench_wti.py            # under two minutes on two cores
-    python benchmarks/bench_wti.py --full     # the whole grid
+    python benchmarks/bench_wti.py [--quick | --full]
+    python benchmarks/bench_wti.py --device cuda [--quick | --full]     # bfloat16, on a GPU
+    python benchmarks/bench_wti.py --profile                            # where a step spends its time; needs perf
 
-Prints tables and writes ``<out>/<machine>/wti.json``, ``wti_time.png`` and ``wti_memory.png``. How time and memory are
-taken is said in benchmarks/harness.py, who takes part in benchmarks/contestants.py.
+Writes ``<out>/<machine>/wti.json`` and its pictures, or ``wti_profile.json``. "forward" and "train" compute both
+directions with weights; "maxsim" is the one direction that max-sim libraries offer, on features normalised beforehand.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import re
+import shutil
+import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import numpy as np
 import torch
-import typer
-from rich.progress import Progress
+from torch import Tensor
 
-if str(Path(__file__).resolve().parents[1]) not in sys.path:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import drl_fast
+import eager
+import harness
+from comparison import PRODUCT, Comparison, Contestant, Plan, present, similarities
+from harness import Call, Run
+from problems import Problem, Shape, batches, make_problem
 
-from benchmarks import contestants as who
-from benchmarks import harness, plots, tables
-from benchmarks.contestants import Contestant
-from benchmarks.problem import Shape, make_problem
-from benchmarks.session import (
-    OUT,
-    THREADS,
-    Device,
-    Out,
-    Threads,
-    conduct,
-    largest_batches,
-    memory_apart,
-    take_part,
-    tracked,
+OURS = "drl_fast"
+
+
+# --- both directions --------------------------------------------------------------------------------------------------
+def training_step(forward: Call, problem: Problem) -> Call:
+    """Return the forward with gradients of both features and both weights for a given gradient of the logits."""
+    grad = problem.grad  # drawn before anything is measured
+
+    def step() -> tuple[Tensor, ...]:
+        logits = forward()
+        return logits.detach(), *torch.autograd.grad(logits, problem.leaves(), grad.to(logits.dtype))
+
+    return step
+
+
+def ours(problem: Problem) -> Call:
+    return lambda: drl_fast.token_interaction(*problem.inputs())
+
+
+def eager_form(problem: Problem) -> Call:
+    return lambda: eager.token_interaction(*problem.inputs())
+
+
+def compiled(problem: Problem) -> Call:
+    torch._dynamo.reset()  # past 8 shapes it would silently turn to dynamic ones, or to eager
+    function = torch.compile(eager.token_interaction, dynamic=False)
+    return lambda: function(*problem.inputs())
+
+
+# --- one direction ----------------------------------------------------------------------------------------------------
+def our_maxsim(problem: Problem) -> Call:
+    return lambda: drl_fast.maxsim(*problem.unit, problem.text_mask)
+
+
+def eager_maxsim(problem: Problem) -> Call:
+    return lambda: eager.maxsim(*problem.unit, problem.text_mask)
+
+
+def trimmed(problem: Problem) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return real query tokens and whole documents as numpy views: these libraries know no masks."""
+    query, document = problem.unit
+    lengths = problem.text_mask.sum(1).int().tolist()
+    return [q[:n].numpy() for q, n in zip(query, lengths, strict=True)], document.numpy()
+
+
+def maxsim_cpu_scores(problem: Problem) -> Call:
+    os.environ.setdefault("RAYON_NUM_THREADS", str(torch.get_num_threads()))  # read once, at its first call
+    import maxsim_cpu
+
+    queries, documents = trimmed(problem)
+    return lambda: torch.from_numpy(np.stack([maxsim_cpu.maxsim_scores(q, documents) for q in queries]))
+
+
+def numkong_scores(problem: Problem) -> Call:
+    import numkong
+
+    queries, documents = trimmed(problem)
+
+    def call() -> Tensor:
+        packed = [numkong.maxsim_pack(d) for d in documents]
+        scores = np.empty((len(queries), len(packed)), dtype=np.float32)
+        for row, query in zip(scores, queries, strict=True):
+            q = numkong.maxsim_pack(query)
+            # It sums 1 - cosine over the query's tokens.
+            row[:] = [len(query) - numkong.maxsim_packed(q, d) for d in packed]
+        return torch.from_numpy(scores)
+
+    return call
+
+
+def late_interaction_scores(problem: Problem) -> Call:
+    from late_interaction_kernels import MaxSimScorer
+
+    scorer, (query, document) = MaxSimScorer(normalize=False), problem.unit
+    mask = problem.text_mask.bool()
+    return lambda: scorer.score(query, document, q_mask=mask)
+
+
+def flash_maxsim_scores(problem: Problem) -> Call:
+    from flash_maxsim import flash_maxsim_batched
+
+    query, document = problem.unit
+    lengths = problem.text_mask.sum(1).int()
+    return lambda: flash_maxsim_batched(query, document, query_lengths=lengths)
+
+
+# --- who is measured --------------------------------------------------------------------------------------------------
+INTERACTIONS = (
+    Contestant(OURS, "drl-fast", ours, "drl_fast.token_interaction"),
+    Contestant("eager", "eager PyTorch", eager_form, "as public code has it (benchmarks/eager.py)", similarities(3)),
+    Contestant(
+        "compile",
+        "torch.compile",
+        compiled,
+        "torch.compile of the eager form, static shapes",
+        similarities(4),
+        tiny_warm_up=False,
+    ),
+)
+ON_CPU: dict[str, Any] = {"peer": True, "devices": ("cpu",), "dtypes": ("float32",)}
+ON_CUDA: dict[str, Any] = {"peer": True, "devices": ("cuda",), "dtypes": ("float32", "float16", "bfloat16")}
+ONE_THREAD = "one call a pair, one thread, packing included, approximate first pass"
+FALLBACK = "on a CPU its plain PyTorch fallback"
+MAXSIMS = (
+    Contestant(OURS, "drl-fast", our_maxsim, "drl_fast.maxsim"),
+    Contestant("eager", "eager PyTorch", eager_maxsim, "einsum, max, sum", similarities(3)),
+    Contestant("maxsim-cpu", "maxsim-cpu", maxsim_cpu_scores, "one call a query, real query tokens only", **ON_CPU),
+    Contestant("numkong", "NumKong", numkong_scores, ONE_THREAD, **ON_CPU),
+    Contestant("late-interaction-kernels", "late-interaction-kernels", late_interaction_scores, FALLBACK, peer=True),
+    Contestant("flash-maxsim", "flash-maxsim", flash_maxsim_scores, "Triton kernel", **ON_CUDA),
 )
 
-QUICK_TIMES = (
-    Shape(8, dim=64),
-    Shape(8),
-    Shape(64),
-    Shape(128),
-    Shape(256),
-    Shape(64, 64, 64),
-    Shape(256, lengths="real"),
+
+def _mode(contestants: tuple[Contestant, ...], wrap: Callable[[Call, Problem], Call]) -> tuple[Contestant, ...]:
+    """Return the product, which is the same in every mode, and the contestants with their calls wrapped."""
+    return (PRODUCT, *(replace(c, make=lambda p, c=c: wrap(c.make(p), p)) for c in contestants))
+
+
+COMPARISON = Comparison(
+    "wti",
+    {
+        "forward": _mode(INTERACTIONS, lambda call, problem: torch.no_grad()(call)),
+        "train": _mode(INTERACTIONS, training_step),
+        "maxsim": _mode(MAXSIMS, lambda call, problem: torch.no_grad()(call)),
+    },
 )
-FULL_TIMES = (
-    *QUICK_TIMES[:2],
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+LONG, REAL = Shape(64, 64, 64), Shape(256, lengths="real")
+ONE_WAY = (Shape(128), Shape(128, lengths="real"))
+DEFAULT = (Shape(8, dim=64), *batches(Shape(0), 8, 64, 128, 256), LONG, REAL)
+FULL = (
+    *DEFAULT[:2],
     Shape(8, 64, 64, 64),
-    Shape(32),
-    Shape(64),
-    Shape(128),
-    Shape(256),
-    Shape(512),
-    Shape(64, 64, 64),
-    Shape(128, 64, 64),
+    *batches(Shape(0), 32, 64, 128, 256, 512),
+    *batches(LONG, 64, 128),
     Shape(128, 77, 20),
     Shape(128, dim=768),
     Shape(128, dtype="bfloat16"),
-    Shape(128, lengths="real"),
-    Shape(256, lengths="real"),
-    Shape(512, lengths="real"),
-)
-ONE_WAY = (Shape(128), Shape(128, lengths="real"))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one run measures."""
-
-    times: tuple[Shape, ...]
-    compiled: tuple[Shape, ...]  # shapes at which torch.compile takes part: compiling takes longer than measuring
-    memory: dict[str, tuple[int, ...]]  # batches by contestant
-    budgets: tuple[int, ...]  # megabytes
-    seconds: float  # of timing for one shape and mode
-    rounds: int  # at least
-
-
-QUICK = Plan(QUICK_TIMES, (Shape(128),), {"drl_fast": (256, 512, 1024), "eager": (256, 512)}, (500,), 1.0, 3)
-FULL = Plan(
-    FULL_TIMES,
-    (Shape(128), Shape(256), Shape(64, 64, 64), Shape(256, lengths="real")),
-    {
-        "drl_fast": (128, 256, 512, 1024, 2048, 4096),
-        "eager": (128, 256, 512, 1024),
-        "compile": (128, 256, 512, 1024),
-    },
-    (500, 2000),
-    2.0,
-    7,
+    *batches(REAL, 128, 256, 512),
 )
 
 
-def measure_time(shape: Shape, mode: str, plan: Plan, device: str) -> dict[str, Any]:
-    """All contestants of one mode at one shape, side by side."""
-    problem = make_problem(shape, device, train=True)
-
-    def refusal(contestant: Contestant) -> str | None:
-        if contestant.name == "compile" and shape not in plan.compiled:
-            return "compiling takes longer than measuring"
-        return contestant.refusal(shape, device, mode)
-
-    calls, absent = take_part(who.MODES[mode], lambda c: who.make_call(c, problem, mode), refusal)
-    times = harness.interleave(calls, device, plan.seconds, plan.rounds)
-    return {
-        "shape": shape.as_dict(),
-        "mode": mode,
-        "results": harness.summarize(times, who.YARDSTICK),
-        "absent": absent,
-    }
+def _times(shapes: tuple[Shape, ...], one_way: tuple[Shape, ...]) -> dict[str, tuple[Shape, ...]]:
+    return {"forward": shapes, "train": shapes, "maxsim": one_way}
 
 
-def run(plan: Plan, device: str, threads: int, progress: Progress) -> dict[str, Any]:
-    """Measure everything a plan names."""
-    result = harness.record("wti", device, threads, {"full": plan is FULL})
-    names = {c.name: c for mode in who.MODES.values() for c in mode}
-    result["contestants"] = {name: c.describe() for name, c in names.items()}
-
-    jobs = [(shape, mode) for shape in plan.times for mode in ("forward", "train")]
-    jobs += [(shape, "maxsim") for shape in ONE_WAY]
-    result["time"] = [
-        measure_time(shape, mode, plan, device)
-        for shape, mode in tracked(progress, "time", jobs, lambda job: f"{job[0].label()} {job[1]}")
-    ]
-
-    def memory(name: str, shape: Shape) -> dict[str, Any]:
-        return memory_apart("benchmarks.contestants:memory_step", who.BY_NAME[name], shape, device, threads)
-
-    sizes = [(name, batch) for name, batches in plan.memory.items() for batch in batches]
-    result["memory"] = [
-        memory(name, Shape(batch)) for name, batch in tracked(progress, "memory", sizes, "{0[0]} at {0[1]}".format)
-    ]
-    budgets = [(Shape(0), budget) for budget in plan.budgets]
-    result["budget"] = largest_batches(progress, memory, result["memory"], plan.memory, budgets)
-    if device == "cpu":
-        result["yardstick"] = measure_yardstick(Shape(256), threads)
-    return result
+def _memory(family: Shape, **sizes: tuple[int, ...]) -> dict[str, tuple[Shape, ...]]:
+    return {name: batches(family, *some) for name, some in sizes.items()}
 
 
-def measure_yardstick(shape: Shape, threads: int) -> dict[str, Any]:
-    """How good a yardstick torch.mm is: the same product by numpy's BLAS."""
-    times = {
-        by: harness.measure_apart("time", "benchmarks.contestants:product", by=by, shape=asdict(shape), threads=threads)
-        for by in ("mm", "numpy")
-    }
-    return {"shape": shape.as_dict(), "products": times, "blas": who.other_blas()}
+PLANS = {
+    "quick": Plan(
+        1,
+        _times((Shape(128), Shape(256), REAL), ()),
+        _memory(Shape(0), drl_fast=(256,), eager=(256,)),
+        only={"compile": ()},
+    ),
+    "default": Plan(
+        2,
+        _times(DEFAULT, ONE_WAY),
+        _memory(Shape(0), drl_fast=(256, 512, 1024), eager=(256, 512)),
+        ((Shape(0), 500),),
+        only={"compile": (Shape(128),)},
+    ),
+    "full": Plan(
+        11,
+        _times(FULL, ONE_WAY),
+        _memory(
+            Shape(0),
+            drl_fast=(128, 256, 512, 1024, 2048, 4096),
+            eager=(128, 256, 512, 1024),
+            compile=(128, 256, 512, 1024),
+        ),
+        ((Shape(0), 500), (Shape(0), 2000)),
+        only={"compile": (Shape(128), Shape(256), LONG, REAL)},
+        seconds=2.0,
+        rounds=7,
+    ),
+}
 
 
-def main(
-    full: Annotated[bool, typer.Option(help="The whole grid (about a quarter of an hour on two cores).")] = False,
-    device: Device = "cpu",
-    threads: Threads = THREADS,
-    out: Out = OUT,
-) -> None:
-    """Measure the token interaction beside what it replaces."""
+def _gpu_plan(minutes: float, sizes: tuple[int, ...], dims: tuple[int, ...]) -> Plan:
+    shapes = (
+        Shape(batch, nt, nv, dim, lengths, "bfloat16")
+        for batch in sizes
+        for nt, nv in ((32, 12), (64, 64), (77, 20))
+        for dim in dims
+        for lengths in ("full", "real")
+    )
+    half = Shape(0, dtype="bfloat16")
+    used = _memory(half, drl_fast=sizes, eager=sizes, compile=sizes)
+    return Plan(minutes, _times(tuple(shapes), batches(half, 128, 1024)), used, ((half, 8000),), rounds=5)
+
+
+# No GPU has run these yet: the durations are guesses.
+GPU_PLANS = {
+    "quick": _gpu_plan(1, (128,), (512,)),
+    "default": _gpu_plan(5, (128, 1024), (512,)),
+    "full": _gpu_plan(60, (128, 256, 512, 1024, 2048, 4096), (512, 768)),
+}
+
+
+# --- the profile ------------------------------------------------------------------------------------------------------
+PROFILED = (Shape(256), REAL, LONG)
+PERF_LINE = re.compile(r"^\s*([\d.]+)%\s+\[[.k]\]\s+(.*)$")
+# Functions of csrc/ by what they do, in the order of a step. Inlined ones count as their caller.
+PHASES = {
+    "product (forward)": ("tile<",),
+    "maxima, sums, matches (forward)": ("forward_group<", "reduce_slot<", "finish<"),
+    "normalising and laying out tokens": ("load_row<", "pack_slot<", "Side<", "Lanes<", "forward<"),
+    "gather of matched rows (backward)": ("gather<",),
+    "lists of matches (backward)": ("sort_choosers<", "list_chosen<"),
+    "gradients through the norm, and out": ("backward<", "write_item<", "accumulate_item<"),
+}
+REST = "everything else: Python, autograd, threads, page faults"
+
+
+def step_for(number: int, seconds: float, threads: int) -> float:
+    """Run training steps of a profiled shape for a while; return the milliseconds of one."""
     torch.set_num_threads(threads)
-    plan = FULL if full else QUICK
-    lines = (tables.machine_line, tables.yardstick_line) if device == "cpu" else (tables.machine_line,)
-    conduct("wti", lambda bars: run(plan, device, threads, bars), tables.ALL.values(), lines, plots.draw, out)
+    problem = make_problem(PROFILED[number])
+    call = training_step(ours(problem), problem)
+    call()
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        call()
+        count += 1
+    return (time.perf_counter() - begin) / count * 1e3
+
+
+def sample(number: int, seconds: float, threads: int) -> dict[str, Any]:
+    """Return the share of each phase of one shape's step, in percent of perf's samples of the CPU clock."""
+    code = f"import bench_wti; print(bench_wti.step_for({number}, {seconds}, {threads}))"
+    with tempfile.TemporaryDirectory() as folder:
+        data = str(Path(folder) / "perf.data")
+        record = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "1999", "-o", data, sys.executable, "-c", code]
+        done = subprocess.run(record, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+        report = ["perf", "report", "-i", data, "--no-children", "--stdio", "-F", "overhead,symbol"]
+        lines = subprocess.run(report, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {
+        "shape": asdict(PROFILED[number]),
+        "ms": float(done.stdout.split()[-1]),
+        "percent": shares(lines),
+    }
+
+
+def shares(lines: list[str]) -> dict[str, float]:
+    """Sum perf's report by phase."""
+    found = dict.fromkeys(PHASES, 0.0)
+    for line in lines:
+        match = PERF_LINE.match(line)
+        if match is None or "drl_fast::" not in match[2]:
+            continue
+        for phase, names in PHASES.items():
+            if any(f"::{name}" in match[2] for name in names):
+                found[phase] += float(match[1])
+                break
+    return {**found, REST: 100 - sum(found.values())}
+
+
+def profile(options: argparse.Namespace) -> None:
+    """Sample training steps at three shapes."""
+    if shutil.which("perf") is None:
+        raise SystemExit("--profile needs Linux's perf on the PATH; on Debian: apt-get install linux-perf")
+    seconds = 2.0 if options.size == "quick" else 8.0
+    run = Run("wti_profile", options, 1, seconds=seconds)
+    for number, shape in enumerate(PROFILED):
+        row = sample(number, seconds, options.threads)
+        run.row("profile", row, f"{shape.label():32} {row['ms']:.3g} ms")
+    present(run)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--profile", action="store_true", help="sample where a training step spends its time")
+    options = parser.parse_args()
+    on_gpu = options.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device; leave --device out to measure the CPU")
+    if options.profile:
+        profile(options)
+        return
+    plan = (GPU_PLANS if on_gpu else PLANS)[options.size]
+    run = Run(COMPARISON.name, options, plan.minutes)
+    COMPARISON.measure(run, plan)
+    present(run)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

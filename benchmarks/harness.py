@@ -1,16 +1,16 @@
-"""What every benchmark shares: interleaved timing, peak memory in a fresh process, machine facts, JSON results.
+"""What every benchmark shares: interleaved timing, peak memory in a fresh process, the machine, and its result's JSON.
 
-Timing: contestants take turns, one sample each a round, so that a noisy machine is noisy for all of them; a ratio is
-taken within a round, and the median and quartiles over rounds are reported.
+Time: contestants take turns, one sample each a round, so that noise on the machine hits all of them. A ratio compares
+two samples of one round; the median and quartiles over rounds are reported.
 
-Memory: the peak of one call beyond what was resident before it, in a process of its own. On Linux the kernel's
-high-water mark of resident memory (VmHWM) is reset just before the call through /proc/self/clear_refs, so that it
-sees every page, whoever allocated it, and nothing that came before. Where that file cannot be written, the difference
-of ``ru_maxrss`` is used, which cannot be reset. On CUDA: ``torch.cuda.max_memory_allocated``.
+Memory: the peak of one call beyond what was resident before it, in a process of its own. Linux resets its high-water
+mark of resident memory (VmHWM) on a write to /proc/self/clear_refs; elsewhere ``ru_maxrss`` is used, which cannot be
+reset. On CUDA: ``torch.cuda.max_memory_allocated``.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -34,6 +34,9 @@ from typing import Any
 import psutil
 import torch
 
+import drl_fast
+from drl_fast.atomic_write import write_atomically
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MB = 1e6
@@ -45,9 +48,9 @@ WORKER_TIMEOUT = 900
 Call = Callable[[], Any]
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
+# --- time -------------------------------------------------------------------------------------------------------------
 def seconds(call: Call, number: int, device: str) -> float:
-    """Mean time of one of ``number`` calls: CUDA events on a GPU, the wall clock elsewhere."""
+    """Return the mean time of ``number`` calls, by CUDA events on a GPU and by the wall clock elsewhere."""
     if device.startswith("cuda"):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -63,10 +66,7 @@ def seconds(call: Call, number: int, device: str) -> float:
 
 
 def interleave(calls: dict[str, Call], device: str, target_seconds: float, min_rounds: int) -> dict[str, list[float]]:
-    """Time warmed-up calls side by side: rounds of one sample each, the order rotating from round to round.
-
-    There are as many rounds as fit ``target_seconds``, at least ``min_rounds``.
-    """
+    """Time warmed-up calls in rounds of one sample each, as many as fit ``target_seconds``, at least ``min_rounds``."""
     number = {}
     for name, call in calls.items():
         once = min(seconds(call, 1, device) for _ in range(2))
@@ -81,7 +81,7 @@ def interleave(calls: dict[str, Call], device: str, target_seconds: float, min_r
                 break
             for name in order:
                 times[name].append(seconds(calls[name], number[name], device))
-            # Rotated, so that nobody always runs after the one that leaves the worst cache behind.
+            # Rotate, so that no call always runs after the one that leaves the worst cache behind.
             order = order[1:] + order[:1]
     finally:
         gc.enable()
@@ -89,72 +89,83 @@ def interleave(calls: dict[str, Call], device: str, target_seconds: float, min_r
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, quartiles and minimum."""
+    """Return median, quartiles and minimum."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "q1": q1, "q3": q3, "min": min(values), "rounds": len(values)}
 
 
+def ratios(times: list[float], base: list[float]) -> dict[str, float]:
+    """Return the spread of ratios, each taken within a round."""
+    return spread([t / b for t, b in zip(times, base, strict=True)])
+
+
 def summarize(times: dict[str, list[float]], yardstick: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds, and ratios to the yardstick's sample of the same round."""
-    base = times[yardstick]
+    """Return each call's milliseconds and its ratio to the yardstick."""
     return {
-        name: {
-            "ms": spread([t * 1e3 for t in samples]),
-            "ratio": spread([t / b for t, b in zip(samples, base, strict=True)]),
-        }
+        name: {"ms": spread([t * 1e3 for t in samples]), "ratio": ratios(samples, times[yardstick])}
         for name, samples in times.items()
     }
 
 
-# --- memory, and whatever wants a process of its own ------------------------------------------------------------------
+# --- memory, and whatever needs a process of its own ------------------------------------------------------------------
 def resident(field: str) -> float:
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]
+    """Return VmRSS or VmHWM of this process in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    return int(found[1]) * 1024  # type: ignore[index]
 
 
-def give_back() -> None:
-    """Return freed heap to the system: pages that a call only reuses would not show up as its own."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def reset_peak(device: str) -> None:
+    """Start counting the peak from here.
 
-
-def peak_bytes(call: Call, device: str) -> tuple[float, str]:
-    """Peak memory of one call beyond what was held before it, and how it was measured."""
-    give_back()
+    Raises:
+        OSError: the system has no /proc/self/clear_refs.
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, "torch.cuda.max_memory_allocated"
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def held_and_peak(device: str) -> tuple[float, float]:
+    """Return the bytes held now, after freed memory went back to the system, and the peak since the reset."""
+    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident("VmHWM")
+    gc.collect()
+    # The allocator keeps freed pages; a call that reuses them would look free of charge.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else resident("VmRSS"), peak
+
+
+def peak_bytes(call: Call, device: str) -> tuple[float, str]:
+    """Return the peak memory of one call beyond what was held before it, and how it was measured."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak resident set size
-        before = resident("VmRSS")
+        before, _ = held_and_peak(device)
+        reset_peak(device)
         result = call()
-        method, after = "VmHWM", resident("VmHWM")
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        _, peak = held_and_peak(device)
+        method = "torch.cuda.max_memory_allocated" if device.startswith("cuda") else "VmHWM"
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         result = call()
-        method, after = "ru_maxrss", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    del result  # held until now: what a call returns is part of what it costs
-    return after - before, method
+        method, peak = "ru_maxrss", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    del result  # held until here: what a call returns is part of what it costs
+    return peak - before, method
 
 
 def measure_apart(what: str, factory: str, **arguments: Any) -> dict[str, Any]:
-    """Measure "memory" or "time" of what ``factory`` ("module:function") makes, or "call" it, in a process of its own.
+    """Measure the "memory" of what ``factory`` ("module:function") makes, or "call" it, in a fresh process.
 
-    See :func:`worker` for what the factory returns. The answer has a ``status``, "ok" or what went wrong.
+    See :func:`worker` for what the factory returns. The answer has a ``status``: "ok" or what went wrong.
     """
     job = json.dumps({"what": what, "factory": factory, "arguments": arguments})
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.harness", job]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), job]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.get("threads", torch.get_num_threads()))}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WORKER_TIMEOUT
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WORKER_TIMEOUT)
     except subprocess.TimeoutExpired:
         return {"status": f"timed out after {WORKER_TIMEOUT} s"}
     if done.returncode == 0:
@@ -165,20 +176,16 @@ def measure_apart(what: str, factory: str, **arguments: Any) -> dict[str, Any]:
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
-    """The fresh process: the factory gives (warm-up, call, device); only ``call`` is measured.
+    """Measure in the fresh process: the factory returns (warm-up, call, device), and only ``call`` is measured.
 
-    The warm-up must run the same code on a tiny problem, so that libraries, thread pools and compiled code are there
-    before; inputs are the factory's and so do not count either. Time: 25 calls, in milliseconds. "call": the call
-    measures itself, and its result, which JSON must hold, is handed on.
+    The warm-up must run the same code on a tiny problem, so that libraries, thread pools and compiled code exist
+    before. The factory makes the inputs, so they do not count. "call": hand on the call's own result.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if the machine runs out, this process goes first
     module, function = job["factory"].split(":")
     warm_up, call, device = getattr(importlib.import_module(module), function)(**job["arguments"])
     warm_up()
-    if job["what"] == "time":
-        call()
-        return {"status": "ok", "ms": spread([seconds(call, 1, device) * 1e3 for _ in range(25)])}
     if job["what"] == "call":
         return {"status": "ok", "result": call()}
     used, method = peak_bytes(call, device)
@@ -186,26 +193,21 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def available_bytes(device: str) -> float:
-    """Memory that can still be had."""
+    """Return the memory that can still be allocated."""
     return torch.cuda.mem_get_info()[0] if device.startswith("cuda") else psutil.virtual_memory().available
 
 
-# --- machine and results ----------------------------------------------------------------------------------------------
-def cpu_model() -> str:
+# --- the machine ------------------------------------------------------------------------------------------------------
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Describe what the numbers are measured on."""
+    cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine(device: str, threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
+        cpu = found[1].strip() if found else cpu
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    name = gpu or f"{cpu_model()} {threads}t"
     return {
-        "slug": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
-        "cpu": cpu_model(),
+        "slug": re.sub(r"[^a-z0-9]+", "-", (gpu or f"{cpu} {threads}t").lower()).strip("-"),
+        "cpu": cpu,
         "gpu": gpu,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "simd": torch.backends.cpu.get_cpu_capability(),
@@ -215,25 +217,14 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    try:
+    """Return the version of a package, or None."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    import drl_fast
-
-    return {
-        "drl_fast": drl_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git_commit(),
-    }
+    return None
 
 
 def git_commit() -> str | None:
-    """The commit, with a + where the package's own files differ from it."""
+    """Return the commit, with a + where files that a benchmark runs differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -245,24 +236,77 @@ def git_commit() -> str | None:
         return None
 
 
-def record(benchmark: str, device: str, threads: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a result: everything but the measurements."""
-    return {
-        "benchmark": benchmark,
-        "machine": machine(device, threads),
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "device": device,
-        "threads": threads,
-        "settings": settings,
-    }
+# --- a run and its result ---------------------------------------------------------------------------------------------
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has."""
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = options.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a few rows, about a minute")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="the whole grid")
+    options.set_defaults(size="default")
+    options.add_argument("--device", default="cpu", help="cpu, or cuda where there is one")
+    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    options.add_argument("--out", type=Path, default=Path("bench_out"), help="results go to OUT/<machine>/")
+    return options
 
 
-def save(result: dict[str, Any], path: Path) -> None:
-    """Write JSON, floats cut to four significant digits: more is noise, and makes diffs unreadable."""
+class Run:
+    """One run of a benchmark. It prints each row as it finishes and saves all rows so far.
+
+    Rows so far are in ``<out>/<machine>/<name>.partial.json``, which becomes ``<name>.json`` at the end. A quick run
+    writes ``<name>_quick.json`` instead, so it never replaces a longer one's result.
+
+    Raises:
+        SystemExit: ``<name>.json`` is the result of a full run, and this run is shorter.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, minutes: float, **settings: Any) -> None:
+        torch.set_num_threads(options.threads)
+        size = options.size
+        self.result: dict[str, Any] = {
+            "benchmark": name,
+            "machine": machine(options.device, options.threads),
+            "versions": {
+                "drl_fast": drl_fast.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "commit": git_commit(),
+            },
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "device": options.device,
+            "threads": options.threads,
+            "settings": {"full": size == "full", "quick": size == "quick", **settings},
+        }
+        folder = options.out / self.result["machine"]["slug"]
+        self.path = folder / (f"{name}_quick.json" if size == "quick" else f"{name}.json")
+        self.partial = self.path.with_suffix(".partial.json")
+        if size == "default" and self.path.exists() and load(self.path)["settings"].get("full"):
+            raise SystemExit(f"{self.path} is a full run's result: add --full, or choose another folder with --out")
+        self.begin = time.perf_counter()
+        print(f"{name}, {size}: expected duration {minutes:g} min on an idle machine; writes {self.path}", flush=True)
+
+    def row(self, section: str, row: dict[str, Any], text: str) -> dict[str, Any]:
+        """Add a row, show it and save what there is."""
+        self.result.setdefault(section, []).append(row)
+        print(f"{time.perf_counter() - self.begin:6.0f} s  {section:8}{text}", flush=True)
+        save(self.result, self.partial)
+        return row
+
+    def finish(self) -> dict[str, Any]:
+        """Save the complete result and return it as it was saved."""
+        self.result["seconds"] = time.perf_counter() - self.begin
+        save(self.result, self.path)
+        self.partial.unlink(missing_ok=True)
+        print(f"wrote {self.path} after {self.result['seconds']:.0f} s", flush=True)
+        return load(self.path)
+
+
+def save(result: Any, path: Path) -> None:
+    """Write JSON whole or not at all. Floats keep four significant digits, since more is noise in every diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    text = json.dumps(_rounded(result), indent=1) + "\n"
+    write_atomically(path, lambda name: Path(name).write_text(text))
 
 
 def _rounded(value: Any) -> Any:
@@ -273,7 +317,8 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Any:
+    """Read a result."""
     return json.loads(path.read_text())
 
 

@@ -1,18 +1,18 @@
-"""Time candidate tiles on this GPU and write the best into kernels/tuning.py, marked "measured".
+"""Time candidate tiles on this GPU and save the best of each kind of kernel as JSON.
 
-    python -m benchmarks.tune            measure and print
-    python -m benchmarks.tune --write    also change the table
+    python benchmarks/tune.py [--quick]
+
+Writes ``<out>/<gpu>/tuning.json``: a row of "tiles" has the fields of ``kernels/tuning.py``'s ``Tile`` with their place
+in its tables (architecture; "forward" or the backward's side; kind), so that ``Tile(**row["tile"])`` is the entry.
 
 One tile serves a kind of kernel whatever the batch, because a score's bits depend on it: the tile with the smallest sum
-over shape classes of time relative to the best one there wins. A candidate that spills, does not launch, or is wrong
-against float64 (the doctor's rule) is out.
+over shapes of time relative to the best one there wins. A candidate that spills, does not launch, or is wrong against
+float64 (the doctor's rule) is out.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from drl_fast.kernels import packing, tuning
@@ -20,11 +20,12 @@ from drl_fast.kernels import token_interaction as forward
 from drl_fast.kernels import token_interaction_backward as backward
 from drl_fast.kernels.tuning import Tile
 
-from benchmarks.harness import Call, interleave
-from benchmarks.problem import Shape, make_problem
+import harness
 from drl_fast.cli import _device_check as check
+from harness import Call, Run, interleave
+from problems import Shape, make_problem
 
-TABLE = Path(tuning.__file__)
+SECONDS = 1.0
 SHAPES = (Shape(1024, 32, 12), Shape(512, 64, 64), Shape(512, 77, 20), Shape(1024, 32, 12, lengths="real"))
 DTYPES = {"keyed": "bfloat16", "exact": "bfloat16", "half": "bfloat16", "tf32": "float32", "fp32": "float32"}
 FORWARD = [
@@ -44,8 +45,9 @@ BACKWARD = [
 
 
 def calls(kind: str, side: str | None, shape: Shape) -> Call:
-    """One sweep of the forward with matches, or one side's gradient."""
+    """Return one sweep of the forward with matches, or one side's gradient."""
     p = make_problem(shape, "cuda")
+    p.text, p.video = p.text.detach(), p.video.detach()
     mask = p.text_mask.bool() if shape.lengths == "real" else None
     text, video = packing.Side(p.text, p.text_weight.float(), mask), packing.Side(p.video, p.video_weight.float(), None)
     normalize = kind != "exact"
@@ -63,7 +65,7 @@ def calls(kind: str, side: str | None, shape: Shape) -> Call:
 
 
 def measure(table: dict[str, Tile], kind: str, side: str | None, candidates: list[Tile]) -> dict[Tile, list[float]]:
-    """Seconds of each candidate that works, shape by shape."""
+    """Return the seconds of each candidate that works, shape by shape."""
     before, times = table[kind], {}
     dtype = getattr(torch, DTYPES[kind])
     for tile in candidates:
@@ -74,10 +76,10 @@ def measure(table: dict[str, Tile], kind: str, side: str | None, candidates: lis
                 continue
             times[tile] = []
             for shape in SHAPES:
-                call = calls(kind, side, Shape(**{**shape.as_dict(), "dtype": DTYPES[kind]}))
+                call = calls(kind, side, replace(shape, dtype=DTYPES[kind]))
                 for _ in range(3):
                     call()
-                times[tile].append(min(interleave({"it": call}, "cuda", 1.0, 5)["it"]))
+                times[tile].append(min(interleave({"it": call}, "cuda", SECONDS, 5)["it"]))
         except Exception as error:  # out of shared memory or registers, or no such instruction
             times.pop(tile, None)
             print(f"  {tile}: {type(error).__name__}")
@@ -86,44 +88,35 @@ def measure(table: dict[str, Tile], kind: str, side: str | None, candidates: lis
 
 
 def best(times: dict[Tile, list[float]]) -> Tile:
+    """Return the tile with the smallest sum of times relative to the fastest at each shape."""
     fastest = [min(column) for column in zip(*times.values(), strict=True)]
     return min(times, key=lambda tile: sum(t / f for t, f in zip(times[tile], fastest, strict=True)))
 
 
-def write(arch: str, path: list[str], tile: Tile) -> None:
-    """Replace one entry of the table's source: the first after each of ``path``'s names in turn."""
-    text, at = TABLE.read_text(), 0
-    for name in path:
-        at = text.index(name, at)
-    entry = re.compile(r"Tile\([^)]*\)")
-    gpu = torch.cuda.get_device_name()
-    new = f"Tile({', '.join(repr(x) for x in tile[:6])}, {f'measured on {gpu}'!r})".replace("'", '"')
-    TABLE.write_text(text[:at] + entry.sub(new, text[at:], count=1))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time candidate tiles on this GPU.")
-    parser.add_argument("--write", action="store_true", help="change kernels/tuning.py")
-    arguments = parser.parse_args()
+    options = harness.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("tune needs a CUDA device; the static report (benchmarks/static_report.py) needs none")
-    arch = tuning.architecture(torch.device("cuda"))
+        raise SystemExit("tune needs a CUDA device; benchmarks/static_report.py needs none")
+    options.device = "cuda"
+    # No GPU has run this yet: the durations are guesses.
+    run = Run("tuning", options, 3 if options.size == "quick" else 60, seconds=SECONDS)
+    gpu, arch = torch.cuda.get_device_name(), tuning.architecture(torch.device("cuda"))
     before = torch.backends.cuda.matmul.fp32_precision
-    work: list[tuple[dict[str, Tile], str, str | None, list[Tile]]] = [
-        (tuning.FORWARD[arch], kind, None, FORWARD) for kind in tuning.FORWARD[arch]
-    ]
-    work += [(tuning.BACKWARD[arch][s], k, s, BACKWARD) for s in tuning.SIDES for k in tuning.BACKWARD[arch][s]]
-    for table, kind, side, candidates in work:
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
-        print(f"{arch} {side or 'forward'} {kind}")
-        # The entry itself takes part, and a known result is better than none.
-        times = measure(table, kind, side, list(dict.fromkeys([table[kind], *candidates])))
-        winner = best(times)
-        print(f"  best: {winner}, ms: {[round(1e3 * t, 3) for t in times[winner]]}")
-        if arguments.write:
-            path = ["FORWARD = {" if side is None else "BACKWARD = {", f'"{arch}"', *([f'"{side}"'] if side else [])]
-            write(arch, [*path, f'"{kind}"'], winner)
+    work: list[tuple[str | None, dict[str, Tile], list[Tile]]] = [(None, tuning.FORWARD[arch], FORWARD)]
+    work += [(side, tuning.BACKWARD[arch][side], BACKWARD) for side in tuning.SIDES]
+    for side, table, tiles in work:
+        for kind in table:
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+            # The present entry takes part: a known result is better than none.
+            candidates = list(dict.fromkeys([table[kind], *(tiles[:3] if options.size == "quick" else tiles)]))
+            times = measure(table, kind, side, candidates)
+            winner = best(times)
+            ms = [1e3 * t for t in times[winner]]
+            tile = winner._replace(source=f"measured on {gpu}")._asdict()
+            row = {"arch": arch, "kernel": side or "forward", "kind": kind, "tile": tile, "ms": ms}
+            run.row("tiles", row, f"{side or 'forward'} {kind}: {winner[:6]}, ms {[round(t, 3) for t in ms]}")
     torch.backends.cuda.matmul.fp32_precision = before
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The benchmarks' own arithmetic and pages. Skipped where the ``bench`` extra is not installed."""
+"""The benchmarks' own arithmetic and pages. Skipped where the ``bench`` or ``train`` extra is not installed."""
 
 import pytest
 
-for package in ("matplotlib", "psutil", "threadpoolctl"):
+for package in ("matplotlib", "open_clip", "psutil"):
     pytest.importorskip(package)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import harness, tables
+import harness
+import plots
+import result_tables as tables
+from drl_fast.data.datasets import DATASETS
+from drl_fast.engine.config import read_config
+from problems import Shape
 
 RESULTS = sorted(harness.RESULTS.glob("*/wti.json"))
 MEASURED = [
@@ -19,8 +27,14 @@ def test_pages_show_what_the_results_hold(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_every_page_has_marked_tables() -> None:
+    """Of a page no table stands twice, and those that show results have marks at all."""
+    found = {}
     for page in tables.PAGES:
-        assert tables.MARK.search((harness.ROOT / page).read_text(encoding="utf-8")), page
+        text = (harness.ROOT / page).read_text(encoding="utf-8")
+        found[page] = [(mark["name"], mark["file"]) for mark in tables.MARK.finditer(text)]
+        assert len(found[page]) == len(set(found[page])) == text.count("<!-- table "), page
+    for page in ("README.md", "docs/performance.md", "docs/gpu.md", "docs/distributed.md"):
+        assert found[page], page
 
 
 def test_an_edited_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +91,87 @@ def test_cross_correlation_costs_what_it_may(path: Path) -> None:
     (record,) = (r for r in harness.load(path)["time"] if r["mode"] == "rows")
     assert record["results"]["full"]["ratio"]["median"] <= 1.6
     assert record["results"]["diagonal"]["ratio"]["median"] <= 0.6
+
+
+def test_times_are_relative_to_eager() -> None:
+    def row(**ratios: float) -> dict[str, Any]:
+        results = {name: {"ms": {"median": 10 * r}, "ratio": {"median": r}} for name, r in ratios.items()}
+        return {"shape": asdict(Shape(8)), "mode": "train", "results": results}
+
+    labels = {"drl_fast": "drl-fast", "mm": "torch.mm"}
+    result = {
+        "time": [row(mm=1.0, drl_fast=0.5, eager=2.0), row(mm=1.0, drl_fast=0.5)],
+        "contestants": {name: {"label": label} for name, label in labels.items()},
+    }
+    table = tables.train(result)
+    assert table.columns == ["batch, words, frames", "eager", "drl-fast", "drl-fast / eager", "torch.mm / eager"]
+    assert table.rows == [["(8, 32, 12)", "20 ms", "5 ms", "0.25", "0.50"], ["(8, 32, 12)", "-", "5 ms", "-", "-"]]
+
+
+def test_the_legend_has_the_curves_order() -> None:
+    series = {"eager": {8: 4.0, 16: 16.0}, "drl_fast": {8: 1.0, 16: 2.0, 32: 8.0}, "compile": {}, "mm": {8: 9.0}}
+    assert plots.ordered(series) == ["mm", "eager", "drl_fast"]
+
+
+# --- the ablation -----------------------------------------------------------------------------------------------------
+PUBLISHED = harness.load(harness.ROOT / tables.MSRVTT / "published.json")
+EVALUATION: dict[str, Any] = {
+    "dataset": "msrvtt",
+    "part": "test",
+    "texts": 1000,
+    "videos": 1000,
+    "checkpoint": "runs/msrvtt_wti",
+    "untrained": None,
+    "metrics": {"t2v": {"R1": 46.04}, "v2t": {"R1": 44.96}},
+}
+
+
+@pytest.fixture
+def evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    folder = tmp_path / tables.MSRVTT
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_every_row_is_a_configuration_of_that_name() -> None:
+    folder = harness.ROOT / "drl_fast" / "configs"
+    for row in PUBLISHED["rows"]:
+        path = folder / f"{row['config']}.yaml"
+        path = path if path.exists() else folder / f"msrvtt_{row['config']}.yaml"
+        config = read_config(path, ["dataset=msrvtt"])
+        name = row["name"].partition(",")[0]
+        assert ("seqTransf" in name) == (config.temporal == "seqTransf")
+        assert ("CDCR" in name) == (config.cdcr > 0)
+        assert config.interaction.upper() == (name.split()[0] if row["trained"] else "DP")
+    shipped = {path.stem.removeprefix("msrvtt_") for path in folder.glob("*.yaml")}
+    shipped = {stem for stem in shipped if stem.partition("_")[0] not in DATASETS}
+    assert {row["config"] for row in PUBLISHED["rows"]} == shipped
+
+
+def test_nothing_is_measured_without_an_evaluation(evaluations: Path) -> None:
+    rows = tables.ablation(PUBLISHED).rows
+    assert [row[-1] for row in rows] == ["-"] * len(rows)
+    found = {row[0]: row[2] for row in rows}
+    assert found["WTI + seqTransf + CDCR"] == "47.6 / 45.1"
+    assert found["CLIP, zero-shot"] == "31.1 / 26.5"
+    assert found["HI + seqTransf"] == "-"
+
+
+def test_an_evaluation_fills_its_row(evaluations: Path) -> None:
+    (evaluations / "wti.json").write_text(json.dumps(EVALUATION))
+    (evaluations / "zero_shot.json").write_text(json.dumps({**EVALUATION, "checkpoint": None}))
+    measured = {row[0]: row[-1] for row in tables.ablation(PUBLISHED).rows if row[-1] != "-"}
+    assert measured == {"WTI + seqTransf": "46.0 / 45.0", "CLIP, zero-shot": "46.0 / 45.0"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"dataset": "msvd"}, {"part": "val"}, {"texts": 999}, {"checkpoint": None}, {"untrained": "all of it"}],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_evaluation_is_refused(evaluations: Path, other: dict[str, Any]) -> None:
+    (evaluations / "wti.json").write_text(json.dumps({**EVALUATION, **other}))
+    expected = r"must be what drl-fast eval wrote for WTI \+ seqTransf on MSR-VTT's 1,000 test pairs"
+    with pytest.raises(ValueError, match=expected):
+        tables.ablation(PUBLISHED)

@@ -1,0 +1,446 @@
+"""Tables of results: for the terminal, and for README.md and docs/, where marks name their table and its source.
+
+    python benchmarks/result_tables.py               # write the pages' tables again
+    python benchmarks/result_tables.py --check       # exit with 1 where pages differ from the committed results
+    python benchmarks/result_tables.py --pictures    # draw the committed results' pictures again
+
+Times compare as time relative to eager code; lower is better.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import plots
+from problems import Shape
+
+PAGES = tuple(
+    str(path.relative_to(harness.ROOT))
+    for path in (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
+)
+MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
+NOTHING = "-"
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]]
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+def milliseconds(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return NOTHING
+    return f"{spread['median']:.0f} ms" if spread["median"] >= 100 else f"{spread['median']:.3g} ms"
+
+
+def quartiles(spread: dict[str, float] | None) -> str:
+    """Write the median, and the quartiles where they are wider than the digits shown."""
+    if spread is None:
+        return NOTHING
+    median, q1, q3 = (f"{spread[key]:.2f}" for key in ("median", "q1", "q3"))
+    return median if q1 == q3 else f"{median} ({q1} to {q3})"
+
+
+def relative(results: Result, name: str, base: str = "eager") -> str:
+    """Write the time relative to another's, from ratios to the yardstick: those were taken within a round."""
+    if name not in results or base not in results:
+        return NOTHING
+    return f"{results[name]['ratio']['median'] / results[base]['ratio']['median']:.2f}"
+
+
+def megabytes(row: Result | None) -> str:
+    if row is None:
+        return NOTHING
+    return f"{row['mb']:.0f} MB" if row["status"] == "ok" else row["status"]
+
+
+def bytes_of(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{_short(size / factor)} {unit}"
+    return f"{_short(size / 1e3)} kB"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.99 else f"{100 * share:.3g} %"
+
+
+def shape_of(row: Result) -> str:
+    return Shape(**row["shape"]).label()
+
+
+def labels(result: Result, names: Sequence[str]) -> list[str]:
+    return [result["contestants"][name]["label"] for name in names]
+
+
+def medians(row: Result, name: str) -> str:
+    return milliseconds(row["results"][name]["ms"] if name in row["results"] else None)
+
+
+# --- every benchmark --------------------------------------------------------------------------------------------------
+def runs(results: dict[str, Result]) -> Table:
+    """Say what was measured where, by which command. The source is a folder of results."""
+    rows = []
+    for name, result in results.items():
+        if "command" in result:
+            where = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['threads']} threads"
+            stack = f"torch {result['versions']['torch']}, Python {result['versions']['python']}"
+            when = [result["versions"]["commit"], result["date"][:10]]
+            rows.append([name, where, stack, *when, f"`{result['command']}`"])
+    return Table("Runs", ["result", "machine", "versions", "commit", "date", "command"], rows)
+
+
+def contestants(result: Result) -> Table:
+    """Show other people's packages: version, how each was called, or why it is missing."""
+    rows = []
+    for name, about in result["contestants"].items():
+        if "version" in about:
+            measured = any(name in row["results"] for row in result["time"])
+            missing = next((row["absent"][name] for row in result["time"] if name in row["absent"]), "")
+            note = about["note"] if measured else f"not measured: {missing}"
+            rows.append([about["label"], about["version"] or NOTHING, note])
+    return Table("Packages", ["package", "version", "how it is called"], rows)
+
+
+def memory(result: Result) -> Table:
+    measured = result.get("memory", [])
+    names = list(dict.fromkeys(row["contestant"] for row in measured))
+    found = {(Shape(**row["shape"]), row["contestant"]): row for row in measured}
+    shapes = sorted({shape for shape, _ in found}, key=lambda s: (s.nt, s.nv, s.dim, s.batch))
+    rows = [[shape.label(), *(megabytes(found.get((shape, name))) for name in names)] for shape in shapes]
+    title = "Peak memory of a training step beyond its inputs"
+    return Table(title, ["batch, words, frames", *labels(result, names)], rows)
+
+
+def budget(result: Result) -> Table:
+    measured = result.get("budget", [])
+    names = list(dict.fromkeys(row["contestant"] for row in measured))
+    most = {(row["budget_mb"], row["contestant"]): str(row["fits"]["batch"]) for row in measured if row["fits"]}
+    sizes = sorted({row["budget_mb"] for row in measured})
+    rows = [[f"{size} MB", *(most.get((size, name), NOTHING) for name in names)] for size in sizes]
+    title = "Largest batch whose training step adds at most so much to its inputs"
+    return Table(title, ["budget", *labels(result, names)], rows)
+
+
+# --- the interaction --------------------------------------------------------------------------------------------------
+def compared(result: Result, mode: str, title: str, rivals: Sequence[str]) -> Table:
+    """Show one mode: milliseconds of eager code and ours, and everyone's time relative to eager."""
+    measured = [row for row in result["time"] if row["mode"] == mode]
+    names = ["drl_fast", *(name for name in rivals if any(name in row["results"] for row in measured))]
+    rows = []
+    for row in measured:
+        shares = (relative(row["results"], name) for name in names)
+        rows.append([shape_of(row), medians(row, "eager"), medians(row, "drl_fast"), *shares])
+    heads = ["batch, words, frames", "eager", "drl-fast", *(f"{label} / eager" for label in labels(result, names))]
+    return Table(title, heads, rows)
+
+
+def forward(result: Result) -> Table:
+    return compared(result, "forward", "Forward, time relative to eager", ("compile", "mm"))
+
+
+def train(result: Result) -> Table:
+    return compared(result, "train", "Forward + backward, time relative to eager", ("compile", "mm"))
+
+
+def maxsim(result: Result) -> Table:
+    peers = ("maxsim-cpu", "numkong", "late-interaction-kernels", "flash-maxsim", "mm")
+    return compared(result, "maxsim", "One direction (ColBERT's max-sim), forward, time relative to eager", peers)
+
+
+def summary(result: Result) -> Table:
+    """Show training steps at the shapes that people train with."""
+    rows = []
+    for row in result["time"]:
+        shape = Shape(**row["shape"])
+        if row["mode"] == "train" and shape.batch >= 64 and (shape.dim, shape.dtype) == (512, "float32"):
+            both = [medians(row, name) for name in ("eager", "drl_fast")]
+            rows.append([shape.label(), *both, relative(row["results"], "drl_fast")])
+    return Table("Training steps", ["batch, words, frames", "eager", "drl-fast", "relative to eager"], rows)
+
+
+def profile(result: Result) -> Table:
+    shapes = result["profile"]
+    heads = [f"{shape_of(row)}: {row['ms']:.3g} ms" for row in shapes]
+    rows = [[phase, *(f"{row['percent'][phase]:.0f} %" for row in shapes)] for phase in shapes[0]["percent"]]
+    return Table("Where a training step goes, in percent of samples", ["phase", *heads], rows)
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+def contrastive(result: Result) -> Table:
+    names = ("eager", "two_steps", "fused")
+    rows = []
+    for row in result["time"]:
+        shares = (quartiles(row["against"].get(other)) for other in ("eager", "two_steps"))
+        rows.append([shape_of(row), *(medians(row, name) for name in names), *shares])
+    heads = ["batch, words, frames", *labels(result, names), "relative to eager", "relative to two steps"]
+    return Table("A training step of the contrastive loss", heads, rows)
+
+
+def cdcr(result: Result) -> Table:
+    """Show both forms beside their eager form; the last row is ``cross_correlation_loss`` alone."""
+    rows = []
+    for row in sorted(result["time"], key=lambda r: (r["mode"], r["shape"]["lengths"], r["shape"]["batch"])):
+        shape = row["shape"]
+        what = shape_of(row) if row["mode"] == "pairs" else f"{shape['batch'] * shape['nt']} x {shape['dim']} rows"
+        cells = [what, medians(row, "outer")]
+        for form in ("full", "diagonal"):
+            plain = f"eager_{form}"
+            cells += [medians(row, plain), medians(row, form), relative(row["results"], form, plain)]
+        rows.append(cells)
+    forms = [f"{form}: {what}" for form in ("full", "diagonal") for what in ("eager", "drl-fast", "relative")]
+    return Table("CDCR, forward + backward", ["pairs, words, frames", "N x D x D form", *forms], rows)
+
+
+# --- a whole training step --------------------------------------------------------------------------------------------
+PARTS = {
+    "text": "text tower",
+    "image": "image tower",
+    "temporal": "temporal transformer",
+    "adam": "Adam",
+    "ours": "weights, interaction, losses: drl-fast",
+    "dense": "weights, interaction, losses: eager",
+}
+
+
+def model_time(result: Result) -> Table:
+    """Show milliseconds, and each part's share of the step that has it."""
+    rows = []
+    for part, name in PARTS.items():
+        cells = []
+        for row in result["time"]:
+            whole = row["ms"]["step_dense" if part == "dense" else "step"]["median"]
+            cells.append(f"{milliseconds(row['ms'][part])} ({percent(row['ms'][part]['median'] / whole)})")
+        rows.append([name, *cells])
+    for whole, name in (("step", "whole step, drl-fast"), ("step_dense", "whole step, eager")):
+        rows.append([name, *(milliseconds(row["ms"][whole]) for row in result["time"])])
+    # The result has the inverse, so the quartiles change places.
+    gains = [row["dense_over_ours"] for row in result["time"]]
+    turned = [{"median": 1 / g["median"], "q1": 1 / g["q3"], "q3": 1 / g["q1"]} for g in gains]
+    rows.append(["loss alone, relative to eager", *(quartiles(spread) for spread in turned)])
+    heads = ["part", *(f"batch {row['batch']}" for row in result["time"])]
+    return Table("Time of a training step", heads, rows)
+
+
+def model_memory(result: Result) -> Table:
+    """Show what towers hold for the backward, what the loss adds to that at its peak, and the step's peak."""
+    measured = [row for row in result["phases"] if row["status"] == "ok"]
+    columns = [_parts_memory(row["result"]) for row in measured]
+    rows = [[name, *(f"{column[name]:.0f} MB" for column in columns)] for name in (columns[0] if columns else ())]
+    heads = ["part", *(f"batch {row['batch']}" for row in measured)]
+    return Table("Memory of a training step beyond weights and Adam's state", heads, rows)
+
+
+def _parts_memory(laps: list[Result]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    before = laps[0]["held_mb"]
+    for lap in laps[1:]:
+        phase = lap["phase"]
+        name = PARTS.get(phase, "")
+        if phase in ("ours", "dense"):
+            found[f"added by {name}"] = lap["peak_mb"] - before
+        elif phase in ("text", "image", "temporal"):
+            # A tower's second lap is its backward.
+            found.setdefault(f"held by the {name}", lap["held_mb"] - before)
+        before = lap["held_mb"]
+    found["peak of the whole step"] = max(lap["peak_mb"] for lap in laps if lap["phase"] != "dense")
+    return found
+
+
+# --- the model of many GPUs -------------------------------------------------------------------------------------------
+def scaling(result: Result) -> Table:
+    rows = []
+    for row in result["plan"]:
+        cells = [bytes_of(way[key]) for way in row["ways"].values() for key in ("held", "sent")]
+        rows.append([f"{row['work']['pairs'] >> 10}k on {row['work']['ranks']}", *cells])
+    heads = ["pairs on GPUs", "gathered: held", "gathered: sent", "ring: held", "ring: sent"]
+    return Table("Bytes a GPU and step by the model", heads, rows)
+
+
+def scaling_check(result: Result) -> Table:
+    """Show the model's bytes beside those of the largest group's processes."""
+    most = max((row["work"]["ranks"], row["work"]["pairs"]) for row in result["groups"])
+    rows = []
+    for row in result["groups"]:
+        if (row["work"]["ranks"], row["work"]["pairs"]) == most:
+            pairs = [row.get(what, {}).get(key) for what in ("sent", "held") for key in ("predicted", "measured")]
+            rows.append([row["kind"], *(NOTHING if size is None else f"{size / 1e6:.2f} MB" for size in pairs)])
+    heads = ["way or form", "sent, predicted", "measured", "held, predicted", "measured"]
+    return Table("The model's bytes and those of real processes", heads, rows)
+
+
+# --- the paper's ablation and the demo --------------------------------------------------------------------------------
+MSRVTT = Path("benchmarks/results/msrvtt")
+
+
+def ablation(result: Result) -> Table:
+    """Show R@1 on MSR-VTT, text to video / video to text, published and measured.
+
+    The measured column comes from files that ``drl-fast eval --out`` wrote: benchmarks/results/msrvtt/ROW.json, and
+    zero_shot.json for the row that is not trained. Nothing else fills it.
+    """
+    rows = []
+    for row in result["rows"]:
+        verb, stem = ("train", row["config"]) if row["trained"] else ("eval", "zero_shot")
+        measured = _measured(harness.ROOT / MSRVTT / f"{stem}.json", row)
+        command = f"`drl-fast {verb} --config {row['config']} --dataset msrvtt`"
+        rows.append([row["name"], command, _both_ways(row["published"]), _both_ways(measured)])
+    return Table("Ablation", ["row", "command", "published R@1", "measured R@1"], rows)
+
+
+def _both_ways(metrics: dict[str, dict[str, float]] | None) -> str:
+    return NOTHING if metrics is None else " / ".join(f"{metrics[key]['R1']:.1f}" for key in ("t2v", "v2t"))
+
+
+def _measured(path: Path, row: Result) -> dict[str, dict[str, float]] | None:
+    """Return an evaluation's metrics, if there is one; it must be of this row and of the whole test part.
+
+    Raises:
+        ValueError: an evaluation of something else.
+    """
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    said = (found["dataset"], found["part"], found["texts"], found["videos"], found["untrained"] is None)
+    if said[:4] != ("msrvtt", "test", 1000, 1000) or (row["trained"] and (found["checkpoint"] is None or not said[4])):
+        raise ValueError(
+            f"{path} must be what drl-fast eval wrote for {row['name']} on MSR-VTT's 1,000 test pairs, got {said}: "
+            f"evaluate that row, or remove the file"
+        )
+    return found["metrics"]
+
+
+def demo(result: Result) -> Table:
+    """Show the demo's comparison, as the demo printed it."""
+    rows = []
+    for row in result["rows"]:
+        firsts = {
+            key: f"{row['metrics'][key]['R1']:.1f} [{low:.0f}, {high:.0f}]"
+            for key, (low, high) in row["R1_interval_95"].items()
+        }
+        others = [f"{row['metrics']['t2v'][key]:.1f}" for key in ("R5", "R10", "MdR", "MnR")]
+        rows.append([row["name"], firsts["t2v"], *others, firsts["v2t"]])
+    chance = result["chance"]
+    rows.append(["chance", *(f"{chance[key]:.2f}" for key in ("R1", "R5", "R10", "MdR", "MnR", "R1"))])
+    return Table("The demo", ["", "R@1", "R@5", "R@10", "MdR", "MnR", "v2t R@1"], rows)
+
+
+# --- the static report ------------------------------------------------------------------------------------------------
+# One form of each kernel and precision, at 512 channels; the file has the others.
+KEYED = ("keyed scores, 32 words", "keyed matches, 32 words", "keyed weights, 32 words")
+STATIC_FORMS = {
+    "bf16": (*KEYED, "half, D = 512", "half, D = 512, later block"),
+    "fp16": ("keyed matches, 16 words", "half, D = 512"),
+    "fp32": ("tf32 matches, 16 words", "tf32, D = 512", "fp32 matches, 16 words", "fp32, D = 512"),
+}
+
+
+def static(result: list[Result]) -> Table:
+    """Show what the main kernels compile to, and the cost model's share of the chip's rate. Nothing was measured."""
+    rows = []
+    for row in result:
+        if row["what"] in STATIC_FORMS[row["dtype"]]:
+            config = row["config"]
+            kernel = row["kernel"].removeprefix("interaction_").replace("_", " ")
+            tile = f"{config['BM']} x {config['BN']} x {config['BK']}, {config['num_warps']}"
+            used = [str(row["registers"]), str(row["spill_bytes"]), f"{row['shared_bytes'] / 1024:.0f} KB"]
+            share = f"{100 * row['predicted_share']:.0f} %"
+            cells = [kernel, row["arch"], row["dtype"], row["what"], tile, *used, row["tensor_core"] or NOTHING, share]
+            rows.append(cells)
+    heads = ["kernel", "GPU", "tokens", "form", "tile, warps", "registers", "bytes spilled", "shared", "tensor cores"]
+    return Table("Static prediction, not measured", [*heads, "predicted share"], rows)
+
+
+_EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
+_MORE = (model_memory, scaling, scaling_check, ablation, demo, static)
+TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE)}
+# What a benchmark prints at its end.
+SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
+    "wti": (forward, train, maxsim, memory, budget),
+    "wti_profile": (profile,),
+    "contrastive": (contrastive, memory, budget),
+    "cdcr": (cdcr, memory),
+    "model": (model_time, model_memory, memory, budget),
+    "scaling": (scaling,),
+    "scaling_check": (scaling_check,),
+}
+
+
+# --- how they are shown -----------------------------------------------------------------------------------------------
+def text(table: Table) -> str:
+    """Write a table for the terminal."""
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    lines = [table.title]
+    for row in (table.columns, *table.rows):
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
+    return "\n".join(lines)
+
+
+def show(result: Result) -> None:
+    """Print the tables of a benchmark's result that have rows."""
+    for make in SHOWN[result["benchmark"]]:
+        table = make(result)
+        if table.rows:
+            print(f"\n{text(table)}")
+
+
+def markdown(table: Table) -> str:
+    lines = [table.columns, *table.rows]
+    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---|" + "---:|" * (len(table.columns) - 1), *rows]) + "\n"
+
+
+def read(source: Path) -> Any:
+    """Read a result, or all results of a folder by name."""
+    return (
+        {path.stem: read(path) for path in sorted(source.glob("*.json"))} if source.is_dir() else harness.load(source)
+    )
+
+
+def render(page: str) -> str:
+    """Fill every marked table of a page from the result file or folder that its mark names."""
+
+    def fill(match: re.Match[str]) -> str:
+        table = TABLES[match["name"]](read(harness.ROOT / match["file"]))
+        return f"{match[1]}\n{markdown(table)}\n{match['end']}"
+
+    return MARK.sub(fill, page)
+
+
+def main(arguments: list[str]) -> int:
+    check = "--check" in arguments
+    stale = []
+    for name in PAGES:
+        page = harness.ROOT / name
+        old = page.read_text(encoding="utf-8")
+        new = render(old)
+        if new != old:
+            stale.append(name)
+            print(f"{name}: tables {'differ from the results' if check else 'written'}")
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if "--pictures" in arguments:
+        for name in plots.DRAWN:
+            for result in sorted(harness.RESULTS.glob(f"*/{name}.json")):
+                plots.draw(harness.load(result), result)
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
