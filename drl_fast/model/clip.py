@@ -24,7 +24,7 @@ open_clip.add_model_config(Path(__file__).parent / "configs")
 
 
 def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, Callable[..., Tensor]]:
-    """Build a CLIP with :func:`build_clip`, and return it with its tokenizer: ``tokenizer(texts, context_length=32)``."""
+    """Build a CLIP with :func:`build_clip`; return it with its tokenizer, ``tokenizer(texts, context_length=32)``."""
     # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
     return build_clip(name, pretrained), open_clip.get_tokenizer(name)
 

@@ -265,6 +265,8 @@ class DRL(nn.Module):
             ValueError: nothing readable there, or another architecture; every difference is named.
         """
         path = Path(source)
+        if not path.exists():
+            raise ValueError(f"source must be a folder or a checkpoint file, not found: {path}")
         if path.is_dir():
             state, theirs = pretrained.read_folder(path)
         else:

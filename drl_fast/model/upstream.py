@@ -69,6 +69,8 @@ def read_state(state: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, T
         path = Path(state)
         if not path.is_file():
             raise ValueError(f"state must be a state dict or a checkpoint file, file not found: {path}")
+        if path.suffix == ".safetensors":
+            raise ValueError(f"state must be a file of torch.save, got {path}; name the folder of save_pretrained")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         # A broken or unsafe pickle raises errors of torch, pickle or zipfile.
