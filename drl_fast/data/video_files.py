@@ -7,8 +7,25 @@ from collections import defaultdict
 from pathlib import Path
 
 # Thumbnails, subtitles and sound tracks often share a video's stem.
-VIDEO_SUFFIXES = (".3gp", ".avi", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts")
-VIDEO_SUFFIXES += (".ogv", ".ts", ".vob", ".webm", ".wmv")
+VIDEO_SUFFIXES = {
+    ".3gp",
+    ".avi",
+    ".f4v",
+    ".flv",
+    ".m2ts",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".mts",
+    ".ogv",
+    ".ts",
+    ".vob",
+    ".webm",
+    ".wmv",
+}
 
 
 class VideoFiles:

@@ -30,11 +30,7 @@ ALIASES = {
     "agg_module": "temporal",
     "backbone": "clip",
     "batch_size": "batch",
-    "cdcr_alpha1": "cdcr_alpha_on",
-    "cdcr_alpha2": "cdcr_alpha_off",
-    "cdcr_lambda": "cdcr_weight",
     "fps": "rate",
-    "gradient_clip": "clip_grad",
     "learning_rate": "lr",
     "max_epochs": "epochs",
     "max_grad_norm": "clip_grad",
@@ -42,12 +38,8 @@ ALIASES = {
     "model": "clip",
     "num_epochs": "epochs",
     "num_frames": "max_frames",
-    "num_train_epochs": "epochs",
     "num_workers": "workers",
-    "save_steps": "checkpoint_every",
-    "warmup_proportion": "warmup",
     "warmup_ratio": "warmup",
-    "weights": "pretrained",
 }
 
 

@@ -18,7 +18,6 @@ from ..modules import WTI, XTI, SeqLSTM, SeqTransf, build_interaction
 from ..validation import describe
 from . import losses, padding, pretrained, upstream
 from .clip import (
-    SIZES_IN_STATE,
     build_clip,
     check_clip,
     clip_from_state_dict,
@@ -182,12 +181,10 @@ class DRL(nn.Module):
             ValueError: entries that are missing, unexpected or of another shape, each of them named; a file without a
                 state dict; an option that does not fit the entries.
         """
-        tensors = upstream.read_state(state)
-        inferred = upstream.infer_options(tensors)
+        weights, inferred = upstream.read(state)
         temporal = temporal if agg_module is None else agg_module
         if temporal == "auto":
             temporal = inferred["temporal"]
-        weights = {upstream.to_ours(name): x for name, x in tensors.items()}
         model = cls.from_clip_state_dict(
             _clip_part(weights),
             interaction=inferred["interaction"] if interaction == "auto" else interaction,
@@ -208,7 +205,7 @@ class DRL(nn.Module):
         for name, value in (("patch", patch), ("image_size", image_size)):
             if value is not None and value != own[name]:
                 raise ValueError(f"{name} must be the state's own, {own[name]}, got {value}; leave it out")
-        load_strictly(model, _without_sizes(weights), "state")
+        load_strictly(model, weights, "state")
         return model
 
     @classmethod
@@ -270,11 +267,10 @@ class DRL(nn.Module):
         if path.is_dir():
             state, theirs = pretrained.read_folder(path)
         else:
-            tensors = upstream.read_state(path)
-            theirs = {"clip": None, "quick_gelu": True, **upstream.infer_options(tensors)}
-            if theirs["interaction"] == "dp" and self.config.interaction == "ti":
-                theirs["interaction"] = "ti"  # the public code's entries are the same for both
-            state = _without_sizes({upstream.to_ours(name): x for name, x in tensors.items()})
+            state, inferred = upstream.read(path)
+            theirs = {"clip": None, "quick_gelu": True, **inferred}
+            if inferred["interaction"] == "dp" and self.config.interaction == "ti":
+                theirs["interaction"] = "ti"  # neither has weights: the entries are the same
         ours = self.describe_config()
         keys = ["quick_gelu", "mean", "std", "interaction", "temporal", *["wti_arch"] * (ours["interaction"] == "wti")]
         differences = [
@@ -501,10 +497,6 @@ def _until_end(ids: Tensor) -> Tensor:
 
 def _clip_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("clip."): x for name, x in state.items() if name.startswith("clip.")}
-
-
-def _without_sizes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x for name, x in state.items() if name.removeprefix("clip.") not in SIZES_IN_STATE}
 
 
 def _architecture(clip_name: str | None) -> str | None:

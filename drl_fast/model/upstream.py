@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clip import SIZES_IN_STATE
+
 # Prefixes: ours, theirs. The first match counts.
 NAMES = (
     ("clip.", "clip."),
@@ -31,6 +33,13 @@ OPTIONS = {
     "cdcr_alpha2": "cdcr_alpha_off",
     "cdcr_lambda": "cdcr_weight",
 }
+
+
+def read(state: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights under our names, and what :func:`infer_options` tells of them, from a mapping or a file."""
+    tensors = read_state(state)
+    weights = {to_ours(name): x for name, x in tensors.items() if name.removeprefix("clip.") not in SIZES_IN_STATE}
+    return weights, infer_options(tensors)
 
 
 def to_ours(name: str) -> str:
