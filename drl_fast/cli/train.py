@@ -74,7 +74,7 @@ def train(
     after a kill too. torchrun --nproc-per-node N -m drl_fast.cli train ... trains on N processes: each takes its part
     of the batch, and every pair stays a negative of all others.
     """
-    with told("train"), contextlib.ExitStack() as stack:
+    with told("train"):
         from ..engine.config import build_model, read_config
         from ..engine.train import LAST, Data, Run
 
@@ -83,32 +83,32 @@ def train(
                 f"init-from must be left out with --resume, which continues from the run's checkpoint, got {init_from}"
             )
         settings = read_config(config, overrides or (), dataset)
-        here = stack.enter_context(processes())
-        console = Console(quiet=not here.first)
-        folder = out or Path("runs") / (f"{dataset}_{config.stem}" if dataset else config.stem)
-        source = init_from or settings.init_from or (_recorded_source(folder) if resume else None)
-        settings = dataclasses.replace(settings, init_from=source and str(Path(source).resolve()))
-        if dry_run:
-            scratch = stack.enter_context(_shared_folder(here))
-            settings, folder = _dry_settings(settings, scratch, here), scratch / "run"
-            videos = annotations = scratch
-        settings, videos, annotations = with_folders(settings, videos, annotations, DRY_HINT)
-        splits = {
-            part: load_split(settings.dataset, part, videos=videos, annotations=annotations, strict=strict)
-            for part in ("train", "val")
-        }
-        _introduce(settings, splits, here, console)
-        torch.manual_seed(settings.seed)
-        # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
-        model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
-        data = Data(splits["train"], splits["val"], tokenizer, strict)
-        stop = stack.enter_context(_stop_on_signal(console))
-        watcher = _Watcher(console)
-        run = Run(settings, model, data, folder, here, watcher, stop)
-        run.open_folder(resume)
-        with watcher.bars:
-            finished = run.train()
-        _conclude(run, watcher, finished, dry_run, console)
+        with processes() as here, contextlib.ExitStack() as stack:
+            console = Console(quiet=not here.first)
+            folder = out or Path("runs") / (f"{dataset}_{config.stem}" if dataset else config.stem)
+            source = init_from or settings.init_from or (_recorded_source(folder) if resume else None)
+            settings = dataclasses.replace(settings, init_from=source and str(Path(source).resolve()))
+            if dry_run:
+                scratch = stack.enter_context(_shared_folder(here))
+                settings, folder = _dry_settings(settings, scratch, here), scratch / "run"
+                videos = annotations = scratch
+            settings, videos, annotations = with_folders(settings, videos, annotations, DRY_HINT)
+            splits = {
+                part: load_split(settings.dataset, part, videos=videos, annotations=annotations, strict=strict)
+                for part in ("train", "val")
+            }
+            _introduce(settings, splits, here, console)
+            torch.manual_seed(settings.seed)
+            # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
+            model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
+            data = Data(splits["train"], splits["val"], tokenizer, strict)
+            stop = stack.enter_context(_stop_on_signal(console))
+            watcher = _Watcher(console)
+            run = Run(settings, model, data, folder, here, watcher, stop)
+            run.open_folder(resume)
+            with watcher.bars:
+                finished = run.train()
+            _conclude(run, watcher, finished, dry_run, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)
 
