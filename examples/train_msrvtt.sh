@@ -3,8 +3,9 @@
 #
 #   VIDEOS=/data/msrvtt/videos ANNOTATIONS=/data/msrvtt ROW=wti_cdcr GPUS=8 examples/train_msrvtt.sh
 #
-# ROW is a file of configs/ without msrvtt_ and .yaml; GPUS the processes (1 where not given). Run it again after
-# whatever ended it: it goes on. What follows the script's name goes to drl-fast train: --set batch=256, --dry-run.
+# ROW is dp, dp_seqtransf, hi, mlp, xti, xti_seqtransf, ti, wti, dp_cdcr, ti_cdcr or wti_cdcr; GPUS is the number of
+# processes (default 1). Run it again after an interruption: it continues. Further arguments go to drl-fast train, such
+# as --set batch=256 or --dry-run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROW=${ROW:-wti_cdcr} GPUS=${GPUS:-1} OUT=${OUT:-runs/msrvtt_$ROW}
@@ -14,7 +15,7 @@ if [ "$GPUS" -gt 1 ]; then
 else
   start=(python -m drl_fast.cli)
 fi
-"${start[@]}" train --config "configs/msrvtt_$ROW.yaml" --out "$OUT" --resume \
+"${start[@]}" train --config "$ROW" --dataset msrvtt --out "$OUT" --resume \
   --videos "${VIDEOS:?the folder of MSR-VTT\'s videos}" \
   --annotations "${ANNOTATIONS:?the folder of MSRVTT_data.json and the two CSV files}" "$@"
 if [[ " $* " != *" --dry-run "* ]]; then

@@ -1,15 +1,42 @@
-"""Options that more than one command has."""
+"""Options that train and eval share."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Videos = Annotated[Path | None, typer.Option(help="Folder of the video files; else the configuration's.")]
-Annotations = Annotated[Path | None, typer.Option(help="Folder of the annotation files; else the configuration's.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value in YAML, over the configuration's; repeatable.")
+if TYPE_CHECKING:
+    from ..engine.config import RunConfig
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="msrvtt, msvd, lsmdc, vatex, activitynet, didemo or folder; default: the configuration's."),
 ]
-Strict = Annotated[bool, typer.Option(help="Fail where a video is missing or cannot be read.")]
+Videos = Annotated[Path | None, typer.Option(help="Folder of the video files; default: the configuration's.")]
+Annotations = Annotated[Path | None, typer.Option(help="Folder of the annotation files; default: the configuration's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value in YAML, replaces the configuration's; repeatable.")
+]
+Strict = Annotated[bool, typer.Option(help="Fail if a video is missing or cannot be read.")]
+
+
+def with_folders(
+    config: RunConfig, videos: Path | None, annotations: Path | None, hint: str = ""
+) -> tuple[RunConfig, Path, Path]:
+    """Return the configuration with absolute folders, and the folders; ``folder`` data keeps captions with the videos.
+
+    Raises:
+        ValueError: neither an option nor the configuration names one of them; ``hint`` is added to the remedy.
+    """
+    found = {"videos": videos or config.videos, "annotations": annotations or config.annotations}
+    if config.dataset == "folder" and found["annotations"] is None:
+        found["annotations"] = found["videos"]
+    folders = []
+    for name, folder in found.items():
+        if folder is None:
+            raise ValueError(f"{name} must name a folder, got none; pass --{name} or set it in the configuration{hint}")
+        folders.append(Path(folder).resolve())
+    return dataclasses.replace(config, videos=str(folders[0]), annotations=str(folders[1])), folders[0], folders[1]

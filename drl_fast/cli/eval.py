@@ -1,28 +1,54 @@
-"""``drl-fast eval``: a model against a data set's videos and captions, on one process or, under torchrun, many."""
+"""``drl-fast eval``: score a model on a data set, on one process or, under torchrun, many."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
+from .. import __version__
+from ..atomic_write import write_atomically
+from ..data.datasets import load_split
+from ..data.formats import PARTS
+from ..data.split import Split
+from ..engine.processes import processes
+from ..metrics import dual_softmax_metrics, recall_interval
+from ..validation import option
 from ._errors import told
-from ._options import Annotations, Overrides, Strict, Videos
+from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
+from ._output import print_line, print_split, print_unreadable
+from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
+
+if TYPE_CHECKING:
+    from ..engine.evaluate import Evaluation
+
+SHOWN = 10
+STAGES = {"videos": "decode and encode videos", "texts": "encode captions", "scores": "score"}
+POST = "Post-processing by dual softmax, not comparable with the table above"
+POST_NOTE = "Dual softmax weights every score by those of all test queries, which a search does not have."
 
 
 def evaluate(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="A run folder of drl-fast train (its best model), a folder of save_pretrained, or a checkpoint file "
-            "of the public DRL code. Without it: the configured model as it is built."
+            help="A run of drl-fast train (its best model), a save_pretrained folder, or a checkpoint file of the "
+            "public DRL code. Default: the configured model, untrained."
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file as under configs/; a run folder brings its own.")
+        Path | None,
+        typer.Option(help="A row of the ablation, such as wti_cdcr, or a YAML file; a run brings its own."),
     ] = None,
+    dataset: Dataset = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     videos: Videos = None,
     annotations: Annotations = None,
@@ -30,13 +56,11 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Write metrics, intervals, counts and settings to this JSON.")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep frame features in this folder, and decode no video twice.")
-    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keep frame features here, and decode no video twice.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode, for each process; else the configuration's.")
+        int | None, typer.Option(min=0, help="Decoding processes per process; default: the configuration's.")
     ] = None,
-    block: Annotated[int, typer.Option(min=1, help="Captions scored at a time: less memory, more passes.")] = 64,
+    block: Annotated[int, typer.Option(min=1, help="Captions scored at a time: fewer use less memory.")] = 64,
     strict: Strict = False,
     post: Annotated[
         bool, typer.Option(help="Also print metrics after dual softmax, which are not comparable with plain ones.")
@@ -47,21 +71,143 @@ def evaluate(
     Videos that are missing or cannot be read are named and left out with their captions. torchrun --nproc-per-node N
     -m drl_fast.cli eval ... shares the work and gives the same numbers.
     """
-    with told("train"):
-        from ._evaluation import EvalRun, run_eval
+    with told("train"), processes() as here:
+        from ..data.feature_cache import FeatureCache
+        from ..engine import evaluate as engine
+        from .load_model import load_model, settings_of, untrained
 
-        run = EvalRun(
-            checkpoint,
-            config,
-            split,
-            videos,
-            annotations,
-            tuple(overrides or ()),
-            out,
-            cache,
-            workers,
-            block,
-            strict,
-            post,
+        option("split", split, PARTS)
+        console = Console(quiet=not here.first)
+        if out is not None and here.first:
+            _check_out(out)
+        settings = settings_of(checkpoint, config, overrides or (), dataset)
+        settings, videos, annotations = with_folders(settings, videos, annotations)
+        model, tokenizer = load_model(checkpoint, settings)
+        model.to(here.device)
+        sampling = settings.sampling(model.picture_size[0])
+        part = load_split(settings.dataset, split, videos=videos, annotations=annotations, strict=strict)
+        print_machine(console)
+        print_line(
+            console,
+            f"Model {'as built' if checkpoint is None else f'from {checkpoint}'}: {model.clip_name or 'unnamed CLIP'}, "
+            f"interaction {model.config.interaction}, temporal module {model.config.temporal}; {settings.precision} on "
+            f"{here.device}" + f", {here.size} processes" * (here.size > 1),
         )
-        run_eval(run, Console())
+        print_split(console, part)
+        print_line(console, f"frames: {sampling.rate:g} per second, at most {sampling.max_frames} per video")
+        warning = untrained(settings) if checkpoint is None else None
+        if warning is not None:
+            print_line(console, warning, "bold yellow")
+        watch = _Watch(console)
+        with watch.bars:
+            found = engine.evaluate(
+                model,
+                part,
+                tokenizer,
+                sampling,
+                max_words=settings.words,
+                workers=settings.workers if workers is None else workers,
+                cache=None if cache is None else FeatureCache(cache),
+                block=block,
+                precision=settings.precision,
+                strict=strict,
+                process_group=here.group,
+                on_progress=watch,
+            )
+        if not here.first:
+            return
+        report = {
+            "dataset": settings.dataset,
+            "part": split,
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "untrained": warning,
+            **_metrics(found, part, post),
+            "model": model.describe_config(),
+            "config": dataclasses.asdict(settings),
+            "block": block,
+            "device": str(here.device),
+            "processes": here.size,
+            "versions": {
+                "drl_fast": __version__,
+                "torch": torch.__version__,
+                "open_clip": version("open_clip_torch"),
+                "av": version("av"),
+            },
+            "seconds": {stage: round(taken, 3) for stage, taken in watch.seconds.items()},
+        }
+        _print(report, found, console)
+        if out is not None:
+            _write(out, report)
+            print_line(console, f"written to {out}")
+
+
+class _Watch:
+    """Show a progress bar per stage, and measure how long each stage takes."""
+
+    def __init__(self, console: Console) -> None:
+        self.bars = progress(console)
+        self.seconds: dict[str, float] = {}
+        self._tasks: dict[str, Any] = {}
+        self._since = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self.bars.add_task(STAGES[stage], total=total, note="")
+        self.bars.update(self._tasks[stage], completed=done)
+        if done == total:
+            now = time.perf_counter()
+            self.seconds[stage], self._since = now - self._since, now
+
+
+def _metrics(found: Evaluation, split: Split, post: bool) -> dict[str, Any]:
+    """Return what was measured, as JSON holds it."""
+    texts, videos = found.sim.shape
+    return {
+        "metrics": found.metrics,
+        "R1_interval_95": {key: list(recall_interval(found.sim, found.owner, direction=key)) for key in DIRECTIONS},
+        "chance": chance(videos),
+        "dual_softmax": dual_softmax_metrics(found.sim, found.owner) if post else None,
+        "texts": texts,
+        "videos": videos,
+        "missing": list(split.missing),
+        "unreadable": [video._asdict() for video in found.unreadable],
+    }
+
+
+def _print(report: dict[str, Any], found: Evaluation, console: Console) -> None:
+    for video in found.unreadable[:SHOWN]:
+        print_unreadable(console, video)
+    if len(found.unreadable) > SHOWN:
+        print_line(console, f"... and {len(found.unreadable) - SHOWN} more unreadable videos")
+    count = f"{report['texts']} captions against {report['videos']} videos"
+    table = metrics_table(f"\n{report['dataset']}, {report['part']}: {count}, recalls in percent")
+    for key, direction in DIRECTIONS.items():
+        metrics_row(table, direction, report["metrics"][key], report["R1_interval_95"][key])
+    metrics_row(table, "chance", report["chance"])
+    console.print(table)
+    print_line(console, "Brackets: 95 % bootstrap interval over the videos.")
+    if report["dual_softmax"] is not None:
+        table = metrics_table(f"\n{POST}")
+        for key, direction in DIRECTIONS.items():
+            metrics_row(table, direction, report["dual_softmax"][key])
+        console.print(table)
+        print_line(console, POST_NOTE)
+    stages = ", ".join(f"{STAGES[stage]} {taken:.1f} s" for stage, taken in report["seconds"].items())
+    print_line(console, f"Time: {stages}")
+
+
+def _check_out(path: Path) -> None:
+    """Check now, not after an hour, that the result can be written."""
+    if path.is_dir():
+        raise ValueError(f"out must be a file, got {path}, a folder; name a file in it, such as {path / 'eval.json'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    try:
+        write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"the result could not be written to {path}, got: {error.strerror or error}") from error

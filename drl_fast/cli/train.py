@@ -1,28 +1,67 @@
-"""``drl-fast train``: a row of the ablation, on one process or, under torchrun, many."""
+"""``drl-fast train``: train a row of the ablation on one process or, under torchrun, many."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
+from ..data.datasets import load_split
+from ..data.split import Split
+from ..engine.processes import Processes, processes
+from ..metrics import recall_interval
 from ._errors import INTERRUPTED, told
-from ._options import Annotations, Overrides, Strict, Videos
+from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
+from ._output import print_line, print_split, print_unreadable
+from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
+
+if TYPE_CHECKING:
+    from ..data.loading import Unreadable
+    from ..engine.config import RunConfig
+    from ..engine.evaluate import Evaluation
+    from ..engine.train import Run
+
+# The size of a dry run, which shows that a configuration works, not how fast it is.
+DRY_STEPS, DRY_BATCH = 2, 8
+DRY_HINT = ", or try it on generated clips with --dry-run"
+# Seconds within which a second signal counts as the first one repeated.
+REPEATED = 1.0
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="A YAML file as under configs/: data set, model and recipe.")],
+    config: Annotated[
+        Path, typer.Option(help="A row of the ablation, such as wti_cdcr, or a YAML file: model and recipe.")
+    ],
+    dataset: Dataset = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run's folder, new or, with --resume, its own; else runs/ and the config's name."),
+        typer.Option(
+            help="The run's folder: new, or its own with --resume. Default: runs/ and the names of data set and row."
+        ),
     ] = None,
     videos: Videos = None,
     annotations: Annotations = None,
     overrides: Overrides = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start from the weights of a run, a save_pretrained folder or a public DRL checkpoint file, with a "
+            "new optimizer and schedule; the architecture must be the configuration's."
+        ),
+    ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the folder's last checkpoint, or from the beginning if there is none.")
+        bool, typer.Option(help="Continue from the folder's last checkpoint, or start if there is none.")
     ] = False,
     strict: Strict = False,
     dry_run: Annotated[
@@ -31,13 +70,208 @@ def train(
 ) -> None:
     """Train a model and keep the one with the highest text-to-video R@1.
 
-    Ctrl-C ends it after the step with a checkpoint; --resume goes on from there with the losses that it would have
-    had, also after a kill. torchrun --nproc-per-node N -m drl_fast.cli train ... trains on N processes: the batch
-    is divided among them and every pair stays a negative of all others.
+    Ctrl-C ends it after the current step with a checkpoint. --resume continues with the losses that it would have had,
+    after a kill too. torchrun --nproc-per-node N -m drl_fast.cli train ... trains on N processes: each takes its part
+    of the batch, and every pair stays a negative of all others.
     """
     with told("train"):
-        from ._training import TrainRun, run_train
+        from ..engine.config import build_model, read_config
+        from ..engine.train import LAST, Data, Run
 
-        run = TrainRun(config, out, videos, annotations, tuple(overrides or ()), resume, strict)
-        if not run_train(run, Console(), dry=dry_run):
+        if resume and init_from is not None:
+            raise ValueError(
+                f"init-from must be left out with --resume, which continues from the run's checkpoint, got {init_from}"
+            )
+        settings = read_config(config, overrides or (), dataset)
+        with processes() as here, contextlib.ExitStack() as stack:
+            console = Console(quiet=not here.first)
+            folder = out or Path("runs") / (f"{dataset}_{config.stem}" if dataset else config.stem)
+            source = init_from or settings.init_from or (_recorded_source(folder) if resume else None)
+            settings = dataclasses.replace(settings, init_from=source and str(Path(source).resolve()))
+            if dry_run:
+                scratch = stack.enter_context(_shared_folder(here))
+                settings, folder = _dry_settings(settings, scratch, here), scratch / "run"
+                videos = annotations = scratch
+            settings, videos, annotations = with_folders(settings, videos, annotations, DRY_HINT)
+            splits = {
+                part: load_split(settings.dataset, part, videos=videos, annotations=annotations, strict=strict)
+                for part in ("train", "val")
+            }
+            _introduce(settings, splits, here, console)
+            torch.manual_seed(settings.seed)
+            # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
+            model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
+            data = Data(splits["train"], splits["val"], tokenizer, strict)
+            stop = stack.enter_context(_stop_on_signal(console))
+            watcher = _Watcher(console)
+            run = Run(settings, model, data, folder, here, watcher, stop)
+            run.open_folder(resume)
+            with watcher.bars:
+                finished = run.train()
+            _conclude(run, watcher, finished, dry_run, console)
+        if not finished:
             raise typer.Exit(INTERRUPTED)
+
+
+def _recorded_source(folder: Path) -> str | None:
+    """Return what a run that is resumed was initialized from."""
+    from ..engine.config import read_config
+    from ..engine.train import CONFIG
+
+    return read_config(folder / CONFIG).init_from if (folder / CONFIG).is_file() else None
+
+
+def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, console: Console) -> None:
+    """Print what is trained, on what and where."""
+    print_machine(console)
+    for split in splits.values():
+        print_split(console, split)
+    if splits["train"].captions == splits["val"].captions:
+        print_line(
+            console,
+            "val holds the training captions: its scores say nothing about other videos; a column split (train, val, "
+            "test) separates them",
+            "bold yellow",
+        )
+    weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
+    if config.init_from is not None:
+        weights = f"weights from {config.init_from}"
+    print_line(
+        console,
+        f"{config.clip}, {weights}, interaction {config.interaction}, temporal module {config.temporal}, cdcr "
+        f"{config.cdcr}; {config.precision} on {here.device}"
+        + (f", {here.size} processes ({config.parallel})" if here.size > 1 else ""),
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether Ctrl-C or SIGTERM arrived; a second Ctrl-C raises KeyboardInterrupt."""
+    received: list[float] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if received:
+            # torchrun forwards what the terminal has already sent to its processes: one Ctrl-C arrives twice.
+            if number == signal.SIGINT and now - received[0] > REPEATED:
+                raise KeyboardInterrupt
+            return
+        received.append(now)
+        print_line(console, "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Watcher:
+    """Show progress bars, one line per evaluation, and the names of unreadable videos."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.bars = console, progress(console)
+        self.best: tuple[int, Evaluation] | None = None
+        self._task: Any = None
+        self._stages: dict[str, Any] = {}
+
+    def started(self, step: int, steps: int, epochs: int) -> None:
+        self._task = self.bars.add_task(f"train, {epochs} epochs", total=steps, completed=step, note="")
+        if step:
+            print_line(self.console, f"continuing after step {step} of {steps}")
+
+    def stepped(self, values: dict[str, float]) -> None:
+        speed = values["pairs"] / values["seconds"]
+        note = f"epoch {values['epoch']:.0f}, loss {values['total']:.3f}, {speed:.1f} pairs/s"
+        self.bars.update(self._task, completed=values["step"], note=note)
+
+    def evaluating(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._stages:
+            self._stages[stage] = self.bars.add_task(f"evaluate, {stage}", total=total, note="")
+        self.bars.update(self._stages[stage], completed=done)
+
+    def evaluated(self, epoch: int, found: Evaluation, best: bool) -> None:
+        for task in self._stages.values():
+            self.bars.remove_task(task)
+        self._stages.clear()
+        if best:
+            self.best = epoch, found
+        recalls = ", ".join(f"{DIRECTIONS[key]} R@1 {found.metrics[key]['R1']:.1f}" for key in DIRECTIONS)
+        print_line(self.console, f"epoch {epoch}: {recalls}" + ", the best so far" * best)
+
+    def unreadable(self, video: Unreadable) -> None:
+        # Every process reports its own videos, on stderr: the bars on stdout are the first process's.
+        print_unreadable(Console(stderr=True), video)
+
+
+def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: Console) -> None:
+    """Print the result, and how to continue."""
+    from ..engine.train import BEST, LAST, UNREADABLE
+
+    if not finished:
+        print_line(
+            console,
+            f"stopped after step {run.progress.step} of {len(run.batches)}; the same command with --resume continues "
+            f"from {run.folder / LAST}",
+        )
+        return
+    unreadable = run.unreadable()
+    if unreadable:
+        print_line(
+            console, f"{len(unreadable)} videos could not be read; {run.folder / UNREADABLE} has their names and why"
+        )
+    best = run.progress.best()
+    if best is None:
+        return
+    epoch, metrics, val = best[0], run.progress.evaluations[best[0]], run.data.val
+    table = metrics_table(f"\n{val.dataset}, {val.part}: after epoch {epoch}, the best by text-to-video R@1")
+    # A resumed run has the metrics of earlier epochs, but not their similarities.
+    scored = watcher.best[1] if watcher.best is not None and watcher.best[0] == epoch else None
+    for key, direction in DIRECTIONS.items():
+        interval = None if scored is None else recall_interval(scored.sim, scored.owner, direction=key)
+        metrics_row(table, direction, metrics[key], interval)
+    if scored is not None:
+        metrics_row(table, "chance", chance(scored.sim.shape[1]))
+    console.print(table)
+    if dry:
+        print_line(console, "A dry run: generated clips, two steps. The scores mean nothing.")
+        return
+    print_line(
+        console,
+        f"drl-fast eval --checkpoint {run.folder} scores it on the test part; the model is in {run.folder / BEST}",
+    )
+
+
+def _dry_settings(config: RunConfig, folder: Path, here: Processes) -> RunConfig:
+    """Return the configuration for a few generated clips, which are written to ``folder``."""
+    from ..data import moving_shapes
+
+    batch = min(config.batch, DRY_BATCH)
+    if here.first:
+        count = DRY_STEPS * batch
+        clips = moving_shapes.make_clips(count + -count % moving_shapes.ARRANGEMENTS, seed=config.seed)[:count]
+        moving_shapes.write_folder(clips, folder)
+    here.wait()
+    return dataclasses.replace(
+        config,
+        dataset="folder",
+        # With init_from nothing is fetched, and the tag selects the activation.
+        pretrained=None if config.init_from is None else config.pretrained,
+        epochs=1,
+        batch=batch,
+        max_words=config.words,
+        max_frames=config.sampling(1).max_frames,
+        workers=min(config.workers, 2),
+    )
+
+
+@contextlib.contextmanager
+def _shared_folder(here: Processes) -> Iterator[Path]:
+    """Give a temporary folder that all processes of this machine see."""
+    with contextlib.ExitStack() as stack:
+        name = [stack.enter_context(tempfile.TemporaryDirectory(prefix="drl_fast_dry_"))] if here.first else [""]
+        if here.group is not None:
+            dist.broadcast_object_list(name, src=0, group=here.group)
+        yield Path(name[0])
+        here.wait()

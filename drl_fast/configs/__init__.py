@@ -1,1 +1,1 @@
-"""A file a row of the ablation and data set, shipped as drl_fast.configs."""
+"""One file per row of the ablation; the data set is an option. Shipped as drl_fast.configs."""

@@ -1,1 +1,1 @@
-"""Videos, captions and what is made of them before a model sees it. Needs the ``video`` extra (PyAV, torchvision)."""
+"""Videos and captions, from annotation files to batches. Needs the ``video`` extra (PyAV, torchvision)."""

@@ -1,4 +1,4 @@
-"""Annotation files: lists of ids, tables, JSON, plain pickles; errors name file, entry and remedy."""
+"""Readers of annotation files: lists of ids, tables, JSON, plain pickles. Errors name file, entry and remedy."""
 
 from __future__ import annotations
 
@@ -20,22 +20,18 @@ T = TypeVar("T")
 
 
 class Listing(NamedTuple):
-    """What annotation files say of one part."""
+    """One part of a data set, as its annotation files list it."""
 
     ids: list[str]
-    """Each video once."""
+    """Every video once."""
     captions: list[tuple[str, str]]
-    """Id and caption; those of other ids may be among them."""
+    """Id and caption; captions of unlisted ids may be among them."""
 
 
 def find_file(folder: Path, *names: str) -> Path:
-    """The first of ``names`` that the folder of annotations holds.
-
-    Raises:
-        ValueError: none is there.
-    """
+    """Return the first of ``names`` that exists in the annotations folder; ValueError if none does."""
     if not folder.is_dir():
-        raise ValueError(f"annotations must be a folder, got {folder}, which is none; it is to hold {names[0]}")
+        raise ValueError(f"annotations must be a folder that holds {names[0]}, not a folder: {folder}")
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -43,7 +39,7 @@ def find_file(folder: Path, *names: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without the byte order mark that spreadsheet programs put first."""
+    """Read UTF-8 text, without the byte order mark that spreadsheet programs put first."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -51,13 +47,13 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """A JSON file whose outermost value is a ``kind``; an object that holds a key twice is an error."""
+    """Read a JSON file whose outermost value is a ``kind``; a repeated key is an error."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            twice = _first_twice(key for key, _ in pairs)
-            raise ValueError(f"{path} must hold each key once, got {twice!r} twice; {AS_RELEASED}")
+            repeated = _first_repeated(key for key, _ in pairs)
+            raise ValueError(f"{path} must hold each key once, got {repeated!r} twice; {AS_RELEASED}")
         return entries
 
     try:
@@ -68,10 +64,10 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Ids, a line each (.txt), in a list (.json) or in an array of strings (.npy).
+    """Read ids: one per line (.txt), a list (.json) or an array of strings (.npy).
 
     Raises:
-        ValueError: no id, one that is no string, or one twice.
+        ValueError: no ids, a repeated id, or one that is not a string.
     """
     if path.suffix == ".json":
         ids = read_json(path, list)
@@ -85,21 +81,22 @@ def read_ids(path: Path) -> list[str]:
 
 
 def _read_array(path: Path) -> list[str]:
-    how = "write the ids to a .txt file, one a line"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of Python 2 load, with advice to save them again
+            warnings.simplefilter("ignore")  # arrays of Python 2 load, with advice to save them again
             array = np.load(path, allow_pickle=False)
         if array.ndim != 1 or array.dtype.kind not in "US":
             raise ValueError(f"{array.dtype} of shape {array.shape}")
         return [name.decode() if isinstance(name, bytes) else name for name in array.tolist()]
-    # A damaged head raises what numpy's parser of it happens to; object arrays are pickles, which could run code.
+    # numpy raises many types for a damaged header, and refuses object arrays: those are pickles, which could run code.
     except Exception as error:
-        raise ValueError(f"{path} must be an array of strings, got: {error}; {how}") from error
+        raise ValueError(
+            f"{path} must be an array of strings, got: {error}; write the ids to a .txt file, one per line"
+        ) from error
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a comma-separated file, which must have ``columns``."""
+    """Read the rows of a comma-separated file that has ``columns``."""
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         got = rows.fieldnames or []
@@ -111,28 +108,28 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         table = []
         for number, row in enumerate(rows, start=1):
             if any(row[name] is None for name in columns) or None in row:
-                raise ValueError(f"{path}, row {number} must have {len(got)} fields, got others; {AS_RELEASED}")
+                raise ValueError(f"{path}, row {number} must have {len(got)} fields, got another number; {AS_RELEASED}")
             table.append(row)
     except csv.Error as error:
         raise ValueError(
-            f"{path} must be comma-separated text, got behind line {rows.line_num}: {error}; {AS_RELEASED}"
+            f"{path} must be comma-separated text, got an error after line {rows.line_num}: {error}; {AS_RELEASED}"
         ) from error
     return table
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, strings and numbers; a pickle that asks for anything to be imported could run code."""
+    """Unpickle lists, dicts, strings and numbers alone: a pickle that imports anything could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"an object of {module}.{name}")
 
 
 def read_pickle(path: Path) -> dict:
-    """A pickled dict of plain lists and strings, Python 2's included."""
+    """Read a pickled dict of plain lists and strings, from Python 2 or 3."""
     try:
         with path.open("rb") as file:
             value = _PlainUnpickler(file, encoding="utf-8").load()
-    # What a damaged pickle raises can be anything: its bytes are a program.
+    # A damaged pickle can raise anything: its bytes are a program.
     except Exception as error:
         raise ValueError(
             f"{path} must be a pickle of plain lists, dicts and strings, got {error or type(error).__name__}; "
@@ -142,14 +139,14 @@ def read_pickle(path: Path) -> dict:
 
 
 def checked(value: object, kind: type[T], place: str) -> T:
-    """``value`` as the ``kind`` it must be."""
+    """Return ``value`` if it is a ``kind``; ValueError otherwise."""
     if not isinstance(value, kind):
         raise ValueError(f"{place} must be a {kind.__name__}, got {describe(value)}; {AS_RELEASED}")
     return value
 
 
 def field(entry: object, key: str, kind: type[T], place: str) -> T:
-    """``entry[key]``, where ``entry`` must be a dict and the value a ``kind``."""
+    """Return ``entry[key]`` of a dict, checked to be a ``kind``."""
     entries = checked(entry, dict, place)
     if key not in entries:
         raise ValueError(f"{place} must have the key {key!r}, got {', '.join(map(repr, entries))}; {AS_RELEASED}")
@@ -157,29 +154,25 @@ def field(entry: object, key: str, kind: type[T], place: str) -> T:
 
 
 def strings(value: object, place: str) -> list[str]:
-    """``value`` as the list of strings it must be."""
+    """Return ``value`` if it is a list of strings; ValueError otherwise."""
     return [checked(text, str, f"{place}, {number}") for number, text in enumerate(checked(value, list, place), 1)]
 
 
 def paragraph(sentences: Iterable[str]) -> str:
-    """Sentences joined by a space; those without a word add nothing."""
+    """Join sentences by spaces, without the empty ones."""
     return " ".join(text for text in (sentence.strip() for sentence in sentences) if text)
 
 
 def unique(names: Iterable[str], path: Path) -> list[str]:
-    """``names`` as a list.
-
-    Raises:
-        ValueError: none, or one twice.
-    """
+    """Return ``names`` as a list; ValueError if it is empty or a name is repeated."""
     listed = list(names)
     if not listed:
         raise ValueError(f"{path} must list at least one video, got none; {AS_RELEASED}")
     if len(set(listed)) != len(listed):
-        raise ValueError(f"{path} must list each video once, got {_first_twice(listed)!r} twice; remove one")
+        raise ValueError(f"{path} must list each video once, got {_first_repeated(listed)!r} twice; remove one")
     return listed
 
 
-def _first_twice(names: Iterable[str]) -> str:
+def _first_repeated(names: Iterable[str]) -> str:
     seen: set[str] = set()
     return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -1,4 +1,4 @@
-"""The data sets by name: how each is read, and how long its captions and videos are taken to be."""
+"""The data sets by name: how each is read, and what it needs of a model's sizes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from .video_files import VideoFiles
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What sets one data set apart."""
+    """What is particular to one data set."""
 
     title: str
     read: Callable[[Path, str], Listing]
     max_words: int = 32
-    """Tokens a caption, start and end included."""
+    """Tokens per caption, start and end included."""
     max_frames: int = 12
     seconds: float | None = None
-    """Only so much of a video's beginning is looked at; None: all of it."""
+    """Only this much of a video's beginning is used; None: all of it."""
     prefix: str = ""
-    """What ids begin with, and file names may lack."""
+    """Ids begin with this; file names may lack it."""
+    chunk: int = 0
+    """Pairs encoded per chunk in training (GradCache), where a batch's graph exceeds one GPU; 0 = off."""
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -33,26 +35,26 @@ DATASETS: dict[str, DatasetSpec] = {
     "msvd": DatasetSpec("MSVD", formats.msvd),
     "lsmdc": DatasetSpec("LSMDC", formats.lsmdc),
     "vatex": DatasetSpec("VATEX", formats.vatex),
-    "activitynet": DatasetSpec("ActivityNet Captions", formats.activitynet, 64, 64, prefix="v_"),
-    # Annotators saw 30 seconds of each video, and the public code takes 31.
-    "didemo": DatasetSpec("DiDeMo", formats.didemo, 64, 64, seconds=31),
+    "activitynet": DatasetSpec("ActivityNet Captions", formats.activitynet, 64, 64, prefix="v_", chunk=16),
+    # Annotators saw 30 seconds of each video; the public code uses 31.
+    "didemo": DatasetSpec("DiDeMo", formats.didemo, 64, 64, seconds=31, chunk=16),
     "folder": DatasetSpec("a folder of videos", formats.folder),
 }
 
 
 def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str | Path, strict: bool = False) -> Split:
-    """One part of a data set: its captions, and the files of the videos they describe.
+    """Load one part of a data set: its captions, and the files of the videos they describe.
 
     Args:
         dataset: a key of :data:`DATASETS`.
-        part: ``"train"``, ``"val"`` or ``"test"``. MSR-VTT and ActivityNet test on their val part.
-        videos: the folder of the video files; folders within are searched too.
-        annotations: the folder of the annotation files, under the names of their release.
-        strict: raise where a listed video has no file or no caption, instead of leaving it out.
+        part: ``"train"``, ``"val"`` or ``"test"``. MSR-VTT and ActivityNet use their val part as test.
+        videos: the folder of the video files, searched with its subfolders.
+        annotations: the folder of the annotation files, named as they were released.
+        strict: raise if a listed video has no file or no caption, instead of leaving it out.
 
     Raises:
-        ValueError: an unknown data set or part; a file that is missing or of another form; an id listed twice; two
-            files for one video; nothing left. File, entry and remedy are named.
+        ValueError: an unknown data set or part; a missing or malformed file; an id listed twice; two files for one
+            video; nothing left. File, entry and remedy are named.
     """
     option("dataset", dataset, tuple(DATASETS))
     option("part", part, formats.PARTS)
@@ -65,7 +67,7 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
     if not described:
         raise ValueError(
             f"annotations must have a caption for the {len(listed)} videos that {dataset}'s {part} part lists "
-            f"({some(listing.ids)}), got none in {annotations}, where captions are of "
+            f"({some(listing.ids)}), but the captions in {annotations} describe "
             f"{some(list(dict.fromkeys(name for name, _ in listing.captions))) or 'no video'}; take both files from "
             "one release"
         )
@@ -93,14 +95,14 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
 
 
 def _check(split: Split, files: VideoFiles, strict: bool) -> None:
-    what = f"the videos that {split.dataset}'s {split.part} part lists"
+    wanted = f"the videos that {split.dataset}'s {split.part} part lists"
     if not split.names:
         first = next(iter(files.by_stem.values()), None)
-        there = f"{files.videos} other videos, such as {first[0]}" if first else "no video file"
+        found = f"other videos, such as {first[0]} (of {files.videos})" if first else "no video file"
         raise ValueError(
-            f"videos must hold {what} ({some(split.missing)}), got {files.folder}, where there is {there}; pass the "
-            "folder of this data set's videos, named by their ids"
+            f"videos must hold {wanted} ({some(split.missing)}), got {files.folder} with {found}; pass the folder of "
+            "this data set's videos, named by their ids"
         )
     if strict and (split.missing or split.uncaptioned):
-        told = "; ".join(split.left_out())
-        raise ValueError(f"videos must hold all {what}, got {files.folder}: {told}; add them, or leave strict out")
+        left_out = "; ".join(split.left_out())
+        raise ValueError(f"videos must hold all {wanted}, got {files.folder}: {left_out}; add them, or drop --strict")

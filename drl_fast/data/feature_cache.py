@@ -1,4 +1,4 @@
-"""Features of videos on disk, found again by what the file holds, how it was sampled and what encoded it."""
+"""Frame features on disk, keyed by the video's content, how it was sampled and what encoded it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,23 @@ from ..atomic_write import write_atomically
 from ..validation import tensor
 from .video import Sampling
 
-# Of the file that is hashed at a time.
+# Bytes that are hashed at a time.
 CHUNK = 2**20
-# Raised when decoding, resizing or this file's form changes: features of before are then no longer found.
+# Bump it when decoding, resizing or the file format changes: older features are then no longer found.
 FORMAT = "drl-fast-features-1"
 ENTRY, DIGEST = "features", "blake2b"
 
 
 class FeatureCache:
-    """One safetensors file a video below ``folder``, written aside and renamed; processes may share it.
-
-    Args:
-        folder: made with the first entry.
-    """
+    """One safetensors file per video below ``folder``, which the first entry creates; processes may share it."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        # By path, with what tells that a file was replaced or written to.
+        # By path, with the file's stat, which changes when the file does.
         self._hashes: dict[Path, tuple[tuple[int, ...], str]] = {}
 
     def key(self, video: str | Path, sampling: Sampling, encoder: str) -> str:
-        """Hash of the file's content (not its name or date), of the sampling and of the encoder's fingerprint.
+        """Hash the file's content (not its name or date), the sampling and the encoder's fingerprint.
 
         Raises:
             ValueError: a file that cannot be read.
@@ -61,25 +57,25 @@ class FeatureCache:
         return digest.hexdigest()
 
     def path(self, key: str) -> Path:
-        """Where an entry lies: in one of 256 folders, for file systems that are slow with large ones."""
+        """Return an entry's file, in one of 256 folders: some file systems are slow with large ones."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> Tensor | None:
-        """The features put under ``key``, with the same bits; None where there are none, or only damaged ones."""
+        """Return the features stored under ``key``, bit for bit; None if they are missing or damaged."""
         try:
-            # In one reading: safetensors opens a path twice, and another process may put a new file there in between.
+            # One read: safetensors opens a path twice, and another process may replace the file in between.
             found = safetensors.torch.load(self.path(key).read_bytes())
         except (safetensors.SafetensorError, OSError):
             return None
-        # safetensors itself checks sizes alone.
+        # safetensors checks sizes only.
         features, digest = found.get(ENTRY), found.get(DIGEST)
         return features if features is not None and digest is not None and digest.equal(_digest(features)) else None
 
     def put(self, key: str, features: Tensor) -> None:
-        """Keep ``features`` under ``key``; what was there is replaced at once or not at all.
+        """Store ``features`` under ``key``, atomically.
 
         Raises:
-            OSError: a folder that cannot be written to, or a full disk. No part of the entry stays behind.
+            OSError: a folder that cannot be written, or a full disk; no partial entry is left.
         """
         features = tensor("features", features).detach().cpu().contiguous()
         data = safetensors.torch.save({ENTRY: features, DIGEST: _digest(features)})
@@ -95,7 +91,7 @@ class FeatureCache:
 
 
 def _digest(features: Tensor) -> Tensor:
-    """(20,) uint8: a hash of the features' bytes."""
+    """Hash the features' bytes: (20,) uint8."""
     data = features.reshape(-1).view(torch.uint8).numpy().tobytes()
     return torch.tensor(list(hashlib.blake2b(data, digest_size=20).digest()), dtype=torch.uint8)
 

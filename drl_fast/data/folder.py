@@ -1,4 +1,4 @@
-"""A folder of someone's own videos with captions.csv or captions.jsonl beside them."""
+"""A folder of a user's videos, with captions.csv or captions.jsonl in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-HOW = "put captions.csv (columns video,caption) or captions.jsonl (the same keys, an object a line) beside the videos"
+HOW = (
+    "put captions.csv (columns video,caption) or captions.jsonl (one object per line, the same keys) beside the videos"
+)
 
 
 class Caption(NamedTuple):
@@ -18,24 +20,24 @@ class Caption(NamedTuple):
     """File name, relative to the folder."""
     text: str
     split: str = ""
-    """The line's ``split``, where there is one."""
+    """The line's ``split``, or an empty string."""
 
 
 def read_captions(folder: str | Path) -> list[Caption]:
-    """Read a folder's captions in the order of the file; a video may have several.
+    """Read a folder's captions in the file's order; a video may have several.
 
     Raises:
-        ValueError: no such folder, none or two captions files, a missing column, a line without video or caption.
+        ValueError: no such folder, no captions file or two, a missing column, a line without video or caption.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"videos must be a folder, got {folder}, which is none; {HOW}")
+        raise ValueError(f"videos must be a folder, not a folder: {folder}; {HOW}")
     found = [path for path in (folder / "captions.csv", folder / "captions.jsonl") if path.is_file()]
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "neither"
         raise ValueError(f"{folder} must hold one of captions.csv and captions.jsonl, got {names}; {HOW}")
     try:
-        # "utf-8-sig" drops the mark that spreadsheet programs put before the first column's name.
+        # "utf-8-sig" drops the byte order mark that spreadsheet programs put before the first column's name.
         with found[0].open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file) if found[0].suffix == ".csv" else _json_lines(found[0], file)
             captions = [_caption(found[0], number, row) for number, row in enumerate(rows, start=1)]

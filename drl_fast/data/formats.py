@@ -1,6 +1,6 @@
-"""One reader a data set: its annotation files, as the public codes distribute them, to ids and captions of one part.
+"""One reader per data set, for the annotation files that the public codes distribute.
 
-A reader takes the folder of annotations and the part ("train", "val" or "test").
+A reader takes the annotations folder and the part ("train", "val" or "test"); it returns ids and captions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from .annotations import (
+    AS_RELEASED,
     Listing,
     checked,
     field,
@@ -28,7 +29,7 @@ PARTS = ("train", "val", "test")
 
 
 def msrvtt(annotations: Path, part: str) -> Listing:
-    """1k-A: 9,000 clips with every caption a sample; 1,000 pairs, which are val and test alike."""
+    """Read 1k-A: 9,000 training clips, each caption a sample; 1,000 pairs that serve as val and test."""
     if part != "train":
         path = find_file(annotations, "MSRVTT_JSFUSION_test.csv")
         rows = read_table(path, ("video_id", "sentence"))
@@ -47,7 +48,7 @@ def msrvtt(annotations: Path, part: str) -> Listing:
 
 
 def msvd(annotations: Path, part: str) -> Listing:
-    """About 40 captions a clip, each a list of words."""
+    """Read about 40 captions per clip, each a list of words."""
     ids = read_ids(find_file(annotations, f"{part}_list.txt"))
     path = find_file(annotations, "raw-captions.pkl")
     captions = []
@@ -59,7 +60,7 @@ def msvd(annotations: Path, part: str) -> Listing:
 
 
 def lsmdc(annotations: Path, part: str) -> Listing:
-    """A clip a line, tab-separated, without a head; a few clips have two lines."""
+    """Read one clip per line, tab-separated, without a header; a few clips have two lines."""
     names = {
         "train": "LSMDC16_annos_training.csv",
         "val": "LSMDC16_annos_val.csv",
@@ -73,18 +74,18 @@ def lsmdc(annotations: Path, part: str) -> Listing:
         fields = line.rstrip("\r").split("\t")
         if len(fields) != 6:
             raise ValueError(
-                f"{path}, line {number} must have 6 fields with tabs between them, the clip's name and the sentence "
-                f"outermost, got {len(fields)}; take the file as it was released"
+                f"{path}, line {number} must have 6 tab-separated fields, the clip's name first and the sentence "
+                f"last, got {len(fields)}; {AS_RELEASED}"
             )
         captions.append((fields[0].strip(), fields[5]))
     return Listing(unique(dict.fromkeys(name for name, _ in captions), path), captions)
 
 
 def vatex(annotations: Path, part: str) -> Listing:
-    """Ten captions a clip, of HGR's split; in HGR's own files, or in the release's."""
+    """Read ten captions per clip of HGR's split, from HGR's own files or the release's."""
     short = {"train": "trn", "val": "val", "test": "tst"}[part]
     ids = read_ids(find_file(annotations, f"{part}_list.txt", f"{short}_names.npy", f"public_split/{short}_names.npy"))
-    # HGR's validation and test clips are both of the release's validation.
+    # HGR's validation and test clips both come from the release's validation part.
     release = "vatex_training_v1.0.json" if part == "train" else "vatex_validation_v1.0.json"
     path = find_file(annotations, "ref_captions.json", "annotation/RET/ref_captions.json", release)
     captions = []
@@ -100,7 +101,7 @@ def vatex(annotations: Path, part: str) -> Listing:
 
 
 def activitynet(annotations: Path, part: str) -> Listing:
-    """A video's sentences are one paragraph; the first validation part is val and test alike."""
+    """Read one paragraph per video, its sentences joined; the first validation part serves as val and test."""
     ids_name, captions_name = ("train_ids.json", "train.json") if part == "train" else ("val_ids.json", "val_1.json")
     ids = read_ids(find_file(annotations, ids_name))
     path = find_file(annotations, captions_name)
@@ -113,7 +114,7 @@ def activitynet(annotations: Path, part: str) -> Listing:
 
 
 def didemo(annotations: Path, part: str) -> Listing:
-    """A video's descriptions are one paragraph, in the file's order."""
+    """Read one paragraph per video, its descriptions joined in the file's order."""
     ids = read_ids(find_file(annotations, f"{part}_list.txt"))
     path = find_file(annotations, f"{part}_data.json")
     described = defaultdict(list)
@@ -124,23 +125,22 @@ def didemo(annotations: Path, part: str) -> Listing:
 
 
 def folder(annotations: Path, part: str) -> Listing:
-    """Someone's own captions: one part's where they have a split, val and test for want of each other; else all."""
+    """Read a user's captions: all of them without a ``split`` column; val and test stand in for each other."""
     captions = read_captions(annotations)
     if any(caption.split for caption in captions):
         for number, caption in enumerate(captions, start=1):
             if caption.split not in PARTS:
                 raise ValueError(
-                    f"{annotations}, caption {number} must have split {', '.join(PARTS)} as others have one, got "
-                    f"{caption.split!r}; {HOW}"
+                    f"{annotations}, caption {number} must have one of the splits {', '.join(PARTS)}, since others do, "
+                    f"got {caption.split!r}; {HOW}"
                 )
         present = dict.fromkeys(caption.split for caption in captions)
-        # As in MSR-VTT, where nothing else is held out, val and test are each other.
         other = {"val": "test", "test": "val"}.get(part, part)
         wanted = part if part in present else other
         captions = [caption for caption in captions if caption.split == wanted]
         if not captions:
             raise ValueError(
-                f"{annotations} must have captions whose split is {part}, got {', '.join(map(str, present))} alone; "
+                f"{annotations} must have captions whose split is {part}, got only {', '.join(map(str, present))}; "
                 "mark some"
             )
     return Listing(list(dict.fromkeys(c.video for c in captions)), [(c.video, c.text) for c in captions])

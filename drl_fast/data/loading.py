@@ -1,4 +1,4 @@
-"""Videos and captions as a model takes them, decoded in worker processes in a fixed order."""
+"""Batches of videos and captions, decoded in worker processes, in a fixed order."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ Batch: TypeAlias = dict[str, Tensor]
 
 
 class Unreadable(NamedTuple):
-    """A video that gives no frame."""
+    """A video that cannot be decoded."""
 
     name: str
-    """Its id in the annotations, or its path where there is none."""
+    """Its id in the annotations, or its path."""
     reason: str
-    """One line: the path, what is wrong with it, a remedy."""
+    """One line: the path, what is wrong, a remedy."""
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> Tensor:
-    """Token ids (A, max_words) int64, zeros behind the end token; a longer caption is cut, its end token kept.
+    """Tokenize captions to ids (A, max_words) int64, zeros after the end token; a cut caption keeps its end token.
 
     Raises:
-        ValueError: a ``max_words`` that has no room for start, end and a word between them, or a tokenizer that does
-            not keep to it.
+        ValueError: ``max_words`` below 3 (start, a word, end), or a tokenizer that ignores it.
     """
     if positive_int("max_words", max_words) < 3:
         raise ValueError(f"max_words must be at least 3: start, a word, end; got {max_words}; DRL uses 32")
@@ -52,13 +51,13 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> T
 
 
 class VideoCaptions(Dataset):
-    """A split's captions, each with its video: one item a caption.
+    """A split's captions, each with its video; one item per caption.
 
     Args:
         split: see :func:`drl_fast.data.datasets.load_split`.
         tokenizer: open_clip's, ``tokenizer(texts, context_length=n) -> ids``.
-        max_words: tokens a caption, start and end included.
-        sampling: which frames.
+        max_words: tokens per caption, start and end included.
+        sampling: which frames are used.
 
     An item is a dict of ``text_ids`` (max_words,) int64, ``video`` (max_frames, 3, size, size) uint8, ``video_mask``
     (max_frames,) bool and ``owner`` () int64, the video's index in the split; or an :class:`Unreadable`.
@@ -94,14 +93,14 @@ class _Videos(Dataset):
 
 def _decode(name: str, path: Path, sampling: Sampling) -> tuple[Tensor, Tensor] | Unreadable:
     try:
-        # A worker has a core to itself: threads of its own would take the others'.
+        # A worker has one core; its own decoding threads would compete with the other workers.
         return read_video(path, sampling, threads=0 if get_worker_info() is None else 1)
     except ValueError as error:
         return Unreadable(name, str(error))
 
 
 def collate(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
-    """Stack what could be read: the batch (None where nothing could), and what could not."""
+    """Stack the readable items to a batch (None if there are none), and return the unreadable ones beside it."""
     read = [item for item in items if not isinstance(item, Unreadable)]
     batch = {key: torch.stack([item[key] for item in read]) for key in read[0]} if read else None
     return batch, [item for item in items if isinstance(item, Unreadable)]
@@ -110,13 +109,13 @@ def collate(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, list[Unr
 def pair_loader(
     pairs: Dataset, batches: Sequence[Sequence[int]], *, workers: int, pin: bool = False
 ) -> Loader[tuple[Batch | None, list[Unreadable]]]:
-    """What :func:`collate` makes of each batch of ``pairs``, in the order of ``batches``.
+    """Load each batch of ``pairs``, as :func:`collate` returns it, in the order of ``batches``.
 
     Args:
-        pairs: a :class:`VideoCaptions`, or a data set with items of that form.
+        pairs: a :class:`VideoCaptions`, or a data set with such items.
         batches: each batch's indices into ``pairs``.
-        workers: processes that decode, each a batch at a time; 0 decodes in this one.
-        pin: put batches in page-locked memory, from where they reach a GPU faster.
+        workers: decoding processes, each with a batch at a time; 0 decodes in this process.
+        pin: use page-locked memory, which copies to a GPU faster.
 
     Raises:
         RuntimeError: while iterating, a worker was killed.
@@ -126,51 +125,51 @@ def pair_loader(
 
 
 def video_loader(paths: Sequence[Path], sampling: Sampling, *, workers: int) -> Loader[Tensor | Unreadable]:
-    """Each video's real frames (n, 3, size, size) uint8, or an :class:`Unreadable`, in the order of ``paths``.
+    """Load each video's real frames (n, 3, size, size) uint8, or an :class:`Unreadable`, in the order of ``paths``.
 
     Args:
-        workers: processes that decode, each a video at a time; 0 decodes in this one.
+        workers: decoding processes, each with a video at a time; 0 decodes in this process.
 
     Raises:
         RuntimeError: while iterating, a worker was killed.
     """
-    return Loader(DataLoader(_Videos(paths, sampling), batch_size=None, collate_fn=_as_it_is, **_processes(workers)))
+    return Loader(DataLoader(_Videos(paths, sampling), batch_size=None, collate_fn=_identity, **_processes(workers)))
 
 
-def _as_it_is(item: T) -> T:
+def _identity(item: T) -> T:
     return item
 
 
 def _processes(workers: int) -> dict[str, Any]:
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ValueError(
-            f"workers must be a number of processes, 0 for none, got {describe(workers)}; one a core serves"
+            f"workers must be a number of processes, 0 for none, got {describe(workers)}; use one per core"
         )
     options: dict[str, Any] = {
         "num_workers": workers,
-        # DataLoader draws a seed even where nothing is random; not from the caller's generator.
+        # DataLoader draws a seed although nothing is random; this keeps it off the caller's generator.
         "generator": torch.Generator().manual_seed(0),
     }
     if workers > 0:
         options["worker_init_fn"] = _leave_signals_to_the_parent
-        # Workers start anew with every loader. Forked, they deliver after 0.2 s; spawned, or from a server, after 6 s:
-        # each imports torch then and is sent MSR-VTT's 180,000 captions. The parent's CUDA and threads do no harm to a
-        # fork that uses neither: its torch has one thread, and so has its decoder.
+        # Every loader starts its own workers. Forked ones deliver after 0.2 s, spawned ones after 6 s, when each has
+        # imported torch and received MSR-VTT's 180,000 captions. Forking is safe despite the parent's CUDA and threads:
+        # workers use neither, and torch and decoder have one thread there.
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
     return options
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and a scheduler's SIGTERM those of a job. The parent takes its step
-    # to the end, for which it may want another batch, and then ends its workers.
+    # Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM every process of the job. The parent finishes
+    # its step, which may need another batch, and then ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # And so is one of the thread that hands tensors over, when the parent stops halfway through taking one.
-    sys.excepthook = _unless_the_parent_left
+    # If the parent stops while a tensor is handed over, the worker's connection breaks: no traceback for that.
+    sys.excepthook = _hide_broken_connections
 
 
-def _unless_the_parent_left(
+def _hide_broken_connections(
     kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None
 ) -> None:
     if not issubclass(kind, EOFError | ConnectionError):
@@ -178,7 +177,7 @@ def _unless_the_parent_left(
 
 
 class Loader(Generic[T]):
-    """A DataLoader that says in one sentence why a worker is gone. Iterating starts its workers anew each time."""
+    """A DataLoader whose error says why a worker died. Every iteration starts its own workers."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
@@ -195,22 +194,21 @@ class Loader(Generic[T]):
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise RuntimeError(
-                "a process that decodes videos was killed, most likely for want of memory or of shared memory "
-                f"(/dev/shm); use fewer than workers={self.loader.num_workers}, smaller batches, or in a container "
-                "more shared memory (docker run --shm-size=8g)"
+                "a process that decodes videos was killed, most likely because memory or shared memory (/dev/shm) ran "
+                f"out; use fewer than workers={self.loader.num_workers}, smaller batches, or more shared memory "
+                "(docker run --shm-size=8g)"
             ) from error
         finally:
-            # Not left to its destructor: a traceback may keep it alive, and the next workers would inherit it.
+            # Do not wait for its destructor: a traceback may keep it alive, and the next workers would inherit it.
             if self.loader.num_workers > 0:
                 items._shutdown_workers()  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def _no_signal_handler() -> Iterator[None]:
-    """Undo DataLoader's handler of a child's death.
+    """Undo DataLoader's SIGCHLD handler, which raises anywhere in the main thread, also within an optimizer's step.
 
-    It raises wherever the main thread happens to be: in the midst of an optimizer's step as well. The death is seen
-    without it, when the next item is asked for.
+    Without it a worker's death is noticed when the next item is requested.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield

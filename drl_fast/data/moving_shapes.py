@@ -1,9 +1,9 @@
 """Generated clips with captions: "a red cross moves left, then a blue square moves up".
 
-Two shapes stand side by side; first one leaves its place towards one side, then the other. Captions come in fours that
-hold the same words: who moves where, and who moves first, tells them apart. So a model must bind words to each other
-and find the moment that they speak of, not only the things in the picture. A frame in which one shape has left and the
-other has not shows who was first: a model that looks at every frame alone, with no order among them, can learn that.
+Two shapes stand side by side. One moves away, then the other. Captions come in groups of four with the same words: they
+differ in which shape moves where, and which moves first. A model must therefore bind words to each other and locate
+moments, not only recognize objects. Single frames show the order (one shape has left and the other has not), so a model
+without a temporal module can learn it.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# Neither shape hides the other, wherever the two go.
+# Far enough apart that neither shape hides the other.
 PLACES = ((18, 22), (46, 42))
 LOOKS = tuple(product(combinations(COLOURS, 2), permutations(SHAPES, 2), combinations(DIRECTIONS, 2)))
-# Captions of the same words: two ways to share out the directions, two orders.
+# Captions with the same words: two ways to assign directions, times two orders.
 ARRANGEMENTS = 4
 MOST = ARRANGEMENTS * len(LOOKS)
 
 
 @dataclass(frozen=True)
 class Mover:
-    """A shape and where it goes."""
+    """A shape and the direction in which it moves."""
 
     colour: str
     shape: str
     direction: str
     place: tuple[float, float]
-    """Pixels from the top left, before it moves."""
+    """Pixels from the top left, at the start."""
 
     @property
     def phrase(self) -> str:
         return f"a {self.colour} {self.shape} moves {self.direction}"
 
     def after(self, way: float) -> tuple[float, float]:
-        """Its centre once it has gone ``way`` pixels."""
+        """Return its centre after ``way`` pixels."""
         (x, y), (dx, dy) = self.place, DIRECTIONS[self.direction]
         return x + dx * way, y + dy * way
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What one clip shows; everything drawn follows from it."""
+    """The content of a clip, which determines every pixel."""
 
     first: Mover
     second: Mover
-    """Leaves when the first one has arrived."""
+    """Starts when the first one has arrived."""
     radius: int
-    """Pixels, of both shapes."""
+    """Pixels; the same for both shapes."""
     reach: float
-    """Pixels that each travels."""
+    """Pixels that each shape travels."""
     frames: int
     background: int
     """Grey level."""
@@ -81,27 +81,26 @@ class Clip:
         return f"{self.first.phrase}, then {self.second.phrase}"
 
     def travelled(self, frame: float) -> tuple[float, float]:
-        """Pixels that the first and the second shape are away from their places at a frame."""
+        """Return how many pixels the first and the second shape have travelled at a frame."""
         halves = 2 * frame / (self.frames - 1)
         return self.reach * min(halves, 1.0), self.reach * max(halves - 1.0, 0.0)
 
     def centres(self, frame: float) -> list[tuple[float, float]]:
-        """The first and the second shape's centre at a frame, in pixels from the top left."""
+        """Return the centres of the first and the second shape at a frame, in pixels from the top left."""
         return [mover.after(way) for mover, way in zip((self.first, self.second), self.travelled(frame), strict=True)]
 
 
 def make_clips(count: int, seed: int) -> list[Clip]:
-    """``count`` clips, every caption once; the same seed gives the same clips.
+    """Make ``count`` clips with different captions; the same seed gives the same clips.
 
-    Clips 0 to 3, 4 to 7 and so on are fours: their captions are the arrangements of the same words.
+    Clips 0 to 3, 4 to 7 and so on have captions with the same words.
 
     Raises:
-        ValueError: a ``count`` that is no multiple of 4, or outside 4 .. the number of captions there are.
+        ValueError: ``count`` is not a multiple of 4, or larger than the number of different captions.
     """
     if count % ARRANGEMENTS or not ARRANGEMENTS <= count <= MOST:
         raise ValueError(
-            f"count must be a multiple of {ARRANGEMENTS}, the arrangements of one caption's words, in "
-            f"{ARRANGEMENTS}..{MOST}, the different captions there are, got {count}; make "
+            f"count must be a multiple of {ARRANGEMENTS} in {ARRANGEMENTS}..{MOST}, got {count}; use "
             f"{min(max(count // ARRANGEMENTS, 1) * ARRANGEMENTS, MOST)}"
         )
     rng = random.Random(seed)
@@ -114,7 +113,7 @@ def make_clips(count: int, seed: int) -> list[Clip]:
 
 
 def _clip(first: tuple[str, str, str], second: tuple[str, str, str], rng: random.Random) -> Clip:
-    """Colours, shapes and directions as given; all that the caption does not tell by chance."""
+    """Make a clip of given colours, shapes and directions; the rest is random."""
     places = [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in rng.sample(PLACES, 2)]
     return Clip(
         Mover(*first, places[0]),
@@ -127,7 +126,7 @@ def _clip(first: tuple[str, str, str], second: tuple[str, str, str], rng: random
 
 
 def draw(clip: Clip) -> Iterator[Image.Image]:
-    """The clip's frames, 64 x 64 RGB."""
+    """Draw the clip's frames, 64 x 64 RGB."""
     for frame in range(clip.frames):
         picture = Image.new("RGB", (SIZE, SIZE), (clip.background,) * 3)
         pen = ImageDraw.Draw(picture)
@@ -153,7 +152,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: tuple[str, str], centre: tuple[f
 
 
 def write_clip(clip: Clip, path: Path) -> None:
-    """Encode a clip as H.264 in mp4; a file at ``path`` is always a whole one."""
+    """Encode a clip as H.264 in mp4, atomically."""
     aside = path.with_suffix(".part.mp4")
     try:
         with av.open(str(aside), "w") as container:
@@ -172,10 +171,10 @@ def write_clip(clip: Clip, path: Path) -> None:
 def write_folder(
     clips: Sequence[Clip], folder: Path, splits: Sequence[str] = (), on_clip: Callable[[], object] = lambda: None
 ) -> list[Path]:
-    """Write clips and, last, the captions.csv that makes theirs a data set of the form ``folder``.
+    """Write clips and then captions.csv, which makes them a data set of the kind ``folder``.
 
     Args:
-        splits: each clip's part of the data set; none: a file without them.
+        splits: each clip's part of the data set; empty: no ``split`` column.
         on_clip: called after every clip.
     """
     paths = [folder / f"clip{number:05}.mp4" for number in range(len(clips))]

@@ -1,4 +1,4 @@
-"""One part of a data set, as everything that trains or evaluates sees it."""
+"""One part of a data set, as training and evaluation use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Split:
-    """Captions, the videos they describe, and what the annotations list but could not be used."""
+    """Captions, the videos they describe, and listed entries that cannot be used."""
 
     dataset: str
     part: str
@@ -20,27 +20,29 @@ class Split:
     """Each caption's index into ``videos``."""
     videos: tuple[Path, ...]
     names: tuple[str, ...]
-    """The annotation files' ids, one a video."""
+    """The videos' ids in the annotation files."""
     missing: tuple[str, ...] = ()
-    """Ids listed without a file; they and their captions are left out."""
+    """Listed ids without a file; they and their captions are left out."""
     uncaptioned: tuple[str, ...] = ()
-    """Ids listed without a caption; left out too."""
+    """Listed ids without a caption, left out too."""
     empty_captions: int = 0
-    """Captions that hold no word, which are left out."""
+    """The number of captions without a word, left out too."""
 
     def left_out(self) -> list[str]:
-        """One sentence for each kind of thing that is listed and not used; an empty list where nothing is missing."""
+        """Return one sentence for each reason why something listed is not used."""
         listed = len(self.names) + len(self.missing) + len(self.uncaptioned)
-        told = []
+        reasons = []
         if self.missing:
-            told.append(f"{len(self.missing)} of {listed} videos listed have no file: {some(self.missing)}")
+            reasons.append(f"{len(self.missing)} of {listed} videos listed have no file: {some(self.missing)}")
         if self.uncaptioned:
-            told.append(f"{len(self.uncaptioned)} of {listed} videos listed have no caption: {some(self.uncaptioned)}")
+            reasons.append(
+                f"{len(self.uncaptioned)} of {listed} videos listed have no caption: {some(self.uncaptioned)}"
+            )
         if self.empty_captions:
-            told.append(f"{self.empty_captions} captions hold no word")
-        return told
+            reasons.append(f"{self.empty_captions} captions have no words")
+        return reasons
 
 
 def some(names: tuple[str, ...] | list[str]) -> str:
-    """The first few of many names."""
+    """List the first few names, and how many more there are."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

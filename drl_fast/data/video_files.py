@@ -1,4 +1,4 @@
-"""Which file is which id's video: one walk of a folder, then look-ups."""
+"""Find each id's video file: walk the folder once, then look up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-# Beside these lie thumbnails, subtitles and sound tracks of the same stem.
+# Thumbnails, subtitles and sound tracks often share a video's stem.
 VIDEO_SUFFIXES = {
     ".3gp",
     ".avi",
@@ -29,9 +29,9 @@ VIDEO_SUFFIXES = {
 
 
 class VideoFiles:
-    """The files below a folder, by path, by name and by stem.
+    """The files below a folder, by path, name and stem.
 
-    Hidden folders are left out; links to folders are followed, each folder once.
+    Hidden folders are skipped; links to folders are followed, each folder once.
 
     Raises:
         ValueError: no such folder, or one below it that cannot be read.
@@ -39,7 +39,7 @@ class VideoFiles:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise ValueError(f"videos must be a folder, got {folder}, which is none; check the path")
+            raise ValueError(f"videos must be a folder, not a folder: {folder}")
         self.folder = folder
         self.paths: dict[str, Path] = {}
         self.by_name: dict[str, list[Path]] = defaultdict(list)
@@ -50,7 +50,7 @@ class VideoFiles:
     def _walk(self) -> None:
         seen = set()
         for root, folders, files in os.walk(self.folder, followlinks=True, onerror=_unreadable):
-            # A link may lead back up.
+            # A link may lead to a folder above.
             where = os.path.realpath(root)
             if where in seen:
                 folders.clear()
@@ -66,14 +66,13 @@ class VideoFiles:
                     self.by_stem[path.stem].append(path)
 
     def find(self, name: str) -> Path | None:
-        """The file of an id or file name, or None.
+        """Return the file of an id or file name, or None.
 
-        In this order: the path below the folder; a file of that name; a video whose name without its suffix it is
-        (``video7``: ``video7.mp4``; ``a.mov``: ``a.mov.mp4``); a video that differs in the suffix alone
-        (``a.mov``: ``a.mp4``).
+        Tries, in this order: the path below the folder; a file of that name; a video with that stem
+        (``video7``: ``video7.mp4``; ``a.mov``: ``a.mov.mp4``); a video with another suffix (``a.mov``: ``a.mp4``).
 
         Raises:
-            ValueError: two files answer, and none of them by its path.
+            ValueError: two files match, and neither by its path.
         """
         exact = self.paths.get(os.path.normpath(name).replace(os.sep, "/"))
         if exact is not None:

@@ -1,8 +1,8 @@
-"""The state of a run in one file: weights, the optimizer, how far it came. Replicas and shards read each other's."""
+"""The state of a run in one file: weights, optimizer and progress. DDP and FSDP read each other's files."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,21 @@ from ..model.drl import DRL
 from .config import RunConfig
 
 FORMAT = "drl-fast run 1"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# What may change between a run and its continuation: none of these changes what is computed, but for rounding.
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# A resumed run may change these: they change rounding at most.
 FREE = ("videos", "annotations", "workers", "checkpoint_every", "chunk", "parallel")
 
 
 @dataclass
 class Progress:
-    """How far a run came."""
+    """How far a run has come."""
 
     step: int = 0
     evaluations: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Metrics after each epoch, by its number from 1."""
 
     def best(self) -> tuple[int, float] | None:
-        """Epoch and text-to-video R@1 of the best evaluation, the earlier one of two equals."""
+        """Return epoch and text-to-video R@1 of the best evaluation; of two equals, the earlier."""
         scores = [(epoch, found["t2v"]["R1"]) for epoch, found in self.evaluations.items()]
         return max(scores, key=lambda score: score[1], default=None)
 
@@ -43,12 +43,12 @@ def save(
     *,
     write: bool,
 ) -> None:
-    """Write a run's state aside and rename it. All processes call it, one of them with ``write``.
+    """Write a run's state to a temporary file and rename it. All processes call this, one of them with ``write``.
 
     Raises:
-        OSError: a full disk among others; a checkpoint of before stands.
+        OSError: the file cannot be written, for example because the disk is full; an older checkpoint stays.
     """
-    weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)
+    weights, optimizer_state = get_state_dict(model, optimizer, options=FULL)
     if not write:
         return
     state = {
@@ -62,58 +62,59 @@ def save(
     try:
         write_atomically(path, lambda name: torch.save(state, name))
     except (OSError, RuntimeError) as error:
-        # torch's writer has an error of its own for a full disk, which does not say so.
+        # torch's writer raises a RuntimeError that does not mention the disk.
         reason = error.strerror if isinstance(error, OSError) else "its writer failed, as it does on a full disk"
-        before = "; the checkpoint before stands" if path.exists() else ""
-        raise OSError(f"{path} could not be written: {reason}{before}; make room and go on with --resume") from error
+        before = "; the previous checkpoint is intact" if path.exists() else ""
+        raise OSError(f"{path} could not be written: {reason}{before}; make room and continue with --resume") from error
 
 
 def read(path: Path, config: RunConfig, data: str) -> dict[str, Any]:
-    """Read a run's state and see that it is this run's.
+    """Read a run's state and check that it belongs to this run.
 
     Raises:
-        ValueError: a file that is damaged or of another kind, another configuration or other data: each difference is
-            named.
+        ValueError: a damaged file or one of another kind, another configuration (every difference is named), or other
+            data.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
-            f"{path} must be a whole checkpoint, and could not be read ({type(error).__name__}); start anew in another "
-            "folder"
+            f"{path} must be a whole checkpoint, and could not be read ({type(error).__name__}); start a new run in "
+            "another folder"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of drl-fast train ({FORMAT}), got another file")
-    refuse_another(config, state["config"], path)
+    require_same(config, state["config"], path)
     if state["data"] != data:
         raise ValueError(
-            f"dataset must be the one that {path} was trained on, got other captions or videos (some missing?); put "
-            "them back, or start anew in another folder"
+            f"dataset must be the one that {path} was trained on, got other captions or videos (some missing?); "
+            "restore them, or start a new run in another folder"
         )
     return state
 
 
-def refuse_another(config: RunConfig, then: dict[str, Any], path: Path) -> None:
-    """See that a run goes on with the configuration that it began with, as ``path`` has it.
+def require_same(config: RunConfig, then: dict[str, Any], path: Path) -> None:
+    """Check that a run continues with its own configuration, as recorded in ``path``.
 
     Raises:
         ValueError: naming every field that differs.
     """
+    # A field that is newer than the run had its default then.
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    before = {**defaults, **then}
     changed = [
-        f"{name} {then.get(name)!r} then and {value!r} now"
+        f"{name} {before[name]!r} then and {value!r} now"
         for name, value in asdict(config).items()
-        if name not in FREE and then.get(name) != value
+        if name not in FREE and before[name] != value
     ]
     if changed:
         raise ValueError(
-            f"config must be the one that {path} was trained with, got {'; '.join(changed)}; put it back, or start "
-            "anew in another folder"
+            f"config must be the one that {path} was trained with, got {'; '.join(changed)}; restore it, or start a "
+            "new run in another folder"
         )
 
 
 def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a state that was read into model and optimizer."""
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=WHOLE
-    )
+    """Load a state that :func:`read` returned into model and optimizer."""
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL)
     return Progress(**state["progress"])

@@ -1,4 +1,4 @@
-"""What a run trains, on what and how: the YAML files under configs/, read into one dataclass."""
+"""What a run trains, on what and how: one dataclass, read from YAML files and ``key=value`` options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,43 +18,63 @@ from torch import Tensor
 
 from ..data.datasets import DATASETS
 from ..data.video import Sampling
-from ..model.drl import DRL, Config
+from ..model.clip import build_clip
+from ..model.config import Config
+from ..model.drl import DRL
 from ..validation import option
 from .precision import PRECISIONS
 
 PARALLEL = ("ddp", "fsdp")
+# What other codebases call our keys; difflib finds misspellings, but not these.
+ALIASES = {
+    "agg_module": "temporal",
+    "backbone": "clip",
+    "batch_size": "batch",
+    "fps": "rate",
+    "learning_rate": "lr",
+    "max_epochs": "epochs",
+    "max_grad_norm": "clip_grad",
+    "max_length": "max_words",
+    "model": "clip",
+    "num_epochs": "epochs",
+    "num_frames": "max_frames",
+    "num_workers": "workers",
+    "warmup_ratio": "warmup",
+}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One row of the ablation. What a file leaves out is the paper's recipe (arXiv 2203.07111, section 4.1, and the
-    public code's scripts).
+    """The configuration of a run. Defaults are the paper's recipe (arXiv 2203.07111, section 4.1, and the public code's
+    scripts).
 
     Args:
         dataset: a name of :data:`drl_fast.data.datasets.DATASETS`.
         videos, annotations: folders of the video files and of the public annotation files.
-        clip, pretrained: as of :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU.
-        interaction, temporal, wti_arch, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight: as of
-            :class:`drl_fast.model.drl.Config`.
+        clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU.
+        interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight: see
+            :class:`drl_fast.model.config.Config`.
         epochs: passes over the training captions.
-        batch: pairs a step, over all processes; each is a negative of all others.
+        batch: pairs per step, over all processes; each is a negative of all others.
         lr, clip_lr: peak learning rates of new modules and of CLIP.
-        weight_decay: of matrices; none of biases, norms and the temperature.
-        warmup: share of the steps in which the rate rises, before it falls along half a cosine.
+        weight_decay: of matrices; biases, norms and the temperature have none.
+        warmup: fraction of the steps in which the rate rises, before it falls along half a cosine.
         clip_grad: largest norm of a step's gradient.
-        precision: ``"bf16"`` runs towers under autocast, ``"fp32"`` does not. Losses are float32 in both.
-        chunk: pairs that a process's towers hold a graph of at a time; 0: all its own. It bounds memory and changes
-            neither negatives nor gradients, but runs the towers' forward twice.
-        skip_same_video: captions of one video are no negatives of each other (the paper lets them be).
-        parallel: over several processes: ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
-        max_words, max_frames: tokens a caption and frames a video; None: the data set's own.
-        rate: frames a second before thinning.
+        precision: ``"bf16"`` runs the towers under autocast, ``"fp32"`` does not. Losses are float32 in both.
+        chunk: gradient caching (GradCache): pairs encoded per chunk and process; 0 = off. It bounds memory, keeps
+            negatives and gradients, and runs the towers' forward twice. The default is the data set's own.
+        skip_same_video: do not use captions of one video as negatives of each other (the paper does).
+        parallel: over several processes, ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
+        max_words, max_frames: tokens per caption and frames per video; None: the data set's own.
+        rate: frames per second before thinning.
         seed: of new weights, the order of captions and dropout.
-        workers: processes that decode, for each training process.
-        checkpoint_every: steps between checkpoints; the end of an epoch makes one in any case.
+        workers: decoding processes per training process.
+        checkpoint_every: steps between checkpoints; every epoch ends with one, too.
+        init_from: start from the weights of this run, ``save_pretrained`` folder or public checkpoint file instead of
+            ``pretrained``, whose activation and picture statistics still count.
 
     Raises:
-        ValueError: a name that is none of these, a number out of range; the field, its value and a remedy are named.
+        ValueError: an unknown name or a number out of range; field, value and remedy are named.
     """
 
     dataset: str
@@ -65,6 +85,7 @@ class RunConfig:
     interaction: str = Config.interaction
     temporal: str | None = Config.temporal
     wti_arch: int = Config.wti_arch
+    masking: str = Config.masking
     cdcr: int = Config.cdcr
     cdcr_alpha_on: float = Config.cdcr_alpha_on
     cdcr_alpha_off: float = Config.cdcr_alpha_off
@@ -86,6 +107,7 @@ class RunConfig:
     seed: int = 0
     workers: int = 8
     checkpoint_every: int = 500
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         option("dataset", self.dataset, tuple(DATASETS))
@@ -99,23 +121,23 @@ class RunConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; {_default(name)}")
         if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be a share of the steps in 0..1, got {self.warmup}; {_default('warmup')}")
+            raise ValueError(f"warmup must be a fraction in 0..1, got {self.warmup}; {_default('warmup')}")
         self.model_options()
 
     def model_options(self) -> dict[str, Any]:
-        """:class:`drl_fast.model.drl.Config`'s fields."""
+        """Return :class:`drl_fast.DRL`'s options, besides the CLIP."""
         names = [f.name for f in dataclasses.fields(Config) if hasattr(self, f.name)]
         options = {name: getattr(self, name) for name in names}
-        Config(**options)  # its own errors, before any weights are loaded
+        Config(**options)  # raises before any weights are loaded
         return options
 
     @property
     def words(self) -> int:
-        """Tokens a caption is cut to."""
+        """The number of tokens that a caption is cut to."""
         return self.max_words or DATASETS[self.dataset].max_words
 
     def sampling(self, size: int) -> Sampling:
-        """Which frames are taken, at a CLIP's picture size."""
+        """Return how frames are sampled, for a CLIP's picture size."""
         spec = DATASETS[self.dataset]
         return Sampling(self.rate, self.max_frames or spec.max_frames, size, spec.seconds)
 
@@ -125,15 +147,17 @@ def _default(name: str) -> str:
     return "leave it out for the data set's own" if default is None else f"the paper's recipe has {default}"
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | None = None) -> RunConfig:
     """Read a YAML file of :class:`RunConfig`'s fields.
 
     Args:
-        path: the file, or the bare name of a row that is shipped: ``"msrvtt_wti_cdcr"``.
+        path: the file, or the name of a shipped row: ``"wti_cdcr"``.
         overrides: ``"key=value"``, values in YAML; later ones win over earlier ones and over the file.
+        dataset: the data set, for a file that does not name one.
 
     Raises:
-        ValueError: no such file, no YAML, unknown keys (the nearest is named), values of another type or out of range.
+        ValueError: a missing file, bad YAML, an unknown key (the nearest is named), a value of another type or out of
+            range, or no data set or two.
     """
     path, text = _text(Path(path))
     try:
@@ -141,56 +165,70 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML, got {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must map names to values, got {type(values).__name__}; see configs/msrvtt_wti.yaml")
-    set_here: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
+        raise ValueError(f"{path} must map names to values, got {type(values).__name__}; for instance batch: 64")
+    pairs = [override.partition("=") for override in overrides]
+    for override, (key, equals, _) in zip(overrides, pairs, strict=True):
+        if not equals or not key.strip():
             raise ValueError(f"set must be key=value, got {override!r}; for instance --set batch=64")
+    # Names first: a wrong name's value says nothing.
+    _check_names(values, path)
+    _check_names([key.strip() for key, _, _ in pairs], "set")
+    checked = {name: _typed(name, value, path) for name, value in values.items()}
+    for override, (key, _, text) in zip(overrides, pairs, strict=True):
         try:
-            set_here[key.strip()] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"set must be key=value in YAML, got {override!r}") from error
-    checked = _checked(values, path) | _checked(set_here, "set")
-    if "dataset" not in checked:
-        raise ValueError(f"{path} must name its dataset, got none; one of {', '.join(DATASETS)}")
+        checked[key.strip()] = _typed(key.strip(), value, "set")
+    named = checked.setdefault("dataset", dataset)
+    if named is None:
+        raise ValueError(f"dataset must be named, {path} does not; add --dataset with one of {', '.join(DATASETS)}")
+    if dataset not in (None, named):
+        raise ValueError(
+            f"dataset must be the configuration's own, {named}, got {dataset}; leave --dataset out, or change the "
+            f"configuration's with --set dataset={dataset}"
+        )
+    if named in DATASETS:
+        checked.setdefault("chunk", DATASETS[named].chunk)
     return RunConfig(**checked)
 
 
 def _text(path: Path) -> tuple[str, str]:
-    """A configuration's name, for errors, and text: of a file, or of a row that is shipped, by its bare name."""
+    """Return a configuration's name for errors, and its text: a file's, or that of a shipped row."""
     if path.is_file():
         try:
             return str(path), path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} must be YAML in UTF-8, got {error}; save it as UTF-8") from error
-    rows = resources.files("drl_fast.configs").iterdir()
-    shipped = {Path(row.name).stem: row for row in rows if row.name.endswith(".yaml")}
-    if path.name in shipped and path.parent == Path("."):
-        return path.name, shipped[path.name].read_text(encoding="utf-8")
-    near = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.4)
+    files = resources.files("drl_fast.configs").iterdir()
+    rows = {Path(file.name).stem: file for file in files if file.name.endswith(".yaml")}
+    if path.name in rows and path.parent == Path("."):
+        return path.name, rows[path.name].read_text(encoding="utf-8")
+    dataset, _, row = path.stem.partition("_")
+    if dataset in DATASETS and row in rows:
+        raise ValueError(f"config must be a YAML file or a row, got {path}; write --config {row} --dataset {dataset}")
+    near = difflib.get_close_matches(path.stem, rows, n=3, cutoff=0.4)
     raise ValueError(
-        f"config must be a YAML file or the name of a row that is shipped, got {path}, which is neither"
-        + (f"; nearest: {', '.join(near)}" if near else "; msrvtt_wti, for instance")
+        f"config must be a YAML file or a row ({', '.join(sorted(rows))}), got {path}, which is neither"
+        + (f"; nearest: {', '.join(near)}" if near else "")
     )
 
 
-def _checked(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Names and types of what a file, or ``set``, says."""
-    hints = typing.get_type_hints(RunConfig)
-    for name in values:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0)
-            raise ValueError(f"{source} must hold known names, got {name!r}; nearest: {near[0]}")
-    return {name: _typed(name, value, hints[name], source) for name, value in values.items()}
+def _check_names(names: Iterable[Any], source: str) -> None:
+    known = [f.name for f in dataclasses.fields(RunConfig)]
+    for name in names:
+        if name not in known:
+            nearest = ALIASES.get(str(name).lower()) or difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+            raise ValueError(f"{source} must hold known names, got {name!r}; nearest: {nearest}")
 
 
-def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
+def _typed(name: str, value: Any, source: str) -> Any:
+    """Return a value as its field's type; YAML reads 1e-4 as a string, and "None" is Python's word for null."""
+    hint = typing.get_type_hints(RunConfig)[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value == "None" and types.NoneType in kinds:  # Python's word for YAML's null
+    if value == "None" and types.NoneType in kinds:
         return None
     if float in kinds and not isinstance(value, bool):
-        # YAML takes 1e-4 for a word: it wants 1.0e-4.
         try:
             return float(value)
         except (TypeError, ValueError):
@@ -201,12 +239,19 @@ def _typed(name: str, value: Any, hint: Any, source: str) -> Any:
     raise ValueError(f"{source}: {name} must be {allowed}, got {value!r}")
 
 
-def build_model(config: RunConfig) -> tuple[DRL, Callable[..., Tensor]]:
-    """The configured model and its CLIP's tokenizer (``tokenizer(texts, context_length=32) -> ids``).
+def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, Callable[..., Tensor]]:
+    """Build the configured model; return it with its tokenizer (``tokenizer(texts, context_length=32) -> ids``).
+
+    Args:
+        load_weights: False leaves all weights random, for a checkpoint that replaces them.
 
     Raises:
-        ValueError: a CLIP that is unknown or whose weights cannot be had.
+        ValueError: an unknown CLIP, weights that cannot be fetched, an ``init_from`` that is missing or another model.
     """
-    model = DRL(config.clip, config.pretrained, **config.model_options())
-    # The tokenizer last: those of other kinds of text tower would have to be fetched.
+    clip = build_clip(config.clip, config.pretrained, load_weights=load_weights and config.init_from is None)
+    model = DRL(clip, **config.model_options())
+    model.clip_name = config.clip
+    if load_weights and config.init_from is not None:
+        model.load_weights(config.init_from)
+    # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
     return model, open_clip.get_tokenizer(config.clip)

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun started, and the few words that the processes exchange."""
+"""One process or many: join what torchrun started, and the little that the processes exchange."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Rank 0 alone writes checkpoints, the others wait for it: longer than NCCL's own ten minutes.
+# Only rank 0 writes checkpoints, and the others wait for it: longer than NCCL's default of ten minutes.
 TIMEOUT = timedelta(minutes=60)
-# What gloo and NCCL say when the other end is gone.
+# What gloo and NCCL report when the other end is gone.
 GONE = ("closed by peer", "Connection reset", "remote process exited")
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that torchrun started; alone without it."""
+    """This process among those that torchrun started; without torchrun it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -34,25 +34,29 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """This process's share of ``count`` rows: contiguous, and of sizes that differ by one at most."""
+        """Return this process's share of ``count`` rows: contiguous, and sizes differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process has the flag up; all get the same answer."""
+        """Return whether ``flag`` is set on any process; all get the same answer."""
         if self.group is None:
             return flag
         value = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return bool(value)
 
+    def wait(self) -> None:
+        """Return when all processes have called this."""
+        self.any(False)
+
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did; CUDA where there is one, a GPU a process.
+    """Join the processes that torchrun started, if it did. Each uses one GPU, or the CPU if there is none.
 
     Raises:
         ValueError: more processes on this machine than GPUs.
@@ -62,9 +66,9 @@ def processes() -> Iterator[Processes]:
         return
     device, backend = CPU, "gloo"
     if torch.cuda.is_available():
-        local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= here:
-            raise ValueError(f"nproc-per-node must be at most {here}, this machine's GPUs, got {local + 1} or more")
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"nproc-per-node must be at most {gpus}, this machine's GPUs, got {local + 1} or more")
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=TIMEOUT)
@@ -73,13 +77,13 @@ def processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device, group)
     except BaseException as error:
-        # Not destroyed: that waits for what the others will never send, and nobody would read the error meanwhile.
+        # Abort, not destroy: destroying waits for messages that never come, and would delay this error.
         with contextlib.suppress(Exception):
             group.abort()
         if isinstance(error, RuntimeError) and any(words in str(error) for words in GONE):
-            raise RuntimeError("another process of this run ended; what it said is the reason") from error
+            raise RuntimeError("another process of this run ended; its error is the reason") from error
         raise
-    # What lies in a reference cycle and holds the group would let its threads outlive the interpreter.
+    # A reference cycle that holds the group would keep its threads alive beyond the interpreter.
     del group
     gc.collect()
     dist.destroy_process_group()

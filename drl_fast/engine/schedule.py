@@ -1,27 +1,26 @@
-"""The paper's recipe as functions of a step's number: order of pairs, learning rates, seeds."""
+"""The paper's recipe as functions of a step's number: the order of pairs, learning rates, seeds."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from ..model.drl import DRL
-    from .config import RunConfig
+from ..model.drl import DRL
+from .config import RunConfig
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed for each tuple of numbers. A step draws from its own, so that a resumed run has no state to restore."""
+    """Return a seed for a tuple of numbers. Every step has its own, so a resumed run has no generator to restore."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 def batches(count: int, config: RunConfig) -> list[list[int]]:
-    """Every step's captions, over all epochs; an epoch sees a caption at most once, and whole batches only."""
+    """Return every step's captions, over all epochs. Batches are full; an epoch uses a caption at most once."""
     batch = min(config.batch, count)
     found: list[list[int]] = []
     for epoch in range(config.epochs):
@@ -32,7 +31,7 @@ def batches(count: int, config: RunConfig) -> list[list[int]]:
 
 
 def rate(step: int, steps: int, warmup: float = 0.1) -> float:
-    """The learning rate's factor before step ``step`` (from 0) of ``steps``: a line up, then half a cosine."""
+    """Return the learning rate's factor for step ``step`` (from 0) of ``steps``: linear warm-up, then half a cosine."""
     rising = max(round(warmup * steps), 1)
     if step < rising:
         return (step + 1) / rising
@@ -40,14 +39,14 @@ def rate(step: int, steps: int, warmup: float = 0.1) -> float:
 
 
 def by_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of an optimizer: weight decay on matrices alone, not on biases, norms or the temperature."""
+    """Split parameters into optimizer groups: weight decay on matrices, none on biases, norms and the temperature."""
     own = list(parameters)
     matrices, rest = ([p for p in own if (p.ndim >= 2) == wide] for wide in (True, False))
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 def optimizer(model: DRL, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW on four groups: CLIP's parameters and new ones, matrices (with weight decay) and the rest (without)."""
+    """Build AdamW with up to four groups: CLIP's and new parameters, each with and without weight decay."""
     groups = []
     for of_clip, lr in ((True, config.clip_lr), (False, config.lr)):
         own = [p for name, p in model.named_parameters() if name.startswith("clip.") == of_clip]
@@ -56,6 +55,6 @@ def optimizer(model: DRL, config: RunConfig) -> torch.optim.AdamW:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its peak rate times ``factor``."""
+    """Set every group's learning rate to its peak times ``factor``."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

@@ -28,6 +28,7 @@ from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
 from ..distributed.group import Group, Terms
 from ..model.drl import DRL
+from ..model.pretrained import BEST
 from . import checkpoint, schedule
 from .checkpoint import Progress
 from .config import RunConfig, read_config
@@ -37,7 +38,7 @@ from .logs import Logs, write_evaluations
 from .processes import Processes
 from .step import add_gradients
 
-LAST, BEST, CONFIG, UNREADABLE = "last.pt", "best", "config.yaml", "unreadable.txt"
+LAST, CONFIG, UNREADABLE = "last.pt", "config.yaml", "unreadable.txt"
 
 
 class Watcher(Protocol):
@@ -120,7 +121,7 @@ class Run:
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
         elif (self.folder / CONFIG).exists():
             then = asdict(read_config(self.folder / CONFIG))
-            checkpoint.refuse_another(self.config, then, self.folder / CONFIG)
+            checkpoint.require_same(self.config, then, self.folder / CONFIG)
         self._agree()
         if self.processes.first:
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)

@@ -1,1 +1,1 @@
-"""Models around open_clip's towers. Needs the ``video`` extra (open_clip)."""
+"""The retrieval model, built on open_clip's towers. Needs the ``video`` extra (open_clip)."""

@@ -13,62 +13,75 @@ from pathlib import Path
 import open_clip
 from torch import Tensor, nn
 
-# What OpenAI's archives hold beside weights.
+# Entries of OpenAI's archives that are not weights.
 SIZES_IN_STATE = ("input_resolution", "context_length", "vocab_size")
-# Of every attention head in OpenAI's towers.
+# The width of every attention head in OpenAI's towers.
 HEAD_WIDTH = 64
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
-# drl-small: 4 + 4 layers for pictures of 64 x 64, to see a whole run on a CPU.
+# drl-small: 4 + 4 layers for 64 x 64 pictures, to try a whole run on a CPU.
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
 
 def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, Callable[..., Tensor]]:
-    """The CLIP of :func:`build_clip` and its tokenizer (``tokenizer(texts, context_length=32) -> ids``)."""
-    # The tokenizer last: those of other kinds of text tower would have to be fetched.
+    """Build a CLIP with :func:`build_clip`; return it with its tokenizer, ``tokenizer(texts, context_length=32)``."""
+    # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
     return build_clip(name, pretrained), open_clip.get_tokenizer(name)
 
 
-def build_clip(name: str, pretrained: str | None = None) -> open_clip.CLIP:
-    """An open_clip model by name.
+def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool = True) -> open_clip.CLIP:
+    """Build an open_clip model by name.
 
     Args:
-        name: one of ``open_clip.list_models()``, e.g. ``"ViT-B-32"``. A local file of OpenAI's weights wants the
-            ``-quickgelu`` name; with a tag the right activation is chosen here.
-        pretrained: a tag of that model (fetched, or taken from the cache), a local weight file, or None: random.
+        name: one of ``open_clip.list_models()``, such as ``"ViT-B-32"``. A local file of OpenAI's weights needs the
+            ``-quickgelu`` name; a tag selects the right activation itself.
+        pretrained: a tag of that model (fetched, or read from the cache), a local weight file, or None: random weights.
+        load_weights: False leaves the weights random and fetches nothing; activation and picture statistics are the
+            tag's all the same.
 
     Raises:
-        ValueError: an unknown name or tag (the nearest ones are named), a file that is missing or does not fit, or
-            weights that cannot be fetched (what to put where is said).
+        ValueError: an unknown name or tag (the nearest are named), a file that is missing or does not fit, or weights
+            that cannot be fetched (the message says what to download).
     """
     known = open_clip.list_models()
     if name not in known:
         raise ValueError(f"clip must be a model name that open_clip knows, got {name!r}; nearest: {_near(name, known)}")
-    quick_gelu = False
-    if pretrained is not None and not Path(pretrained).is_file():
-        if pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained:
-            raise ValueError(f"pretrained must be a tag or a weight file, got {pretrained}, where no file is")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if pretrained not in tags:
-            raise ValueError(
-                f"pretrained must be a weight file or a tag of {name}, got {pretrained!r}; nearest: "
-                f"{_near(pretrained, tags)} of {len(tags)}"
-            )
-        quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+    tag = _tag_config(name, pretrained)
+    statistics = {key: tag[key] for key in ("mean", "std") if key in tag}
     try:
         with quiet():
-            clip, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained, force_quick_gelu=quick_gelu)
-    # Whatever a broken file or a missing network raises: urllib, huggingface_hub, torch and pickle each have their own.
+            clip = open_clip.create_model(
+                name,
+                pretrained if load_weights else None,
+                force_quick_gelu=bool(tag.get("quick_gelu", False)),
+                force_preprocess_cfg=statistics,
+            )
+    # A broken file or a missing network raises errors of urllib, huggingface_hub, torch or pickle.
     except Exception as error:
         raise ValueError(_advice(name, pretrained, error)) from error
     return check_clip(clip)
 
 
+def _tag_config(name: str, pretrained: str | None) -> Mapping[str, object]:
+    """Return open_clip's settings of a tag; none for a file or random weights."""
+    if pretrained is None or Path(pretrained).is_file():
+        return {}
+    if pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained:
+        raise ValueError(f"pretrained must be a tag or a weight file, file not found: {pretrained}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags:
+        raise ValueError(
+            f"pretrained must be a weight file or a tag of {name}, got {pretrained!r}; nearest: "
+            f"{_near(pretrained, tags)} of {len(tags)}"
+        )
+    return open_clip.get_pretrained_cfg(name, pretrained)
+
+
 def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
-    """A CLIP of the size that a state dict in OpenAI's layout has, in float32, QuickGELU as theirs.
+    """Build the CLIP that a state dict in OpenAI's layout holds, in float32 and with QuickGELU.
 
     Raises:
-        ValueError: entries that are missing or unexpected, each named, or of a shape that no CLIP has.
+        ValueError: entries that are missing, unexpected or of a wrong shape; each is named.
     """
     state = {name: x for name, x in state.items() if name not in SIZES_IN_STATE}
     needed = [
@@ -83,9 +96,9 @@ def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(
-            f"state must be a CLIP with a vision transformer in OpenAI's layout, got none of {', '.join(missing)}"
+            f"state must be a CLIP with a vision transformer in OpenAI's layout, got one without {', '.join(missing)}"
         )
-    patch, width = state["visual.conv1.weight"].shape[-1], state["visual.conv1.weight"].shape[0]
+    width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
     grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
     text_width = state["ln_final.weight"].shape[0]
     try:
@@ -108,16 +121,16 @@ def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
             quick_gelu=True,
         )
     except Exception as error:
-        raise ValueError(f"state must be a CLIP in OpenAI's layout, got sizes that none has ({error})") from error
+        raise ValueError(f"state must be a CLIP in OpenAI's layout, got impossible sizes ({error})") from error
     load_strictly(clip, state, "state")
     return clip
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load every entry and miss none.
+    """Load a state dict whose entries are exactly the module's.
 
     Raises:
-        ValueError: naming each entry that is missing, unexpected or of another shape.
+        ValueError: entries that are missing, unexpected or of another shape; each is named.
     """
     own = module.state_dict()
     problems = [f"no {key}" for key in own.keys() - state.keys()]
@@ -138,10 +151,10 @@ def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def check_clip(clip: nn.Module) -> open_clip.CLIP:
-    """Accept the build whose text tower gives a token a word: original CLIP, pooled at the largest id.
+    """Return ``clip`` if its text tower gives one token per word: the original CLIP, pooled at the largest id.
 
     Raises:
-        ValueError: another build.
+        ValueError: any other build.
     """
     if (
         isinstance(clip, open_clip.CLIP)
@@ -155,9 +168,20 @@ def check_clip(clip: nn.Module) -> open_clip.CLIP:
     )
 
 
+def uses_quick_gelu(clip: open_clip.CLIP) -> bool:
+    """Return whether the towers use QuickGELU, OpenAI's activation; a state dict does not say."""
+    return any(type(module).__name__ == "QuickGELU" for module in clip.modules())
+
+
+def has_openai_heads(clip: open_clip.CLIP) -> bool:
+    """Return whether all attention heads are 64 wide, OpenAI's width; a state dict does not say."""
+    towers = (clip.transformer, clip.visual.transformer)
+    return all(tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in towers)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the loggers that announce what is raised anyway, each retry twice."""
+    """Silence loggers that report, once per retry, what is raised anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -167,8 +191,7 @@ def quiet() -> Iterator[None]:
 
 
 def _advice(name: str, pretrained: str | None, error: Exception) -> str:
-    # The first sentence: what follows in torch's and the hub's messages is advice for other callers. Shortened, on one
-    # line: torch lists every parameter that does not fit.
+    # The first sentence only, on one line: torch goes on to list every parameter, the hub to give advice to others.
     first = textwrap.shorten(str(error).partition(". ")[0], 300, placeholder=" ...")
     reason = f"{type(error).__name__}: {first}"
     if pretrained is None:
@@ -178,11 +201,11 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     config = open_clip.get_pretrained_cfg(name, pretrained)
     hub, url = config.get("hf_hub", ""), config.get("url", "")
     source = f"open_clip_model.safetensors from https://huggingface.co/{hub.rstrip('/')}" if hub else url
-    # A file's name does not say which activation its weights were trained with; the clip's name does.
+    # The clip's name tells which activation a file of weights was trained with; the file does not.
     other = f" and {name}-quickgelu as clip" if config.get("quick_gelu") and not name.endswith("-quickgelu") else ""
     return (
-        f"weights {pretrained!r} of {name} could not be fetched ({reason}); where there is a network, download "
-        f"{source}, copy it here and pass its path as pretrained{other}; HF_HUB_OFFLINE=1 spares the retries"
+        f"weights {pretrained!r} of {name} could not be fetched ({reason}); on a machine with a network download "
+        f"{source}, copy it here and pass its path as pretrained{other}; HF_HUB_OFFLINE=1 skips the retries"
     )
 
 

@@ -1,4 +1,4 @@
-"""DRL: a CLIP whose towers give tokens, a temporal module over frames, an interaction, and the losses."""
+"""DRL: a CLIP whose towers return tokens, a temporal module over frames, an interaction, and the losses."""
 
 from __future__ import annotations
 
@@ -6,67 +6,38 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from ..modules import INTERACTIONS, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
-from ..validation import describe, option
-from . import losses, padding
-from .clip import build_clip, check_clip, clip_from_state_dict
+from ..modules import WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from ..validation import describe
+from . import losses, padding, pretrained, upstream
+from .clip import (
+    build_clip,
+    check_clip,
+    clip_from_state_dict,
+    has_openai_heads,
+    load_strictly,
+    quiet,
+    uses_quick_gelu,
+)
+from .config import Config
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MAX_LOGIT_SCALE = 100.0
-TEMPORAL = (None, "seqLSTM", "seqTransf")
 # Captions of about one length share a pass of the text tower.
 LENGTH_STEP = 8
 
 
-@dataclass(frozen=True)
-class Config:
-    """What a DRL is made of, beside its CLIP. Defaults are the paper's for MSR-VTT.
-
-    Args:
-        interaction: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"`` or ``"wti"``.
-        temporal: over frames: None, ``"seqLSTM"`` or ``"seqTransf"``.
-        wti_arch: layers of WTI's weight heads, 1 to 3.
-        cdcr: channel decorrelation, by the public code's number: 0 none, 1 pooled vectors, 2 tokens, 3 weighted tokens.
-        cdcr_alpha_on: weight of the correlation's diagonal.
-        cdcr_alpha_off: weight of all its other entries.
-        cdcr_weight: lambda, the regulariser's share in the total loss.
-        cdcr_padding: ``"never"`` leaves padding out of CDCR; ``"competes"`` is the public code's rule, with which its
-            checkpoints load: see :mod:`drl_fast.model.padding`. It costs the towers' work on padding, in training.
-    """
-
-    interaction: str = "wti"
-    temporal: str | None = "seqTransf"
-    wti_arch: int = 2
-    cdcr: int = 0
-    cdcr_alpha_on: float = 0.11
-    cdcr_alpha_off: float = 0.0
-    cdcr_weight: float = 0.001
-    cdcr_padding: str = "never"
-
-    def __post_init__(self) -> None:
-        option("interaction", self.interaction, tuple(INTERACTIONS))
-        if self.temporal not in TEMPORAL:
-            raise ValueError(f"temporal must be one of None, 'seqLSTM', 'seqTransf', got {self.temporal!r}")
-        option("cdcr", self.cdcr, (0, 1, 2, 3))
-        option("cdcr_padding", self.cdcr_padding, ("never", "competes"))
-        if self.cdcr == 3 and self.interaction != "wti":
-            raise ValueError(
-                f"cdcr must be 0, 1 or 2 with interaction={self.interaction!r}, got 3, which wants WTI's weights; "
-                "use interaction='wti'"
-            )
-
-
 class DRL(nn.Module):
-    """Text-video retrieval after DRL, on an open_clip model.
+    """Text-video retrieval with DRL, on an open_clip model.
 
     >>> model = drl_fast.DRL("ViT-B-32", pretrained="openai", interaction="wti", cdcr=3)
     >>> text, text_mask = model.encode_text(ids)  # (A, Nt)
@@ -76,12 +47,12 @@ class DRL(nn.Module):
     Args:
         clip: an open_clip model's name (any of its ViTs of the original CLIP's form), or an ``open_clip.CLIP``.
         pretrained: a tag of that model (``"openai"``), a local weight file, or None: random weights.
-        config: see :class:`Config`.
 
-    Temporal blocks, XTI and their positions start as CLIP's text transformer and positions do, where widths agree.
+    The other options are those of :class:`drl_fast.model.config.Config`. Temporal blocks, XTI and their positions start
+    as CLIP's text transformer and positions do, if widths agree.
 
     Raises:
-        ValueError: an unknown name, tag, file, interaction or temporal module; what is near or to be done is named.
+        ValueError: an unknown name, tag, file or option; the nearest name or the remedy is given.
 
     Source: arXiv 2203.07111, section 3.
     """
@@ -89,9 +60,33 @@ class DRL(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, clip: str | nn.Module = "ViT-B-32", pretrained: str | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        clip: str | nn.Module = "ViT-B-32",
+        pretrained: str | None = None,
+        *,
+        interaction: str = "wti",
+        temporal: str | None = "seqTransf",
+        wti_arch: int = 2,
+        masking: str = "drl",
+        cdcr: int = 0,
+        cdcr_alpha_on: float = 0.11,
+        cdcr_alpha_off: float = 0.0,
+        cdcr_weight: float = 0.001,
+        cdcr_padding: str = "never",
+    ) -> None:
         super().__init__()
-        self.config = Config(**config)
+        self.config = Config(
+            interaction=interaction,
+            temporal=temporal,
+            wti_arch=wti_arch,
+            masking=masking,
+            cdcr=cdcr,
+            cdcr_alpha_on=cdcr_alpha_on,
+            cdcr_alpha_off=cdcr_alpha_off,
+            cdcr_weight=cdcr_weight,
+            cdcr_padding=cdcr_padding,
+        )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
         preprocess = open_clip.get_model_preprocess_cfg(self.clip)
@@ -100,58 +95,207 @@ class DRL(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         dim, context = self.dim, self.clip.positional_embedding.shape[0]
         self.temporal: nn.Module | None = None
-        if self.config.temporal == "seqTransf":
+        if temporal == "seqTransf":
             self.temporal = SeqTransf(dim, max_positions=context)
-        elif self.config.temporal == "seqLSTM":
+        elif temporal == "seqLSTM":
             self.temporal = SeqLSTM(dim, max_positions=context)
-        options: dict[str, Any] = {}
-        if self.config.interaction == "wti":
-            options["arch"] = self.config.wti_arch
-        if self.config.interaction == "xti":
-            options["max_positions"] = context
-        self.interaction = build_interaction(self.config.interaction, dim, **options)
+        options: dict[str, dict[str, Any]] = {
+            "wti": {"arch": wti_arch, "masking": masking},
+            "ti": {"masking": masking},
+            "xti": {"max_positions": context},
+        }
+        self.interaction = build_interaction(interaction, dim, **options.get(interaction, {}))
         for module in (self.temporal, self.interaction):
             if isinstance(module, SeqTransf | SeqLSTM | XTI):
                 module.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
-    def from_clip_state_dict(cls, state: Mapping[str, Tensor], **config: Any) -> DRL:
-        """Build around a CLIP of any size, given as a state dict in OpenAI's layout; everything else is new.
+    def from_clip_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        interaction: str = "wti",
+        temporal: str | None = "seqTransf",
+        wti_arch: int = 2,
+        masking: str = "drl",
+        cdcr: int = 0,
+        cdcr_alpha_on: float = 0.11,
+        cdcr_alpha_off: float = 0.0,
+        cdcr_weight: float = 0.001,
+        cdcr_padding: str = "never",
+    ) -> DRL:
+        """Build around a CLIP of any size, given as a state dict in OpenAI's layout; all other modules are new.
 
         Raises:
-            ValueError: entries that are missing, unexpected or of another shape, each named.
+            ValueError: entries that are missing, unexpected or of another shape; each is named.
         """
-        return cls(clip_from_state_dict(state), **config)
+        return cls(
+            clip_from_state_dict(state),
+            interaction=interaction,
+            temporal=temporal,
+            wti_arch=wti_arch,
+            masking=masking,
+            cdcr=cdcr,
+            cdcr_alpha_on=cdcr_alpha_on,
+            cdcr_alpha_off=cdcr_alpha_off,
+            cdcr_weight=cdcr_weight,
+            cdcr_padding=cdcr_padding,
+        )
 
     @classmethod
-    def from_upstream(cls, state: Mapping[str, Any] | str | os.PathLike[str], **config: Any) -> DRL:
-        """Load a checkpoint of the public DRL or CLIP4Clip code: :func:`drl_fast.model.checkpoint.from_upstream`."""
-        from .checkpoint import from_upstream
+    def from_upstream(
+        cls,
+        state: Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        interaction: str = "auto",
+        temporal: str | None = "auto",
+        wti_arch: int | None = None,
+        masking: str = "drl",
+        cdcr: int = 0,
+        cdcr_alpha_on: float = 0.11,
+        cdcr_alpha_off: float = 0.0,
+        cdcr_weight: float = 0.001,
+        cdcr_padding: str = "competes",
+        agg_module: str | None = None,
+        cdcr_alpha1: float | None = None,
+        cdcr_alpha2: float | None = None,
+        cdcr_lambda: float | None = None,
+        patch: int | None = None,
+        image_size: int | None = None,
+    ) -> DRL:
+        """Build the model of a checkpoint of the public DRL or CLIP4Clip code, and load all of its weights.
 
-        return from_upstream(cls, state, **config)
+        Args:
+            state: the state dict (``clip.*``, ``transformerClip.*``, ``text_weight_fc.*``, ...), with or without
+                DistributedDataParallel's ``module.``; or the path of a file that holds one (``torch.load`` with
+                ``weights_only=True``: no other pickle is read).
+            interaction, temporal: ``"auto"`` infers them from the entries: ``"wti"`` from weight heads, ``"xti"`` from
+                a cross transformer, else ``"dp"``.
+            wti_arch: None infers it.
+            cdcr_padding: ``"competes"``, so that training continues as it would have in the public code.
+            agg_module, cdcr_alpha1, cdcr_alpha2, cdcr_lambda: the public code's names for ``temporal``,
+                ``cdcr_alpha_on``, ``cdcr_alpha_off`` and ``cdcr_weight``; each replaces the option of our name.
+            patch, image_size: pixels; the entries tell them, and another value is an error.
 
-    def to_upstream(self) -> dict[str, Tensor]:
-        """The state dict under the public code's names, which :meth:`from_upstream` reads back."""
-        from .checkpoint import to_upstream
-
-        return to_upstream(self)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``model.safetensors`` and ``config.json``, aside first and then renamed."""
-        from .checkpoint import save_pretrained
-
-        save_pretrained(self, folder)
+        Raises:
+            ValueError: entries that are missing, unexpected or of another shape, each of them named; a file without a
+                state dict; an option that does not fit the entries.
+        """
+        weights, inferred = upstream.read(state)
+        temporal = temporal if agg_module is None else agg_module
+        if temporal == "auto":
+            temporal = inferred["temporal"]
+        model = cls.from_clip_state_dict(
+            _clip_part(weights),
+            interaction=inferred["interaction"] if interaction == "auto" else interaction,
+            temporal=None if temporal in ("None", "") else temporal,
+            wti_arch=inferred.get("wti_arch", Config.wti_arch) if wti_arch is None else wti_arch,
+            masking=masking,
+            cdcr=cdcr,
+            cdcr_alpha_on=cdcr_alpha_on if cdcr_alpha1 is None else cdcr_alpha1,
+            cdcr_alpha_off=cdcr_alpha_off if cdcr_alpha2 is None else cdcr_alpha2,
+            cdcr_weight=cdcr_weight if cdcr_lambda is None else cdcr_lambda,
+            cdcr_padding=cdcr_padding,
+        )
+        own_patch = model.clip.visual.patch_size
+        own = {
+            "patch": own_patch[0] if isinstance(own_patch, tuple) else own_patch,
+            "image_size": model.picture_size[0],
+        }
+        for name, value in (("patch", patch), ("image_size", image_size)):
+            if value is not None and value != own[name]:
+                raise ValueError(f"{name} must be the state's own, {own[name]}, got {value}; leave it out")
+        load_strictly(model, weights, "state")
+        return model
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> DRL:
-        """Read what :meth:`save_pretrained` wrote.
+        """Read a folder that :meth:`save_pretrained` wrote, or the best model of a run of ``drl-fast train``.
 
         Raises:
-            ValueError: files that are missing, cut off, or of another model; entries that do not fit are named.
+            ValueError: files that are missing, cut short, or of another model; entries that do not fit are named.
         """
-        from .checkpoint import from_pretrained
+        state, config = pretrained.read_folder(folder)
+        name, quick_gelu = config.pop("clip"), config.pop("quick_gelu")
+        statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
+        if name is None:
+            clip = clip_from_state_dict(_clip_part(state))
+        else:
+            with quiet():  # open_clip warns of the random weights that are replaced below
+                clip = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick_gelu)
+        model = cls(clip, **config)
+        model.clip_name = name
+        for key, values in statistics.items():
+            getattr(model, key).copy_(torch.tensor(values).view(3, 1, 1))
+        load_strictly(model, state, str(folder))
+        return model
 
-        return from_pretrained(cls, folder)
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors`` and ``config.json``; files that are already there stay until they are replaced.
+
+        Raises:
+            ValueError: a CLIP without an open_clip name that its weights alone do not describe.
+        """
+        # A CLIP without a name is rebuilt from its weights in OpenAI's form; any other would silently score otherwise.
+        if self.clip_name is None and not (has_openai_heads(self.clip) and uses_quick_gelu(self.clip)):
+            raise ValueError(
+                "clip must have an open_clip name, or heads 64 wide and QuickGELU like OpenAI's, to be saved; register "
+                "it with open_clip.add_model_config and build DRL by that name"
+            )
+        pretrained.save_folder(folder, self.state_dict(), self.describe_config())
+
+    def to_upstream(self) -> dict[str, Tensor]:
+        """Return the state dict under the public code's names, which :meth:`from_upstream` reads.
+
+        Raises:
+            ValueError: an interaction that the public code does not have.
+        """
+        return upstream.to_upstream(self.state_dict())
+
+    def load_weights(self, source: str | os.PathLike[str]) -> None:
+        """Replace all weights by those of another model of the same architecture; options such as CDCR's stay.
+
+        Args:
+            source: a folder of :meth:`save_pretrained`, a run's folder, or a checkpoint file of the public code.
+
+        Raises:
+            ValueError: nothing readable there, or another architecture; every difference is named.
+        """
+        path = Path(source)
+        if not path.exists():
+            raise ValueError(f"source must be a folder or a checkpoint file, not found: {path}")
+        if path.is_dir():
+            state, theirs = pretrained.read_folder(path)
+        else:
+            state, inferred = upstream.read(path)
+            theirs = {"clip": None, "quick_gelu": True, **inferred}
+            if inferred["interaction"] == "dp" and self.config.interaction == "ti":
+                theirs["interaction"] = "ti"  # neither has weights: the entries are the same
+        ours = self.describe_config()
+        keys = ["quick_gelu", "mean", "std", "interaction", "temporal", *["wti_arch"] * (ours["interaction"] == "wti")]
+        differences = [
+            f"{key} {theirs[key]!r} there and {ours[key]!r} here"
+            for key in keys
+            if key in theirs and theirs[key] != ours[key]
+        ]
+        if theirs["clip"] is None:
+            if not has_openai_heads(self.clip):
+                differences.insert(0, "a CLIP with attention heads 64 wide there and others here")
+        elif _architecture(theirs["clip"]) != _architecture(self.clip_name):
+            differences.insert(0, f"clip {theirs['clip']!r} there and {self.clip_name!r} here")
+        if differences:
+            raise ValueError(f"{path} must hold a model of this architecture, got {'; '.join(differences)}")
+        load_strictly(self, state, str(path))
+
+    def describe_config(self) -> dict[str, Any]:
+        """Return all that, besides the weights, describes the model; JSON holds it."""
+        return {
+            "clip": self.clip_name,
+            "quick_gelu": uses_quick_gelu(self.clip),
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            **asdict(self.config),
+        }
 
     @property
     def dim(self) -> int:
@@ -166,32 +310,32 @@ class DRL(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor itself, at most 100.
+        """The factor itself (exp taken), at most 100.
 
-        Its gradient passes the limit: CLIP's own weights lie there, and a clamp would never let them leave it.
+        Its gradient ignores the limit: CLIP's own weights lie there, and a clamp would never let them leave it.
         """
         stored = self.clip.logit_scale
         return (stored + (stored.clamp(max=math.log(MAX_LOGIT_SCALE)) - stored).detach()).exp()
 
     @torch.no_grad()
     def limit_logit_scale(self) -> None:
-        """After a step of an optimizer: bring the stored temperature back to the limit, as the public code does."""
+        """Clamp the stored temperature to its limit, as the public code does; call it after an optimizer's step."""
         self.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (A, Nt), Nt <= the context -> tokens (A, Nt, D), mask (A, Nt) bool.
+        """Encode token ids (A, Nt), Nt <= the context, to tokens (A, Nt, D) and mask (A, Nt) bool.
 
-        Real are the positions up to and including the end token, the largest id of a row; tokens behind it are 0 and
-        not computed. Longer captions are cut to the context, the end token kept, which is said once.
+        The real positions are those up to and including the end token, the largest id of a row; the others are 0 and
+        not computed. Longer captions are cut to the context and keep their end token, with one warning.
 
         Raises:
-            ValueError, TypeError: ids that are no (A, Nt) integers, or lie outside the vocabulary (CPU only).
+            ValueError, TypeError: ids that are not (A, Nt) integers, or lie outside the vocabulary (CPU only).
         """
         ids = self._check_ids(ids)
-        if len(ids) == 0:  # tokens of nothing, with a graph: over a group every rank's loss must have gradients
+        if len(ids) == 0:  # with a graph: over a group every rank's loss must have gradients
             return self._text_tower(ids.new_zeros((1, ids.shape[1])))[:0], torch.zeros_like(ids, dtype=torch.bool)
         mask = _until_end(ids)
-        # Causal attention: nothing behind the end token reaches what is before it.
+        # Attention is causal: nothing after the end token reaches what comes before it.
         groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
         order, parts = groups.argsort(stable=True), []
         for rows in order.split(groups.bincount().tolist()):
@@ -225,19 +369,19 @@ class DRL(nn.Module):
         cut[late, -1] = end[late]
         warnings.warn(
             f"drl_fast: {int(late.sum())} of {len(ids)} captions are longer than the CLIP's context of {context} "
-            "tokens and were cut there, their end token kept; this is said once",
+            "tokens and were cut there; their end token is kept. Later cuts are not reported.",
             RuntimeWarning,
             stacklevel=3,
         )
         return cut
 
     def encode_video(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Frames (B, Nv, 3, H, W), mask (B, Nv) -> tokens (B, Nv, D).
+        """Encode frames (B, Nv, 3, H, W) with mask (B, Nv) to tokens (B, Nv, D).
 
         Masked frames never enter the image tower; their tokens are 0.
 
         Args:
-            frames: uint8 pictures, which are normalised here, or floating point ones that are normalised already.
+            frames: uint8 pictures, which are normalized here, or floating point ones that are normalized already.
             mask: non-zero = real, any dtype, holes allowed; None: all real.
 
         Raises:
@@ -251,11 +395,11 @@ class DRL(nn.Module):
         return tokens.masked_fill(~real[..., None], 0)
 
     def frame_features(self, pictures: Tensor) -> Tensor:
-        """Pictures (N, 3, H, W), uint8 or normalised, -> (N, D) by the image tower."""
+        """Encode pictures (N, 3, H, W), uint8 or normalized, to (N, D) with the image tower."""
         if pictures.dtype == torch.uint8:
             pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
         pictures = pictures.to(self.clip.visual.conv1.weight.dtype)
-        if len(pictures) == 0:  # CLIP's own reshapes fail then; with a graph, as in encode_text
+        if len(pictures) == 0:  # CLIP's reshapes fail without rows; with a graph, as in encode_text
             return self.clip.encode_image(pictures.new_zeros((1, *pictures.shape[1:])))[:0]
         return self.clip.encode_image(pictures)
 
@@ -267,7 +411,7 @@ class DRL(nn.Module):
                 "resize and crop them as drl_fast.data.video does"
             )
         if frames.dtype != torch.uint8 and not frames.is_floating_point():
-            raise TypeError(f"frames must be uint8, or floating point and normalised, got {frames.dtype}")
+            raise TypeError(f"frames must be uint8, or floating point and normalized, got {frames.dtype}")
         if mask is None:
             return torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         if not isinstance(mask, Tensor) or mask.shape != frames.shape[:2]:
@@ -277,25 +421,41 @@ class DRL(nn.Module):
     def similarity(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> Tensor:
-        """Every text against every video: tokens (A, Nt, D), (B, Nv, D) -> logits (A, B), without temperature."""
+        """Score every text against every video: tokens (A, Nt, D), (B, Nv, D) -> logits (A, B), no temperature."""
         return self.interaction(text, video, text_mask, video_mask)
 
     def forward(self, batch: Mapping[str, Tensor], process_group: ProcessGroup | None = None) -> dict[str, Tensor]:
-        """Losses of a batch of pairs: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.
+        """Compute the losses of a batch of pairs: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.
 
         Args:
-            batch: ``text_ids`` (B, Nt) and ``video`` (B, Nv, 3, H, W), row by row; if there, ``video_mask`` (B, Nv),
-                ``text_mask`` (B, Nt; else up to the end token), ``owner`` (B,) ids of the videos that captions share.
-            process_group: negatives of all its ranks. TI and WTI never form the batch's logits; the others gather all
-                videos, and every rank scores its own texts against them.
+            batch: ``text_ids`` (B, Nt) and ``video`` (B, Nv, 3, H, W), row by row. Optional: ``video_mask`` (B, Nv),
+                ``text_mask`` (B, Nt; default: up to the end token), ``owner`` (B,), the id of each caption's video.
+            process_group: its ranks' pairs are negatives of each other. TI and WTI never form the batch's logits; with
+                the others every rank gathers all videos and scores its own texts against them.
 
         Raises:
-            ValueError: entries that are missing, or options that the interaction cannot serve.
+            ValueError: missing entries, or options that the interaction does not support.
         """
         for name in ("text_ids", "video"):
             if name not in batch:
                 raise ValueError(f"batch must hold {name!r}, got {', '.join(map(repr, batch)) or 'nothing'}")
-        text, video, text_mask, video_mask, padded = self._encode(batch)
+        ids, frames = batch["text_ids"], batch["video"]
+        video_mask = self._check_frames(frames, batch.get("video_mask"))
+        padded = None
+        if self._needs_padding:
+            ids = self._check_ids(ids)
+            text_mask = _until_end(ids)
+            features = self.frame_features(frames.flatten(0, 1)).view(*video_mask.shape, -1)
+            padded = self._text_tower(ids), padding.add_temporal(features, self.temporal, video_mask)
+            text, video = (
+                padded[0].masked_fill(~text_mask[..., None], 0),
+                padded[1].masked_fill(~video_mask[..., None], 0),
+            )
+        else:
+            text, text_mask = self.encode_text(ids)
+            video = self.encode_video(frames, video_mask)
+        if "text_mask" in batch:
+            text_mask = batch["text_mask"] != 0
         return self.losses(text, video, text_mask, video_mask, batch.get("owner"), process_group, padded=padded)
 
     def losses(
@@ -309,46 +469,36 @@ class DRL(nn.Module):
         *,
         padded: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """What :meth:`forward` returns, from tokens (B, Nt, D), (B, Nv, D) and masks that the towers gave already.
+        """Compute the losses of :meth:`forward` from tokens (B, Nt, D), (B, Nv, D) and masks.
 
-        ``padded``: tokens of both sides with padding's among them, for ``cdcr_padding="competes"``.
+        ``padded``: tokens of both sides that include padding's, for ``cdcr_padding="competes"``.
         """
-        if self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes" and padded is None:
-            raise ValueError("padded must hold tokens with padding's for cdcr_padding='competes', got None")
+        if self._needs_padding and padded is None:
+            raise ValueError("padded must hold the tokens with padding for cdcr_padding='competes', got None")
         weights: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(self.interaction, WTI):
             weights = self.interaction.weights(text, video, text_mask, video_mask)
-        tokens = losses.Tokens(text, video, *weights, text_mask, video_mask)
-        contrast = losses.contrast(self.interaction, tokens, self.logit_scale, owner, process_group)
-        regulariser = losses.decorrelation(self.config, tokens, padded, process_group)
-        total = contrast if self.config.cdcr == 0 else contrast + self.config.cdcr_weight * regulariser
-        return {"total": total, "info_nce": contrast, "cdcr": regulariser}
+        batch = losses.Batch(text, video, *weights, text_mask, video_mask)
+        info_nce = losses.contrastive_loss(self.interaction, batch, self.logit_scale, owner, process_group)
+        cdcr = losses.decorrelation_loss(self.config, batch, padded, process_group)
+        total = info_nce if self.config.cdcr == 0 else info_nce + self.config.cdcr_weight * cdcr
+        return {"total": total, "info_nce": info_nce, "cdcr": cdcr}
 
-    def _encode(
-        self, batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Tokens and masks (bool) of both sides; tokens that include padding's, where CDCR is to see them."""
-        ids, frames = batch["text_ids"], batch["video"]
-        video_mask = self._check_frames(frames, batch.get("video_mask"))
-        padded = None
-        if self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes":
-            ids = self._check_ids(ids)
-            text_mask = _until_end(ids)
-            padded = self._text_tower(ids), padding.frames_with_padding(self, frames, video_mask)
-            text, video = (
-                x.masked_fill(~real[..., None], 0) for x, real in zip(padded, (text_mask, video_mask), strict=True)
-            )
-        else:
-            text, text_mask = self.encode_text(ids)
-            video = self.encode_video(frames, video_mask)
-        return text, video, batch["text_mask"] != 0 if "text_mask" in batch else text_mask, video_mask, padded
-
-    def describe_config(self) -> dict[str, Any]:
-        """What :meth:`save_pretrained` writes beside the weights."""
-        quick = any(type(module).__name__ == "QuickGELU" for module in self.clip.modules())
-        return {"clip": self.clip_name, "quick_gelu": quick, **asdict(self.config)}
+    @property
+    def _needs_padding(self) -> bool:
+        """Whether CDCR reads the features of padding."""
+        return self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes"
 
 
 def _until_end(ids: Tensor) -> Tensor:
-    """(A, Nt) bool: the positions up to and including the end token, the largest id of a row."""
+    """Return (A, Nt) bool: the positions up to and including the end token, the largest id of a row."""
     return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+
+
+def _clip_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("clip."): x for name, x in state.items() if name.startswith("clip.")}
+
+
+def _architecture(clip_name: str | None) -> str | None:
+    """Return an open_clip name without the activation, which is compared by itself."""
+    return clip_name and clip_name.removesuffix("-quickgelu")

@@ -1,34 +1,27 @@
-"""CDCR as the public code trains it, to one accident that it has with padding.
+"""CDCR with the public code's padding bug, for checkpoints that were trained with it.
 
-There a padded token's similarity is 0. Where all real ones are negative the 0 wins, and the padded token's feature,
-of a picture or word that is not there, becomes the partner. ``functional.cdcr_loss`` leaves padding out. Checkpoints of
-the public code load with the accident (``Config.cdcr_padding="competes"``): training goes on as it would have there.
+In the public code a padded token's similarity is 0. If all real similarities are negative, the 0 wins, and the feature
+of a picture or word that does not exist becomes the partner. ``functional.cdcr_loss`` leaves padding out; checkpoints
+of the public code load with ``Config.cdcr_padding="competes"``, so that training continues as it would have there.
 
-It needs features of padding, so nothing is skipped in the towers, and it is dense: O(B Nt Nv) similarities, (N, D)
-partners, one D x D.
+The rule needs the features of padding, so the towers encode it, and the loss is dense: O(B Nt Nv) similarities, (N, D)
+partners and one D x D matrix.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional.dot_product import unit
 from ..modules import SeqTransf
 
-if TYPE_CHECKING:
-    from .drl import DRL
 
-
-def frames_with_padding(model: DRL, frames: Tensor, mask: Tensor) -> Tensor:
-    """(B, Nv, D): every frame through the towers, those that are masked as well."""
-    tokens = model.frame_features(frames.flatten(0, 1)).view(*mask.shape, -1)
-    temporal = model.temporal
+def add_temporal(tokens: Tensor, temporal: nn.Module | None, mask: Tensor) -> Tensor:
+    """Apply the temporal module to frame tokens (B, Nv, D), and keep what it gives for masked frames."""
     if not isinstance(temporal, SeqTransf):
         real = tokens if temporal is None else temporal(tokens, mask)
-        # The public code adds to a padded frame nothing, or itself once more: one direction either way.
+        # The public code leaves a padded frame alone or doubles it: the direction is the same.
         return torch.where(mask[..., None], real, tokens)
     positions = temporal.frame_position_embeddings.weight[: tokens.shape[1]]
     return tokens + temporal.transformer(tokens + positions, mask | ~mask.any(1, keepdim=True))
@@ -45,7 +38,7 @@ def cdcr_loss(
     alpha_on: float,
     alpha_off: float,
 ) -> Tensor:
-    """The decorrelation loss of tokens that include padding; boolean masks."""
+    """Compute the decorrelation loss of tokens that include padding; boolean masks."""
     t, v = unit(text), unit(video)
     s = torch.einsum("bid,bjd->bij", t, v) * text_mask[:, :, None] * video_mask[:, None, :]
     pair = torch.arange(len(text), device=text.device)[:, None]
@@ -54,7 +47,7 @@ def cdcr_loss(
         (t, text_mask, v, s.argmax(2), text_weight),
         (v, video_mask, t, s.argmax(1), video_weight),
     ):
-        x, y = (standard(z[real]) for z in (own, other[pair, partner]))
+        x, y = _standardize(own[real]), _standardize(other[pair, partner][real])
         weighted = x if weight is None else x * weight[real][:, None]
         terms.append(weighted.T @ y / (len(x) if weight is None else len(text)))
     c = (terms[0] + terms[1]) / 2
@@ -63,6 +56,6 @@ def cdcr_loss(
     return alpha_on * (diagonal - 1).square().sum() + alpha_off * off.square().sum()
 
 
-def standard(x: Tensor) -> Tensor:
-    """Channels of (N, D) minus their mean over their unbiased deviation."""
+def _standardize(x: Tensor) -> Tensor:
+    """Subtract each channel's mean over the rows of (N, D) and divide by its unbiased deviation."""
     return (x - x.mean(0)) / x.std(0)

@@ -19,17 +19,16 @@ LAYERS = 2
 def small_model(
     image_size: int, context_length: int, seed: int, clip: open_clip.CLIP | None = None, **config: Any
 ) -> tuple[DRL, open_clip.SimpleTokenizer]:
-    """Two layers a tower, random weights; and the tokenizer: list of strings -> ids (texts, context).
+    """Build a model with two layers per tower and random weights; return it with its tokenizer.
 
-    XTI has one layer of its own: four, as in the paper, would cost several times the towers. It starts as the text
-    tower's first layer does.
+    XTI has one layer: the paper's four would cost several times the towers. It starts as the text tower's first layer.
 
     Args:
         image_size: pixels; a multiple of 32.
         context_length: text tokens, start and end included.
-        seed: of the weights; the towers' are the same whatever ``config`` says.
-        clip: towers to start from instead, such as another small model's; they are copied.
-        config: of :class:`drl_fast.model.drl.Config`; WTI without a temporal module where nothing is said.
+        seed: of the weights; the towers' are the same for every ``config``.
+        clip: towers to start from, such as another small model's; they are copied.
+        config: options of :class:`DRL`; the defaults are WTI and no temporal module.
     """
     torch.manual_seed(seed)
     clip = _towers(image_size, context_length) if clip is None else copy.deepcopy(clip)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from drl_fast.cli import _evaluation, app
+from drl_fast.cli import app
 from drl_fast.data.datasets import load_split
+from drl_fast.engine import evaluate as evaluation
 from drl_fast.engine import features
 from drl_fast.engine.config import build_model, read_config
 from drl_fast.engine.evaluate import evaluate
@@ -132,6 +133,7 @@ def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tm
     found = []
     for options in (
         ["--checkpoint", run],
+        ["--checkpoint", run / "best"],
         ["--checkpoint", run / "best", "--config", config, "--videos", videos],
         ["--checkpoint", tmp_path / "upstream.bin", "--config", config, "--videos", videos, "--set", "max_words=16"],
     ):
@@ -162,9 +164,12 @@ def test_a_named_clip_comes_back_with_its_tokenizer(drl_eval: Eval, videos: Path
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["interaction=wti", "temporal=seqTransf"], "the interaction wti and the temporal module seqTransf have"),
-        (["interaction=dp", "temporal=seqLSTM"], "Untrained: the temporal module seqLSTM have"),
-        (["interaction=xti", "temporal=null"], "Untrained: the interaction xti have"),
+        (
+            ["interaction=wti", "temporal=seqTransf"],
+            "CLIP has no weights for the interaction wti and the temporal module seqTransf.",
+        ),
+        (["interaction=dp", "temporal=seqLSTM"], "CLIP has no weights for the temporal module seqLSTM."),
+        (["interaction=xti", "temporal=null"], "CLIP has no weights for the interaction xti."),
         (["interaction=ti", "temporal=null"], None),
     ],
 )
@@ -208,7 +213,7 @@ def test_options_reach_the_evaluation(
     drl_eval: Eval, videos: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(_evaluation, "evaluate", lambda *_, **options: seen.update(options) or evaluate(*_, **options))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **options: seen.update(options) or evaluate(*_, **options))
     result = drl_eval("--config", config, "--videos", videos, "--set", "precision=bf16", "--block", 3)
     assert result.exit_code == 0
     assert "bf16 on cpu" in result.flat
@@ -219,27 +224,39 @@ def test_options_reach_the_evaluation(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "config must name a YAML file, got none; see configs/msrvtt_wti.yaml"),
-        (["--checkpoint", "TMP/no"], "checkpoint must be a folder or a file, got TMP/no, where neither is"),
+        ([], "config must be a row or a YAML file, got none; for instance --config wti --dataset msrvtt"),
+        (["--checkpoint", "TMP/no"], "checkpoint not found: TMP/no"),
         (["--config", "CONFIG"], "videos must name a folder, got none; pass --videos or set it in the configuration"),
         (["--config", "CONFIG", "--videos", "TMP/no"], "TMP/no"),
         (["--config", "CONFIG", "--set", "dataset=msvd", "--videos", "VIDEOS"], "annotations must name a folder"),
+        (["--config", "CONFIG", "--dataset", "msvd"], "dataset must be the configuration's own, folder, got msvd"),
+        (["--config", "wti", "--videos", "VIDEOS"], "dataset must be named, wti does not; add --dataset"),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--split", "tets"], "split must be one of"),
         (["--config", "CONFIG", "--set", "block"], "set must be key=value, got 'block'"),
         (
             ["--config", "CONFIG", "--checkpoint", "TMP", "--set", "interaction=dp"],
             "set must leave the model as the checkpoint has it, got interaction=dp",
         ),
-        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP"], "where neither is; the best model is"),
-        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP/no.bin"], "got TMP/no.bin, where neither"),
+        (
+            ["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP"],
+            "as a run of drl-fast train does after its first epoch; found neither",
+        ),
+        (
+            ["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP/no.bin"],
+            "checkpoint not found: TMP/no.bin",
+        ),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "CONFIG"], "CONFIG must hold tensors alone"),
-        (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "x.safetensors"], "name its folder"),
+        (
+            ["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP/x.safetensors"],
+            "name the folder of save_pretrained",
+        ),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--out", "TMP"], "out must be a file, got TMP, a folder"),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--out", "CONFIG/x.json"], "check that the path can be read"),
     ],
 )
 def test_mistakes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, options: list[str], words: str) -> None:
     places = {"CONFIG": config, "VIDEOS": videos, "TMP": tmp_path}
+    (tmp_path / "x.safetensors").write_bytes(b"")
 
     def put(text: str) -> str:
         return re.sub("|".join(places), lambda name: str(places[name[0]]), text)
@@ -302,6 +319,7 @@ def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
     for option in (
         "--checkpoint",
         "--config",
+        "--dataset",
         "--split",
         "--videos",
         "--annotations",

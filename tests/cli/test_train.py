@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+from drl_fast import DRL
 from drl_fast.cli import app
+from drl_fast.engine.config import read_config
 from drl_fast.engine.logs import read_log
+from drl_fast.model.clip import build_clip, clip_from_state_dict
 
 from ..engine.runs import make_folder
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-if not CONFIGS.exists():
-    pytest.skip("no source tree beside the tests", allow_module_level=True)
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["clip=toy", "temporal=null", "max_words=12", "max_frames=3", "workers=0", "pretrained=null", "precision=fp32"]
 RUN = ["epochs=2", "batch=4", "checkpoint_every=2"]
@@ -43,27 +47,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_from_config_to_best_model(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    config = str(CONFIGS / "folder_wti_cdcr.yaml")
-    done = train("--config", config, "--videos", str(folder), "--out", str(out), small=SMALL + RUN)
+    config = ["--config", "wti_cdcr", "--dataset", "folder", "--videos", str(folder), "--out", str(out)]
+    done = train(*config, small=SMALL + RUN)
     assert done.exit_code == 0, done.output
     told = words(done.output)
     assert "folder, train: 18 captions of 12 videos" in told
     assert "epoch 1: text to video R@1" in told
     assert f"drl-fast eval --checkpoint {out} scores it on the test part" in told
     assert (out / "best/model.safetensors").exists()
-    again = train("--config", config, "--videos", str(folder), "--out", str(out), small=SMALL + RUN)
+    again = train(*config, small=SMALL + RUN)
     assert again.exit_code == 1
     assert "holds a run; add --resume to go on with it" in words(again.output)
-    resumed = train("--config", config, "--videos", str(folder), "--out", str(out), "--resume", small=SMALL + RUN)
+    resumed = train(*config, "--resume", small=SMALL + RUN)
     assert resumed.exit_code == 0, resumed.output
-    assert "going on after step 8 of 8" in words(resumed.output)
+    assert "continuing after step 8 of 8" in words(resumed.output)
     scored = CliRunner().invoke(app, ["eval", "--checkpoint", str(out), "--split", "val"])
     assert scored.exit_code == 0, scored.output
 
 
 @pytest.mark.parametrize("row", ["dp_cdcr", "hi", "mlp", "xti", "ti_cdcr", "wti_cdcr"])
 def test_a_dry_run_of_every_interaction(row: str) -> None:
-    done = train("--config", str(CONFIGS / f"msrvtt_{row}.yaml"), "--dry-run")
+    done = train("--config", row, "--dataset", "msrvtt", "--dry-run")
     assert done.exit_code == 0, done.output
     assert "two steps. The scores mean nothing" in words(done.output)
     assert "folder, val: 16 captions of 16 videos" in words(done.output)
@@ -71,7 +75,7 @@ def test_a_dry_run_of_every_interaction(row: str) -> None:
 
 def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
     small = [option for option in SMALL if not option.startswith(("max_", "temporal"))] + ["clip=drl-small"]
-    done = train("--config", str(CONFIGS / "didemo_ti.yaml"), "--dry-run", small=small)
+    done = train("--config", "ti", "--dataset", "didemo", "--dry-run", small=small)
     assert done.exit_code == 0, done.output
 
 
@@ -80,11 +84,18 @@ def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
     [
         (
             ["--config", "nowhere.yaml"],
-            "the name of a row that is shipped, got nowhere.yaml",
+            "got nowhere.yaml, which is neither",
         ),
-        (["--config", str(CONFIGS / "msrvtt_wti.yaml")], "videos must name a folder, got none; pass --videos"),
-        (["--config", str(CONFIGS / "msrvtt_wti.yaml"), "--videos", "x"], "annotations must name a folder, got none"),
-        (["--config", str(CONFIGS / "folder_wti.yaml"), "--videos", "no_such_folder"], "no_such_folder"),
+        (["--config", "wti", "--dataset", "msrvtt"], "videos must name a folder, got none; pass --videos"),
+        (["--config", "wti", "--dataset", "msrvtt", "--videos", "x"], "annotations must name a folder, got none"),
+        (["--config", "wti", "--dataset", "folder", "--videos", "no_such_folder"], "no_such_folder"),
+        (["--config", "wti"], "dataset must be named, wti does not; add --dataset with one of msrvtt, "),
+        (
+            ["--config", "wti", "--dataset", "msrvtt", "--set", "dataset=msvd"],
+            "the configuration's own, msvd, got msrvtt",
+        ),
+        (["--config", "msrvtt_wti"], "write --config wti --dataset msrvtt"),
+        (["--config", "wti", "--dataset", "msrvtt", "--set", "learning_rate=1"], "got 'learning_rate'; nearest: lr"),
     ],
 )
 def test_what_is_missing_is_told(arguments: list[str], expected: str) -> None:
@@ -94,6 +105,90 @@ def test_what_is_missing_is_told(arguments: list[str], expected: str) -> None:
     assert "Traceback" not in done.output
 
 
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return DRL.from_pretrained(path).state_dict()
+
+
+def test_a_run_starts_from_another(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new optimizer and schedule from step 0, the source's weights; --resume needs neither option nor source."""
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "folder", "--videos", str(folder)]
+    still = [*SMALL, "epochs=1", "batch=9", "lr=1e-30", "clip_lr=0", "weight_decay=0"]
+    first = train("--config", "wti_cdcr", *data, "--out", "first", small=SMALL + RUN)
+    assert first.exit_code == 0, first.output
+    # Steps too small to change a float32: the new run's best model is the one that it started from.
+    second = train("--config", "wti", *data, "--out", "second", "--init-from", "first", small=still)
+    assert second.exit_code == 0, second.output
+    assert f"weights from {tmp_path / 'first'}, interaction wti" in words(second.output)
+    assert [row["step"] for row in read_log(tmp_path / "second/log.csv")] == ["1", "2"]
+    old, new = weights(tmp_path / "first"), weights(tmp_path / "second/best")
+    assert all(torch.equal(x, new[name]) for name, x in old.items())
+    reports = []
+    for run in ("first", "second"):
+        CliRunner().invoke(app, ["eval", "--checkpoint", run, "--split", "val", "--out", f"{run}.json"])
+        reports.append(json.loads((tmp_path / f"{run}.json").read_text()))
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert read_config(tmp_path / "second/config.yaml").init_from == str(tmp_path / "first")
+
+    shutil.rmtree(tmp_path / "first")
+    resumed = train("--config", "wti", *data, "--out", "second", "--resume", small=still)
+    assert resumed.exit_code == 0, resumed.output
+    assert "continuing after step 2 of 2" in words(resumed.output)
+    (tmp_path / "second/last.pt").unlink()
+    restarted = train("--config", "wti", *data, "--out", "second", "--resume", small=still)
+    assert restarted.exit_code == 1
+    assert f"not found: {tmp_path / 'first'}" in words(restarted.output)
+
+
+def test_a_run_extends_another_in_the_same_way(folder: Path, tmp_path: Path) -> None:
+    """Two runs from one source take the same steps."""
+    data = ["--config", "dp", "--dataset", "folder", "--videos", str(folder)]
+    train(*data, "--out", str(tmp_path / "first"), small=SMALL + RUN)
+    logs = []
+    for name in ("a", "b"):
+        source = ["--init-from", str(tmp_path / "first/best")]
+        done = train(*data, "--out", str(tmp_path / name), *source, small=[*SMALL, *RUN, "seed=1"])
+        assert done.exit_code == 0, done.output
+        logs.append([row["total"] for row in read_log(tmp_path / name / "log.csv")])
+    assert logs[0] == logs[1]
+    assert logs[0] != [row["total"] for row in read_log(tmp_path / "first/log.csv")]
+
+
+def test_a_run_starts_from_a_public_checkpoint(tmp_path: Path) -> None:
+    clip = clip_from_state_dict(build_clip("drl-small").state_dict())
+    torch.save(DRL(clip, interaction="wti", temporal="seqTransf").to_upstream(), tmp_path / "public.bin")
+    register_quick_gelu(tmp_path)
+    small = [option for option in SMALL if not option.startswith("temporal")]
+    data = ["--config", "wti", "--dataset", "folder", "--dry-run", "--init-from", str(tmp_path / "public.bin")]
+    done = train(*data, small=[*small, "clip=drl-small-openai"])
+    assert done.exit_code == 0, done.output
+    refused = train(*data, small=[*SMALL, "clip=drl-small-openai", "interaction=dp"])
+    assert refused.exit_code == 1
+    assert "got interaction 'wti' there and 'dp' here; temporal 'seqTransf' there and None here" in words(
+        refused.output
+    )
+
+
+def register_quick_gelu(folder: Path) -> None:
+    """Teach open_clip drl-small in OpenAI's form: heads 64 wide, QuickGELU."""
+    config = open_clip.get_model_config("drl-small")
+    config = {
+        **config,
+        "quick_gelu": True,
+        "vision_cfg": {**config["vision_cfg"], "head_width": 64},
+        "text_cfg": {**config["text_cfg"], "heads": 2},
+    }
+    (folder / "models").mkdir()
+    (folder / "models/drl-small-openai.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "models")
+
+
+def test_init_from_and_resume_exclude_each_other(tmp_path: Path) -> None:
+    done = train("--config", "wti", "--dataset", "folder", "--init-from", str(tmp_path), "--resume")
+    assert done.exit_code == 1
+    assert "init-from must be left out with --resume" in words(done.output)
+
+
 def test_missing_videos_are_counted_or_refused(folder: Path, tmp_path: Path) -> None:
     lines = (folder / "captions.csv").read_text() + "gone.mp4,a film that is not there\n"
     videos = tmp_path / "videos"
@@ -101,7 +196,7 @@ def test_missing_videos_are_counted_or_refused(folder: Path, tmp_path: Path) -> 
     for path in folder.glob("*.mp4"):
         (videos / path.name).symlink_to(path)
     (videos / "captions.csv").write_text(lines)
-    config = ["--config", str(CONFIGS / "folder_dp.yaml"), "--videos", str(videos)]
+    config = ["--config", "dp", "--dataset", "folder", "--videos", str(videos)]
     done = train(*config, "--out", str(tmp_path / "run"), small=[*SMALL, "epochs=1", "batch=9"])
     assert done.exit_code == 0, done.output
     assert "1 of 13 videos listed have no file: gone.mp4" in words(done.output)
@@ -118,7 +213,7 @@ def test_a_signal_keeps_what_was_done(folder: Path, tmp_path: Path, number: sign
     out = tmp_path / "run"
     small = [*SMALL, "clip=drl-small", "epochs=200", "batch=4", "checkpoint_every=1000000", "workers=1"]
     overrides = [word for option in small for word in ("--set", option)]
-    command = ["-W", "ignore", "-m", "drl_fast.cli", "train", "--config", str(CONFIGS / "folder_wti.yaml")]
+    command = ["-W", "ignore", "-m", "drl_fast.cli", "train", "--config", "wti", "--dataset", "folder"]
     command += ["--videos", str(folder), "--out", str(out), *overrides]
     with subprocess.Popen(
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -131,6 +226,6 @@ def test_a_signal_keeps_what_was_done(folder: Path, tmp_path: Path, number: sign
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     done = len(read_log(out / "log.csv"))
-    assert f"stopped after step {done} of 800; the same command with --resume goes on" in words(output)
+    assert f"stopped after step {done} of 800; the same command with --resume continues" in words(output)
     assert "Traceback" not in output
     assert (out / "last.pt").exists()

@@ -147,10 +147,12 @@ def test_split_column(tmp_path: Path) -> None:
     assert pairs(test) == [("b.mp4", "two"), ("b.mp4", "4")]
     assert pairs(load_split("folder", "val", videos=folder, annotations=tmp_path)) == pairs(test)
     write_csv(tmp_path / "captions.csv", ["video", "caption", "split"], rows[::2])
-    with pytest.raises(ValueError, match="must have captions whose split is val, got train alone; mark some"):
+    with pytest.raises(ValueError, match="must have captions whose split is val, got only train; mark some"):
         load_split("folder", "val", videos=folder, annotations=tmp_path)
     write_csv(tmp_path / "captions.csv", ["video", "caption", "split"], [*rows, ["a.mp4", "five", "dev"]])
-    with pytest.raises(ValueError, match=r"caption 5 must have split train, val, test as others have one, got 'dev'"):
+    with pytest.raises(
+        ValueError, match=r"caption 5 must have one of the splits train, val, test, since others do, got 'dev'"
+    ):
         load_split("folder", "train", videos=folder, annotations=tmp_path)
 
 
@@ -209,13 +211,23 @@ TEST_CSV = "MSRVTT_JSFUSION_test.csv"
         ("msrvtt", "test", lines(TEST_CSV, "video,sentence", "a,b"), "columns video_id, sentence, got video, sentence"),
         ("msrvtt", "test", lines(TEST_CSV), "must have the columns video_id, sentence, got none"),
         ("msrvtt", "test", lines(TEST_CSV, "video_id,sentence"), "must list at least one video, got none"),
-        ("msrvtt", "test", lines(TEST_CSV, "video_id,sentence", "a,b", "c"), "row 2 must have 2 fields, got others"),
-        ("msrvtt", "test", lines(TEST_CSV, "video_id,sentence", "a,b,c"), "row 1 must have 2 fields, got others"),
+        (
+            "msrvtt",
+            "test",
+            lines(TEST_CSV, "video_id,sentence", "a,b", "c"),
+            "row 2 must have 2 fields, got another number",
+        ),
+        (
+            "msrvtt",
+            "test",
+            lines(TEST_CSV, "video_id,sentence", "a,b,c"),
+            "row 1 must have 2 fields, got another number",
+        ),
         (
             "msrvtt",
             "test",
             lines(TEST_CSV, "video_id,sentence", 'a,"b'),
-            "comma-separated text, got behind line 1: ",
+            "comma-separated text, got an error after line 1: ",
         ),
         ("msrvtt", "test", lines(TEST_CSV, "video_id,sentence", "a,b", "a,c"), "each video once, got 'a' twice"),
         ("msrvtt", "test", raw(TEST_CSV, b"video_id,sentence\na,\xff\n"), "must be UTF-8 text, got .*; save it as"),
@@ -235,7 +247,7 @@ TEST_CSV = "MSRVTT_JSFUSION_test.csv"
             "msrvtt",
             "train",
             entry("MSRVTT_data.json", {"sentences": [{"video_id": "other", "caption": "x"}]}),
-            r"a caption for the 2 videos .*\(video0, video2\), got none in .*, where captions are of other; take both",
+            r"a caption for the 2 videos .*\(video0, video2\), but the captions in .* describe other; take both",
         ),
         ("msvd", "test", lines("test_list.txt", "a", "b", "a"), r"test_list\.txt must list each video once, got 'a'"),
         ("msvd", "test", lines("test_list.txt", ""), "must list at least one video, got none"),
@@ -247,8 +259,18 @@ TEST_CSV = "MSRVTT_JSFUSION_test.csv"
         ("msvd", "test", pickled({"d_1_2": ["text"]}), "entry 'd_1_2' must be a list, got str 'text'"),
         ("msvd", "test", pickled({"d_1_2": [[1]]}), "entry 'd_1_2', 1 must be a str, got int 1"),
         ("msvd", "test", pickled({3: [["a"]]}), "entry 3 must be a str, got int 3"),
-        ("lsmdc", "val", lines("LSMDC16_annos_val.csv", "a,b,c"), "line 1 must have 6 fields .* got 1; take the file"),
-        ("lsmdc", "val", lines("LSMDC16_annos_val.csv", "a\tb\tc\td\te\tf\tg"), "have 6 fields .* got 7; take the"),
+        (
+            "lsmdc",
+            "val",
+            lines("LSMDC16_annos_val.csv", "a,b,c"),
+            "line 1 must have 6 tab-separated fields, .* got 1; take the file",
+        ),
+        (
+            "lsmdc",
+            "val",
+            lines("LSMDC16_annos_val.csv", "a\tb\tc\td\te\tf\tg"),
+            "have 6 tab-separated fields, .* got 7; take the",
+        ),
         ("lsmdc", "val", lines("LSMDC16_annos_val.csv", ""), "must list at least one video"),
         ("vatex", "test", entry("ref_captions.json", {"c": "text"}), "entry 'c' must be a list, got str 'text'"),
         ("vatex", "test", lines("ref_captions.json", '{"a": [], "a": []}'), "must hold each key once, got 'a' twice"),
@@ -325,7 +347,7 @@ def test_what_other_programs_leave(tmp_path: Path, dataset: str, part: str, name
 @pytest.mark.parametrize(
     ("files", "there"),
     [
-        (["other.mp4", "more.avi"], r"where there is 2 other videos, such as .*\.(mp4|avi)"),
+        (["other.mp4", "more.avi"], r"with other videos, such as .*\.(mp4|avi) \(of 2\)"),
         (["x.txt"], "no video file"),
     ],
 )
@@ -344,7 +366,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load_split("youcook", "test", videos=folder, annotations=tmp_path)
     with pytest.raises(ValueError, match="part must be one of 'train', 'val', 'test', got 'dev'"):
         load_split("msrvtt", "dev", videos=folder, annotations=tmp_path)
-    with pytest.raises(ValueError, match=r"annotations must be a folder, got .*nowhere, which is none"):
+    with pytest.raises(ValueError, match=r"annotations must be a folder that holds .*, not a folder: .*nowhere"):
         load_split("msrvtt", "test", videos=folder, annotations=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"videos must be a folder, got .*nowhere, which is none"):
+    with pytest.raises(ValueError, match=r"videos must be a folder, not a folder: .*nowhere"):
         load_split("msrvtt", "test", videos=tmp_path / "nowhere", annotations=tmp_path)

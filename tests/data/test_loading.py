@@ -168,7 +168,7 @@ def test_killed_worker(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = multiprocessing.active_children()[0]
     os.kill(victim.pid or 0, signal.SIGKILL)
     victim.join()
-    with pytest.raises(RuntimeError, match=r"was killed, most likely for want of memory .* fewer than workers=2"):
+    with pytest.raises(RuntimeError, match=r"was killed, most likely because memory .* fewer than workers=2"):
         list(items)
     assert multiprocessing.active_children() == []
     assert signal.getsignal(signal.SIGCHLD) == handler

@@ -61,9 +61,7 @@ def test_every_caption_once_and_each_fours_words_together() -> None:
 
 @pytest.mark.parametrize("count", [0, -4, 1, 6, CAPTIONS + 4])
 def test_count_out_of_range(count: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"count must be a multiple of 4,.* in 4\.\.{CAPTIONS}.*got {count}; make \d+"
-    ):
+    with pytest.raises(ValueError, match=rf"count must be a multiple of 4 in 4\.\.{CAPTIONS}.*got {count}; use \d+"):
         make_clips(count, seed=0)
 
 

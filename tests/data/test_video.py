@@ -221,14 +221,14 @@ def test_no_video(tmp_path: Path, make: Callable[[Path], None], reason: str) -> 
 def test_a_name_without_its_suffix(tmp_path: Path) -> None:
     """As MSR-VTT's own tables have it."""
     (tmp_path / "video7.mp4").write_bytes(b"something")
-    with pytest.raises(ValueError, match=r"video7 must be a video file, found none there; is it video7\.mp4\?"):
+    with pytest.raises(ValueError, match=r"video7 must be a video file, not found; is it video7\.mp4\?"):
         read_video(tmp_path / "video7", Sampling())
 
 
 @pytest.mark.parametrize("name", ["missing.mp4", "folder.mp4"])
 def test_no_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(ValueError, match=f"{name} must be a video file, found none there; check the path"):
+    with pytest.raises(ValueError, match=f"{name} must be a video file, not found; check the path"):
         read_video(str(tmp_path / name), Sampling())
 
 

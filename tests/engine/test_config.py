@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from drl_fast.data.datasets import DATASETS
-from drl_fast.engine.config import RunConfig, read_config
+from drl_fast.engine.config import ALIASES, RunConfig, read_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-ROWS = ["dp", "dp_cdcr", "dp_seqtransf", "hi", "mlp", "ti", "ti_cdcr", "wti", "wti_cdcr", "xti", "xti_seqtransf"]
-if not CONFIGS.exists():
-    pytest.skip("no source tree beside the tests", allow_module_level=True)
+# What the 77 files of before (one per data set and row) said, besides the data set: the row, and the chunk.
+ROWS = {
+    "dp": {"interaction": "dp", "temporal": None},
+    "dp_cdcr": {"interaction": "dp", "temporal": "seqTransf", "cdcr": 1, "cdcr_alpha_on": 0.14},
+    "dp_seqtransf": {"interaction": "dp", "temporal": "seqTransf"},
+    "hi": {"interaction": "hi", "temporal": "seqTransf"},
+    "mlp": {"interaction": "mlp", "temporal": "seqTransf"},
+    "ti": {"interaction": "ti", "temporal": "seqTransf"},
+    "ti_cdcr": {"interaction": "ti", "temporal": "seqTransf", "cdcr": 2, "cdcr_alpha_on": 0.16},
+    "wti": {"interaction": "wti", "temporal": "seqTransf", "wti_arch": 2},
+    "wti_cdcr": {"interaction": "wti", "temporal": "seqTransf", "wti_arch": 2, "cdcr": 3, "cdcr_alpha_on": 0.14},
+    "xti": {"interaction": "xti", "temporal": None},
+    "xti_seqtransf": {"interaction": "xti", "temporal": "seqTransf"},
+}
+CHUNKS = {"msrvtt": 0, "msvd": 0, "lsmdc": 0, "vatex": 0, "activitynet": 16, "didemo": 16, "folder": 0}
 
 
-def test_every_dataset_has_every_row() -> None:
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == {f"{name}_{row}.yaml" for name in DATASETS for row in ROWS}
+def test_there_is_one_file_per_row() -> None:
+    files = [file.name for file in resources.files("drl_fast.configs").iterdir()]
+    assert {name for name in files if name.endswith(".yaml")} == {f"{row}.yaml" for row in ROWS}
+    assert set(CHUNKS) == set(DATASETS)
 
 
+@pytest.mark.parametrize("dataset", CHUNKS)
 @pytest.mark.parametrize("row", ROWS)
-def test_a_row_is_the_same_on_every_dataset(row: str) -> None:
-    found = {name: read_config(CONFIGS / f"{name}_{row}.yaml") for name in DATASETS}
-    assert {config.dataset for config in found.values()} == set(DATASETS)
-    assert len({dataclasses.replace(config, dataset="folder", chunk=0) for config in found.values()}) == 1
-    assert {name for name, config in found.items() if config.chunk} == {"activitynet", "didemo"}
-    config = found["msrvtt"]
+def test_row_and_dataset_give_what_one_file_gave(row: str, dataset: str) -> None:
+    config = read_config(row, dataset=dataset)
+    assert config == RunConfig(dataset, **ROWS[row], chunk=CHUNKS[dataset])
     assert (config.epochs, config.batch, config.lr, config.clip_lr) == (5, 128, 1e-4, 1e-7)
-    assert (config.pretrained, config.clip, config.precision, config.skip_same_video) == (
-        "openai",
-        "ViT-B-32",
-        "bf16",
-        False,
-    )
-    assert config.interaction == row.partition("_")[0]
-    assert (config.cdcr > 0) == row.endswith("cdcr")
-    sizes = {name: (config.words, config.sampling(224).max_frames) for name, config in found.items()}
-    assert sizes["msrvtt"] == sizes["msvd"] == sizes["lsmdc"] == sizes["vatex"] == (32, 12)
-    assert sizes["activitynet"] == sizes["didemo"] == (64, 64)
+    assert (config.pretrained, config.clip, config.precision) == ("openai", "ViT-B-32", "bf16")
+    assert not config.skip_same_video
+    sizes = (64, 64) if dataset in ("activitynet", "didemo") else (32, 12)
+    assert (config.words, config.sampling(224).max_frames) == sizes
 
 
 def write(folder: Path, text: str) -> Path:
@@ -69,12 +75,15 @@ def test_values_are_read_and_overridden(tmp_path: Path) -> None:
         ("dataset: folder\nmax_frames: 0", "max_frames must be positive, got 0; leave it out for the data set's own"),
         ("dataset: folder\nlr: .nan", "lr must be positive, got nan"),
         ("dataset: folder\nclip_lr: -1", "clip_lr must not be negative, got -1"),
-        ("dataset: folder\nwarmup: 2", "warmup must be a share of the steps in 0..1, got 2"),
+        ("dataset: folder\nwarmup: 2", "warmup must be a fraction in 0..1, got 2"),
         ("dataset: folder\nprecision: fp8", "precision must be .* got 'fp8'"),
         ("dataset: folder\nparallel: tp", "parallel must be .* got 'tp'"),
         ("dataset: folder\ninteraction: dpp", "interaction must be .* got 'dpp'"),
         ("dataset: folder\ninteraction: ti\ncdcr: 3", "cdcr must be 0, 1 or 2 with interaction='ti', got 3"),
-        ("batch: 4", "must name its dataset, got none; one of msrvtt"),
+        ("dataset: folder\nmasking: dlr", "masking must be .* got 'dlr'"),
+        ("dataset: folder\ninteraction: dp\nmasking: none", "masking must be 'drl' with interaction='dp'"),
+        ("batch: many\nbatchsize: 4", "must hold known names, got 'batchsize'"),
+        ("batch: 4", "dataset must be named, .*run.yaml does not; add --dataset with one of msrvtt"),
         ("- a\n- b", "must map names to values, got list"),
         ("", "must map names to values, got NoneType"),
         ("a: [1", "must be YAML, got"),
@@ -90,8 +99,12 @@ def test_wrong_configurations_are_told(tmp_path: Path, text: str, words: str) ->
     [
         ("batch", "set must be key=value, got 'batch'"),
         ("=4", "set must be key=value"),
-        ("a=[1", "set must be key=value in YAML"),
+        ("batch=[1", "set must be key=value in YAML"),
         ("bath=4", "must hold known names, got 'bath'; nearest: batch"),
+        ("learning_rate=1", "must hold known names, got 'learning_rate'; nearest: lr$"),
+        ("batch_size=[1", "must hold known names, got 'batch_size'; nearest: batch$"),
+        ("num_epochs=1", "nearest: epochs$"),
+        ("num_frames=8", "nearest: max_frames$"),
     ],
 )
 def test_wrong_overrides_are_told(tmp_path: Path, override: str, words: str) -> None:
@@ -99,15 +112,43 @@ def test_wrong_overrides_are_told(tmp_path: Path, override: str, words: str) -> 
         read_config(write(tmp_path, "dataset: folder"), [override])
 
 
+@pytest.mark.parametrize("name", ALIASES)
+def test_every_alias_leads_to_a_key_and_is_none(name: str) -> None:
+    keys = {field.name for field in dataclasses.fields(RunConfig)}
+    assert ALIASES[name] in keys
+    assert name not in keys
+
+
 def test_a_row_goes_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert read_config("msrvtt_wti") == read_config(CONFIGS / "msrvtt_wti.yaml")
-    (tmp_path / "msrvtt_wti").write_text("dataset: folder")
-    assert read_config("msrvtt_wti") == RunConfig("folder")
+    assert read_config("wti", dataset="msvd").dataset == "msvd"
+    assert read_config("wti", ["dataset=msvd"]) == read_config("wti", dataset="msvd")
+    (tmp_path / "wti").write_text("dataset: folder")
+    assert read_config("wti") == RunConfig("folder")
+
+
+def test_a_file_may_name_its_dataset(tmp_path: Path) -> None:
+    path = write(tmp_path, "dataset: didemo")
+    assert read_config(path) == read_config(path, dataset="didemo") == RunConfig("didemo", chunk=16)
+    assert read_config(path, ["chunk=0"]).chunk == 0
+    assert read_config(path, ["dataset=msvd"]).dataset == "msvd"
+    for overrides, named in (([], "didemo"), (["dataset=msvd"], "msvd")):
+        with pytest.raises(ValueError, match=f"dataset must be the configuration's own, {named}, got lsmdc; leave"):
+            read_config(path, overrides, "lsmdc")
+    with pytest.raises(ValueError, match=r"dataset must be one of .* got 'msrvt'"):
+        read_config("wti", dataset="msrvt")
+
+
+@pytest.mark.parametrize("old", ["msrvtt_wti_cdcr", "configs/activitynet_dp.yaml"])
+def test_the_names_of_before_are_refused_with_the_new_ones(old: str) -> None:
+    dataset, _, row = Path(old).stem.partition("_")
+    message = f"config must be a YAML file or a row, got {old}; write --config {row} --dataset {dataset}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_config(old)
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got .*msrvtt_wit.yaml, which is neither; nearest: msrvtt_wti, "):
-        read_config(CONFIGS / "msrvtt_wit.yaml")
-    with pytest.raises(ValueError, match="which is neither; msrvtt_wti, for instance"):
+    with pytest.raises(ValueError, match=r"got .*wit_cdcr.yaml, which is neither; nearest: wti_cdcr, "):
+        read_config(tmp_path / "wit_cdcr.yaml")
+    with pytest.raises(ValueError, match=r"a row \(dp, .*xti_seqtransf\), got .*0.yaml, which is neither$"):
         read_config(tmp_path / "0.yaml")

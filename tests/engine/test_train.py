@@ -164,6 +164,17 @@ def test_another_configuration_does_not_start_over_one_without_a_checkpoint(fold
     assert opened(configured(folder), out, resume=True)[0].progress.step == 0
 
 
+def test_a_run_older_than_a_field_goes_on(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """A checkpoint that does not know masking was trained with its default."""
+    shutil.copytree(whole, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / LAST, weights_only=True)
+    del state["config"]["masking"]
+    torch.save(state, tmp_path / "run" / LAST)
+    assert opened(configured(folder), tmp_path / "run", resume=True)[0].progress.step == 8
+    with pytest.raises(ValueError, match="masking 'drl' then and 'none' now"):
+        opened(configured(folder, masking="none"), tmp_path / "run", resume=True)
+
+
 def test_other_data_does_not_go_on(folder: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "videos")
     (tmp_path / "videos/clip3.mp4").unlink()
@@ -209,7 +220,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.torch, "save", full)
         with pytest.raises(
-            OSError, match=r"could not be written: No space .*; the checkpoint before stands; make room and go on"
+            OSError,
+            match=r"could not be written: No space .*; the previous checkpoint is intact; make room and continue",
         ):
             run.train()
     assert (out / LAST).read_bytes() == kept

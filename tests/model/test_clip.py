@@ -94,7 +94,7 @@ def test_unknown_tag_of_a_model_without_tags(tiny_clip: str) -> None:
 
 @pytest.mark.parametrize("path", ["weights/openai", "openai.pt", "w.safetensors", "/nowhere/w.bin"])
 def test_missing_file(path: str) -> None:
-    with pytest.raises(ValueError, match=f"pretrained must be a tag or a weight file, got {path}, where no file is"):
+    with pytest.raises(ValueError, match=f"pretrained must be a tag or a weight file, file not found: {path}"):
         load_clip("ViT-B-32", path)
 
 
@@ -115,7 +115,7 @@ def test_weights_that_cannot_be_fetched(name: str, end: str) -> None:
         "download open_clip_model.safetensors from https://huggingface.co/timm/vit_base_patch32_clip_224.openai"
         in message
     )
-    assert message.endswith(f"{end}; HF_HUB_OFFLINE=1 spares the retries")
+    assert message.endswith(f"{end}; HF_HUB_OFFLINE=1 skips the retries")
     assert "\n" not in message
 
 
@@ -138,7 +138,7 @@ def test_a_model_that_needs_a_missing_package(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Please `pip install transformers`. Then try again.")
 
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", fail)
+    monkeypatch.setattr(open_clip, "create_model", fail)
     with pytest.raises(
         ValueError, match=r"ViT-B-32 could not be built \(RuntimeError: Please `pip install transf.*`\);"
     ):

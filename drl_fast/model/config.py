@@ -1,0 +1,60 @@
+"""The options of a DRL model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..modules import INTERACTIONS
+from ..validation import MASKINGS, option
+
+TEMPORAL = (None, "seqLSTM", "seqTransf")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a DRL model consists of, besides its CLIP. Defaults are the paper's for MSR-VTT.
+
+    Args:
+        interaction: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"`` or ``"wti"``.
+        temporal: module over frames: None, ``"seqLSTM"`` or ``"seqTransf"``.
+        wti_arch: layers of WTI's weight heads, 1 to 3.
+        masking: what TI and WTI do with padding: ``"drl"``, ``"exclude"`` or ``"none"``; see
+            :func:`drl_fast.token_interaction`.
+        cdcr: channel decorrelation, by the public code's number: 0 none, 1 pooled vectors, 2 tokens, 3 weighted tokens.
+        cdcr_alpha_on: weight of the correlation's diagonal.
+        cdcr_alpha_off: weight of all its other entries.
+        cdcr_weight: lambda, the factor of the regularizer in the total loss.
+        cdcr_padding: ``"never"`` leaves padding out of CDCR. ``"competes"`` reproduces a bug of the public code, and is
+            the default for its checkpoints; see :mod:`drl_fast.model.padding`. It makes training encode padding too.
+
+    Raises:
+        ValueError: an unknown value, or options that do not go together.
+    """
+
+    interaction: str = "wti"
+    temporal: str | None = "seqTransf"
+    wti_arch: int = 2
+    masking: str = "drl"
+    cdcr: int = 0
+    cdcr_alpha_on: float = 0.11
+    cdcr_alpha_off: float = 0.0
+    cdcr_weight: float = 0.001
+    cdcr_padding: str = "never"
+
+    def __post_init__(self) -> None:
+        option("interaction", self.interaction, tuple(INTERACTIONS))
+        if self.temporal not in TEMPORAL:
+            raise ValueError(f"temporal must be one of None, 'seqLSTM', 'seqTransf', got {self.temporal!r}")
+        option("masking", self.masking, MASKINGS)
+        if self.masking != "drl" and self.interaction not in ("ti", "wti"):
+            raise ValueError(
+                f"masking must be 'drl' with interaction={self.interaction!r}, which has no other, got "
+                f"{self.masking!r}; use interaction='ti' or 'wti'"
+            )
+        option("cdcr", self.cdcr, (0, 1, 2, 3))
+        option("cdcr_padding", self.cdcr_padding, ("never", "competes"))
+        if self.cdcr == 3 and self.interaction != "wti":
+            raise ValueError(
+                f"cdcr must be 0, 1 or 2 with interaction={self.interaction!r}, got 3, which needs WTI's weights; "
+                "use interaction='wti'"
+            )
