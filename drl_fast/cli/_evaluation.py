@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from .. import __version__
 from ..atomic_write import write_atomically
+from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ..data.datasets import load_split
 from ..data.feature_cache import FeatureCache
 from ..data.formats import PARTS
@@ -30,7 +31,6 @@ from ..metrics import dual_softmax_metrics, recall_interval
 from ..model.drl import DRL
 from ..validation import option
 from ._data import print_left_out, print_unreadable, with_folders
-from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ._trained import load_model, settings, untrained
 
 SHOWN = 10

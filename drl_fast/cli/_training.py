@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 
+from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ..data import moving_shapes
 from ..data.datasets import load_split
 from ..data.loading import Unreadable
@@ -28,7 +29,6 @@ from ..engine.processes import Processes, processes
 from ..engine.train import BEST, LAST, UNREADABLE, Data, Run
 from ..metrics import recall_interval
 from ._data import print_left_out, print_unreadable, with_folders
-from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 
 # Of a dry run, which shows that a configuration runs and not how fast.
 DRY_STEPS, DRY_BATCH = 2, 8
@@ -173,6 +173,9 @@ class _Watcher:
     def unreadable(self, video: Unreadable) -> None:
         # Every process names its own, on stderr, where the first one's bars are not.
         print_unreadable(Console(stderr=True), video)
+
+    def warned(self, text: str) -> None:
+        self.console.print(f"[bold yellow]warning:[/bold yellow] {text}", highlight=False, soft_wrap=True)
 
 
 def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: Console) -> None:

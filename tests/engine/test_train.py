@@ -43,7 +43,7 @@ def losses(out: Path) -> list[dict[str, str]]:
 
 def test_what_a_run_leaves(folder: Path, whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.yaml", LAST, BEST, "evaluations.json", "log.csv", "tensorboard"}
+    assert names == {"config.yaml", LAST, BEST, "evaluations.json", "log.csv", "tensorboard", "loss.png", "recall.png"}
     rows = losses(whole)
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert [int(row["epoch"]) for row in rows] == [1] * 4 + [2] * 4
