@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import open_clip
 import torch
@@ -13,67 +13,46 @@ from .. import WTI
 from ..functional.dot_product import unit
 from ..model.drl import DRL
 
-NONE = "none"
 SEEN = "pixels moved, first and second"
 
 
-@dataclass(frozen=True)
-class Choices:
-    """One pair's tokens, their weights and choices; real tokens only."""
-
-    words: list[str]
-    word_weight: list[float]
-    frame_of_word: list[int]
-    """-1 where no frame was chosen."""
-    frame_weight: list[float]
-    word_of_frame: list[int]
-    cosine: list[list[float]]
-    """Words by frames."""
-
-
 @torch.no_grad()
-def choices(model: DRL, caption: str, frames: Tensor, tokenizer: open_clip.SimpleTokenizer) -> Choices:
-    """Ask a model with a WTI for the choices between a caption and its clip's frames (n, 3, H, W)."""
+def choice_tables(
+    model: DRL, caption: str, frames: Tensor, tokenizer: open_clip.SimpleTokenizer, seen: Sequence[str]
+) -> tuple[Table, Table]:
+    """Make a table with a row per word and one with a row per frame, with weights, choices and their cosines.
+
+    Args:
+        model: one with WTI.
+        frames: (n, 3, H, W) uint8, the clip's.
+        seen: what each frame shows, in words.
+    """
     model.eval()
     wti = model.interaction
     assert isinstance(wti, WTI)
     ids = tokenizer([caption])
-    text, text_mask = model.encode_text(ids)
-    words = int(text_mask.sum())
-    text, video = text[:, :words], model.encode_video(frames[None])
+    text, mask = model.encode_text(ids)
+    length = int(mask.sum())
+    text, video = text[:, :length], model.encode_video(frames[None])
+    words = ["(start)", *(tokenizer.decode([number]).strip() for number in ids[0, 1 : length - 1].tolist()), "(end)"]
     _, matches = wti(text, video, return_matches=True)
     text_weight, video_weight = wti.weights(text, video)
     assert video_weight is not None
-    inner = [tokenizer.decode([number]).strip() for number in ids[0, 1 : words - 1].tolist()]
-    return Choices(
-        ["(start)", *inner, "(end)"],
-        text_weight[0].tolist(),
-        matches.video_index[0, 0].tolist(),
-        video_weight[0].tolist(),
-        matches.text_index[0, 0].tolist(),
-        (unit(text[0]) @ unit(video[0]).T).tolist(),
-    )
+    cosine = unit(text[0]) @ unit(video[0]).T
 
-
-def word_table(found: Choices, seen: list[str]) -> Table:
-    """Make a table with a row per word; ``seen`` says what each frame shows."""
-    table = Table("word", title="Which frame each word chose", title_justify="left")
+    by_word = Table("word", title="Which frame each word chose", title_justify="left")
     for name in ("weight", "frame", "cosine"):
-        table.add_column(name, justify="right")
-    table.add_column(SEEN)
-    for i, (word, weight, j) in enumerate(zip(found.words, found.word_weight, found.frame_of_word, strict=True)):
-        choice = (NONE, "", "") if j < 0 else (f"{j}", f"{found.cosine[i][j]:.2f}", seen[j])
-        table.add_row(word, f"{weight:.2f}", *choice)
-    return table
+        by_word.add_column(name, justify="right")
+    by_word.add_column(SEEN)
+    for i, j in enumerate(matches.video_index[0, 0].tolist()):
+        choice = ("none", "", "") if j < 0 else (f"{j}", f"{cosine[i, j]:.2f}", seen[j])
+        by_word.add_row(words[i], f"{text_weight[0, i]:.2f}", *choice)
 
-
-def frame_table(found: Choices, seen: list[str]) -> Table:
-    """Make a table with a row per frame."""
-    table = Table("frame", SEEN, title="Which word each frame chose", title_justify="left")
-    table.add_column("weight", justify="right")
-    table.add_column("word")
-    table.add_column("cosine", justify="right")
-    for j, (weight, i) in enumerate(zip(found.frame_weight, found.word_of_frame, strict=True)):
-        choice = (NONE, "") if i < 0 else (found.words[i], f"{found.cosine[i][j]:.2f}")
-        table.add_row(f"{j}", seen[j], f"{weight:.2f}", *choice)
-    return table
+    by_frame = Table("frame", SEEN, title="Which word each frame chose", title_justify="left")
+    by_frame.add_column("weight", justify="right")
+    by_frame.add_column("word")
+    by_frame.add_column("cosine", justify="right")
+    for j, i in enumerate(matches.text_index[0, 0].tolist()):
+        word = ("none", "") if i < 0 else (words[i], f"{cosine[i, j]:.2f}")
+        by_frame.add_row(f"{j}", seen[j], f"{video_weight[0, j]:.2f}", *word)
+    return by_word, by_frame

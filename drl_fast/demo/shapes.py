@@ -28,7 +28,7 @@ from ..engine.in_memory import Pairs
 from ..metrics import ranks
 from ..model.drl import DRL
 from ..model.small import LAYERS
-from .choices import choices, frame_table, word_table
+from .choices import choice_tables
 from .comparison import CDCR, RECIPE, ROWS, SAMPLING, Row, as_json, compare, draw, findings, table, tokenizer
 
 INTERVALS = (
@@ -159,14 +159,9 @@ def _print_choices(model: DRL, clip: Clip, frames: Tensor, row: Row, console: Co
         "token's share of its side's score.",
         highlight=False,
     )
-    found = choices(model, clip.caption, frames, tokenizer())
-    seen = [_moved(clip, frame) for frame in range(len(frames))]
-    console.print(word_table(found, seen))
-    console.print(frame_table(found, seen))
-
-
-def _moved(clip: Clip, frame: int) -> str:
-    """How far each shape has moved in a sampled frame."""
-    ways = clip.travelled(frame * round(moving_shapes.FPS / SAMPLING.rate))
-    movers = (clip.first, clip.second)
-    return ", ".join(f"{way:.0f} {mover.direction}" for mover, way in zip(movers, ways, strict=True))
+    seen = []
+    for frame in range(len(frames)):
+        first, second = clip.travelled(frame * round(moving_shapes.FPS / SAMPLING.rate))
+        seen.append(f"{first:.0f} {clip.first.direction}, {second:.0f} {clip.second.direction}")
+    for made in choice_tables(model, clip.caption, frames, tokenizer(), seen):
+        console.print(made)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import WTI, autocast
 from ..data.feature_cache import FeatureCache
@@ -44,23 +44,17 @@ class Encoded(NamedTuple):
     weight: Tensor | None
     """(rows, tokens) float32, WTI's; None where the interaction has none for this side"""
 
-    def put(self, rows: slice, tokens: Tensor, mask: Tensor, weight: Tensor | None) -> None:
-        """Write some rows."""
-        self.tokens[rows], self.mask[rows] = tokens, mask
-        if self.weight is not None and weight is not None:
-            self.weight[rows] = weight
-
 
 def encode_texts(
     model: DRL, ids: Tensor, autocast: Autocast, group: Group | None = None, on_progress: Progress | None = None
 ) -> Encoded:
     """Encode token ids (A, Nt), Nt <= the context."""
-    encoded = _empty(model, "text_weight_fc", torch.zeros(*ids.shape, model.dim))
-    for rows in shard_rows(_buffers(encoded), TEXTS, group, on_progress):
+    head = _weight_head(model, "text_weight_fc")
+    encoded = _empty(torch.zeros(*ids.shape, model.dim), head)
+    for rows in shard_rows([x for x in encoded if x is not None], TEXTS, group, on_progress):
         with raise_on_all(group), autocast():
             if rows.start < rows.stop:
-                tokens, mask = model.encode_text(ids[rows].to(device_of(model)))
-                encoded.put(rows, tokens, mask, _weights(model, "text_weight_fc", tokens, mask))
+                _put(model, encoded, rows, *model.encode_text(ids[rows].to(device_of(model))), head)
     return encoded
 
 
@@ -68,33 +62,34 @@ def encode_videos(
     model: DRL, features: Tensor, counts: Tensor, autocast: Autocast, group: Group | None = None
 ) -> Encoded:
     """Encode frame features (B, Nv, D), of which ``counts`` (B,) are real; tokens replace the features in place."""
-    encoded = _empty(model, "video_weight_fc", features)
+    head = _weight_head(model, "video_weight_fc")
+    encoded = _empty(features, head)
     real = torch.arange(features.shape[1]) < counts[:, None]
-    for rows in shard_rows(_buffers(encoded), VIDEOS, group):
+    for rows in shard_rows([x for x in encoded if x is not None], VIDEOS, group):
         with raise_on_all(group), autocast():
             if rows.start < rows.stop:
                 tokens, mask = for_model(model, features[rows]), real[rows].to(device_of(model))
                 if model.temporal is not None:
                     tokens = model.temporal(tokens, mask)  # leaves padding 0
-                encoded.put(rows, tokens, mask, _weights(model, "video_weight_fc", tokens, mask))
+                _put(model, encoded, rows, tokens, mask, head)
     return encoded
 
 
-def _empty(model: DRL, head_name: str, tokens: Tensor) -> Encoded:
-    weighted = isinstance(model.interaction, WTI) and hasattr(model.interaction, head_name)
-    mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-    return Encoded(tokens, mask, torch.zeros(tokens.shape[:2]) if weighted else None)
+def _weight_head(model: DRL, name: str) -> nn.Module | None:
+    return getattr(model.interaction, name, None) if isinstance(model.interaction, WTI) else None
 
 
-def _buffers(encoded: Encoded) -> list[Tensor]:
-    return [x for x in encoded if x is not None]
+def _empty(tokens: Tensor, head: nn.Module | None) -> Encoded:
+    weight = None if head is None else torch.zeros(tokens.shape[:2])
+    return Encoded(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool), weight)
 
 
-def _weights(model: DRL, head_name: str, tokens: Tensor, mask: Tensor) -> Tensor | None:
-    layer = model.interaction
-    if not isinstance(layer, WTI) or not hasattr(layer, head_name):
-        return None
-    return softmax_weights(getattr(layer, head_name), tokens, mask, normalized=layer.weight_input == "normalized")
+def _put(model: DRL, encoded: Encoded, rows: slice, tokens: Tensor, mask: Tensor, head: nn.Module | None) -> None:
+    """Write some rows, and WTI's weights of them."""
+    encoded.tokens[rows], encoded.mask[rows] = tokens, mask
+    if head is not None and encoded.weight is not None:
+        normalized = model.interaction.weight_input == "normalized"
+        encoded.weight[rows] = softmax_weights(head, tokens, mask, normalized=normalized)
 
 
 def frame_features(

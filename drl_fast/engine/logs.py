@@ -11,19 +11,8 @@ from pathlib import Path
 from ..atomic_write import write_atomically
 
 LOG = "log.csv"
-COLUMNS = (
-    "step",
-    "epoch",
-    "total",
-    "info_nce",
-    "cdcr",
-    "logit_scale",
-    "grad_norm",
-    "lr",
-    "clip_lr",
-    "pairs",
-    "seconds",
-)
+LOSSES = ("total", "info_nce", "cdcr")
+COLUMNS = ("step", "epoch", *LOSSES, "logit_scale", "grad_norm", "lr", "clip_lr", "pairs", "seconds")
 
 
 class Logs:

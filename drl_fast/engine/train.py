@@ -319,8 +319,14 @@ class Run:
             if best:
                 self._best = found
                 self.whole.save_pretrained(self.folder / BEST)
-            write_evaluations(self.folder, self.progress.evaluations)
-            self._plot()
+            try:
+                write_evaluations(self.folder, self.progress.evaluations)
+                self._plot()
+            except OSError as error:
+                raise OSError(
+                    f"evaluations.json and the plots in {self.folder} could not be written: "
+                    f"{error.strerror or error}; make room and go on with --resume"
+                ) from error
             if logs is not None:
                 logs.evaluation(self.progress.step, found.metrics)
             self.watcher.evaluated(epoch, found, best)
@@ -334,6 +340,7 @@ class Run:
         names = ("total", "info_nce") if self.config.cdcr else ("info_nce",)
         losses = {name: [float(row[name]) for row in rows] for name in names}
         batch, val = len(self.batches[0]), self.data.val
-        plots.save(plots.loss_plot(losses, batch, "Training"), self.folder / "loss.png")
+        if rows:  # someone may have deleted the log
+            plots.save(plots.loss_plot(losses, batch, "Training"), self.folder / "loss.png")
         title = f"{val.dataset}, {val.part}: {len(val.captions):,} captions of {len(val.videos):,} videos"
         plots.save(plots.recall_plot(self.progress.evaluations, title), self.folder / "recall.png")
