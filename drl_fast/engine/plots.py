@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -26,6 +26,8 @@ GREY = "#777777"
 SMOOTHED = 1 / 30
 # Curves of at most so many points show each of them.
 FEW = 12
+# x and y.
+Curve = tuple[Sequence[float], Sequence[float]]
 
 
 class Point(NamedTuple):
@@ -52,18 +54,8 @@ def loss_plot(losses: Mapping[str, Sequence[float]], batch: int, title: str) -> 
     for name, values in losses.items():
         means = torch.tensor(values, dtype=torch.float64).unfold(0, window, 1).mean(dim=1).tolist()
         curves[name] = (range(window, len(values) + 1), means)
-    figure, axes = _curves(curves, title)
     chance = math.log(batch)
-    axes.axhline(chance, color=GREY, linewidth=0.8)
-    axes.annotate(
-        f"log({batch}) = {chance:.2f}, chance",
-        (1, chance),
-        (0, 3),
-        axes.get_yaxis_transform(),
-        "offset points",
-        ha="right",
-        color=GREY,
-    )
+    figure, axes = _curves(curves, title, (f"log({batch}) = {chance:.2f}, chance", chance))
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss in nats, {batch} pairs" + (f", mean of {window} steps" if window > 1 else ""))
     return figure
@@ -114,19 +106,25 @@ def interval_plot(points: Mapping[str, Mapping[str, Point]], chance: float, titl
     return figure
 
 
-def _curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str) -> tuple[Figure, Axes]:
-    """Draw lines, with the legend beside them in the order of their right ends."""
+def _curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    reference: tuple[str, float] | None = None,
+) -> tuple[Figure, Axes]:
+    """Draw curves and a thin horizontal reference, with the legend beside them in the order of their right ends."""
     figure, axes = _figure(title)
-    styles: list[dict[str, Any]] = [
-        {"color": colour, "linestyle": line} for colour, line in zip(COLOURS, LINES, strict=True)
-    ]
-    for style, (name, (x, y)) in zip(styles, curves.items(), strict=False):
-        axes.plot(x, y, **style, linewidth=1.8, marker="o" if len(x) <= FEW else "", markersize=4, label=name)
+    handles = []
+    for colour, line, (name, (x, y)) in zip(COLOURS, LINES, curves.items(), strict=False):
+        marker = "o" if len(x) <= FEW else ""
+        drawn = axes.plot(x, y, color=colour, linestyle=line, linewidth=1.8, marker=marker, markersize=4, label=name)
+        handles.append((y[-1], drawn[0]))
+    if reference is not None:
+        name, height = reference
+        handles.append((height, axes.axhline(height, color=GREY, linewidth=0.8, label=name)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(True, color="#e5e5e5", linewidth=0.8)
-    handles = sorted(zip(axes.get_lines(), curves.values(), strict=False), key=lambda pair: -pair[1][1][-1])
-    lines = [line for line, _ in handles]
-    axes.legend(handles=lines, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)
+    ordered = [line for _, line in sorted(handles, key=lambda handle: -handle[0])]
+    axes.legend(handles=ordered, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)
     return figure, axes
 
 
