@@ -7,6 +7,8 @@ from torch import Tensor
 
 from . import validation
 
+DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
+
 
 def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dict[str, float]]:
     """Score a similarity matrix as the field does.

@@ -25,6 +25,8 @@ if not (ROOT / "setup.py").exists():
 # and metrics make public, so they stand above these three and below all that uses them.
 FLOORS = [
     ["drl_fast.cli"],
+    ["drl_fast.demo"],
+    ["drl_fast.console"],
     ["drl_fast.engine"],
     ["drl_fast.model", "drl_fast.data"],
     ["drl_fast"],

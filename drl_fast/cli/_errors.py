@@ -41,9 +41,6 @@ def report_errors(extra: str) -> Iterator[None]:
         raise _exit(f"{error.name} is missing; this needs: pip install 'drl-fast[{extra}]'") from error
 
 
-told = report_errors
-
-
 def _exit(message: str, status: int = 1) -> typer.Exit:
     # File names may hold brackets, which rich would read as markup.
     Console(stderr=True).print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""``drl-fast demo``: the whole way from video files to ranked answers, in three to five minutes on two cores."""
+"""``drl-fast demo``: from video files to ranked answers, in three to five minutes on two cores."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ._errors import told
+from ._errors import report_errors
 
 CLIP = "ViT-B-32"
-# The options of one form mean nothing to the other.
+# Options that one form has and the other has not.
 OF_VIDEOS = ("pretrained", "clip")
 OF_SHAPES = ("keep", "out", "clips", "held_out", "steps", "seed")
 
@@ -36,31 +36,31 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the plots loss.png and recall.png.")] = Path("demo_out"),
     keep: Annotated[
         Path | None,
-        typer.Option(help="Write the generated clips and their captions to this new or empty folder and leave them."),
+        typer.Option(help="Keep the generated clips and their captions in this new or empty folder."),
     ] = None,
     clips: Annotated[int, typer.Option(help="Clips to generate for training, a multiple of 4.")] = 3200,
     held_out: Annotated[
         int, typer.Option(help="Clips to generate for the test, with captions of their own; a multiple of 4.")
     ] = 400,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the towers, and then of each model.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the towers and of each model.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of clips, weights and batches.")] = 0,
 ) -> None:
     """Train every interaction on generated clips and compare them; with --videos score your own videos instead."""
     console = Console()
-    with told("video"):
+    with report_errors("train"):
         _check_options(context, videos)
         if videos is None:
-            from ._shapes import ShapesRun, run_shapes
+            from ..demo import shapes
 
-            run_shapes(ShapesRun(clips, held_out, steps, seed, out, keep), console)
+            shapes.run_shapes(console, clips=clips, held_out=held_out, steps=steps, seed=seed, out=out, keep=keep)
         else:
-            from ._folder import run_folder
+            from ..demo import folder
 
-            run_folder(videos, clip, pretrained, console)
+            folder.run_folder(videos, clip, pretrained, console)
 
 
 def _check_options(context: typer.Context, videos: Path | None) -> None:
-    """Refuse what the other form of the demo would have read: ignored, it would pass for heeded."""
+    """Reject options of the other form instead of silently ignoring them."""
     for name in OF_VIDEOS if videos is None else OF_SHAPES:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":

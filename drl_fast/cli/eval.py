@@ -16,16 +16,16 @@ from rich.console import Console
 
 from .. import __version__
 from ..atomic_write import write_atomically
+from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ..data.datasets import load_split
 from ..data.formats import PARTS
 from ..data.split import Split
 from ..engine.processes import processes
 from ..metrics import dual_softmax_metrics, recall_interval
 from ..validation import option
-from ._errors import told
+from ._errors import report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
 from ._output import print_line, print_split, print_unreadable
-from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 
 if TYPE_CHECKING:
     from ..engine.evaluate import Evaluation
@@ -71,7 +71,7 @@ def evaluate(
     Videos that are missing or cannot be read are named and left out with their captions. torchrun --nproc-per-node N
     -m drl_fast.cli eval ... shares the work and gives the same numbers.
     """
-    with told("train"), processes() as here:
+    with report_errors("train"), processes() as here:
         from ..data.feature_cache import FeatureCache
         from ..engine import evaluate as engine
         from .load_model import load_model, settings_of, untrained

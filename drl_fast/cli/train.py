@@ -17,14 +17,14 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
+from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 from ..data.datasets import load_split
 from ..data.split import Split
 from ..engine.processes import Processes, processes
 from ..metrics import recall_interval
-from ._errors import INTERRUPTED, told
+from ._errors import INTERRUPTED, report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
 from ._output import print_line, print_split, print_unreadable
-from ._tables import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
 
 if TYPE_CHECKING:
     from ..data.loading import Unreadable
@@ -74,7 +74,7 @@ def train(
     after a kill too. torchrun --nproc-per-node N -m drl_fast.cli train ... trains on N processes: each takes its part
     of the batch, and every pair stays a negative of all others.
     """
-    with told("train"):
+    with report_errors("train"):
         from ..engine.config import build_model, read_config
         from ..engine.train import LAST, Data, Run
 
@@ -203,6 +203,9 @@ class _Watcher:
     def unreadable(self, video: Unreadable) -> None:
         # Every process reports its own videos, on stderr: the bars on stdout are the first process's.
         print_unreadable(Console(stderr=True), video)
+
+    def warned(self, text: str) -> None:
+        print_line(self.console, f"warning: {text}", "bold yellow")
 
 
 def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: Console) -> None:

@@ -1,6 +1,6 @@
 """Retrieval over a whole split: features once, scores in blocks, on one process or many with the same bits.
 
-Frames live as long as one video is encoded; what stays is (A, Nt, D) + (B, Nv, D) float32 of tokens and the (A, B)
+Frames live while one video is encoded. What stays is (A, Nt, D) + (B, Nv, D) float32 of tokens and the (A, B)
 similarities.
 """
 
@@ -24,29 +24,29 @@ from ..data.video import Sampling
 from ..distributed.group import Group, Terms
 from ..metrics import retrieval_metrics
 from ..model.drl import DRL
-from .features import Side, device_of, frame_features, inner, text_side, video_side, weights_hash
+from .features import Encoded, Progress, device_of, encode_texts, encode_videos, for_model, frame_features, weights_hash
 from .precision import PRECISIONS, autocast_for
-from .row_sharding import fill
+from .row_sharding import raise_on_all, shard_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Unreadable videos that an error names before it only counts.
+# Unreadable videos that an error names; it counts the others.
 NAMED = 5
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split's similarities and what they amount to. Captions and videos that could not be read are not in it."""
+    """A split's similarities and metrics, without unreadable videos and their captions."""
 
     sim: Tensor
     """(A, B) float32 on the CPU, texts in rows, without temperature."""
     owner: Tensor
     """(A,) the column of each text's video."""
     metrics: dict[str, dict[str, float]]
-    """As :func:`drl_fast.metrics.retrieval_metrics` gives them."""
+    """See :func:`drl_fast.metrics.retrieval_metrics`."""
     unreadable: list[Unreadable]
-    """Videos of the split that could not be decoded, by name, and why."""
+    """Videos that could not be decoded: name and reason."""
 
 
 def evaluate(
@@ -56,6 +56,7 @@ def evaluate(
     sampling: Sampling,
     *,
     max_words: int,
+    decoded: Sequence[Tensor] | None = None,
     workers: int = 0,
     cache: FeatureCache | None = None,
     block: int = 64,
@@ -67,16 +68,17 @@ def evaluate(
     """Score every caption of a split against every video of it.
 
     Args:
-        model: a DRL itself, not a wrapper around one, on any device; it comes back in the mode in which it was.
+        model: a DRL itself, not a wrapper around one, on any device; it comes back in the mode it was in.
         tokenizer: the CLIP's own.
         sampling: frames of a video; its size is the CLIP's.
         max_words: tokens a caption is cut to, at most the CLIP's context.
+        decoded: each video's real frames (n, 3, size, size) uint8, where they are in memory; None: decode the files.
         workers: processes that decode, for each rank; 0: this one does.
-        cache: frame features of before, by file, sampling and image tower; new ones are added.
-        block: captions scored at a time. TI's and WTI's scores have the same bits whatever it is.
+        cache: frame features by file, sampling and image tower; new ones are added.
+        block: captions scored at a time. It changes no bit of TI's and WTI's scores.
         precision: ``"bf16"`` runs everything under autocast, ``"fp32"`` nothing.
-        strict: fail where a video cannot be read, instead of leaving it and its captions out.
-        process_group: share the work with all of its ranks, which get the result that one process would, bit for bit.
+        strict: raise where a video cannot be read, instead of leaving it and its captions out.
+        process_group: share the work among its ranks; all get the bits of one process.
         on_progress: called with ``"videos"``, ``"texts"`` or ``"scores"``, how many are done, and of how many.
 
     Raises:
@@ -85,43 +87,43 @@ def evaluate(
             differ in what they evaluate.
         RuntimeError: another rank failed; its error is named.
     """
-    ranks = None if process_group is None else Group(process_group)
+    group = None if process_group is None else Group(process_group)
     context = autocast_for(precision, device_of(model).type)
-    tell = on_progress or (lambda stage, done, total: None)
+    report = on_progress or (lambda stage, done, total: None)
     words = min(max_words, model.clip.positional_embedding.shape[0])
 
     def terms() -> Terms:
         _check(split, block, precision)
         with context():
             _rehearse(model, tokenize(tokenizer, split.captions[:1], words), sampling)
-        if ranks is None:
+        if group is None:
             return Terms({}, {})
-        ranks.require("evaluation's rows", torch.empty(0))
+        group.require("evaluation's rows", torch.empty(0))
         options = {"sampling": sampling, "max_words": max_words, "block": block, "precision": precision}
         return Terms({}, {**_checksums(model, split), **options, "strict": strict})
 
     with _scoring(model):
-        terms() if ranks is None else ranks.agree("evaluate", terms)
+        terms() if group is None else group.agree("evaluate", terms)
         features, counts, reasons = frame_features(
             model,
             split.videos,
             sampling,
+            decoded=decoded,
             workers=workers,
             cache=cache,
             autocast=context,
-            group=ranks,
-            on_progress=partial(tell, "videos"),
+            group=group,
+            on_progress=partial(report, "videos"),
         )
         unreadable = [Unreadable(split.names[i], reason) for i, reason in reasons.items()]
         _check_readable(split, unreadable, strict)
-        texts, columns, owner = _kept(split, reasons)
+        captions, columns, owner = _readable(split, reasons)
         if reasons:
             features, counts = features[columns], counts[columns]
-        video = video_side(model, features, counts, context, ranks)
-        text = text_side(model, tokenize(tokenizer, texts, words), context, ranks, partial(tell, "texts"))
-        sim = torch.zeros(len(owner), len(columns))
+        videos = encode_videos(model, features, counts, context, group)
+        texts = encode_texts(model, tokenize(tokenizer, captions, words), context, group, partial(report, "texts"))
         with context():
-            fill([sim], block, _scorer(model, text, video), ranks, partial(tell, "scores"))
+            sim = _score(model, texts, videos, block, group, partial(report, "scores"))
     return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable)
 
 
@@ -139,7 +141,7 @@ def _check(split: Split, block: int, precision: str) -> None:
 
 
 def _rehearse(model: DRL, ids: Tensor, sampling: Sampling) -> None:
-    """Score one caption and one black frame: what cannot work fails now, not when all videos are decoded."""
+    """Score one caption and one black frame, so that what cannot work fails before all videos are decoded."""
     device, frames = device_of(model), sampling.max_frames
     mask = torch.arange(frames, device=device)[None] == 0
     text, text_mask = model.encode_text(ids.to(device))
@@ -148,7 +150,7 @@ def _rehearse(model: DRL, ids: Tensor, sampling: Sampling) -> None:
 
 
 def _checksums(model: DRL, split: Split) -> dict[str, object]:
-    """What says of a rank that it evaluates the same model on the same split."""
+    """What must be equal on all ranks: captions, videos and the model's weights."""
     pairs = list(zip(split.captions, split.owner, strict=True))
     sums = {
         name: f"{len(x)} of checksum {zlib.crc32(repr(x).encode()):08x}"
@@ -166,45 +168,50 @@ def _check_readable(split: Split, unreadable: Sequence[Unreadable], strict: bool
     raise ValueError(f"split must hold {want}, got {len(unreadable)} unreadable of {len(split.videos)}: {named}{more}")
 
 
-def _kept(split: Split, reasons: dict[int, str]) -> tuple[list[str], Tensor, Tensor]:
-    """Captions of readable videos, those videos' numbers (B,), and each caption's place among them (A,)."""
-    columns = [i for i in range(len(split.videos)) if i not in reasons]
-    place = {number: column for column, number in enumerate(columns)}
-    pairs = [(text, place[i]) for text, i in zip(split.captions, split.owner, strict=True) if i in place]
-    return [text for text, _ in pairs], torch.tensor(columns), torch.tensor([column for _, column in pairs])
+def _readable(split: Split, reasons: dict[int, str]) -> tuple[list[str], Tensor, Tensor]:
+    """Captions of readable videos, those videos' numbers (B,), and each caption's column among them (A,)."""
+    numbers = [i for i in range(len(split.videos)) if i not in reasons]
+    column = {number: place for place, number in enumerate(numbers)}
+    pairs = [(text, column[i]) for text, i in zip(split.captions, split.owner, strict=True) if i in column]
+    return [text for text, _ in pairs], torch.tensor(numbers), torch.tensor([place for _, place in pairs])
 
 
-def _scorer(model: DRL, text: Side, video: Side) -> Callable[[slice], list[Tensor]]:
-    """Text rows against all videos, which go to the device once."""
+def _score(
+    model: DRL, texts: Encoded, videos: Encoded, block: int, group: Group | None, on_progress: Progress
+) -> Tensor:
+    """(A, B) similarities: blocks of texts against all videos, which go to the device once."""
     device, layer = device_of(model), model.interaction
-    videos, video_mask = inner(model, video.tokens), video.mask.to(device)
-    video_weight = None if video.weight is None else video.weight.to(device)
-
-    def score(rows: slice) -> list[Tensor]:
-        texts, text_mask = inner(model, text.tokens[rows]), text.mask[rows].to(device)
-        if not isinstance(layer, WTI) or text.weight is None:
-            return [model.similarity(texts, videos, text_mask, video_mask)]
-        # With the weights of before: the layer's heads would see other rows in another block, and round otherwise.
-        scores = token_interaction(
-            texts,
-            videos,
-            text.weight[rows].to(device),
-            video_weight,
-            text_mask,
-            video_mask,
-            normalize=layer.normalize,
-            masking=layer.masking,
-            bidirectional=layer.bidirectional,
-        )
-        assert isinstance(scores, Tensor)
-        return [scores]
-
-    return score
+    video, video_mask = for_model(model, videos.tokens), videos.mask.to(device)
+    video_weight = None if videos.weight is None else videos.weight.to(device)
+    sim = torch.zeros(len(texts.tokens), len(video))
+    for rows in shard_rows([sim], block, group, on_progress):
+        with raise_on_all(group):
+            if rows.start == rows.stop:
+                continue
+            text, text_mask = for_model(model, texts.tokens[rows]), texts.mask[rows].to(device)
+            if not isinstance(layer, WTI) or texts.weight is None:
+                sim[rows] = model.similarity(text, video, text_mask, video_mask)
+                continue
+            # Weights computed before: in another block the layer's heads would see other rows and round differently.
+            scores = token_interaction(
+                text,
+                video,
+                texts.weight[rows].to(device),
+                video_weight,
+                text_mask,
+                video_mask,
+                normalize=layer.normalize,
+                masking=layer.masking,
+                bidirectional=layer.bidirectional,
+            )
+            assert isinstance(scores, Tensor)
+            sim[rows] = scores
+    return sim
 
 
 @contextlib.contextmanager
 def _scoring(model: DRL) -> Iterator[None]:
-    """Without dropout and gradients; afterwards every module is back in its own mode."""
+    """Turn dropout and gradients off; afterwards return every module to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -213,19 +220,3 @@ def _scoring(model: DRL) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@torch.no_grad()
-def encode_texts(model: DRL, ids: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
-    """Token ids (A, Nt) -> tokens (A, Nt, D), mask (A, Nt)."""
-    model.eval()
-    parts = [model.encode_text(rows) for rows in ids.split(batch)]
-    return torch.cat([tokens for tokens, _ in parts]), torch.cat([mask for _, mask in parts])
-
-
-@torch.no_grad()
-def encode_videos(model: DRL, frames: Tensor, mask: Tensor, batch: int = 16) -> Tensor:
-    """Frames (B, Nv, 3, H, W) uint8, mask (B, Nv) bool -> tokens (B, Nv, D)."""
-    model.eval()
-    parts = zip(frames.split(batch), mask.split(batch), strict=True)
-    return torch.cat([model.encode_video(rows, real) for rows, real in parts])

@@ -1,13 +1,13 @@
 """What evaluation computes once: tokens of all texts and videos, and WTI's weights of them.
 
-Bits depend on model, split and machine, not on what the cache held or on how many processes shared the work: the image
-tower runs a video at a time, everything behind it on chunks of rows that their numbers alone decide.
+Bits depend on model, split and machine, not on the cache's content or the number of processes: the image tower runs one
+video at a time, everything behind it runs on fixed chunks of rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,20 +22,20 @@ from ..distributed.group import Group
 from ..model.drl import DRL
 from ..modules.wti import softmax_weights
 from .precision import Autocast
-from .row_sharding import fill, of_all, turns
+from .row_sharding import gather_dict, own_chunks, raise_on_all, shard_rows
 
-# Rows that one pass takes; other numbers give other last bits.
+# Rows of one pass; other numbers give other last bits.
 TEXTS, VIDEOS = 128, 32
-# Videos that a process decodes and encodes, one by one, before it hands them to the others.
+# Videos that a process decodes and encodes, one by one, before the processes exchange them.
 DECODED = 4
-# Videos whose files are looked up in the cache at once, before the rest of them is decoded.
+# Videos looked up in the cache at once, before those it lacks are decoded.
 WINDOW = 256
 
 Progress = Callable[[int, int], None]
 
 
-class Side(NamedTuple):
-    """One side of the similarity, on the CPU."""
+class Encoded(NamedTuple):
+    """All texts or all videos as the interaction reads them, on the CPU."""
 
     tokens: Tensor
     """(rows, tokens, D) float32"""
@@ -45,55 +45,51 @@ class Side(NamedTuple):
     """(rows, tokens) float32, WTI's; None where the interaction has none for this side"""
 
 
-def text_side(model: DRL, ids: Tensor, autocast: Autocast, group: Group | None, on_progress: Progress) -> Side:
-    """Token ids (A, Nt), Nt <= the context -> tokens of all texts."""
-
-    def encode(rows: slice) -> tuple[Tensor, Tensor]:
-        return model.encode_text(ids[rows].to(device_of(model)))
-
-    tokens = torch.zeros(*ids.shape, model.dim)
-    return _filled(model, "text_weight_fc", tokens, TEXTS, encode, autocast, group, on_progress)
-
-
-def video_side(model: DRL, features: Tensor, counts: Tensor, autocast: Autocast, group: Group | None) -> Side:
-    """Frame features (B, Nv, D), real up to ``counts`` (B,) -> tokens, which take their place."""
-    positions = torch.arange(features.shape[1])
-
-    def encode(rows: slice) -> tuple[Tensor, Tensor]:
-        mask = (positions < counts[rows, None]).to(device_of(model))
-        # What is not real comes out of a temporal module as it went in: 0.
-        tokens = inner(model, features[rows])
-        return tokens if model.temporal is None else model.temporal(tokens, mask), mask
-
-    return _filled(model, "video_weight_fc", features, VIDEOS, encode, autocast, group, None)
+def encode_texts(
+    model: DRL, ids: Tensor, autocast: Autocast, group: Group | None = None, on_progress: Progress | None = None
+) -> Encoded:
+    """Encode token ids (A, Nt), Nt <= the context."""
+    head = _weight_head(model, "text_weight_fc")
+    encoded = _empty(torch.zeros(*ids.shape, model.dim), head)
+    for rows in shard_rows([x for x in encoded if x is not None], TEXTS, group, on_progress):
+        with raise_on_all(group), autocast():
+            if rows.start < rows.stop:
+                _put(model, encoded, rows, *model.encode_text(ids[rows].to(device_of(model))), head)
+    return encoded
 
 
-def _filled(
-    model: DRL,
-    head_name: str,
-    tokens: Tensor,
-    chunk: int,
-    encode: Callable[[slice], tuple[Tensor, Tensor]],
-    autocast: Autocast,
-    group: Group | None,
-    on_progress: Progress | None,
-) -> Side:
-    """A side of what ``encode`` makes of each chunk of rows, written into ``tokens``."""
-    layer = model.interaction
-    head: nn.Module | None = getattr(layer, head_name, None) if isinstance(layer, WTI) else None
-    # Bytes: gloo sends no bool.
-    mask = torch.zeros(tokens.shape[:2], dtype=torch.uint8)
+def encode_videos(
+    model: DRL, features: Tensor, counts: Tensor, autocast: Autocast, group: Group | None = None
+) -> Encoded:
+    """Encode frame features (B, Nv, D), of which ``counts`` (B,) are real; tokens replace the features in place."""
+    head = _weight_head(model, "video_weight_fc")
+    encoded = _empty(features, head)
+    real = torch.arange(features.shape[1]) < counts[:, None]
+    for rows in shard_rows([x for x in encoded if x is not None], VIDEOS, group):
+        with raise_on_all(group), autocast():
+            if rows.start < rows.stop:
+                tokens, mask = for_model(model, features[rows]), real[rows].to(device_of(model))
+                if model.temporal is not None:
+                    tokens = model.temporal(tokens, mask)  # leaves padding 0
+                _put(model, encoded, rows, tokens, mask, head)
+    return encoded
+
+
+def _weight_head(model: DRL, name: str) -> nn.Module | None:
+    return getattr(model.interaction, name, None) if isinstance(model.interaction, WTI) else None
+
+
+def _empty(tokens: Tensor, head: nn.Module | None) -> Encoded:
     weight = None if head is None else torch.zeros(tokens.shape[:2])
+    return Encoded(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool), weight)
 
-    def compute(rows: slice) -> list[Tensor]:
-        with autocast():
-            parts = list(encode(rows))
-            if isinstance(layer, WTI) and head is not None:
-                parts.append(softmax_weights(head, *parts, normalized=layer.weight_input == "normalized"))
-        return parts
 
-    fill([x for x in (tokens, mask, weight) if x is not None], chunk, compute, group, on_progress)
-    return Side(tokens, mask != 0, weight)
+def _put(model: DRL, encoded: Encoded, rows: slice, tokens: Tensor, mask: Tensor, head: nn.Module | None) -> None:
+    """Write some rows, and WTI's weights of them."""
+    encoded.tokens[rows], encoded.mask[rows] = tokens, mask
+    if head is not None and encoded.weight is not None:
+        normalized = model.interaction.weight_input == "normalized"
+        encoded.weight[rows] = softmax_weights(head, tokens, mask, normalized=normalized)
 
 
 def frame_features(
@@ -101,98 +97,96 @@ def frame_features(
     videos: Sequence[Path],
     sampling: Sampling,
     *,
+    decoded: Sequence[Tensor] | None = None,
     workers: int,
     cache: FeatureCache | None,
     autocast: Autocast,
     group: Group | None,
     on_progress: Progress,
 ) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """Run the image tower on every video that the cache does not know.
+    """Run the image tower on every video that the cache does not hold.
+
+    Args:
+        decoded: each video's real frames (n, 3, size, size), where they are in memory; nothing is decoded or cached.
 
     Returns:
-        features (B, Nv, D) float32, zeros behind the real ones; (B,) how many are real; and, by their number, why
-        videos could not be read, which have none.
+        features (B, Nv, D) float32, zeros after the real ones; (B,) how many are real; and why videos could not be
+        read, by their number.
     """
     features = torch.zeros(len(videos), sampling.max_frames, model.dim)
     counts = torch.zeros(len(videos), dtype=torch.int64)
-    mine = [videos[i] for rows in turns(len(videos), DECODED, group) for i in range(rows.start, rows.stop)]
-    stream = _stream(model, mine, sampling, workers, cache, autocast)
+    own = [i for rows in own_chunks(len(videos), DECODED, group) for i in range(rows.start, rows.stop)]
+    if decoded is None:
+        stream = _stream(model, [videos[i] for i in own], sampling, workers, cache, autocast)
+    else:
+        stream = _encode(model, (decoded[i] for i in own), autocast)
     reasons: dict[int, str] = {}
-
-    def encode(rows: slice) -> list[Tensor]:
-        parts = [features[rows].clone(), counts[rows].clone()]
-        for i in range(rows.stop - rows.start):
-            found = next(stream)
-            if isinstance(found, Unreadable):
-                reasons[rows.start + i] = found.reason
-            else:
-                parts[0][i, : len(found)], parts[1][i] = found, len(found)
-        return parts
-
     try:
-        fill([features, counts], DECODED, encode, group, on_progress)
+        for rows in shard_rows([features, counts], DECODED, group, on_progress):
+            with raise_on_all(group):
+                for i in range(rows.start, rows.stop):
+                    found = next(stream)
+                    if isinstance(found, Unreadable):
+                        reasons[i] = found.reason
+                    else:
+                        features[i, : len(found)], counts[i] = found, len(found)
     finally:
-        stream.close()  # and with it the processes that decode
-    return features, counts, of_all(reasons, group)
+        stream.close()  # ends the processes that decode
+    return features, counts, gather_dict(reasons, group)
 
 
-def _stream(
-    model: DRL, videos: list[Path], sampling: Sampling, workers: int, cache: FeatureCache | None, autocast: Autocast
-) -> Generator[Tensor | Unreadable, None, None]:
-    """Each video's frame features (n, D), in order."""
-    encoder = ""
-    if cache is not None:
-        with autocast():
-            encoder = fingerprint(model)
-    # Without a cache the processes that decode start once.
-    window = len(videos) if cache is None else WINDOW
-    for first in range(0, len(videos), max(window, 1)):
-        yield from _features(model, videos[first : first + window], sampling, workers, cache, encoder, autocast)
+Features = Generator[Tensor | Unreadable, None, None]
 
 
-def _features(
-    model: DRL,
-    videos: list[Path],
-    sampling: Sampling,
-    workers: int,
-    cache: FeatureCache | None,
-    encoder: str,
-    autocast: Autocast,
-) -> Generator[Tensor | Unreadable, None, None]:
-    keys: list[str | None] = [None] * len(videos)
-    known: list[Tensor | None] = [None] * len(videos)
-    if cache is not None:
-        keys = [_key(cache, video, sampling, encoder) for video in videos]
-        known = [None if key is None else cache.get(key) for key in keys]
-    unknown = [video for video, found in zip(videos, known, strict=True) if found is None]
-    decoded = iter(video_loader(unknown, sampling, workers=workers) if unknown else ())
-    for key, found in zip(keys, known, strict=True):
-        if found is not None:
-            yield found
-            continue
-        frames = next(decoded)
+def _encode(model: DRL, videos: Iterable[Tensor | Unreadable], autocast: Autocast) -> Features:
+    """Yield the frame features (n, D) of each video's frames, in order."""
+    for frames in videos:
         if isinstance(frames, Unreadable):
             yield frames
             continue
         with autocast():
             features = model.frame_features(frames.to(device_of(model))).cpu()
-        if cache is not None and key is not None:
-            cache.put(key, features)
+        del frames  # before the next video is decoded
         yield features
+
+
+def _stream(
+    model: DRL, videos: list[Path], sampling: Sampling, workers: int, cache: FeatureCache | None, autocast: Autocast
+) -> Features:
+    """Yield each file's frame features (n, D), in order."""
+    if cache is None:
+        yield from _encode(model, video_loader(videos, sampling, workers=workers) if videos else (), autocast)
+        return
+    with autocast():
+        encoder = fingerprint(model)
+    for first in range(0, len(videos), WINDOW):
+        window = videos[first : first + WINDOW]
+        keys = [_key(cache, video, sampling, encoder) for video in window]
+        known = [None if key is None else cache.get(key) for key in keys]
+        unknown = [video for video, found in zip(window, known, strict=True) if found is None]
+        new = _encode(model, video_loader(unknown, sampling, workers=workers) if unknown else (), autocast)
+        try:
+            for key, found in zip(keys, known, strict=True):
+                features = next(new) if found is None else found
+                if found is None and key is not None and not isinstance(features, Unreadable):
+                    cache.put(key, features)
+                yield features
+        finally:
+            new.close()
 
 
 def _key(cache: FeatureCache, video: Path, sampling: Sampling, encoder: str) -> str | None:
     try:
         return cache.key(video, sampling, encoder)
-    except ValueError:  # a file that is gone, of which the decoder is to say so
+    except ValueError:  # a missing file; the decoder reports it
         return None
 
 
 def fingerprint(model: DRL) -> str:
-    """A hash of what frame features depend on beside the frames: the image tower's weights and build, dtypes in use.
+    """Hash what frame features depend on beside the frames: the image tower's weights and build, dtypes in use.
 
-    To be asked under the autocast under which the tower runs. torch's version and the number of threads, which may
-    change last bits, are left out.
+    Call it under the autocast that the tower runs under. torch's version and the number of threads, which may change
+    last bits, are left out.
     """
     device, visual = device_of(model).type, model.clip.visual
     heads = [(name, module.num_heads) for name, module in visual.named_modules() if hasattr(module, "num_heads")]
@@ -203,7 +197,7 @@ def fingerprint(model: DRL) -> str:
 
 
 def weights_hash(state: Mapping[str, Tensor], build: str = "") -> str:
-    """A hash of tensors' names, types, shapes and bytes."""
+    """Hash tensors' names, types, shapes and bytes."""
     digest = hashlib.blake2b(build.encode(), digest_size=20)
     for name, x in state.items():
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -211,11 +205,11 @@ def weights_hash(state: Mapping[str, Tensor], build: str = "") -> str:
     return digest.hexdigest()
 
 
-def inner(model: DRL, x: Tensor) -> Tensor:
+def for_model(model: DRL, x: Tensor) -> Tensor:
     """Tokens on the model's device and in its dtype."""
     return x.to(device_of(model), model.clip.text_projection.dtype)
 
 
 def device_of(model: DRL) -> torch.device:
-    """The device that the model's parameters are on."""
+    """The device of the model's parameters."""
     return model.clip.text_projection.device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from itertools import chain
 
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from ..model.drl import DRL
 from .processes import Processes
 
-# Numbers of one all-reduce: large enough for the wire, small beside a model.
+# Numbers per all-reduce: enough to use the bandwidth, few beside a model's parameters.
 BUCKET = 1 << 23
 METHODS = ("encode_text", "encode_video", "losses")
 
@@ -24,9 +23,9 @@ METHODS = ("encode_text", "encode_video", "losses")
 def distribute(model: DRL, parallel: str, processes: Processes) -> None:
     """Give every process the first one's weights; ``"fsdp"`` then shards them, and the optimizer's state with them.
 
-    One shard group for the whole model: its parameters are gathered once a pass. Sharding block by block would gather
-    inside the towers, which here run another number of times on every process (captions go by length, a batch may lack
-    unreadable videos), and so would wait for ever.
+    The whole model is one shard group: its parameters are gathered once per pass. Sharding block by block would gather
+    inside the towers. These run a different number of times on every process (captions are grouped by length, a batch
+    may lack unreadable videos), so the processes would wait for each other forever.
     """
     if processes.group is None:
         return
@@ -34,7 +33,7 @@ def distribute(model: DRL, parallel: str, processes: Processes) -> None:
         dist.broadcast(tensor.data, 0, group=processes.group)
     if parallel == "fsdp":
         mesh = init_device_mesh(processes.device.type, (processes.size,))
-        # A scalar cannot be sharded: it is replicated, and averaged below.
+        # A scalar cannot be sharded; average_gradients serves it.
         scalars = {p for p in model.parameters() if p.ndim == 0}
         fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
         for method in METHODS:
@@ -42,28 +41,16 @@ def distribute(model: DRL, parallel: str, processes: Processes) -> None:
 
 
 def reduce_after(model: nn.Module, last: bool) -> None:
-    """Let a sharded model add up gradients until the ``last`` backward pass of a step, and reduce them there."""
+    """Make a sharded model reduce gradients over processes only in the ``last`` backward pass of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-
-
-@contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Every process holds all parameters meanwhile: they may then call the model differently often."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
-    try:
-        yield
-    finally:
-        if isinstance(model, FSDPModule):
-            model.reshard()
 
 
 def average_gradients(model: nn.Module, processes: Processes) -> None:
     """Replace gradients by their mean over processes, where the sharded model has not done so.
 
-    Not DistributedDataParallel: its reduction hangs on its own ``forward``, and a step here is three passes through
-    different methods. Parameters that got no gradient count as zero, so that all processes send the same.
+    DistributedDataParallel does not fit: it reduces after its own ``forward``, and a step here is three passes through
+    different methods. Parameters without a gradient count as zero, so that all processes send equally much.
     """
     if processes.group is None:
         return
@@ -80,7 +67,7 @@ def average_gradients(model: nn.Module, processes: Processes) -> None:
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients to a norm of at most ``limit``; returns the norm they had."""
+    """Scale all gradients to a norm of at most ``limit``; return the norm before."""
     shards = [p.grad for p in model.parameters() if isinstance(p.grad, DTensor)]
     whole = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
     norms = [torch.nn.utils.get_total_norm(part) for part in (shards, whole) if part]

@@ -1,4 +1,4 @@
-"""A run's numbers on disk: a CSV line a step, the same in TensorBoard, a JSON file of evaluations."""
+"""A run's numbers on disk: one CSV line per step, the same in TensorBoard, evaluations as JSON."""
 
 from __future__ import annotations
 
@@ -10,37 +10,27 @@ from pathlib import Path
 
 from ..atomic_write import write_atomically
 
-COLUMNS = (
-    "step",
-    "epoch",
-    "total",
-    "info_nce",
-    "cdcr",
-    "logit_scale",
-    "grad_norm",
-    "lr",
-    "clip_lr",
-    "pairs",
-    "seconds",
-)
+LOG = "log.csv"
+LOSSES = ("total", "info_nce", "cdcr")
+COLUMNS = ("step", "epoch", *LOSSES, "logit_scale", "grad_norm", "lr", "clip_lr", "pairs", "seconds")
 
 
 class Logs:
-    """Writes ``log.csv`` and ``tensorboard/`` below a run's folder, from the step after ``step`` on.
+    """Write ``log.csv`` and ``tensorboard/`` in a run's folder, from the step after ``step`` on.
 
-    What a run that was killed had written beyond its last checkpoint is taken back: those steps come again.
+    Lines after the last checkpoint of a killed run are removed: those steps run again.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # loads a second's worth of packages
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to load
 
-        path = folder / "log.csv"
+        path = folder / LOG
         rows = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
         write_atomically(path, lambda name: _write(Path(name), rows))
         self._file = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.DictWriter(self._file, COLUMNS)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        # TensorBoard writes in a thread of its own, whose errors nobody would see but as a traceback.
+        # TensorBoard writes in a thread of its own, whose errors would only show as a traceback.
         self._hook, self._failed = threading.excepthook, list[BaseException]()
         threading.excepthook = self._note
 
@@ -51,15 +41,15 @@ class Logs:
             self._hook(found)
 
     def step(self, values: dict[str, float]) -> None:
-        """One step's numbers, named as :data:`COLUMNS`.
+        """Log one step's numbers, named as :data:`COLUMNS`.
 
         Raises:
-            OSError: a log that cannot be written, this one's or, some steps ago, TensorBoard's.
+            OSError: log.csv cannot be written, or TensorBoard's file could not, some steps ago.
         """
         try:
             if self._failed:
                 raise self._failed[0]
-            # repr gives every bit back: a resumed run is compared with an uninterrupted one.
+            # repr keeps every bit.
             self._rows.writerow({name: repr(values[name]) for name in COLUMNS})
             self._file.flush()
         except OSError as error:
@@ -71,7 +61,7 @@ class Logs:
             self._board.add_scalar(f"train/{name}", values[name], int(values["step"]))
 
     def evaluation(self, step: int, metrics: dict[str, dict[str, float]]) -> None:
-        """One evaluation's metrics, in TensorBoard; the run keeps them in evaluations.json."""
+        """Log one evaluation's metrics in TensorBoard."""
         for direction, values in metrics.items():
             for name, value in values.items():
                 self._board.add_scalar(f"val/{direction}_{name}", value, step)
@@ -82,18 +72,18 @@ class Logs:
             self._board.close()
         finally:
             threading.excepthook = self._hook
-            with contextlib.suppress(OSError):  # said when it was written
+            with contextlib.suppress(OSError):  # reported by step()
                 self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Whole lines of a log; one that was cut off by a kill is left out."""
+    """Read the whole lines of a log, without one that a kill cut off."""
     with path.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
 
 def write_evaluations(folder: Path, evaluations: dict[int, dict[str, dict[str, float]]]) -> None:
-    """``evaluations.json``: metrics by epoch."""
+    """Write ``evaluations.json``: metrics by epoch."""
     text = json.dumps(evaluations, indent=2) + "\n"
     write_atomically(folder / "evaluations.json", lambda name: Path(name).write_text(text))
 

@@ -1,4 +1,4 @@
-"""In which precision towers run, in training and in evaluation."""
+"""The precision of towers, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 def autocast_for(precision: str, device: str) -> Autocast:
-    """Make contexts, on a device type: ``"bf16"`` autocasts to bfloat16, ``"fp32"`` not at all."""
+    """Return a maker of contexts: ``"bf16"`` autocasts to bfloat16, ``"fp32"`` turns autocast off."""
     return partial(torch.autocast, device, torch.bfloat16) if precision == "bf16" else partial(autocast.off, device)

@@ -30,9 +30,14 @@ def batches(count: int, config: RunConfig) -> list[list[int]]:
     return found
 
 
+def warmup_steps(steps: int, warmup: float) -> int:
+    """Steps in which the learning rate rises: at least one."""
+    return max(round(warmup * steps), 1)
+
+
 def rate(step: int, steps: int, warmup: float = 0.1) -> float:
     """Return the learning rate's factor for step ``step`` (from 0) of ``steps``: linear warm-up, then half a cosine."""
-    rising = max(round(warmup * steps), 1)
+    rising = warmup_steps(steps, warmup)
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
@@ -45,13 +50,13 @@ def by_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[di
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
-def optimizer(model: DRL, config: RunConfig) -> torch.optim.AdamW:
+def optimizer(model: DRL, config: RunConfig, *, eps: float = 1e-6, fused: bool | None = None) -> torch.optim.AdamW:
     """Build AdamW with up to four groups: CLIP's and new parameters, each with and without weight decay."""
     groups = []
     for of_clip, lr in ((True, config.clip_lr), (False, config.lr)):
         own = [p for name, p in model.named_parameters() if name.startswith("clip.") == of_clip]
         groups += [{**group, "lr": lr, "peak": lr} for group in by_decay(own, config.weight_decay)]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), eps=1e-6)
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), eps=eps, fused=fused)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

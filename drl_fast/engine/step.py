@@ -1,9 +1,9 @@
-"""The gradients of one step: negatives of the whole batch, towers in chunks.
+"""One step of training: negatives of the whole batch, towers in chunks.
 
-Contrastive losses do not split into parts of a batch. So tokens come first, chunk by chunk and without a graph; the
+A contrastive loss does not split into parts of a batch. So tokens come first, chunk by chunk and without a graph; the
 loss of all of them gives every token its gradient; then each chunk runs through the towers again, with a graph, and
-takes its tokens' gradients back (Gao et al., GradCache, arXiv 2101.06983). What a process holds is one chunk's graph
-and all tokens.
+takes its tokens' gradients back (Gao et al., GradCache, arXiv 2101.06983). A process holds one chunk's graph and all
+tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,53 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..model.drl import DRL
+from .config import RunConfig
+from .fsdp import average_gradients, clip_gradients, reduce_after
 from .precision import autocast_for
+from .processes import Processes
+from .schedule import set_rates
 
 Losses = dict[str, Tensor]
+
+
+def take_step(
+    model: DRL,
+    optimizer: torch.optim.Optimizer,
+    batch: Mapping[str, Tensor],
+    config: RunConfig,
+    factor: float,
+    *,
+    processes: Processes | None = None,
+    chunks: int = 1,
+    reseed: Callable[[int], object] = lambda part: None,
+) -> tuple[Losses, Tensor]:
+    """Take one step of the optimizer, wherever the batch comes from; return its losses and the gradients' norm.
+
+    Args:
+        batch, chunks, reseed: as of :func:`add_gradients`.
+        config: its precision and ``clip_grad``.
+        factor: of the learning rates' peaks, see :func:`drl_fast.engine.schedule.rate`.
+        processes: all that train together; None: this one alone.
+    """
+    processes = processes or Processes()
+    model.train()
+    optimizer.zero_grad()
+    set_rates(optimizer, factor)
+    reduce_after(model, last=False)
+    losses = add_gradients(
+        model,
+        batch,
+        chunks=chunks,
+        precision=config.precision,
+        group=processes.group,
+        reseed=reseed,
+        before_last=lambda: reduce_after(model, last=True),
+    )
+    average_gradients(model, processes)
+    norm = clip_gradients(model, config.clip_grad)
+    optimizer.step()
+    model.limit_logit_scale()
+    return losses, norm
 
 
 def add_gradients(
@@ -30,16 +74,16 @@ def add_gradients(
     reseed: Callable[[int], object] = lambda part: None,
     before_last: Callable[[], object] = lambda: None,
 ) -> Losses:
-    """Add the gradients of a batch's total loss to the parameters', and return its losses, detached.
+    """Add the gradients of a batch's total loss to the parameters' gradients; return its losses, detached.
 
     Args:
-        batch: as of :meth:`DRL.forward`, on the model's device; over a group this process's rows, none perhaps.
-        chunks: parts that the towers take it in.
+        batch: as of :meth:`DRL.forward`, on the model's device; over a group this process's rows, possibly none.
+        chunks: parts in which the towers take the batch.
         precision: ``"bf16"`` or ``"fp32"``.
         group: all its processes' pairs are one batch; the mean of their gradients is the batch's.
-        reseed: called with a part's number before the towers run on it, both times, and with -1 before the losses: what
-            is drawn at random there (dropout) must be the same twice.
-        before_last: called before the backward pass that is the last one.
+        reseed: called with a part's number before the towers run on it, both times, and with -1 before the losses, so
+            that random numbers there (dropout) are the same twice.
+        before_last: called before the last backward pass.
     """
     context = autocast_for(precision, batch["text_ids"].device.type)
     rows = len(batch["text_ids"])
@@ -51,27 +95,26 @@ def add_gradients(
         losses["total"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def encode(part: int) -> Losses:
-        own = slice(rows * part // chunks, rows * (part + 1) // chunks)
+    parts = [slice(rows * part // chunks, rows * (part + 1) // chunks) for part in range(chunks)]
+
+    def encode(part: int) -> tuple[Tensor, Tensor, Tensor]:
+        own = parts[part]
         reseed(part)
         with context():
             text, text_mask = model.encode_text(batch["text_ids"][own])
-            video = model.encode_video(batch["video"][own], batch["video_mask"][own])
-        return {"text": text, "video": video, "text_mask": text_mask}
+            return text, model.encode_video(batch["video"][own], batch["video_mask"][own]), text_mask
 
     with torch.no_grad():
-        parts = [encode(part) for part in range(chunks)]
-    text, video, text_mask = (torch.cat([part[name] for part in parts]) for name in ("text", "video", "text_mask"))
+        text, video, text_mask = (torch.cat(x) for x in zip(*map(encode, range(chunks)), strict=True))
     leaves = text.requires_grad_(), video.requires_grad_()
     reseed(-1)
     with context():
         losses = model.losses(*leaves, text_mask, batch["video_mask"] != 0, batch.get("owner"), group)
     losses["total"].backward()
     gradients = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
-    for part in range(chunks):
+    for part, own in enumerate(parts):
         if part == chunks - 1:
             before_last()
-        own = slice(rows * part // chunks, rows * (part + 1) // chunks)
-        found = encode(part)
-        torch.autograd.backward([found["text"], found["video"]], [gradient[own] for gradient in gradients])
+        tokens = encode(part)[:2]
+        torch.autograd.backward(tokens, [gradient[own] for gradient in gradients])
     return {name: loss.detach() for name, loss in losses.items()}

@@ -1,10 +1,10 @@
-"""Training as the paper does it, one process or many, and going on after whatever ended it.
+"""Training as in the paper, on one process or many, resumable after any interruption.
 
-A run is a folder: ``config.yaml``, ``last.pt`` (all that a continuation needs), ``best/`` (the model with the highest
-text-to-video R@1), ``evaluations.json``, ``log.csv``, ``tensorboard/`` and, where videos could not be read,
-``unreadable.txt``. A step is a function of the state before it and of its number: order of captions, learning rate and
-random numbers follow from that and from the seed, so that a run which was killed goes on with the losses that it would
-have had.
+A run is a folder: ``config.yaml``, ``last.pt`` (the checkpoint that a continuation reads), ``best/`` (the model with
+the highest text-to-video R@1), ``evaluations.json``, ``log.csv``, ``loss.png``, ``recall.png``, ``tensorboard/`` and,
+where videos could not be read, ``unreadable.txt``. A step depends on the state before it and on its number alone: they
+and the seed give the order of captions, the learning rate and the random numbers. So a run that was killed continues
+with the losses that it would have had.
 """
 
 from __future__ import annotations
@@ -27,33 +27,35 @@ from ..atomic_write import remove_parts, write_atomically
 from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
 from ..distributed.group import Group, Terms
+from ..metrics import recall_interval
 from ..model.drl import DRL
 from ..model.pretrained import BEST
-from . import checkpoint, schedule
+from . import checkpoint, plots, sanity_checks, schedule
 from .checkpoint import Progress
 from .config import RunConfig, read_config
 from .evaluate import Evaluation, evaluate
-from .fsdp import average_gradients, clip_gradients, distribute, reduce_after
-from .logs import Logs, write_evaluations
+from .fsdp import distribute
+from .logs import LOG, Logs, read_log, write_evaluations
 from .processes import Processes
-from .step import add_gradients
+from .step import take_step
 
 LAST, CONFIG, UNREADABLE = "last.pt", "config.yaml", "unreadable.txt"
 
 
 class Watcher(Protocol):
-    """What a command shows of a run; called on the first process alone, but for ``unreadable``."""
+    """What a command shows of a run; called on the first process alone, except ``unreadable``."""
 
     def started(self, step: int, steps: int, epochs: int) -> None: ...
     def stepped(self, values: dict[str, float]) -> None: ...
     def evaluating(self, stage: str, done: int, total: int) -> None: ...
     def evaluated(self, epoch: int, found: Evaluation, best: bool) -> None: ...
     def unreadable(self, video: Unreadable) -> None: ...
+    def warned(self, text: str) -> None: ...
 
 
 @dataclass
 class Data:
-    """What a run trains on and is evaluated on."""
+    """The parts of a data set that a run trains on and is evaluated on."""
 
     train: Split
     val: Split
@@ -62,14 +64,14 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all pairs: names of videos and captions, in order."""
+        """Hash of all pairs: names of videos and captions, in order."""
         pairs = [(split.names, split.captions, split.owner) for split in (self.train, self.val)]
         return hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
 
 
 @dataclass
 class Run:
-    """A model in training, with all that one step needs of the one before it."""
+    """A model in training and everything that the next step needs."""
 
     config: RunConfig
     model: DRL
@@ -78,13 +80,13 @@ class Run:
     processes: Processes
     watcher: Watcher
     stop: Callable[[], bool] = lambda: False
-    """Asked after every step: whether to write a checkpoint and end."""
+    """Asked after every step whether to write a checkpoint and end."""
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         config = self.config
-        # Of a sharded model, which every process would have to call alike, evaluation sees a whole copy. It is on the
-        # model's device only meanwhile.
+        # All processes would have to call a sharded model equally often. Evaluation uses a whole copy instead, which is
+        # on the device only while it runs.
         self.whole = copy.deepcopy(self.model) if self._sharded else self.model
         self.model.to(self.processes.device)
         distribute(self.model, config.parallel, self.processes)
@@ -92,19 +94,22 @@ class Run:
         self.batches = schedule.batches(len(self.data.train.captions), config)
         self.per_epoch = len(self.batches) // config.epochs
         self.sampling = config.sampling(self.whole.picture_size[0])
+        self._best: Evaluation | None = None
+        self._info_nce: list[float] = []
+        self._warned_of_loss = False
 
     @property
     def _sharded(self) -> bool:
         return self.config.parallel == "fsdp" and self.processes.group is not None
 
     def open_folder(self, resume: bool) -> None:
-        """Make the run's folder, or go on from the checkpoint in it.
+        """Make the run's folder, or continue from the checkpoint in it.
 
         Raises:
             ValueError: a folder that holds a run, without ``resume``; a checkpoint of another run.
         """
         last = self.folder / LAST
-        # Asked of all before the first one writes.
+        # All processes look before the first one writes.
         started = self.processes.any((self.folder / CONFIG).exists() or last.exists())
         if started and not resume:
             raise ValueError(
@@ -115,20 +120,20 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.folder / BEST):
                 remove_parts(folder)
-        self.processes.any(False)  # none looks before it is made
+        self.processes.any(False)  # wait until the folder exists
         if last.exists():
             state = checkpoint.read(last, self.config, self.data.fingerprint)
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
         elif (self.folder / CONFIG).exists():
             then = asdict(read_config(self.folder / CONFIG))
             checkpoint.require_same(self.config, then, self.folder / CONFIG)
-        self._agree()
+        self._check_agreement()
         if self.processes.first:
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)
             write_atomically(self.folder / CONFIG, lambda name: Path(name).write_text(text))
 
-    def _agree(self) -> None:
-        """See that all processes go on from one point, with the same data and the same folder.
+    def _check_agreement(self) -> None:
+        """Check that all processes continue from the same step, with the same data and the same folder.
 
         Raises:
             ValueError: on all of them, naming what differs.
@@ -144,7 +149,7 @@ class Run:
         Group(self.processes.group).agree("training", lambda: Terms({}, same))
 
     def train(self) -> bool:
-        """Train until the last epoch is evaluated; says whether it came to that or was told to stop before.
+        """Train until the last epoch is evaluated; return False where ``stop`` ended it before.
 
         Raises:
             ValueError: a step without a readable video; with ``strict`` any unreadable one.
@@ -156,17 +161,23 @@ class Run:
         try:
             if first:
                 self.watcher.started(self.progress.step, steps, self.config.epochs)
+                self._warn(sanity_checks.few_pairs(len(self.data.train.captions), self.config.batch))
+                self._warn(sanity_checks.few_captions(len(self.data.val.captions)))
             loader = self._loader(self.progress.step)
             while True:
                 step = self.progress.step
                 if step and step % self.per_epoch == 0 and step // self.per_epoch not in self.progress.evaluations:
                     self._evaluate(step // self.per_epoch, logs)
                 if step == steps:
+                    if self._best is not None:
+                        interval = recall_interval(self._best.sim, self._best.owner)
+                        self._warn(sanity_checks.recall_at_chance(interval, self._best.sim.shape[1]))
                     return True
                 values = self._step(loader)
                 if first and logs is not None:
                     logs.step(values)
                     self.watcher.stepped(values)
+                    self._check_loss(values)
                 stopped = self.processes.any(self.stop())
                 at_end = self.progress.step % self.per_epoch == 0
                 if stopped or at_end or self.progress.step % self.config.checkpoint_every == 0:
@@ -176,6 +187,19 @@ class Run:
         finally:
             if logs is not None:
                 logs.close()
+
+    def _warn(self, text: str | None) -> None:
+        if text is not None:
+            self.watcher.warned(text)
+
+    def _check_loss(self, values: dict[str, float]) -> None:
+        """Warn once where InfoNCE stands at log(batch) after the warm-up."""
+        if values["step"] > schedule.warmup_steps(len(self.batches), self.config.warmup):
+            self._info_nce.append(values["info_nce"])
+            if len(self._info_nce) % sanity_checks.WINDOW == 0 and not self._warned_of_loss:
+                text = sanity_checks.loss_at_chance(self._info_nce, int(values["pairs"]))
+                self._warned_of_loss = text is not None
+                self._warn(text)
 
     def save(self) -> None:
         """Write the checkpoint that a continuation reads; all processes call it."""
@@ -190,14 +214,14 @@ class Run:
         )
 
     def _loader(self, step: int) -> Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]:
-        """This process's part of all batches from ``step`` on; workers live until the end."""
+        """Load this process's part of all batches from ``step`` on; workers live until the end."""
         pairs = VideoCaptions(self.data.train, self.data.tokenizer, max_words=self.config.words, sampling=self.sampling)
         own = [batch[self.processes.part(len(batch))] for batch in self.batches[step:]]
         pin = self.processes.device.type == "cuda"
         return iter(pair_loader(pairs, own, workers=self.config.workers, pin=pin))
 
     def _step(self, loader: Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]) -> dict[str, float]:
-        """One step of the optimizer; its numbers, as :data:`drl_fast.engine.logs.COLUMNS` names them."""
+        """Take one step of the optimizer; return the numbers that :data:`drl_fast.engine.logs.COLUMNS` names."""
         start, config, step = time.perf_counter(), self.config, self.progress.step
         try:
             batch, unreadable = next(loader)
@@ -205,33 +229,26 @@ class Run:
             if self.processes.group is None:
                 self.save()
             raise
-        self._tell(unreadable)
+        self._report_unreadable(unreadable)
         batch = self._on_device(batch)
         if self.processes.size == 1 and not len(batch["text_ids"]):
             raise ValueError(
                 f"videos must be readable, got a batch without one, at step {step + 1} of {config.dataset}; see "
                 f"{self.folder / UNREADABLE}"
             )
-        self.model.train()
-        self.optimizer.zero_grad()
         factor = schedule.rate(step, len(self.batches), config.warmup)
-        schedule.set_rates(self.optimizer, factor)
         own_rows = -(-len(self.batches[step]) // self.processes.size)
-        reduce_after(self.model, last=False)
-        losses = add_gradients(
+        losses, norm = take_step(
             self.model,
+            self.optimizer,
             batch,
-            # By the rows that a process should have: with its videos unreadable it must still take all turns.
+            config,
+            factor,
+            processes=self.processes,
+            # Counted with unreadable videos, so that all processes take equally many turns.
             chunks=-(-own_rows // config.chunk) if config.chunk else 1,
-            precision=config.precision,
-            group=self.processes.group,
             reseed=lambda part: torch.manual_seed(schedule.seed_of(config.seed, step, self.processes.rank, part)),
-            before_last=lambda: reduce_after(self.model, last=True),
         )
-        average_gradients(self.model, self.processes)
-        norm = clip_gradients(self.model, config.clip_grad)
-        self.optimizer.step()
-        self.model.limit_logit_scale()
         self.progress.step = step + 1
         return {
             "step": step + 1,
@@ -246,7 +263,7 @@ class Run:
         }
 
     def _on_device(self, batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """A batch where the model is, of no row if nothing could be read; ``owner`` only if it is asked for."""
+        """Move a batch to the model; it has 0 rows if nothing could be read, and ``owner`` only where it is needed."""
         sampling, words = self.sampling, self.config.words
         if batch is None:
             batch = {
@@ -259,13 +276,13 @@ class Run:
         return {name: x.to(self.processes.device, non_blocking=True) for name, x in wanted.items()}
 
     def unreadable(self) -> set[str]:
-        """Names of the videos that could not be read so far, by any process."""
+        """Names of the videos that no process could read so far."""
         path = self.folder / UNREADABLE
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return {line.partition("\t")[0] for line in lines}
 
-    def _tell(self, unreadable: list[Unreadable]) -> None:
-        """Name each video that cannot be read once, and keep a list of them beside the run."""
+    def _report_unreadable(self, unreadable: list[Unreadable]) -> None:
+        """Name each unreadable video once and list it in the run's folder."""
         named = self.unreadable() if unreadable else set()
         for video in unreadable:
             if self.data.strict:
@@ -277,7 +294,7 @@ class Run:
                 self.watcher.unreadable(video)
 
     def _evaluate(self, epoch: int, logs: Logs | None) -> None:
-        """Score the val part, keep the model if it is the best so far, and the numbers in any case."""
+        """Score the val part; write the numbers, the plots and, if it is the best so far, the model."""
         if self._sharded:
             self.whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
             self.whole.to(self.processes.device)
@@ -295,17 +312,36 @@ class Run:
             on_progress=self.watcher.evaluating if first else None,
         )
         if first:
-            self._tell(found.unreadable)
+            self._report_unreadable(found.unreadable)
         self.progress.evaluations[epoch] = found.metrics
         leader = self.progress.best()
         best = leader is not None and leader[0] == epoch
         if first:
             if best:
+                self._best = found
                 self.whole.save_pretrained(self.folder / BEST)
-            write_evaluations(self.folder, self.progress.evaluations)
+            try:
+                write_evaluations(self.folder, self.progress.evaluations)
+                self._plot()
+            except OSError as error:
+                raise OSError(
+                    f"evaluations.json and the plots in {self.folder} could not be written: "
+                    f"{error.strerror or error}; make room and go on with --resume"
+                ) from error
             if logs is not None:
                 logs.evaluation(self.progress.step, found.metrics)
             self.watcher.evaluated(epoch, found, best)
         if self._sharded:
             self.whole.cpu()
         self.save()
+
+    def _plot(self) -> None:
+        """Write loss.png and recall.png."""
+        rows = read_log(self.folder / LOG)
+        names = ("total", "info_nce") if self.config.cdcr else ("info_nce",)
+        losses = {name: [float(row[name]) for row in rows] for name in names}
+        batch, val = len(self.batches[0]), self.data.val
+        if rows:  # someone may have deleted the log
+            plots.save(plots.loss_plot(losses, batch, "Training"), self.folder / "loss.png")
+        title = f"{val.dataset}, {val.part}: {len(val.captions):,} captions of {len(val.videos):,} videos"
+        plots.save(plots.recall_plot(self.progress.evaluations, title), self.folder / "recall.png")

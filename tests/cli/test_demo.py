@@ -16,10 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from drl_fast.cli import _comparison, _shapes, app
-from drl_fast.cli._comparison import ROWS
-from drl_fast.cli._folder import NO_WEIGHTS
+from drl_fast.cli import app
 from drl_fast.data.moving_shapes import Clip, make_clips, write_clip
+from drl_fast.demo import comparison, shapes
+from drl_fast.demo.comparison import ROWS
+from drl_fast.demo.folder import NO_WEIGHTS
 from drl_fast.model.clip import load_clip
 from tests.clips import cut, noise, write_audio, write_video
 
@@ -32,12 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def demo(command: Demo) -> Demo:
     """Run ``drl-fast demo`` with options."""
     return partial(command, "demo")
-
-
-@pytest.fixture
-def cheap_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs that nobody has to measure."""
-    monkeypatch.setattr(_shapes, "measure_apart", lambda form, batch: {"seconds": 0.25, "bytes": None})
 
 
 def fill(folder: Path, count: int = 3) -> Path:
@@ -59,8 +54,7 @@ def caption(folder: Path, captions: dict[str, str]) -> Path:
 
 
 def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the costs measured as always, on a smaller batch, and in a narrow terminal."""
-    monkeypatch.setattr(_shapes, "MEASURED_BATCH", 8)
+    """In a narrow terminal."""
     monkeypatch.setenv("COLUMNS", "80")
     result = demo(*TINY, "--steps", 2, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -83,8 +77,6 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         "(end)",
         "Which word each frame chose",
         "pixels moved, first and second",
-        "8 texts x 8 videos",
-        "dense PyTorch, eager",
         "The demo took",
     ):
         assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
@@ -94,7 +86,6 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         row = rf"^ *{re.escape(name)} +{number} \[\d+, \d+\]( +{number}){{4}} +{number} \[\d+, \d+\] *$"
         assert re.search(row, table, re.MULTILINE), f"no row of {name} in:\n{table}"
     assert re.search(r"│ 0 +│ 0 (left|right|up|down), 0 (left|right|up|down) ", result.stdout)
-    assert "not measured" not in result.stdout
     assert "…" not in table
     # Paths and the running progress are not folded.
     assert max(len(line) for line in table.splitlines() if not line.startswith(("plot:", "numbers:"))) <= 80
@@ -112,7 +103,6 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
             assert len(picture.convert("RGB").getcolors(2**20)) > 50
 
 
-@pytest.mark.usefixtures("cheap_costs")
 def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
     folder = tmp_path / "a" / "kept [1]"
     result = demo(*TINY, "--steps", 1, "--keep", folder, "--out", tmp_path)
@@ -173,10 +163,8 @@ def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> Non
     (tmp_path / "empty.mp4").write_bytes(b"")
     result = demo("--videos", caption(tmp_path, {"empty.mp4": "a", "gone.mp4": "b"}), "--clip", tiny_clip)
     assert result.exit_code == 1
-    assert result.stdout.count("skipped") == 2
-    assert (
-        f"error {tmp_path} must hold at least one readable video that its captions name, got none of 2" in result.stderr
-    )
+    assert "error split must hold at least one readable video, got 2 unreadable of 2: empty.mp4: " in result.stderr
+    assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, found none there" in result.stderr
 
 
 def test_similarities_are_the_models(
@@ -185,14 +173,14 @@ def test_similarities_are_the_models(
     """Several captions a video, in an order of their own: rows are captions, columns videos as first named."""
     from rich.console import Console
 
-    from drl_fast.cli._folder import run_folder
     from drl_fast.data.video import Sampling, read_video
+    from drl_fast.demo.folder import run_folder
 
     folder = fill(tmp_path / "videos")
     caption(folder, {"clip1.mp4": "again"})
     torch.manual_seed(5)
     clip, tokenizer = load_clip(tiny_clip)
-    monkeypatch.setattr("drl_fast.cli._folder.load_clip", lambda *_: (clip, tokenizer))
+    monkeypatch.setattr("drl_fast.demo.folder.load_clip", lambda *_: (clip, tokenizer))
     sims = run_folder(folder, tiny_clip, None, Console(quiet=True))
     assert sims["TI"].shape == sims["DP"].shape == (4, 3)
     frames, mask = read_video(folder / "clip2.mp4", Sampling(size=32))
@@ -255,7 +243,7 @@ def test_mistakes(
     def unreachable(*_: object) -> None:
         raise AssertionError("a mistake was taken for an order")
 
-    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", unreachable)
+    monkeypatch.setattr(shapes.moving_shapes, "write_clip", unreachable)
     monkeypatch.chdir(tmp_path)
     Path("a_file").touch()
     Path("ok").mkdir()
@@ -267,28 +255,13 @@ def test_mistakes(
 
 
 def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object) -> None:
+    def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'av'", name="av")
 
-    monkeypatch.setattr(_shapes, "run_shapes", missing)
+    monkeypatch.setattr(shapes, "run_shapes", missing)
     result = demo()
     assert result.exit_code == 1
     assert "error av is missing; this needs: pip install 'drl-fast[video]'" in result.stderr
-
-
-@pytest.mark.usefixtures("cheap_costs")
-def test_costs_that_cannot_be_measured(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They come last: the results before them must not end in a traceback."""
-
-    def fails(form: str, batch: int) -> dict[str, float]:
-        raise RuntimeError(f"measuring {form} at batch {batch} ended with -9: [killed]")
-
-    monkeypatch.setattr(_shapes, "measure_apart", fails)
-    result = demo(*TINY, "--steps", 1, "--out", tmp_path)
-    assert result.exit_code == 0
-    assert "not measured" in result.flat
-    assert "measuring dense at batch 256 ended with -9: [killed]" in result.flat
-    assert "The demo took" in result.flat
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -324,7 +297,7 @@ def test_clips_that_are_not_all_written(
     kept = tmp_path / "kept"
     if existing:
         kept.mkdir()
-    monkeypatch.setattr(_shapes.moving_shapes, "write_clip", third_fails)
+    monkeypatch.setattr(shapes.moving_shapes, "write_clip", third_fails)
     result = demo(*TINY, "--keep", kept, "--out", tmp_path / "out")
     assert result.exit_code == status
     assert message in result.stderr
@@ -335,10 +308,10 @@ def test_clips_that_are_not_all_written(
 
 
 def test_ctrl_c_while_training(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_comparison, "train", stopped)
+    monkeypatch.setattr(comparison, "train", stopped)
     result = demo(*TINY, "--keep", tmp_path / "kept", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stderr == "error stopped by Ctrl-C; no file is left half written\n"

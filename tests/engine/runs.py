@@ -71,6 +71,7 @@ class Notes:
         self.steps: list[dict[str, float]] = []
         self.epochs: list[tuple[int, bool]] = []
         self.names: list[str] = []
+        self.warnings: list[str] = []
 
     def started(self, step: int, steps: int, epochs: int) -> None:
         pass
@@ -86,6 +87,9 @@ class Notes:
 
     def unreadable(self, video: Unreadable) -> None:
         self.names.append(video.name)
+
+    def warned(self, text: str) -> None:
+        self.warnings.append(text)
 
     def losses(self) -> dict[int, float]:
         return {int(values["step"]): values["total"] for values in self.steps}

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from drl_fast.data.feature_cache import FeatureCache
 from drl_fast.data.split import Split
-from drl_fast.data.video import Sampling
+from drl_fast.data.video import Sampling, read_video
 from drl_fast.engine import features
-from drl_fast.engine.evaluate import Evaluation, encode_texts, encode_videos, evaluate
+from drl_fast.engine.evaluate import Evaluation, evaluate
 from drl_fast.metrics import retrieval_metrics
 from drl_fast.model.drl import DRL
-from drl_fast.model.small import small_model
 from tests.clips import cut
 from tests.engine.eval_problem import SAMPLING, WORDS, make_model, make_split, plain, tokenizer
 
@@ -293,17 +292,25 @@ def test_errors(split: Split, change: dict[str, Any], options: dict[str, Any], m
         run(make_model(), dataclasses.replace(split, **change), **options)
 
 
-def test_batches_change_nothing_and_keep_the_order() -> None:
-    model, tokenizer = small_model(32, 8, seed=0)
-    ids = tokenizer(["dog " * i for i in range(7)])
-    frames, mask = torch.randint(0, 256, (7, 3, 3, 32, 32), dtype=torch.uint8), torch.rand(7, 3) < 0.7
+@pytest.mark.usefixtures("little_chunks")
+@pytest.mark.parametrize("interaction", ["wti", "dp"])
+def test_decoded_frames_give_the_files_bits(split: Split, monkeypatch: pytest.MonkeyPatch, interaction: str) -> None:
+    model = make_model(interaction=interaction)
+    expected = run(model, split)
+    frames = [pictures[real] for pictures, real in (read_video(path, SAMPLING) for path in split.videos)]
+    monkeypatch.setattr(features, "video_loader", broken)
     model.train()
-    (one, one_mask), (many, many_mask) = encode_texts(model, ids, batch=99), encode_texts(model, ids, batch=2)
-    assert not model.training
-    assert not one.requires_grad
-    torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-5)
-    assert torch.equal(many_mask, one_mask)
-    videos = encode_videos(model, frames, mask, batch=2)
-    assert not videos.requires_grad
-    torch.testing.assert_close(videos, encode_videos(model, frames, mask, batch=99), rtol=1e-5, atol=1e-5)
-    assert videos.shape == (7, 3, 128)
+    found = run(model, split, decoded=frames)
+    assert torch.equal(found.sim, expected.sim)
+    assert found.metrics == expected.metrics
+    assert not found.sim.requires_grad
+    assert model.training
+
+
+@pytest.mark.usefixtures("little_chunks")
+def test_chunks_keep_the_order(split: Split) -> None:
+    model = make_model(interaction="dp")
+    found = run(model, split).sim
+    for chunk in (1, 1000):
+        features.TEXTS = features.VIDEOS = chunk  # little_chunks puts them back
+        torch.testing.assert_close(run(model, split).sim, found, rtol=1e-5, atol=1e-5)

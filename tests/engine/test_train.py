@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drl_fast import DRL
-from drl_fast.engine import checkpoint, schedule
+from drl_fast.engine import checkpoint, plots, schedule
 from drl_fast.engine.logs import read_log
 from drl_fast.engine.train import BEST, LAST, UNREADABLE
 
@@ -43,7 +43,7 @@ def losses(out: Path) -> list[dict[str, str]]:
 
 def test_what_a_run_leaves(folder: Path, whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.yaml", LAST, BEST, "evaluations.json", "log.csv", "tensorboard"}
+    assert names == {"config.yaml", LAST, BEST, "evaluations.json", "log.csv", "tensorboard", "loss.png", "recall.png"}
     rows = losses(whole)
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert [int(row["epoch"]) for row in rows] == [1] * 4 + [2] * 4
@@ -283,6 +283,30 @@ def test_a_full_disk_under_the_logs_is_told(folder: Path, tmp_path: Path, monkey
             run.train()
     assert threading.excepthook is before
     assert opened(configured(folder, checkpoint_every=1), tmp_path / "run", resume=True)[0].train()
+
+
+def test_a_full_disk_under_the_plots_is_told(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends with the reason, and continues as if it had not."""
+
+    def full(self: object, name: str, **_: object) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "run"
+    run, _ = opened(configured(folder), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots.Figure, "savefig", full)
+        with pytest.raises(OSError, match=r"the plots in .*run could not be written: No space left on device; make"):
+            run.train()
+    assert not (out / "loss.png").exists()
+    assert not list(out.glob(".*"))
+    assert opened(configured(folder), out, resume=True)[0].train()
+    assert losses(out) == losses(whole)
+    assert (out / "evaluations.json").read_text() == (whole / "evaluations.json").read_text()
+    assert (out / "loss.png").exists()
+    assert (out / "recall.png").exists()
 
 
 def test_the_first_checkpoint_on_a_full_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

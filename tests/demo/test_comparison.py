@@ -9,10 +9,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from drl_fast.cli import _comparison, _plots
-from drl_fast.cli._comparison import ROWS, Row, compare, findings, tokenizer
-from drl_fast.cli._tables import progress
-from drl_fast.engine.in_memory import Pairs, Schedule
+from drl_fast.console import progress
+from drl_fast.data.split import Split
+from drl_fast.demo import comparison
+from drl_fast.demo.comparison import RECIPE, ROWS, Row, compare, draw, findings, tokenizer
+from drl_fast.engine.config import RunConfig
+from drl_fast.engine.in_memory import Pairs
 from drl_fast.metrics import recall_interval
 from drl_fast.model.drl import DRL
 
@@ -47,9 +49,9 @@ def test_interval_is_over_fours() -> None:
     some = row("DP", 0.5)
     one_of_four = some.sim[::4, ::4]
     for direction in ("t2v", "v2t"):
-        assert some.interval(direction) == recall_interval(one_of_four, direction=direction)
+        assert some.intervals[direction] == recall_interval(one_of_four, direction=direction)
     low, high = recall_interval(some.sim)
-    assert some.interval()[1] - some.interval()[0] > 1.5 * (high - low)
+    assert some.intervals["t2v"][1] - some.intervals["t2v"][0] > 1.5 * (high - low)
 
 
 def test_interval_of_a_direction() -> None:
@@ -57,8 +59,8 @@ def test_interval_of_a_direction() -> None:
     sim = torch.eye(8)
     sim[1, 0], sim[1, 1] = 2.0, 3.0
     lopsided = Row("DP", [1.0], sim)
-    assert lopsided.interval() == (100, 100)
-    low, high = lopsided.interval("v2t")
+    assert lopsided.intervals["t2v"] == (100, 100)
+    low, high = lopsided.intervals["v2t"]
     assert low < 100 * 7 / 8 < high
 
 
@@ -92,23 +94,25 @@ def test_order_is_told_from_words() -> None:
 
 
 def test_one_recipe_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The towers that DP trained, the same pairs and schedule; each row with its interaction, the last with CDCR."""
-    seen: list[tuple[DRL, dict[str, Tensor], Pairs, Schedule]] = []
+    """The towers that DP trained, the same pairs and recipe; each row with its interaction, the last with CDCR."""
+    seen: list[tuple[DRL, dict[str, Tensor], Pairs, RunConfig, int]] = []
 
-    def spy(model: DRL, pairs: Pairs, schedule: Schedule, on_step: object) -> list[float]:
-        seen.append((model, {name: x.clone() for name, x in model.clip.state_dict().items()}, pairs, schedule))
+    def spy(model: DRL, pairs: Pairs, config: RunConfig, steps: int, together: int) -> list[float]:
+        seen.append((model, {name: x.clone() for name, x in model.clip.state_dict().items()}, pairs, config, steps))
+        assert together == 4
         with torch.no_grad():  # as if it had learned
             for x in model.clip.parameters():
                 x.add_(0.01)
         return [1.0]
 
-    monkeypatch.setattr(_comparison, "train", spy)
+    monkeypatch.setattr(comparison, "train", spy)
     captions = [f"a red cross number {i}" for i in range(16)]
     frames = torch.randint(0, 256, (16, 2, 3, 64, 64), dtype=torch.uint8)
-    pairs = Pairs(frames, torch.ones(16, 2, dtype=torch.bool), tokenizer()(captions))
-    training, test, schedule = pairs[:8], pairs[8:], Schedule(steps=1, seed=5)
+    training = Pairs(frames[:8], torch.ones(8, 2, dtype=torch.bool), tokenizer()(captions[:8]))
+    names = tuple(f"clip{i}.mp4" for i in range(8))
+    test = Split("folder", "test", tuple(captions[8:]), tuple(range(8)), tuple(map(Path, names)), names)
     with progress(Console(quiet=True)) as bars:
-        done, last = compare(training, test, schedule, bars)
+        done, last = compare(training, test, list(frames[8:]), 1, 5, bars)
     assert [one.name for one in done] == ["DP", "HI", "MLP", "XTI", "TI", "WTI", "WTI + CDCR"]
     towers, models = seen[0][0], seen[1:]
     assert towers.config.interaction == "dp"
@@ -116,41 +120,15 @@ def test_one_recipe_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [config.interaction for config in configs] == ["dp", "hi", "mlp", "xti", "ti", "wti", "wti"]
     assert [config.cdcr for config in configs] == [0] * 6 + [3]
     assert {config.temporal for config in configs} == {None}
-    for _, at_first, given, by in models:
+    for _, at_first, given, by, steps in models:
         assert all(torch.equal(at_first[name], x) for name, x in towers.clip.state_dict().items())
         assert given is training
-        assert by is schedule
+        assert steps == 1
+        assert (by.seed, {name: getattr(by, name) for name in RECIPE}) == (5, RECIPE)
     assert all(one.sim.shape == (8, 8) for one in done)
     assert last is seen[-1][0]
 
 
-def test_plots_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = _plots.draw(rows(), 64, tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "recall.png"]
-    before = [path.read_bytes() for path in paths]
-
-    def breaks_off(self: object, path: Path, **_: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(_plots.Figure, "savefig", breaks_off)
-    with pytest.raises(OSError, match="No space left"):
-        _plots.draw(rows(), 64, tmp_path)
-    assert sorted(tmp_path.iterdir()) == paths
-    assert [path.read_bytes() for path in paths] == before
-
-
-def test_plots_say_what_they_show() -> None:
-    """Labels, chance, a line and a point for each row."""
-    some = rows(WTI=0.9)
-    losses, recalls = _plots._losses(some, 64).axes[0], _plots._recalls(some).axes[0]
-    assert losses.get_xlabel() == "step"
-    assert losses.get_ylabel() == "loss on 64 pairs"
-    assert len(losses.get_lines()) == len(ROWS) + 1
-    assert "chance" in [note.get_text() for note in losses.texts]
-    assert recalls.get_xlabel() == "R@1 in percent"
-    assert [label.get_text() for label in recalls.get_yticklabels()] == list(ROWS)
-    assert [line.get_label() for line in recalls.get_lines() if line.get_label()[0] != "_"] == ["chance, 0.625 %"]
-    t2v, v2t = recalls.containers
-    assert t2v.lines[0].get_xdata()[5] == pytest.approx(90)
-    assert len(v2t.lines[0].get_xdata()) == len(ROWS)
+def test_every_row_is_drawn(tmp_path: Path) -> None:
+    assert [path.name for path in draw(rows(), 64, tmp_path)] == ["loss.png", "recall.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "recall.png"}

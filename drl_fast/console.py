@@ -1,0 +1,117 @@
+"""What several commands print: the machine, metrics, progress."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from . import __version__
+from .metrics import DIRECTIONS
+from .ops import dispatch
+
+__all__ = ["DIRECTIONS", "chance", "metrics_row", "metrics_table", "print_machine", "progress", "served_by"]
+SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
+# Seconds between lines of progress where the output is no terminal.
+LINE_EVERY = 15.0
+
+
+def served_by() -> str:
+    """Name what computes the interaction on this machine's CPU."""
+    name = dispatch.implementation("cpu")
+    return SERVED_BY.get(name, name)
+
+
+def print_machine(console: Console) -> None:
+    """Print cores, versions and what computes the interaction."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    console.print(
+        f"drl-fast {__version__}, interaction by {served_by()}; torch {torch.__version__} on "
+        f"{torch.get_num_threads()} threads, {cores} cores, {platform.machine()}; "
+        f"open_clip {version('open_clip_torch')}, PyAV {version('av')}",
+        highlight=False,
+    )
+
+
+def progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Make progress bars with counts, time and an optional note; where the output is no terminal, print plain lines."""
+    if not console.is_terminal:
+        return _ProgressLines(console, clock)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+class _ProgressLines(Progress):
+    """Progress that a file shows: a line every 15 s, and one at the end of each task."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        super().__init__(console=console, disable=True, get_time=clock)
+        self._next = clock() + LINE_EVERY
+        self._ended: set[TaskID] = set()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._print(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._print(task_id)
+
+    def _print(self, task_id: TaskID) -> None:
+        task, now = self._tasks[task_id], self.get_time()
+        ends = task.finished and task_id not in self._ended
+        if not ends and now < self._next:
+            return
+        if ends:
+            self._ended.add(task_id)
+        self._next = now + LINE_EVERY
+        line = f"{task.description}: {task.completed:,.0f} of {task.total or 0:,.0f}, {task.elapsed or 0:.0f} s"
+        if task.time_remaining:
+            line += f", {task.time_remaining:.0f} s left"
+        note = task.fields.get("note")
+        self.console.print(escape(line + (f", {note}" if note else "")), highlight=False, soft_wrap=True)
+
+
+def metrics_table(title: str) -> Table:
+    """Make an empty table for :func:`metrics_row`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("R@1", "R@5", "R@10", "median rank", "mean rank"):
+        table.add_column(name, justify="right", no_wrap=name.startswith("R@"))
+    return table
+
+
+def metrics_row(table: Table, name: str, values: dict[str, float], interval: tuple[float, float] | None = None) -> None:
+    """Add one direction's recalls in percent and ranks; ``interval`` is R@1's."""
+    first = f"{values['R1']:.1f}" + (f" [{interval[0]:.0f}, {interval[1]:.0f}]" if interval else "")
+    table.add_row(name, first, *(f"{values[key]:.1f}" for key in ("R5", "R10", "MdR", "MnR")))
+
+
+def chance(candidates: int) -> dict[str, float]:
+    """Expected metrics of a random order of ``candidates`` with one right answer."""
+    recall = {f"R{k}": 100 * min(k, candidates) / candidates for k in (1, 5, 10)}
+    return {**recall, "MdR": (candidates + 1) / 2, "MnR": (candidates + 1) / 2}

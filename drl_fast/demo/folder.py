@@ -1,0 +1,118 @@
+"""The demo on someone's own videos and captions: decode, encode, search."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from torch import Tensor
+
+from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress, served_by
+from ..data.feature_cache import FeatureCache
+from ..data.folder import read_captions
+from ..data.split import Split
+from ..data.video import Sampling
+from ..data.video_files import VIDEO_SUFFIXES
+from ..engine.evaluate import Evaluation, evaluate
+from ..metrics import ranks
+from ..model.clip import load_clip
+from ..model.drl import DRL
+
+MAX_WORDS = 32
+SHOWN = 30
+NO_WEIGHTS = (
+    "Random weights: the scores below mean nothing. They show that decoding, towers and interaction run on your "
+    "videos; name weights with --pretrained, e.g. --pretrained openai."
+)
+
+
+def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Console) -> dict[str, Tensor]:
+    """Score the folder's captions against its videos, print metrics and top matches, return similarities by layer.
+
+    Raises:
+        ValueError: no captions file, no usable video, an unknown model or weights that cannot be loaded.
+    """
+    captions = read_captions(folder)
+    source = "random weights" if pretrained is None else f"weights {escape(pretrained)} (a tag is downloaded once)"
+    console.print(f"loading {escape(clip_name)}, {source}", highlight=False)
+    clip, tokenizer = load_clip(clip_name, pretrained)
+    models = {name: DRL(clip, interaction=name.lower(), temporal=None) for name in ("TI", "DP")}
+    sampling = Sampling(size=models["TI"].picture_size[0])
+    print_machine(console)
+    console.print(f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}", highlight=False)
+
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(caption.video for caption in captions))}
+    names = list(numbers)
+    unnamed = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.name not in names)
+    if unnamed:
+        console.print(f"no caption names: {escape(', '.join(unnamed))}", highlight=False, soft_wrap=True)
+    split = Split(
+        dataset="folder",
+        part="test",
+        captions=tuple(caption.text for caption in captions),
+        owner=tuple(numbers[caption.video] for caption in captions),
+        videos=tuple(folder / name for name in names),
+        names=tuple(names),
+    )
+    found = {}
+    # The second model finds the first one's frame features and decodes nothing.
+    with tempfile.TemporaryDirectory(prefix="drl_fast_demo_") as cache, progress(console) as bars:
+        for name, model in models.items():
+            task = bars.add_task(f"decode, encode, score by {name}", total=len(names), note="")
+            found[name] = evaluate(
+                model,
+                split,
+                tokenizer,
+                sampling,
+                max_words=MAX_WORDS,
+                cache=FeatureCache(cache),
+                on_progress=partial(_show, bars, task),
+            )
+    skipped = {video.name: video.reason for video in found["DP"].unreadable}
+    for reason in skipped.values():
+        # Escaped here and below: rich takes the brackets in file names and captions for its markup.
+        console.print(f"[yellow]skipped:[/yellow] {escape(reason)}", highlight=False, soft_wrap=True)
+    if pretrained is None:
+        console.print(f"[bold yellow]{NO_WEIGHTS}[/bold yellow]")
+    console.print(_metrics(found))
+    console.print(
+        f"TI: every word's best frame and every frame's best word, unweighted (by {served_by()}). DP: end token "
+        "against mean frame, as in CLIP. Neither has parameters; WTI's two weight networks would need training."
+    )
+    texts = [caption.text for caption in captions if caption.video not in skipped]
+    console.print(_top_matches(found["DP"], texts, [name for name in names if name not in skipped]))
+    return {name: evaluation.sim for name, evaluation in found.items()}
+
+
+def _show(bars: Progress, task: TaskID, stage: str, done: int, total: int) -> None:
+    if stage == "videos":
+        bars.update(task, completed=done)
+
+
+def _metrics(found: dict[str, Evaluation]) -> Table:
+    texts, videos = found["DP"].sim.shape
+    table = metrics_table(f"\n{texts} captions against {videos} videos, recalls in percent")
+    for key, direction in DIRECTIONS.items():
+        for name, evaluation in found.items():
+            metrics_row(table, f"{direction}, {name}", evaluation.metrics[key])
+    metrics_row(table, "chance", chance(videos))
+    return table
+
+
+def _top_matches(found: Evaluation, texts: list[str], names: list[str]) -> Table:
+    """Each caption's best video by DP, and the rank of its own."""
+    title = "Top match per caption (DP)" + (f", the first {SHOWN} of {len(texts)}" if len(texts) > SHOWN else "")
+    table = Table(title=title, title_justify="left")
+    for name in ("caption", "top match", "cosine", "its own video's rank"):
+        table.add_column(name, justify="left" if name in ("caption", "top match") else "right")
+    rank = ranks(found.sim, found.owner).tolist()
+    for row, text in enumerate(texts[:SHOWN]):
+        best = int(found.sim[row].argmax())
+        place = f"{rank[row]} of {len(names)}"
+        table.add_row(escape(text), escape(names[best]), f"{float(found.sim[row, best]):.3f}", place)
+    return table

@@ -1,0 +1,6 @@
+"""Needs the ``video`` extra."""
+
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("torchvision")
