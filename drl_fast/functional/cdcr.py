@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,7 +169,10 @@ def _loss(
 
     def terms() -> Terms:
         for name, value in options.items():
-            options[name] = _divisor(value) if name == "divisor" else _alpha(name, value)
+            if name != "divisor":
+                options[name] = validation.non_negative_number(name, value, "0 leaves its term out")
+            elif value is not None:
+                options[name] = validation.positive_number(name, value, "leave it out to divide by N")
         inputs = check()
         refuse_forward_mode(inputs, kind)
         checked.append(inputs)
@@ -205,26 +206,6 @@ def _rows(name: str, value: object) -> Tensor:
     if x.shape[1] == 0:
         raise ValueError(f"{name} must be (N, D) with at least one channel, got shape {tuple(x.shape)}")
     return x
-
-
-def _alpha(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {validation.describe(value)}")
-    number = validation.as_float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {number}; 0 leaves its term out")
-    return number
-
-
-def _divisor(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"divisor must be a positive number or None, got {validation.describe(value)}")
-    number = validation.as_float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"divisor must be positive and finite, got {number}; leave it out to divide by N")
-    return number
 
 
 def _enough(name: str, shapes: list[tuple[int, int]]) -> None:

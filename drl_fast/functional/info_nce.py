@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,11 +55,5 @@ def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Te
                 f"move it with logit_scale.to({str(device)!r})"
             )
         return logit_scale.reshape(())
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real):
-        raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {validation.describe(logit_scale)}")
-    number = validation.as_float(logit_scale)
-    if not 0 < number < float("inf"):
-        raise ValueError(
-            f"logit_scale must be positive and finite, got {number}; pass the factor itself, exp already taken"
-        )
-    return number
+    remedy = "pass the factor itself, exp already taken, as a number or a 0-dim tensor"
+    return validation.positive_number("logit_scale", logit_scale, remedy)

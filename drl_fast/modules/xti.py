@@ -70,11 +70,7 @@ class XTI(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = validation.positive_int("dim", dim)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout must be a probability, got {validation.describe(dropout)}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout}")
-        self.dropout = dropout
+        self.dropout = validation.fraction("dropout", dropout, one=False)
         self.chunk = None if chunk is None else validation.positive_int("chunk", chunk)
         self.position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)
         self.transformer = Transformer(dim, layers, heads)
