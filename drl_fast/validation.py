@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import autocast
+from .numerics import accumulation_dtype
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASKINGS = ("drl", "exclude", "none")
@@ -123,16 +127,6 @@ def weight(name: str, value: object, features: Tensor, letters: str, features_na
     return x.to(accumulation_dtype(features.dtype))
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that similarities, sums and logits are kept in: float64 for float64, float32 for all else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of channel statistics: float64, float32 on the devices that have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not isinstance(value, str | int) or value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
@@ -198,3 +192,37 @@ def _accept(valid: bool, name: str, value: float, expected: str, remedy: str) ->
 
 def _ending(remedy: str) -> str:
     return f"; {remedy}" if remedy else ""
+
+
+class Sides(NamedTuple):
+    """Checked features and boolean masks of both sides; True = real token, None = all are real."""
+
+    text: Tensor
+    video: Tensor
+    text_mask: Tensor | None
+    video_mask: Tensor | None
+
+
+def check_sides(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    names: tuple[str, str] = ("text", "video"),
+) -> Sides:
+    """Check both sides of an interaction, and under autocast cast them to its dtype.
+
+    Raises:
+        ValueError: a rank, size or device that does not fit; a mask that is no mask.
+        TypeError: no tensor, or a dtype that is not served.
+    """
+    t, v = names
+    text = autocast.cast(tokens(t, text, "A, Nt, D"))
+    video = autocast.cast(tokens(v, video, "B, Nv, D"))
+    same_features(text, video, t, v)
+    return Sides(
+        text,
+        video,
+        mask(f"{t}_mask", text_mask, text, "A, Nt", t),
+        mask(f"{v}_mask", video_mask, video, "B, Nv", v),
+    )

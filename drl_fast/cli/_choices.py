@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .. import WTI
 from ..engine.in_memory import Pairs
-from ..functional.dot_product import unit
 from ..model.drl import DRL
+from ..numerics import unit
 
 NONE = "none"
 SEEN = "pixels moved, first and second"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
+from ..numerics import accumulation_dtype
 
 
 def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
         raise ValueError("logits must hold at least one pair, got shape (0, 0); skip empty batches")
     if not x.is_floating_point():
         raise TypeError(f"logits must be floating point, got {x.dtype}; convert them with logits.float()")
-    scaled = x.to(validation.accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
+    scaled = x.to(accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
     target = torch.arange(scaled.shape[0], device=scaled.device)
     return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..functional.dot_product import unit
 from ..modules import SeqTransf
+from ..numerics import unit
 
 if TYPE_CHECKING:
     from .drl import DRL
