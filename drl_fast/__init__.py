@@ -7,6 +7,8 @@
 torch.Size([4, 6])
 """
 
+import importlib
+
 from . import functional, metrics, modules
 from .functional import (
     Matches,
@@ -42,11 +44,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """What loading the package does not load: the model, which needs open_clip, and the oracle, which nothing needs."""
-    import importlib
-
+    """Load what the import of the package does not: the model, which needs open_clip, and the oracle."""
     if name == "DRL":
         return importlib.import_module("drl_fast.model.drl").DRL
     if name == "reference":
         return importlib.import_module("drl_fast.reference")
     raise AttributeError(f"module 'drl_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # `from drl_fast import *` leaves these two out, since open_clip may not be installed.
+    return sorted([*globals(), "DRL", "reference"])

@@ -56,7 +56,7 @@ def dual_softmax_metrics(
     Source: Cheng et al., "CAMoE", arXiv 2109.04290, section 3.4 (dual softmax loss, at inference).
     """
     sim, owner = _check(sim, owner)
-    _positive("temperature", temperature)
+    validation.positive_number("temperature", temperature)
     by_text, by_video = (sim * (temperature * sim).softmax(dim) for dim in (0, 1))
     return {"t2v": _summary(ranks(by_text, owner)), "v2t": _summary(_video_ranks(by_video, owner))}
 
@@ -82,7 +82,7 @@ def query_bank_metrics(
     Source: Bogolin et al., "Cross Modal Retrieval with Querybank Normalisation", arXiv 2112.12777, section 3.
     """
     sim, owner = _check(sim, owner)
-    _positive("beta", beta)
+    validation.positive_number("beta", beta)
     text_bank, video_bank = validation.tensor("text_bank", text_bank), validation.tensor("video_bank", video_bank)
     if text_bank.dim() != 2 or text_bank.shape[1] != sim.shape[1] or len(text_bank) == 0:
         raise ValueError(f"text_bank must be (Q, B) with B = {sim.shape[1]} to match sim, got {tuple(text_bank.shape)}")
@@ -131,8 +131,7 @@ def recall_interval(
     validation.option("direction", direction, ("t2v", "v2t"))
     validation.positive_int("k", k)
     validation.positive_int("resamples", resamples)
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    validation.fraction("level", level, zero=False, one=False)
     videos = sim.shape[1]
     found = (ranks(sim, owner) if direction == "t2v" else _video_ranks(sim, owner)).cpu() <= k
     whose = owner.cpu() if direction == "t2v" else torch.arange(videos)
@@ -159,13 +158,6 @@ def _check(sim: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
             raise ValueError(f"sim must be square without owner, got {texts} texts x {videos} videos; pass owner (A,)")
         owner = torch.arange(texts, device=sim.device)
     return sim, _check_owner(owner, texts, videos).to(sim.device)
-
-
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a positive number, got {validation.describe(value)}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _video_ranks(sim: Tensor, owner: Tensor) -> Tensor:

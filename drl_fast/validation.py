@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import autocast
+from .numerics import accumulation_dtype
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASKINGS = ("drl", "exclude", "none")
@@ -123,16 +127,6 @@ def weight(name: str, value: object, features: Tensor, letters: str, features_na
     return x.to(accumulation_dtype(features.dtype))
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that similarities, sums and logits are kept in: float64 for float64, float32 for all else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of channel statistics: float64, float32 on the devices that have no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not isinstance(value, str | int) or value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
@@ -144,17 +138,91 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
-def positive_int(name: str, value: object) -> int:
+def positive_int(name: str, value: object, remedy: str = "") -> int:
+    """Return a whole number above 0. ``remedy``, here and below, ends the message: what to pass instead."""
+    return _integer(name, value, 1, "a positive integer", remedy)
+
+
+def non_negative_int(name: str, value: object, remedy: str = "") -> int:
+    """Return a whole number of 0 or more."""
+    return _integer(name, value, 0, "an integer >= 0", remedy)
+
+
+def positive_number(name: str, value: object, remedy: str = "") -> float:
+    """Return a finite number above 0, as a float."""
+    x = _real(name, value, remedy)
+    return _accept(0 < x < math.inf, name, x, "positive and finite", remedy)
+
+
+def non_negative_number(name: str, value: object, remedy: str = "") -> float:
+    """Return a finite number of 0 or more, as a float."""
+    x = _real(name, value, remedy)
+    return _accept(0 <= x < math.inf, name, x, "finite and >= 0", remedy)
+
+
+def fraction(name: str, value: object, remedy: str = "", *, zero: bool = True, one: bool = True) -> float:
+    """Return a number between 0 and 1, as a float; ``zero`` and ``one`` say whether the ends themselves are allowed."""
+    x = _real(name, value, remedy)
+    interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+    return _accept(0 < x < 1 or (zero and x == 0) or (one and x == 1), name, x, f"in {interval}", remedy)
+
+
+def _integer(name: str, value: object, minimum: int, expected: str, remedy: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive integer, got {describe(value)}")
-    if value <= 0:
-        raise ValueError(f"{name} must be a positive integer, got {value}")
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}{_ending(remedy)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be {expected}, got {value}{_ending(remedy)}")
     return value
 
 
-def as_float(value: numbers.Real) -> float:
-    """The number, infinite where no float holds it."""
+def _real(name: str, value: object, remedy: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}{_ending(remedy)}")
     try:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def _accept(valid: bool, name: str, value: float, expected: str, remedy: str) -> float:
+    if not valid:
+        raise ValueError(f"{name} must be {expected}, got {value}{_ending(remedy)}")
+    return value
+
+
+def _ending(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
+
+
+class Sides(NamedTuple):
+    """Checked features and boolean masks of both sides; True = real token, None = all are real."""
+
+    text: Tensor
+    video: Tensor
+    text_mask: Tensor | None
+    video_mask: Tensor | None
+
+
+def check_sides(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    names: tuple[str, str] = ("text", "video"),
+) -> Sides:
+    """Check both sides of an interaction, and under autocast cast them to its dtype.
+
+    Raises:
+        ValueError: a rank, size or device that does not fit; a mask that is no mask.
+        TypeError: no tensor, or a dtype that is not served.
+    """
+    t, v = names
+    text = autocast.cast(tokens(t, text, "A, Nt, D"))
+    video = autocast.cast(tokens(v, video, "B, Nv, D"))
+    same_features(text, video, t, v)
+    return Sides(
+        text,
+        video,
+        mask(f"{t}_mask", text_mask, text, "A, Nt", t),
+        mask(f"{v}_mask", video_mask, video, "B, Nv", v),
+    )

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 
 import torch
 
-from drl_fast.ops import cdcr, dispatch
+from drl_fast.ops import cdcr, dispatch, gpu
 from drl_fast.ops.chunked import token_interaction as chunked
-from drl_fast.ops.gpu import cdcr as gpu_cdcr
-from drl_fast.ops.gpu import token_interaction as gpu
 
 CHUNKED = {
     "token_interaction": chunked.forward,
     "token_interaction_backward": chunked.backward,
     **cdcr.CHUNKED,
 }
-GPU = {"token_interaction": gpu.forward, "token_interaction_backward": gpu.backward, **gpu_cdcr.GPU}
+OPERATORS = ("token_interaction", "token_interaction_backward", "cdcr_statistics", "cdcr_correlation", "cdcr_gradient")
+GPU = {name: getattr(gpu, name) for name in OPERATORS}
 
 
 @dataclass(frozen=True)

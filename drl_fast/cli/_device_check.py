@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..numerics import statistics_dtype
 from ..ops import dispatch
-from ..validation import statistics_dtype
 
 
 def limit(dtype: torch.dtype) -> float:

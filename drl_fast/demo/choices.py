@@ -10,8 +10,8 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import WTI
-from ..functional.dot_product import unit
 from ..model.drl import DRL
+from ..numerics import unit
 
 SEEN = "pixels moved, first and second"
 

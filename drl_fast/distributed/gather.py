@@ -1,4 +1,4 @@
-"""All ranks' rows on every rank, with gradients: for interactions whose loss needs the whole logit matrix."""
+"""Gather all ranks' rows with gradients, for interactions whose loss needs the whole logit matrix."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .group import Group
 
 
 def gather_rows(x: Tensor, group: Group, counts: list[int]) -> Tensor:
-    """Rows (counts[rank], ...) of every rank, one after the other: (sum of counts, ...).
+    """Concatenate every rank's rows (counts[rank], ...) to (sum of counts, ...).
 
-    The backward adds what all ranks' losses want of a row and sends it home. Where every rank computes the same loss of
-    the whole batch, gradients are so W times the loss's own, and DDP's mean over ranks is the one process's.
+    The backward pass sums each row's gradient over ranks and returns it to its owner. If every rank computes the loss
+    of the whole batch, the result is W times too large, and DDP's mean over ranks cancels that.
     """
-    if x.dtype == torch.bool:  # which not every backend sends
+    if x.dtype == torch.bool:  # not every backend sends booleans
         return torch.cat(group.gather(x.to(torch.uint8), counts)) != 0
     return _Gather.apply(x, group, counts)
 
@@ -32,7 +32,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         parts = [part.reshape(-1) for part in gradient.split(ctx.counts)]
-        first, *others = ctx.group.send_home(parts)
+        first, *others = ctx.group.return_to_owners(parts)
         for other in others:  # in rank order: the same bits every time
             first = first + other
         return first.view(ctx.counts[ctx.group.rank], *gradient.shape[1:]), None, None

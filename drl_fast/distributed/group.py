@@ -1,13 +1,15 @@
-"""What a loss over a process group needs of torch.distributed: agreement first, then ragged rows.
+"""What a loss over a process group needs from torch.distributed: agreement first, then rows of differing counts.
 
-Nothing here is differentiable: a loss calls it in its own forward and backward, on every rank in the same order. No
-name of a rank here is global: ranks count from 0 within the group.
+Nothing here is differentiable: a loss calls it in its own forward and backward, on every rank in the same order. Ranks
+count from 0 within the group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -23,12 +25,48 @@ WORDS = 512
 
 
 class Terms(NamedTuple):
-    """What one rank tells the others before a loss."""
-
     sizes: dict[str, int]
-    """Numbers that may differ between ranks, the same names on all."""
     same: dict[str, object]
-    """What must be the same on all ranks, compared by ``repr``."""
+
+
+@dataclass
+class Agreement:
+    """What a rank brings to :func:`agree`, and what it gets back."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Numbers that may differ between ranks; the same names on all, at most 8."""
+    same: dict[str, object] = field(default_factory=dict)
+    """What must be the same on all ranks, compared by ``repr``; at most 16 entries."""
+    sizes_by_rank: list[dict[str, int]] = field(default_factory=list)
+    """Every rank's ``sizes``, once the block has ended."""
+
+
+@contextlib.contextmanager
+def agree(group: Group | None, kind: str) -> Iterator[Agreement]:
+    """Exchange what the ranks are about to do, before any of them does it.
+
+    The block checks this rank's arguments and fills in the :class:`Agreement`. An error in it reaches all ranks, so
+    that none waits for one that has failed. Without a group there is nothing to exchange.
+
+    Args:
+        kind: the name of the loss, for messages; a rank that is in another loss is found out.
+
+    Raises:
+        Exception: this rank's own, after the others have heard of it.
+        RuntimeError: another rank raised; names the rank and its error.
+        ValueError: the ranks differ in what must be the same; the same words on all ranks.
+
+    A rank that died, never calls, or fails after this is noticed by the group's own timeout alone: 30 minutes for
+    gloo, 10 for NCCL, unless ``timeout=`` of ``init_process_group`` or ``new_group`` says otherwise.
+    """
+    mine = Agreement()
+    try:
+        yield mine
+    except Exception as error:
+        if group is not None:
+            group.announce_failure(kind, error)
+        raise
+    mine.sizes_by_rank = [mine.sizes] if group is None else group.exchange_headers(kind, mine)
 
 
 class Group:
@@ -64,46 +102,30 @@ class Group:
             )
 
     def agree(self, kind: str, terms: Callable[[], Terms]) -> list[dict[str, int]]:
-        """Exchange what the ranks are about to do, before any of them does it.
+        with agree(self, kind) as agreement:
+            agreement.sizes, agreement.same = terms()
+        return agreement.sizes_by_rank
 
-        Args:
-            kind: which loss, for the messages; a rank that is in another loss is found out.
-            terms: checks this rank's arguments and returns its :class:`Terms`; whatever it raises reaches all ranks.
-
-        Returns:
-            The sizes of every rank, by rank.
-
-        Raises:
-            Exception: this rank's own, after the others have heard of it.
-            RuntimeError: another rank raised; names the rank and its error.
-            ValueError: the ranks differ in what must be the same; the same words on all ranks.
-
-        A rank that died, never calls, or fails after this is noticed by the group's own timeout alone: 30 minutes for
-        gloo, 10 for NCCL, unless ``timeout=`` of ``init_process_group`` or ``new_group`` says otherwise.
-        """
-        own: Exception | None = None
-        try:
-            mine = terms()
-        except Exception as error:
-            own, mine = error, Terms({}, {})
-        header = [FAILED if own else READY, _hash(kind), *mine.sizes.values()]
+    def exchange_headers(self, kind: str, mine: Agreement) -> list[dict[str, int]]:
+        """Send this rank's header, compare all of them, and return every rank's sizes; see :func:`agree`."""
+        header = [READY, _hash(kind), *mine.sizes.values()]
         header += [0] * (2 + SIZES - len(header)) + [_hash(value) for value in mine.same.values()]
         found = self._all(torch.tensor(header + [0] * (HEADER - len(header))))
         failed = [rank for rank, row in enumerate(found) if row[0] != READY]
         if failed:
-            texts = self._texts(f"{type(own).__name__}: {own}" if own else "")
-            if own is not None:
-                try:
-                    raise own
-                finally:
-                    del own  # else its traceback, which holds this frame, would keep the arguments alive
-            raise RuntimeError(f"{kind} failed on rank {failed[0]}: {texts[failed[0]]}")
+            raise RuntimeError(f"{kind} failed on rank {failed[0]}: {self._texts('')[failed[0]]}")
         names = ["loss", *mine.same]
         for name, *values in zip(names, *([row[1], *row[2 + SIZES :]] for row in found), strict=False):
             if len(set(values)) > 1:
                 texts = self._texts(kind if name == "loss" else _show(mine.same[name]))
                 raise ValueError(f"{kind}: {name} must be the same on all ranks of the group, got {_by_rank(texts)}")
         return [dict(zip(mine.sizes, row[2:], strict=False)) for row in found]
+
+    def announce_failure(self, kind: str, error: Exception) -> None:
+        """Tell the other ranks, which are in :meth:`exchange_headers`, that this one has raised ``error``."""
+        header = [FAILED, _hash(kind)]
+        self._all(torch.tensor(header + [0] * (HEADER - len(header))))
+        self._texts(f"{type(error).__name__}: {error}")
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Every rank's ``x``, by rank: (counts[rank], ...), equal beyond the first dimension.
@@ -120,12 +142,12 @@ class Group:
         piece = -(-x.numel() // self.size)
         padded = x.new_zeros(self.size * piece)
         padded[: x.numel()] = x.reshape(-1)
-        total, *others = self.send_home(padded.view(self.size, piece).unbind())
+        total, *others = self.return_to_owners(padded.view(self.size, piece).unbind())
         for other in others:
             total = total + other
         return torch.cat(self.gather(total, [piece] * self.size))[: x.numel()].view(x.shape)
 
-    def send_home(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def return_to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Give part ``j`` (1-dimensional) to rank j, and get what the ranks have for this one, by rank."""
         own = len(parts[self.rank])
         sent = torch.cat(list(parts))
@@ -135,7 +157,7 @@ class Group:
         dist.all_to_all_single(arrived, wire, [own] * self.size, [len(part) for part in parts], group=self._group)
         return list(arrived.to(sent.device).view(self.size, own).unbind())
 
-    def pass_on(self, outgoing: Tensor, incoming: Tensor, tag: int) -> Callable[[], Tensor]:
+    def send_to_next(self, outgoing: Tensor, incoming: Tensor, tag: int) -> Callable[[], Tensor]:
         """Start to send to the next rank and to receive from the one before; wait with what is returned.
 
         ``incoming`` has the size of what comes. Tensors without elements are not sent. Exchanges under way at one time

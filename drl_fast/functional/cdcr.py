@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .. import validation
-from ..distributed.group import Group, Terms
+from ..distributed.group import Agreement, Group, agree
 from ..ops import cdcr as op
-from ._inputs import check_sides
 from .token_interaction import refuse_forward_mode
 
 if TYPE_CHECKING:
@@ -73,21 +69,27 @@ def cdcr_loss(
     Source: arXiv 2203.07111, section 3.3, "Channel Decorrelation Regularization".
     """
 
-    def check() -> Inputs:
-        t, v, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-        if t.shape[0] != v.shape[0]:
+    group = None if process_group is None else Group(process_group)
+    with agree(group, "cdcr_loss") as agreement:
+        on, off = _alphas(alpha_on, alpha_off)
+        sides = validation.check_sides(text, video, text_mask, video_mask)
+        if sides.text.shape[0] != sides.video.shape[0]:
             raise ValueError(
-                f"video must have B = {t.shape[0]} rows to pair with text, got {v.shape[0]}; row b of each is pair b"
+                f"video must have B = {sides.text.shape[0]} rows to pair with text, got {sides.video.shape[0]}; "
+                "row b of each is pair b"
             )
         if (text_weight is None) != (video_weight is None):
             name, other = ("video_weight", "text_weight") if video_weight is None else ("text_weight", "video_weight")
             raise ValueError(f"{name} must be given where {other} is, got None; give both (weighted) or neither")
-        wt = None if text_weight is None else validation.weight("text_weight", text_weight, t, "B, Nt", "text")
-        wv = None if video_weight is None else validation.weight("video_weight", video_weight, v, "B, Nv", "video")
-        return Inputs(t, v, wt, wv, t_mask, v_mask)
-
-    alphas = {"alpha_on": alpha_on, "alpha_off": alpha_off}
-    return _loss("cdcr_loss", ("text", "video"), check, alphas, process_group, by_pairs=text_weight is not None)
+        weighted = text_weight is not None
+        if text_weight is not None and video_weight is not None:
+            text_weight = validation.weight("text_weight", text_weight, sides.text, "B, Nt", "text")
+            video_weight = validation.weight("video_weight", video_weight, sides.video, "B, Nv", "video")
+        inputs = (sides.text, sides.video, text_weight, video_weight, sides.text_mask, sides.video_mask)
+        _announce(agreement, group, "cdcr_loss", ("text", "video"), inputs, {"alpha_on": on, "alpha_off": off})
+    _check_enough(("text", "video"), agreement.sizes_by_rank)
+    divisor = float(sum(size["rows"] for size in agreement.sizes_by_rank)) if weighted else None
+    return op.loss(*inputs, op.Options(on, off, divisor, normalize=True, both=True, group=group))
 
 
 def cross_correlation_loss(
@@ -127,74 +129,60 @@ def cross_correlation_loss(
     Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230, section 2.1; arXiv 2203.07111, section 3.3.
     """
 
-    def check() -> Inputs:
+    group = None if process_group is None else Group(process_group)
+    with agree(group, "cross_correlation_loss") as agreement:
+        on, off = _alphas(alpha_on, alpha_off)
+        if divisor is not None:
+            divisor = validation.positive_number("divisor", divisor, "leave it out to divide by N")
         a, b = _rows("x", x), _rows("y", y)
         if a.shape[0] != b.shape[0]:
             raise ValueError(
                 f"y must be (N, D) = {tuple(a.shape)} to pair with x, got {tuple(b.shape)}; row n pairs row n"
             )
-        a, b, _, _ = check_sides(a[:, None], b[:, None], None, None, ("x", "y"))
-        if weight is None:
-            return Inputs(a, b)
-        given = validation.tensor("weight", weight)
-        if tuple(given.shape) != (a.shape[0],):
-            raise ValueError(f"weight must be (N,) = ({a.shape[0]},) to match x, got {tuple(given.shape)}")
-        return Inputs(a, b, validation.weight("weight", given[:, None], a, "N", "x"))
-
-    options = {"alpha_on": alpha_on, "alpha_off": alpha_off, "divisor": divisor}
-    return _loss("cross_correlation_loss", ("x", "y"), check, options, process_group)
-
-
-class Inputs(NamedTuple):
-    """Checked arguments, as pairs of rows of tokens."""
-
-    text: Tensor
-    video: Tensor
-    text_weight: Tensor | None = None
-    video_weight: Tensor | None = None
-    text_mask: Tensor | None = None
-    video_mask: Tensor | None = None
+        # To the operators each row is a pair of one token and one token.
+        sides = validation.check_sides(a[:, None], b[:, None], None, None, ("x", "y"))
+        row_weight = None
+        if weight is not None:
+            row_weight = validation.tensor("weight", weight)
+            if tuple(row_weight.shape) != (a.shape[0],):
+                raise ValueError(f"weight must be (N,) = ({a.shape[0]},) to match x, got {tuple(row_weight.shape)}")
+            row_weight = validation.weight("weight", row_weight[:, None], sides.text, "N", "x")
+        inputs = (sides.text, sides.video, row_weight, None, None, None)
+        options = {"alpha_on": on, "alpha_off": off, "divisor": divisor}
+        _announce(agreement, group, "cross_correlation_loss", ("x", "y"), inputs, options)
+    _check_enough(("x", "y"), agreement.sizes_by_rank)
+    return op.loss(*inputs, op.Options(on, off, divisor, normalize=False, both=False, group=group))
 
 
-def _loss(
+def _alphas(alpha_on: float, alpha_off: float) -> tuple[float, float]:
+    remedy = "0 leaves its term out"
+    return (
+        validation.non_negative_number("alpha_on", alpha_on, remedy),
+        validation.non_negative_number("alpha_off", alpha_off, remedy),
+    )
+
+
+def _announce(
+    agreement: Agreement,
+    group: Group | None,
     kind: str,
     names: tuple[str, str],
-    check: Callable[[], Inputs],
-    options: dict[str, Any],
-    process_group: Any,
-    *,
-    by_pairs: bool = False,
-) -> Tensor:
-    """Check, agree with the other ranks where there are any, and call the operators."""
-    group = None if process_group is None else Group(process_group)
-    checked: list[Inputs] = []
-
-    def terms() -> Terms:
-        for name, value in options.items():
-            options[name] = _divisor(value) if name == "divisor" else _alpha(name, value)
-        inputs = check()
-        refuse_forward_mode(inputs, kind)
-        checked.append(inputs)
-        features = inputs.text
-        if group is not None:
-            group.require(names[0], features)
-        weighted = "None" if inputs.text_weight is None else "weights"
-        same = {
-            "D": features.shape[2],
-            "dtype": features.dtype,
-            "device type": features.device.type,
-            f"{names[0]} weights": weighted,
-            **options,
-        }
-        return Terms({"rows": features.shape[0], "Nt": features.shape[1], "Nv": inputs.video.shape[1]}, same)
-
-    sizes = [terms().sizes] if group is None else group.agree(kind, terms)
-    for name, tokens in zip(names, ("Nt", "Nv"), strict=True):
-        _enough(name, [(size["rows"], size[tokens]) for size in sizes])
-    both = kind == "cdcr_loss"
-    divisor = float(sum(size["rows"] for size in sizes)) if by_pairs else options.get("divisor")
-    alphas = options["alpha_on"], options["alpha_off"]
-    return op.loss(*checked[0], op.Options(*alphas, divisor, both, both, group))
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    options: dict[str, float | None],
+) -> None:
+    """Fill in what the ranks exchange about checked arguments; ``names`` are those of the two sides."""
+    text, video, weight, *_ = inputs
+    refuse_forward_mode(inputs, kind)
+    if group is not None:
+        group.require(names[0], text)
+    agreement.sizes = {"rows": text.shape[0], "Nt": text.shape[1], "Nv": video.shape[1]}
+    agreement.same = {
+        "D": text.shape[2],
+        "dtype": text.dtype,
+        "device type": text.device.type,
+        f"{names[0]} weights": "None" if weight is None else "weights",
+        **options,
+    }
 
 
 def _rows(name: str, value: object) -> Tensor:
@@ -207,32 +195,13 @@ def _rows(name: str, value: object) -> Tensor:
     return x
 
 
-def _alpha(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {validation.describe(value)}")
-    number = validation.as_float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {number}; 0 leaves its term out")
-    return number
-
-
-def _divisor(value: object) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"divisor must be a positive number or None, got {validation.describe(value)}")
-    number = validation.as_float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"divisor must be positive and finite, got {number}; leave it out to divide by N")
-    return number
-
-
-def _enough(name: str, shapes: list[tuple[int, int]]) -> None:
-    """A standard deviation needs two tokens, of all ranks together."""
-    if sum(rows * tokens for rows, tokens in shapes) < 2:
-        found = ", ".join(f"{rows} x {tokens}" for rows, tokens in shapes)
-        found += " on the ranks of the group" if len(shapes) > 1 else ""
-        raise ValueError(
-            f"{name} must hold at least 2 tokens to standardise channels over, got rows x tokens = {found}; "
-            "use a larger batch"
-        )
+def _check_enough(names: tuple[str, str], sizes: list[dict[str, int]]) -> None:
+    """Check that each side has two tokens over all ranks, which a standard deviation needs."""
+    for name, tokens in zip(names, ("Nt", "Nv"), strict=True):
+        if sum(size["rows"] * size[tokens] for size in sizes) < 2:
+            found = ", ".join(f"{size['rows']} x {size[tokens]}" for size in sizes)
+            found += " on the ranks of the group" if len(sizes) > 1 else ""
+            raise ValueError(
+                f"{name} must hold at least 2 tokens to standardise channels over, got rows x tokens = {found}; "
+                "use a larger batch"
+            )

@@ -5,19 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import autocast, validation
-from ._inputs import check_sides, uniform_weight
-
-NORM_EPS = 1e-12
-
-
-def unit(x: Tensor) -> Tensor:
-    """L2-normalise the last axis in float32 (float64 for float64); norm <= 1e-12 maps to 0 with gradient 0."""
-    x = x.to(validation.accumulation_dtype(x.dtype))
-    dead = (x * x).sum(-1, keepdim=True) <= NORM_EPS**2
-    # Replaced before the norm, not after: a gradient through norm(0) is NaN even where a later `where` drops it.
-    x = x.masked_fill(dead, 1.0)
-    return (x / x.norm(dim=-1, keepdim=True)).masked_fill(dead, 0.0)
+from .. import autocast
+from ..numerics import uniform_weight, unit
+from ..validation import check_sides
 
 
 def dot_product(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
+from ..numerics import accumulation_dtype
 
 
 def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
         raise ValueError("logits must hold at least one pair, got shape (0, 0); skip empty batches")
     if not x.is_floating_point():
         raise TypeError(f"logits must be floating point, got {x.dtype}; convert them with logits.float()")
-    scaled = x.to(validation.accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
+    scaled = x.to(accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
     target = torch.arange(scaled.shape[0], device=scaled.device)
     return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
 
@@ -57,11 +56,5 @@ def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Te
                 f"move it with logit_scale.to({str(device)!r})"
             )
         return logit_scale.reshape(())
-    if isinstance(logit_scale, bool) or not isinstance(logit_scale, numbers.Real):
-        raise TypeError(f"logit_scale must be a number or a 0-dim tensor, got {validation.describe(logit_scale)}")
-    number = validation.as_float(logit_scale)
-    if not 0 < number < float("inf"):
-        raise ValueError(
-            f"logit_scale must be positive and finite, got {number}; pass the factor itself, exp already taken"
-        )
-    return number
+    remedy = "pass the factor itself, exp already taken, as a number or a 0-dim tensor"
+    return validation.positive_number("logit_scale", logit_scale, remedy)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import validation
-from ._inputs import check_sides
 from .token_interaction import interact
 
 
@@ -38,11 +37,10 @@ def maxsim(
     Source: Khattab & Zaharia, "ColBERT", arXiv 2004.12832, section 3.3.
     """
     validation.flag("normalize", normalize)
-    names = ("query", "document")
-    query, document, q_mask, d_mask = check_sides(query, document, query_mask, document_mask, names)
+    sides = validation.check_sides(query, document, query_mask, document_mask, ("query", "document"))
     if query_weight is None:
         query_weight = torch.ones(query.shape[:2], dtype=torch.float32, device=query.device)
-    query_weight = validation.weight("query_weight", query_weight, query, "A, Nt", "query")
-    scores = interact(query, document, query_weight, None, q_mask, d_mask, normalize, False, False)
+    query_weight = validation.weight("query_weight", query_weight, sides.text, "A, Nt", "query")
+    scores = interact(sides, query_weight, None, normalize=normalize, masking="exclude", bidirectional=False)
     assert isinstance(scores, Tensor)
     return scores

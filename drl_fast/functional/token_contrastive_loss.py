@@ -1,17 +1,17 @@
-"""InfoNCE straight from tokens and weights."""
+"""InfoNCE from tokens and weights, without the logit matrix."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import validation
-from ..distributed.exchange import Shape, over
-from ..distributed.group import Group, Terms
+from ..distributed.exchange import Shape, WeightedTokens, choose_exchange
+from ..distributed.group import Group, agree
+from ..numerics import uniform_weight
 from ..ops import token_contrastive_loss as ops
-from ._inputs import check_sides, uniform_weight
 from .info_nce import check_scale
 from .token_interaction import refuse_forward_mode
 
@@ -33,23 +33,26 @@ def token_contrastive_loss(
     owner: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """``info_nce(token_interaction(...), logit_scale)`` without the B x B logits and without a match kept for any pair.
+    """Compute ``info_nce(token_interaction(...), logit_scale)`` without the B x B logits.
 
-    Blocks of texts are scored against all videos, once in the forward and once more in the backward; memory beyond the
-    inputs and their gradients is one block (some 16 MB) and six numbers a pair. Differentiable once in features,
-    weights and ``logit_scale``; a second derivative or forward-mode AD raises.
+    Up to a batch of about 1,000 use ``info_nce(wti(...))``: it is faster. Beyond that, this trades about 1.4x time for
+    memory that grows linearly with B.
 
-    With ``process_group`` each of W ranks passes its own pairs and all get the loss of the whole batch, the same bits.
-    Pairs, Nt and Nv may differ between ranks, 0 pairs on some are fine; options and D may not. Gradients of features
-    and token weights are W times the one process's, ``logit_scale``'s average to it, so that DDP's mean over ranks is
-    the one process's gradient for encoders, weight heads and ``logit_scale`` alike. All ranks must run the backward if
-    one does, on the same multiple of the loss.
+    Blocks of texts are scored against all videos, once in the forward pass and once more in the backward pass. Memory
+    beyond the inputs and their gradients is one block (some 16 MB) and six numbers per training example. Differentiable
+    once in features, weights and ``logit_scale``; a second derivative or forward-mode AD raises.
 
-    What is communicated: a header of 26 integers first, one number at the end. Every rank scores its own texts against
-    all videos. Up to 256 MB of videos over all ranks they are gathered once, their gradients come back by one
-    all-to-all in float32, and every rank holds both. Beyond, videos go round a ring, in the forward and again in the
-    backward, each followed by its gradient in float32: a rank holds two ranks' videos and three ranks' gradients. Two
-    numbers a pair and rank go home with the videos either way, and two numbers of every pair are gathered.
+    With ``process_group`` each of W ranks passes its own pairs, and all get the loss of the whole batch, with the same
+    bits. Pairs, Nt and Nv may differ between ranks, and a rank may have no pair; options and D must be the same.
+    Gradients of features and token weights are W times those of a single process, and those of ``logit_scale`` average
+    to it: DDP's mean over ranks then gives the single process's gradient for encoders, weight heads and
+    ``logit_scale``. If one rank runs the backward pass, all must, on the same multiple of the loss.
+
+    Communication: a header of 26 integers first and one number at the end. Every rank scores its own texts against all
+    videos. Up to 256 MB of videos over all ranks, they are gathered once, their gradients return by one all-to-all in
+    float32, and every rank holds both. Beyond that, videos go round a ring in both passes, each followed by its
+    gradient in float32: a rank holds two ranks' videos and three ranks' gradients. Either way two numbers per pair and
+    rank return with the videos, and two numbers of every pair are gathered.
 
     Args:
         text: (B, Nt, D) token features, raw; float32, float16, bfloat16 or float64. Text i belongs to video i.
@@ -82,107 +85,66 @@ def token_contrastive_loss(
 
     Source: arXiv 2203.07111, section 3.4; the running log-sum-exp is Milakov & Gimelshein's, arXiv 1805.02867.
     """
-    arguments = (text, video, text_weight, video_weight, text_mask, video_mask, logit_scale, masking, normalize, owner)
-    if process_group is not None:
-        return _over_group(Group(process_group), *arguments)
-    pairs = _check(*arguments)
-    if len(pairs.text.features) == 0:
-        raise ValueError(f"text must hold at least one pair, got shape {tuple(text.shape)}; skip empty batches")
-    return ops.token_contrastive_loss(*pairs)
+    group = None if process_group is None else Group(process_group)
+    with agree(group, "token_contrastive_loss") as agreement:
+        validation.option("masking", masking, validation.MASKINGS)
+        validation.flag("normalize", normalize)
+        sides = validation.check_sides(text, video, text_mask, video_mask)
+        scale = check_scale(logit_scale, sides.text.device)
+        if len(sides.text) != len(sides.video):
+            raise ValueError(
+                f"video must have as many rows as text, one video a text: {len(sides.text)}, got {len(sides.video)}; "
+                "repeat a video for each of its captions and say so with owner"
+            )
+        wt = uniform_weight(sides.text_mask, sides.text) if text_weight is None else text_weight
+        wv = uniform_weight(sides.video_mask, sides.video) if video_weight is None else video_weight
+        wt = validation.weight("text_weight", wt, sides.text, "B, Nt", "text")
+        wv = validation.weight("video_weight", wv, sides.video, "B, Nv", "video")
+        differentiable = (sides.text, sides.video, wt, wv, scale if isinstance(scale, Tensor) else None)
+        refuse_forward_mode(differentiable, "token contrastive loss")
+        ids = None if owner is None else _owner(owner, sides.text)
+        masks = (None, None) if masking == "none" else (sides.text_mask, sides.video_mask)
+        rows, frames, dim = sides.video.shape
+        agreement.sizes = {"rows": rows, "frames": frames, "masked": int(masks[1] is not None)}
+        if group is not None:
+            group.require("text", sides.text)
+            given = {"text": text, "video": video, "text_weight": text_weight, "video_weight": video_weight}
+            agreement.same = {
+                "D": dim,
+                "dtype": sides.video.dtype,
+                "device type": sides.video.device.type,
+                "masking": masking,
+                "normalize": normalize,
+                "text_weight": "None" if text_weight is None else "weights",
+                "video_weight": "None" if video_weight is None else "weights",
+                "owner": "None" if owner is None else "ids",
+                "logit_scale": _comparable(scale),
+                "what needs gradients": _needing_gradients({**given, "logit_scale": logit_scale}),
+            }
+    shapes = [Shape(size["rows"], size["frames"], bool(size["masked"])) for size in agreement.sizes_by_rank]
+    if sum(shape.rows for shape in shapes) == 0:
+        found = f"shape {tuple(text.shape)}" if group is None else "none on any rank of the group"
+        raise ValueError(f"text must hold at least one pair, got {found}; skip empty batches")
+    exchange = choose_exchange(group, WeightedTokens(sides.video, wv, masks[1], ids), shapes)
+    rule = ops.Rule(normalize, masking == "drl")
+    return ops.token_contrastive_loss(sides.text, sides.video, wt, wv, scale, *masks, ids, rule, exchange)
 
 
-class Pairs(NamedTuple):
-    """Checked arguments."""
-
-    text: ops.Tokens
-    video: ops.Tokens
-    logit_scale: float | Tensor
-    rule: ops.Rule
-
-
-def _over_group(group: Group, *arguments: Any) -> Tensor:
-    """The loss of all ranks' pairs, after they have agreed on what they compute."""
-    checked: list[Pairs] = []
-
-    def terms() -> Terms:
-        pairs = _check(*arguments)
-        checked.append(pairs)
-        return _terms(group, pairs, *arguments)
-
-    sizes = group.agree("token_contrastive_loss", terms)
-    (pairs,) = checked
-    if sum(size["rows"] for size in sizes) == 0:
-        raise ValueError("text must hold at least one pair on some rank of the group, got none; skip empty batches")
-    shapes = [Shape(size["rows"], size["Nv"], bool(size["masked"])) for size in sizes]
-    return ops.token_contrastive_loss(*pairs, over(group, pairs.video, shapes))
-
-
-def _terms(group: Group, pairs: Pairs, *arguments: Any) -> Terms:
-    text, video, text_weight, video_weight, _, _, scale, masking, normalize, owner = arguments
-    features, mask = pairs.video.features, pairs.video.mask
-    group.require("text", features)
-    inputs = {
-        "text": text,
-        "video": video,
-        "text_weight": text_weight,
-        "video_weight": video_weight,
-        "logit_scale": scale,
-    }
-    same: dict[str, object] = {
-        "D": features.shape[2],
-        "dtype": features.dtype,
-        "device type": features.device.type,
-        "masking": masking,
-        "normalize": normalize,
-        "text_weight": "None" if text_weight is None else "weights",
-        "video_weight": "None" if video_weight is None else "weights",
-        "owner": "None" if owner is None else "ids",
-        "logit_scale": _value(pairs.logit_scale),
-    }
-    differentiated = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
-    # Else one rank's backward would wait for others that have none. An empty batch must ask for gradients as well.
-    same["what needs gradients"] = (", ".join(differentiated) if torch.is_grad_enabled() else "") or "nothing"
-    return Terms({"rows": len(features), "Nv": features.shape[1], "masked": int(mask is not None)}, same)
-
-
-def _value(scale: float | Tensor) -> object:
-    """What the ranks compare: the number, but for a tensor elsewhere than on the CPU, where reading it would wait."""
+def _comparable(scale: float | Tensor) -> object:
+    """What ranks compare of the scale: its number, except on an accelerator, where reading it would synchronise."""
     if not isinstance(scale, Tensor):
         return scale
     return f"a tensor of {scale.item()}" if scale.device.type == "cpu" else "a tensor"
 
 
-def _check(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor | None,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    logit_scale: float | Tensor,
-    masking: str,
-    normalize: bool,
-    owner: Tensor | None,
-) -> Pairs:
-    validation.option("masking", masking, validation.MASKINGS)
-    validation.flag("normalize", normalize)
-    text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-    scale = check_scale(logit_scale, text.device)
-    if len(text) != len(video):
-        raise ValueError(
-            f"video must have as many rows as text, one video a text: {len(text)}, got {len(video)}; "
-            "repeat a video for each of its captions and say so with owner"
-        )
-    wt = uniform_weight(t_mask, text) if text_weight is None else text_weight
-    wv = uniform_weight(v_mask, video) if video_weight is None else video_weight
-    wt = validation.weight("text_weight", wt, text, "B, Nt", "text")
-    wv = validation.weight("video_weight", wv, video, "B, Nv", "video")
-    refuse_forward_mode((text, video, wt, wv, scale if isinstance(scale, Tensor) else None), "token contrastive loss")
-    ids = None if owner is None else _owner(owner, text)
-    if masking == "none":
-        t_mask = v_mask = None
-    sides = ops.Tokens(text, wt, t_mask, ids), ops.Tokens(video, wv, v_mask, ids)
-    return Pairs(*sides, scale, ops.Rule(normalize, masking == "drl"))
+def _needing_gradients(inputs: dict[str, object]) -> str:
+    """Names of the inputs that need gradients.
+
+    If they differed, one rank's backward would wait for ranks that have none. A rank with an empty batch must ask for
+    gradients too.
+    """
+    names = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
+    return (", ".join(names) if torch.is_grad_enabled() else "") or "nothing"
 
 
 def _owner(value: object, text: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import validation
+from ..numerics import accumulation_dtype, uniform_weight
 from ..ops import token_interaction as op
-from ._inputs import check_sides, uniform_weight
 
 
 class Matches(NamedTuple):
@@ -72,48 +72,60 @@ def token_interaction(
     validation.option("masking", masking, validation.MASKINGS)
     for name, value in (("normalize", normalize), ("bidirectional", bidirectional), ("return_matches", return_matches)):
         validation.flag(name, value)
-    text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-    if text_weight is None:
-        text_weight = uniform_weight(t_mask, text)
-    text_weight = validation.weight("text_weight", text_weight, text, "A, Nt", "text")
-    if not bidirectional:
-        if video_weight is not None:
+    sides = validation.check_sides(text, video, text_mask, video_mask)
+    if text_weight is not None:
+        text_weight = validation.weight("text_weight", text_weight, sides.text, "A, Nt", "text")
+    if video_weight is not None:
+        if not bidirectional:
             raise ValueError(
                 "video_weight must be None when bidirectional=False (only the text side is summed), "
                 f"got {validation.describe(video_weight)}"
             )
-    else:
-        if video_weight is None:
-            video_weight = uniform_weight(v_mask, video)
-        video_weight = validation.weight("video_weight", video_weight, video, "B, Nv", "video")
-    if masking == "none":
-        t_mask = v_mask = None
-    return interact(text, video, text_weight, video_weight, t_mask, v_mask, normalize, masking == "drl", return_matches)
+        video_weight = validation.weight("video_weight", video_weight, sides.video, "B, Nv", "video")
+    return interact(
+        sides,
+        text_weight,
+        video_weight,
+        normalize=normalize,
+        masking=masking,
+        bidirectional=bidirectional,
+        return_matches=return_matches,
+    )
 
 
 def interact(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
+    sides: validation.Sides,
+    text_weight: Tensor | None,
     video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
+    *,
     normalize: bool,
-    zero_competes: bool,
-    return_matches: bool,
+    masking: str,
+    bidirectional: bool,
+    return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, Matches]:
-    """Call the operator on checked arguments; matches are kept where the caller wants them, or a backward does."""
+    """Call the operator on checked arguments: :func:`token_interaction` for callers that have checked them already.
+
+    Matches are kept if the caller wants them or a backward pass will read them.
+    """
+    text, video, text_mask, video_mask = sides
+    dtype = accumulation_dtype(text.dtype)
+    text_weight = uniform_weight(text_mask, text) if text_weight is None else text_weight.to(dtype)
+    if not bidirectional:
+        video_weight = None
+    else:
+        video_weight = uniform_weight(video_mask, video) if video_weight is None else video_weight.to(dtype)
+    if masking == "none":
+        text_mask = video_mask = None
     inputs = (text, video, text_weight, video_weight)
     refuse_forward_mode(inputs, "token interaction")
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = return_matches or (train and op.keeps_matches(text, video, video_weight is not None))
+    keep = return_matches or (train and op.keeps_matches(text, video, bidirectional))
     logits, video_index, text_index = op.token_interaction(
-        *inputs, text_mask, video_mask, normalize, zero_competes, keep
+        *inputs, text_mask, video_mask, normalize, masking == "drl", keep
     )
     if not return_matches:
         return logits
-    by_video = None if video_weight is None else op.public_index(text_index)
-    return logits, Matches(op.public_index(video_index), by_video)
+    return logits, Matches(op.public_index(video_index), op.public_index(text_index) if bidirectional else None)
 
 
 def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:

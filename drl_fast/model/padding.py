@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional.dot_product import unit
 from ..modules import SeqTransf
+from ..numerics import unit
 
 
 def add_temporal(tokens: Tensor, temporal: nn.Module | None, mask: Tensor) -> Tensor:

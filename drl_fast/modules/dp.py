@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..functional._inputs import check_sides
 from ..functional.dot_product import dot_product, pool
+from ..validation import check_sides
 
 
 class DP(nn.Module):
@@ -18,6 +18,10 @@ class DP(nn.Module):
     def forward(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> Tensor:
+        """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
+
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real.
+        """
         return dot_product(text, video, text_mask, video_mask)
 
     def pool(

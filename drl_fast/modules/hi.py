@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import autocast, validation
-from ..functional import token_interaction
-from ..functional._inputs import check_sides
-from ..functional.dot_product import last_real_token, pool, unit
+from ..functional.dot_product import last_real_token, pool
+from ..functional.token_interaction import interact
+from ..numerics import unit
 from .wti import check_width, softmax_weights, weight_head
 
 
@@ -55,22 +55,18 @@ class HI(nn.Module):
     def forward(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> Tensor:
-        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
+
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real.
+        """
+        text, video, t_mask, v_mask = validation.check_sides(text, video, text_mask, video_mask)
         check_width(self, text)
         weight = softmax_weights(self.text_weight_fc, text, t_mask)
         end_token, mean_frame = pool(text, video, t_mask, v_mask)
         words = unit(text if t_mask is None else torch.where(t_mask[..., None], text, 0))
         with autocast.off(text.device.type):
-            sentence_frame = token_interaction(
-                last_real_token(text, t_mask)[:, None],
-                video,
-                None,
-                None,
-                None,
-                v_mask,
-                masking=self.masking,
-                bidirectional=False,
-            )
+            sentence = validation.Sides(last_real_token(text, t_mask)[:, None], video, None, v_mask)
+            sentence_frame = interact(sentence, None, None, normalize=True, masking=self.masking, bidirectional=False)
             assert isinstance(sentence_frame, Tensor)
             level = self.level_logits.to(mean_frame.dtype).softmax(dim=0)
             # Both other levels are linear in the text's side: one product serves them.

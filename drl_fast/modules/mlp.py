@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import autocast, validation
-from ..functional._inputs import check_sides
 from ..functional.dot_product import pool
+from ..numerics import accumulation_dtype
 from .blocks import start_new
 from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
@@ -51,7 +51,11 @@ class MLP(nn.Module):
     def forward(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> Tensor:
-        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
+
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real.
+        """
+        text, video, t_mask, v_mask = validation.check_sides(text, video, text_mask, video_mask)
         check_width(self, text)
         dtype = head_dtype(self.hidden, text)
         end_token, mean_frame = pool(text, video, t_mask, v_mask)
@@ -63,7 +67,7 @@ class MLP(nn.Module):
             logits = score_pairs(
                 self.similarity_dense, self._score, by_text.to(wide), (by_video.to(wide),), pairs, random=False
             )
-        return logits.to(validation.accumulation_dtype(text.dtype))
+        return logits.to(accumulation_dtype(text.dtype))
 
     def _score(self, by_text: Tensor, by_video: Tensor) -> Tensor:
         """What the first layer makes of each side, (a, D) and (b, D), to (a, b)."""

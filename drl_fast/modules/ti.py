@@ -9,7 +9,7 @@ from ..functional import Matches, token_interaction
 
 
 class TI(nn.Module):
-    """Token-wise interaction (FILIP-style): every real token counts alike. No parameters.
+    """Token-wise interaction with uniform weights over real tokens (FILIP-style). No parameters.
 
     ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None, *, return_matches=False)`` returns
     (A, B) logits in float32 (float64 for float64 input); see :func:`drl_fast.token_interaction`, also for the errors.
@@ -46,6 +46,11 @@ class TI(nn.Module):
         *,
         return_matches: bool = False,
     ) -> Tensor | tuple[Tensor, Matches]:
+        """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
+
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real. With ``return_matches`` the result is a pair
+        ``(logits, Matches)``. Errors are those of :func:`drl_fast.token_interaction`.
+        """
         return token_interaction(
             text,
             video,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import autocast, validation
-from ..functional import Matches, token_interaction
-from ..functional._inputs import check_sides
-from ..functional.dot_product import unit
+from ..functional import Matches
+from ..functional.token_interaction import interact
+from ..numerics import unit
 
 
 class WTI(nn.Module):
@@ -80,15 +80,28 @@ class WTI(nn.Module):
         *,
         return_matches: bool = False,
     ) -> Tensor | tuple[Tensor, Matches]:
-        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
-        text_weight, video_weight = self._both_weights(text, video, t_mask, v_mask)
-        return token_interaction(
-            text,
-            video,
-            text_weight,
-            video_weight,
-            t_mask,
-            v_mask,
+        """Score every text against every video.
+
+        Args:
+            text: (A, Nt, D) word features, raw.
+            video: (B, Nv, D) frame features, raw, of the same dtype and device.
+            text_mask: (A, Nt), non-zero = real word, any dtype, holes allowed; None: all real.
+            video_mask: (B, Nv), likewise for frames.
+            return_matches: also return which token each token chose.
+
+        Returns:
+            (A, B) logits, float32 (float64 for float64 input), not scaled by temperature; with ``return_matches`` a
+            pair ``(logits, Matches)``.
+
+        Raises:
+            ValueError, TypeError: as :func:`drl_fast.token_interaction`; tokens of another width than ``dim``, or wider
+                than the parameters (float64 into a float32 layer).
+        """
+        validation.flag("return_matches", return_matches)
+        sides = validation.check_sides(text, video, text_mask, video_mask)
+        return interact(
+            sides,
+            *self._weights(sides),
             normalize=self.normalize,
             masking=self.masking,
             bidirectional=self.bidirectional,
@@ -98,22 +111,20 @@ class WTI(nn.Module):
     def weights(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Token weights (A, Nt) and (B, Nv), for the losses that take them beside the tokens.
+        """Compute token weights (A, Nt) and (B, Nv), for the losses that take them beside the tokens.
 
-        They sum to 1 over a row's real tokens, 0 elsewhere; float32 or better. The second is None where the layer is
-        not bidirectional.
+        They sum to 1 over a row's real tokens and are 0 elsewhere; float32 or better. The second is None if the layer
+        is not bidirectional. Arguments and errors are those of the call.
         """
-        return self._both_weights(*check_sides(text, video, text_mask, video_mask))
+        return self._weights(validation.check_sides(text, video, text_mask, video_mask))
 
-    def _both_weights(
-        self, text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        check_width(self, text)
-        video_weight = self._weights(self.video_weight_fc, video, video_mask) if self.bidirectional else None
-        return self._weights(self.text_weight_fc, text, text_mask), video_weight
-
-    def _weights(self, head: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        return softmax_weights(head, tokens, mask, normalized=self.weight_input == "normalized")
+    def _weights(self, sides: validation.Sides) -> tuple[Tensor, Tensor | None]:
+        check_width(self, sides.text)
+        normalized = self.weight_input == "normalized"
+        video_weight = None
+        if self.bidirectional:
+            video_weight = softmax_weights(self.video_weight_fc, sides.video, sides.video_mask, normalized=normalized)
+        return softmax_weights(self.text_weight_fc, sides.text, sides.text_mask, normalized=normalized), video_weight
 
 
 def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, normalized: bool = False) -> Tensor:

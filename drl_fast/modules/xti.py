@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import validation
-from ..functional._inputs import check_sides
 from ..functional.dot_product import last_real_token
+from ..numerics import accumulation_dtype
 from .blocks import LayerNorm, QuickGELU, Transformer, copy_from_clip, start_new
 from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
@@ -70,11 +70,7 @@ class XTI(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = validation.positive_int("dim", dim)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout must be a probability, got {validation.describe(dropout)}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout}")
-        self.dropout = dropout
+        self.dropout = validation.fraction("dropout", dropout, one=False)
         self.chunk = None if chunk is None else validation.positive_int("chunk", chunk)
         self.position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)
         self.transformer = Transformer(dim, layers, heads)
@@ -92,7 +88,11 @@ class XTI(nn.Module):
     def forward(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> Tensor:
-        text, video, t_mask, v_mask = check_sides(text, video, text_mask, video_mask)
+        """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
+
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real.
+        """
+        text, video, t_mask, v_mask = validation.check_sides(text, video, text_mask, video_mask)
         check_width(self, text)
         length = video.shape[1] + 1
         if length > self.position_embeddings.num_embeddings:
@@ -110,7 +110,7 @@ class XTI(nn.Module):
         sides = (frames,) if v_mask is None else (frames, v_mask)
         pairs = max(1, CHUNK_POSITIONS // length) if self.chunk is None else self.chunk
         logits = score_pairs(self, score, end_token, sides, pairs, random=dropout > 0)
-        return logits.to(validation.accumulation_dtype(text.dtype))
+        return logits.to(accumulation_dtype(text.dtype))
 
     def _score(self, end_token: Tensor, frames: Tensor, mask: Tensor | None = None, *, dropout: float) -> Tensor:
         """Rows (a, D), (b, Nv, D), (b, Nv) -> (a, b)."""

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import autocast
 from ..distributed.group import Group
-from ..validation import accumulation_dtype, statistics_dtype
+from ..numerics import accumulation_dtype, statistics_dtype
+from . import gpu
 from .chunked import cdcr as chunked
 from .dispatch import LIBRARY
-from .gpu import cdcr as gpu
 from .no_double_backward import differentiable_once
 
 # A channel whose deviation is smaller counts as constant: it is 0 when standardised, and gets no gradient.
@@ -46,7 +46,7 @@ CHUNKED = {
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     LIBRARY.impl(_name, CHUNKED[_name], "CompositeExplicitAutograd")
-    LIBRARY.impl(_name, gpu.GPU[_name], "CUDA")
+    LIBRARY.impl(_name, getattr(gpu, _name), "CUDA")
 
 
 @torch.library.register_fake("drl_fast::cdcr_statistics", lib=LIBRARY)

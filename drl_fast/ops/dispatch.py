@@ -10,9 +10,16 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import autocast
+
+Operator = Callable[..., tuple[Tensor, ...]]
 
 LIBRARY = torch.library.Library("drl_fast", "DEF")
 LIBRARY.define("cpu_capability() -> str")
@@ -71,6 +78,27 @@ def triton_serves(x: Tensor) -> bool:
         return False
     # A CPU tensor comes here in Triton's interpreter alone.
     return _triton_works(x.device) if x.is_cuda else True
+
+
+def triton_or(chunked: Operator) -> Callable[[Operator], Operator]:
+    """Decorate a function that launches an operator's Triton kernels; ``chunked`` runs where they do not serve.
+
+    That is float64, a GPU older than :data:`OLDEST_CAPABILITY`, and an installation without Triton. The first argument
+    decides: it must be one of the operator's tensors.
+    """
+
+    def decorate(launch: Operator) -> Operator:
+        @functools.wraps(launch)
+        def serve(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+            if not triton_serves(x):
+                return chunked(x, *others)
+            # Triton launches on the current device, and autocast must not touch what the launchers compute.
+            with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), autocast.off(x.device.type):
+                return launch(x, *others)
+
+        return serve
+
+    return decorate
 
 
 def implementation(device: str) -> str:

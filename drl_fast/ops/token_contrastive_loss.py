@@ -1,5 +1,6 @@
-"""InfoNCE of the token interaction, both directions, without its logit matrix: no operator of its own, it runs on
-``drl_fast::token_interaction`` and its backward in blocks of texts.
+"""InfoNCE of the token interaction, both directions, without its logit matrix.
+
+It has no operator of its own: it runs ``drl_fast::token_interaction`` and its backward in blocks of texts.
 
     x_ab  = s * logits_ab                                       -inf where b is another video of a's owner
     loss  = 1/2B sum_a [ lse_b x_ab - x_aa ]  +  1/2B sum_b [ lse_a x_ab - x_bb ]
@@ -9,11 +10,12 @@ The forward keeps a running maximum and sum of exponentials for every row and co
 once more, now with its matches. A log-sum-exp stays in two parts, top and log of the sum, until it is subtracted: their
 sum would lose the digits that tell a well-trained positive's probability from 1.
 
-Held beside the inputs: 6 numbers a pair, one block (``BLOCK_BYTES``), in the backward the gradients, summed in float32.
-Time: one forward more than a training step of ``token_interaction``, about 15 passes over a block's logits.
+Memory beside the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), and in the backward pass the
+gradients in float32. Time: one forward pass more than a training step of ``token_interaction``, and about 15 passes
+over a block's logits.
 
-Over a group every rank scores its own texts against the videos of all ranks, which come by as _visits.py says. Rows'
-sums stay, columns' sums and videos' gradients go home with their videos.
+Over a group every rank scores its own texts against the videos of all ranks (distributed/exchange.py). Rows' sums stay
+where they are; columns' sums and videos' gradients return to the rank that owns the videos.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.exchange import Alone, Tokens, Visits
-from ..validation import accumulation_dtype
+from ..distributed.exchange import Exchange, WeightedTokens
+from ..numerics import accumulation_dtype, index_dtype
 from . import token_interaction as op
 from .no_double_backward import differentiable_once
 
@@ -46,53 +48,66 @@ class Rule(NamedTuple):
 
 
 def token_contrastive_loss(
-    text: Tokens, video: Tokens, logit_scale: float | Tensor, rule: Rule, visits: Visits | None = None
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor,
+    logit_scale: float | Tensor,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    owner: Tensor | None,
+    rule: Rule,
+    exchange: Exchange,
 ) -> Tensor:
-    """The loss of checked arguments, differentiable once in features, weights and ``logit_scale``."""
-    return Loss.apply(
-        text.features,
-        video.features,
-        text.weight,
-        video.weight,
-        logit_scale,
-        text.mask,
-        video.mask,
-        text.owner,
-        rule,
-        visits,
-    )[0]
+    """Compute the loss of checked arguments, differentiable once in features, weights and ``logit_scale``."""
+    tensors = (text, video, text_weight, video_weight, logit_scale, text_mask, video_mask, owner)
+    loss, *_ = Loss.apply(*tensors, rule, exchange)
+    return loss
 
 
 class Loss(torch.autograd.Function):
     """Outputs the loss, and for the backward (2, A) and (2, B) parts of this rank's rows' and all columns' sums."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        text, video, scale, rule, visits = _unpack(inputs)
-        rows, positive = nothing_yet(text.features), text.weight.new_empty(len(text.features))
+    def forward(
+        text_features: Tensor,
+        video_features: Tensor,
+        text_weight: Tensor,
+        video_weight: Tensor,
+        scale: float | Tensor,
+        text_mask: Tensor | None,
+        video_mask: Tensor | None,
+        owner: Tensor | None,
+        rule: Rule,
+        exchange: Exchange,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        text = WeightedTokens(text_features, text_weight, text_mask, owner)
+        video = WeightedTokens(video_features, video_weight, video_mask, owner)
+        rows, positive = empty_sums(text.features), text.weight.new_empty(len(text.features))
 
-        def work(source: int, videos: Tokens) -> Tensor:
-            columns = nothing_yet(videos.features)
+        def work(source: int, videos: WeightedTokens) -> Tensor:
+            columns = empty_sums(videos.features)
             for block in blocks(text, videos, matches=False):
-                part, own = cut(text, block), block.start if source == visits.rank else None
+                part, own = cut(text, block), block.start if source == exchange.rank else None
                 x = scaled(score(part, videos, rule, False)[0], scale, part, videos, own)
                 if own is not None:
                     positive[block] = x.diagonal(own)
-                absorb(rows[:, block], x, 1)
-                absorb(columns, x, 0)
+                add_logits(rows[:, block], x, 1)
+                add_logits(columns, x, 0)
             return columns.flatten()
 
-        columns = visits.visit(video, work, joined, lambda count, _: 2 * count).view(2, -1)
+        columns = exchange.map_videos(video, work, merge_sums, lambda count, _: 2 * count).view(2, -1)
         rows[1].log_()
         columns = torch.stack((columns[0], columns[1].log()))
         # top - positive first: it is exact where the positive leads
         loss = (rows[0] - positive + rows[1]).sum() + (columns[0] - positive + columns[1]).sum()
-        return visits.add(loss) / (2 * sum(visits.rows(video))), rows, visits.everywhere(columns.T).T
+        return exchange.add(loss) / (2 * sum(exchange.rows(video))), rows, exchange.gather(columns.T).T
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.rule, ctx.exchange = inputs
         _, rows, columns = output
-        *tensors, ctx.rule, ctx.visits = inputs
+        # The scale may be a number.
         ctx.scale = None if isinstance(tensors[4], Tensor) else tensors[4]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in tensors), rows, columns)
         ctx.mark_non_differentiable(rows, columns)
@@ -102,54 +117,52 @@ class Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * 10
-        *inputs, rows, columns = ctx.saved_tensors
-        if ctx.scale is not None:
-            inputs[4] = ctx.scale
+        *tensors, rows, columns = ctx.saved_tensors
+        text, video, text_weight, video_weight, scale, text_mask, video_mask, owner = tensors
         with torch.no_grad():
             grads = gradients(
-                grad_loss, _unpack((*inputs, ctx.rule, ctx.visits)), rows, columns, ctx.needs_input_grad[:5]
+                grad_loss,
+                WeightedTokens(text, text_weight, text_mask, owner),
+                WeightedTokens(video, video_weight, video_mask, owner),
+                ctx.scale if scale is None else scale,
+                ctx.rule,
+                ctx.exchange,
+                rows,
+                columns,
+                ctx.needs_input_grad[:5],
             )
-        grads = differentiable_once(
-            grads, (grad_loss, *inputs), "the token contrastive loss", "drl_fast.reference.token_contrastive_loss"
-        )
+        what, instead = "the token contrastive loss", "drl_fast.reference.token_contrastive_loss"
+        grads = differentiable_once(grads, (grad_loss, *tensors), what, instead)
         return (*grads, None, None, None, None, None)
 
 
-Arguments = tuple[Tokens, Tokens, float | Tensor, Rule, Visits]
-
-
-def _unpack(inputs: tuple[Any, ...]) -> Arguments:
-    text, video, text_weight, video_weight, scale, text_mask, video_mask, owner, rule, visits = inputs
-    return (
-        Tokens(text, text_weight, text_mask, owner),
-        Tokens(video, video_weight, video_mask, owner),
-        scale,
-        rule,
-        Alone() if visits is None else visits,
-    )
-
-
 def gradients(
-    grad_loss: Tensor, arguments: Arguments, rows: Tensor, columns: Tensor, needs: tuple[bool, ...]
+    grad_loss: Tensor,
+    text: WeightedTokens,
+    video: WeightedTokens,
+    scale: float | Tensor,
+    rule: Rule,
+    exchange: Exchange,
+    rows: Tensor,
+    columns: Tensor,
+    needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Gradients of text, video, their weights and the scale, None where not needed.
+    """Compute the gradients of text, video, their weights and the scale; None where not needed.
 
     Over a group of W ranks they are W times the whole batch's for features and weights, and for the scale W times what
     this rank's texts give: the mean over ranks is the one process's gradient in all of them.
     """
-    text, video, scale, rule, visits = arguments
-    counts = visits.rows(video)
+    counts = exchange.rows(video)
     columns_of = columns.split(counts, dim=1)
     factor = grad_loss * (len(counts) / (2 * sum(counts)))
     of_text, of_video, tokens = needs[0:4:2], needs[1:4:2], any(needs[:4])
     text_sums = Sums(text, of_text)
     grad_scale = text.weight.new_zeros(())
 
-    def work(source: int, videos: Tokens) -> Tensor:
-        nonlocal grad_scale
+    def work(source: int, videos: WeightedTokens) -> Tensor:
         video_sums = Sums(videos, of_video)
         for block in blocks(text, videos, matches=tokens):
-            part, own = cut(text, block), block.start if source == visits.rank else None
+            part, own = cut(text, block), block.start if source == exchange.rank else None
             logits, *matches = score(part, videos, rule, tokens)
             x = scaled(logits, scale, part, videos, own)
             g = softmax(x, rows[:, block].unsqueeze(2)).add_(softmax(x, columns_of[source].unsqueeze(1)))
@@ -157,7 +170,7 @@ def gradients(
                 g.diagonal(own).sub_(2)
             g.mul_(factor)
             if needs[4]:
-                grad_scale = grad_scale + (g * logits).sum()
+                grad_scale.add_((g * logits).sum())
             if tokens:
                 grads = differentiate(g.mul_(scale), part, videos, matches, rule, needs)
                 text_sums.add(grads[0], grads[2], block)
@@ -166,7 +179,7 @@ def gradients(
         return video_sums.flat
 
     dim = video.features.shape[2]
-    flat = visits.visit(video, work, torch.add, lambda count, frames: Sums.size(count, frames, dim, of_video))
+    flat = exchange.map_videos(video, work, torch.add, lambda count, frames: Sums.size(count, frames, dim, of_video))
     video_sums = Sums(video, of_video, flat)
     grads = (text_sums.features, video_sums.features, text_sums.weight, video_sums.weight)
     inputs = (text.features, video.features, text.weight, video.weight)
@@ -177,7 +190,7 @@ def gradients(
 class Sums:
     """One side's gradients in the dtype of sums, in one vector that can travel; None where not needed."""
 
-    def __init__(self, side: Tokens, needs: tuple[bool, ...], flat: Tensor | None = None) -> None:
+    def __init__(self, side: WeightedTokens, needs: tuple[bool, ...], flat: Tensor | None = None) -> None:
         rows, length, dim = side.features.shape
         size = self.size(rows, length, dim, needs)
         self.flat = side.weight.new_zeros(size) if flat is None else flat
@@ -196,14 +209,19 @@ class Sums:
             self.weight[rows].add_(weight)
 
 
-def score(text: Tokens, video: Tokens, rule: Rule, keep_matches: bool) -> tuple[Tensor, Tensor, Tensor]:
+def score(text: WeightedTokens, video: WeightedTokens, rule: Rule, keep_matches: bool) -> tuple[Tensor, Tensor, Tensor]:
     return op.token_interaction(
         text.features, video.features, text.weight, video.weight, text.mask, video.mask, *rule, keep_matches
     )
 
 
 def differentiate(
-    grad_logits: Tensor, text: Tokens, video: Tokens, matches: list[Tensor], rule: Rule, needs: tuple[bool, ...]
+    grad_logits: Tensor,
+    text: WeightedTokens,
+    video: WeightedTokens,
+    matches: list[Tensor],
+    rule: Rule,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """Gradients of text, video, text weight, video weight; those not needed may be empty."""
     return torch.ops.drl_fast.token_interaction_backward(
@@ -221,25 +239,27 @@ def differentiate(
     )
 
 
-def blocks(text: Tokens, video: Tokens, *, matches: bool) -> Iterator[slice]:
+def blocks(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> Iterator[slice]:
     """Runs of texts of about one size, whose matches and logits against all videos fit ``BLOCK_BYTES``."""
     count, length = text.features.shape[:2]
     others, frames = video.features.shape[:2]
     a_pair = COPIES * text.weight.itemsize
     if matches:
-        a_pair += sum(op.index_dtype(n).itemsize * m for n, m in ((frames, length), (length, frames)))
+        a_pair += sum(index_dtype(n).itemsize * m for n, m in ((frames, length), (length, frames)))
     rows = max(1, BLOCK_BYTES // (a_pair * max(1, others)), LEAST_WORDS // length)
     pieces = -(-count // rows) if others else 0
     for piece in range(pieces):
         yield slice(piece * count // pieces, (piece + 1) * count // pieces)
 
 
-def cut(side: Tokens, rows: slice) -> Tokens:
+def cut(side: WeightedTokens, rows: slice) -> WeightedTokens:
     mask, owner = (None if x is None else x[rows] for x in (side.mask, side.owner))
-    return Tokens(side.features[rows], side.weight[rows], mask, owner)
+    return WeightedTokens(side.features[rows], side.weight[rows], mask, owner)
 
 
-def scaled(logits: Tensor, scale: float | Tensor, text: Tokens, video: Tokens, own: int | None) -> Tensor:
+def scaled(
+    logits: Tensor, scale: float | Tensor, text: WeightedTokens, video: WeightedTokens, own: int | None
+) -> Tensor:
     """Scaled logits, -inf for other pairs of the same owner; text 0's own video is number ``own``, None: not here."""
     x = logits * scale
     if text.owner is not None and video.owner is not None:
@@ -250,7 +270,7 @@ def scaled(logits: Tensor, scale: float | Tensor, text: Tokens, video: Tokens, o
     return x
 
 
-def nothing_yet(features: Tensor) -> Tensor:
+def empty_sums(features: Tensor) -> Tensor:
     """(2, rows) running maximum and sum of exponentials of nothing; finite, for -inf minus -inf would be NaN."""
     dtype = accumulation_dtype(features.dtype)
     state = torch.zeros((2, len(features)), dtype=dtype, device=features.device)
@@ -258,14 +278,14 @@ def nothing_yet(features: Tensor) -> Tensor:
     return state
 
 
-def absorb(state: Tensor, x: Tensor, dim: int) -> None:
+def add_logits(state: Tensor, x: Tensor, dim: int) -> None:
     """Take the logits along ``dim`` into running maxima and sums."""
     top = torch.maximum(state[0], x.amax(dim))
     state[1] = state[1] * (state[0] - top).exp() + (x - top.unsqueeze(dim)).exp().sum(dim)
     state[0] = top
 
 
-def joined(one: Tensor, other: Tensor) -> Tensor:
+def merge_sums(one: Tensor, other: Tensor) -> Tensor:
     """Maxima and sums over both of two parts, each (2 * columns,)."""
     (top, total), (other_top, other_total) = one.view(2, -1), other.view(2, -1)
     highest = torch.maximum(top, other_top)

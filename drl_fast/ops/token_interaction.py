@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..validation import accumulation_dtype
+from ..numerics import accumulation_dtype, index_dtype
+from . import gpu
 from .chunked import token_interaction as chunked
-from .chunked.token_interaction import index_dtype
 from .dispatch import LIBRARY
-from .gpu import token_interaction as gpu
 
 LIBRARY.define(
     "token_interaction(Tensor text, Tensor video, Tensor text_weight, Tensor? video_weight, Tensor? text_mask, "
@@ -39,8 +38,8 @@ LIBRARY.define(
 # A key below CPU's and CUDA's own: any device without a kernel of its own lands here.
 LIBRARY.impl("token_interaction", chunked.forward, "CompositeExplicitAutograd")
 LIBRARY.impl("token_interaction_backward", chunked.backward, "CompositeExplicitAutograd")
-LIBRARY.impl("token_interaction", gpu.forward, "CUDA")
-LIBRARY.impl("token_interaction_backward", gpu.backward, "CUDA")
+LIBRARY.impl("token_interaction", gpu.token_interaction, "CUDA")
+LIBRARY.impl("token_interaction_backward", gpu.token_interaction_backward, "CUDA")
 
 token_interaction = torch.ops.drl_fast.token_interaction.default
 

@@ -88,7 +88,7 @@ def test_cdcr_types(changes: dict[str, Any], message: str) -> None:
         ({"weight": torch.ones(6, dtype=torch.int64)}, TypeError, "weight must be floating point"),
         ({"divisor": 0}, ValueError, "divisor must be positive and finite, got 0"),
         ({"divisor": float("nan")}, ValueError, "divisor must be positive and finite"),
-        ({"divisor": "6"}, TypeError, "divisor must be a positive number or None"),
+        ({"divisor": "6"}, TypeError, "divisor must be a number, got str '6'; leave it out"),
         ({"alpha_on": -1}, ValueError, "alpha_on must be finite and >= 0"),
         ({"x": None}, TypeError, "x must be a torch.Tensor"),
     ],

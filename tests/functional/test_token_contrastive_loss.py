@@ -114,7 +114,7 @@ def test_blocks_are_even_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
 
     def sizes(rows: int, matches: bool, words: int = 16) -> list[int]:
         sides = [
-            ops.Tokens(torch.empty(rows, n, 1, device="meta"), torch.empty(rows, n, device="meta"), None, None)
+            ops.WeightedTokens(torch.empty(rows, n, 1, device="meta"), torch.empty(rows, n, device="meta"), None, None)
             for n in (words, 8)
         ]
         return [block.stop - block.start for block in ops.blocks(*sides, matches=matches)]

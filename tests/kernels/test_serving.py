@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from drl_fast.ops import dispatch
+from drl_fast.ops import dispatch, gpu
 from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
-from drl_fast.ops.gpu import cdcr as gpu_cdcr
-from drl_fast.ops.gpu import token_interaction as gpu
 
 DEVICE = torch.device("cuda:0")
 
@@ -74,10 +72,12 @@ def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatc
     if dtype != torch.float64:
         monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     inputs = arguments(dtype)
-    ours, want = (f(*inputs, True, True, True) for f in (gpu.forward, chunked.forward))
+    ours, want = (f(*inputs, True, True, True) for f in (gpu.token_interaction, chunked.forward))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
     grad = torch.randn_like(want[0])
-    ours, want = (f(grad, *inputs, *want[1:], True, True, [True] * 4) for f in (gpu.backward, chunked.backward))
+    ours, want = (
+        f(grad, *inputs, *want[1:], True, True, [True] * 4) for f in (gpu.token_interaction_backward, chunked.backward)
+    )
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
 
 
@@ -87,12 +87,13 @@ def test_cdcr_falls_back_as_well(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
         monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     text, video, *weights, mask, _ = arguments(dtype)
     sides = (text[:2], video, mask[:2], None)
-    ours, want = (module.statistics(*sides, True, True) for module in (gpu_cdcr, chunked_cdcr))
+    ours, want = (f(*sides, True, True) for f in (gpu.cdcr_statistics, chunked_cdcr.statistics))
     assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
     tokens = (text[:2], video, weights[0][:2], weights[1], *want[:2])
     channels, pull = torch.stack([want[2], want[3]] * 2), torch.randn(8, dtype=weights[0].dtype)
     for name, more in (("correlation", (channels[:2], True, False)), ("gradient", (channels, pull, True))):
-        ours, want = (getattr(module, name)(*tokens, *more) for module in (gpu_cdcr, chunked_cdcr))
+        ours = getattr(gpu, f"cdcr_{name}")(*tokens, *more)
+        want = getattr(chunked_cdcr, name)(*tokens, *more)
         assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import autocast
-from ...validation import accumulation_dtype, statistics_dtype
+from ...numerics import accumulation_dtype, statistics_dtype
 from .token_interaction import LARGEST, best, through_norm, unit
 
 # Tokens of one side in a chunk: temporaries stay at some ten times that many rows of D.

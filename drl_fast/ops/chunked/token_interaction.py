@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ... import autocast
-from ...validation import accumulation_dtype
+from ...numerics import NORM_EPS, accumulation_dtype, index_dtype
 
-NORM_EPS = 1e-12
 # Tokens along one edge of a block: small on a CPU, where a block should stay in cache and little batches are common.
 BLOCK_TOKENS = {"cpu": 288}
 BLOCK_TOKENS_ELSEWHERE = 2304
@@ -236,11 +235,6 @@ def _pad_rows(weight: Tensor, side: Side) -> Tensor:
 
 
 LARGEST = 1 << 30
-
-
-def index_dtype(length: int) -> torch.dtype:
-    """The dtype that indexes a row of ``length`` tokens and still has a value for "none chosen"."""
-    return torch.uint8 if length <= 255 else torch.int16
 
 
 def _none(index: Tensor) -> int:

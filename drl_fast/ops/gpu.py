@@ -1,0 +1,70 @@
+"""Operators on CUDA tensors: what the schema and the Triton launchers do not share.
+
+Each function launches one operator's kernels; :func:`~drl_fast.ops.dispatch.triton_or` sends what they do not serve to
+chunked PyTorch. Kernels are imported at the first call, since importing drl_fast must not import Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .chunked import cdcr as chunked_cdcr
+from .chunked import token_interaction as chunked_token_interaction
+from .dispatch import triton_or
+
+
+@triton_or(chunked_token_interaction.forward)
+def token_interaction(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    *options: bool,
+) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import token_interaction as kernels
+    from drl_fast.kernels.packing import Side
+
+    return kernels.forward(Side(text, text_weight, text_mask), Side(video, video_weight, video_mask), *options)
+
+
+@triton_or(chunked_token_interaction.backward)
+def token_interaction_backward(
+    grad_logits: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    *matches_and_options: Any,
+) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import token_interaction_backward as kernels
+    from drl_fast.kernels.packing import Side
+
+    sides = Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
+    return kernels.backward(grad_logits, *sides, *matches_and_options)
+
+
+@triton_or(chunked_cdcr.statistics)
+def cdcr_statistics(*arguments: Any) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import cdcr as kernels
+
+    return kernels.statistics(*arguments)
+
+
+@triton_or(chunked_cdcr.correlation)
+def cdcr_correlation(*arguments: Any) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import cdcr as kernels
+
+    return kernels.correlation(*arguments)
+
+
+@triton_or(chunked_cdcr.gradient)
+def cdcr_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import cdcr_backward as kernels
+
+    return kernels.gradient(*arguments)

@@ -1,1 +1,0 @@
-"""Operators on CUDA tensors: Triton kernels, and what the schema and the kernels do not share."""
