@@ -10,7 +10,6 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,11 +21,6 @@ HEADER = 2 + SIZES + SAME
 READY, FAILED = 1, 2
 # Bytes of one rank's words on what went wrong, sent only when something did.
 WORDS = 512
-
-
-class Terms(NamedTuple):
-    sizes: dict[str, int]
-    same: dict[str, object]
 
 
 @dataclass
@@ -100,11 +94,6 @@ class Group:
                 f"process_group must serve {name}'s device {x.device}, got a group of {known}; move the tensors, or "
                 "make a group that serves both with init_process_group(backend='cpu:gloo,cuda:nccl')"
             )
-
-    def agree(self, kind: str, terms: Callable[[], Terms]) -> list[dict[str, int]]:
-        with agree(self, kind) as agreement:
-            agreement.sizes, agreement.same = terms()
-        return agreement.sizes_by_rank
 
     def exchange_headers(self, kind: str, mine: Agreement) -> list[dict[str, int]]:
         """Send this rank's header, compare all of them, and return every rank's sizes; see :func:`agree`."""

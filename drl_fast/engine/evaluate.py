@@ -21,12 +21,12 @@ from ..data.feature_cache import FeatureCache
 from ..data.loading import Unreadable, tokenize
 from ..data.split import Split
 from ..data.video import Sampling
-from ..distributed.group import Group, Terms
+from ..distributed.group import Group, agree
 from ..metrics import retrieval_metrics
 from ..model.drl import DRL
 from .features import Encoded, Progress, device_of, encode_texts, encode_videos, for_model, frame_features, weights_hash
 from .precision import PRECISIONS, autocast_for
-from .row_sharding import raise_on_all, shard_rows
+from .row_sharding import shard_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,18 +92,15 @@ def evaluate(
     report = on_progress or (lambda stage, done, total: None)
     words = min(max_words, model.clip.positional_embedding.shape[0])
 
-    def terms() -> Terms:
-        _check(split, block, precision)
-        with context():
-            _rehearse(model, tokenize(tokenizer, split.captions[:1], words), sampling)
-        if group is None:
-            return Terms({}, {})
-        group.require("evaluation's rows", torch.empty(0))
-        options = {"sampling": sampling, "max_words": max_words, "block": block, "precision": precision}
-        return Terms({}, {**_checksums(model, split), **options, "strict": strict})
-
     with _scoring(model):
-        terms() if group is None else group.agree("evaluate", terms)
+        with agree(group, "evaluate") as agreement:
+            _check(split, block, precision)
+            with context():
+                _rehearse(model, tokenize(tokenizer, split.captions[:1], words), sampling)
+            if group is not None:
+                group.require("evaluation's rows", torch.empty(0))
+                options = {"sampling": sampling, "max_words": max_words, "block": block, "precision": precision}
+                agreement.same = {**_checksums(model, split), **options, "strict": strict}
         features, counts, reasons = frame_features(
             model,
             split.videos,
@@ -185,7 +182,7 @@ def _score(
     video_weight = None if videos.weight is None else videos.weight.to(device)
     sim = torch.zeros(len(texts.tokens), len(video))
     for rows in shard_rows([sim], block, group, on_progress):
-        with raise_on_all(group):
+        with agree(group, "evaluate"):
             if rows.start == rows.stop:
                 continue
             text, text_mask = for_model(model, texts.tokens[rows]), texts.mask[rows].to(device)

@@ -18,11 +18,11 @@ from .. import WTI, autocast
 from ..data.feature_cache import FeatureCache
 from ..data.loading import Unreadable, video_loader
 from ..data.video import Sampling
-from ..distributed.group import Group
+from ..distributed.group import Group, agree
 from ..model.drl import DRL
 from ..modules.wti import softmax_weights
 from .precision import Autocast
-from .row_sharding import gather_dict, own_chunks, raise_on_all, shard_rows
+from .row_sharding import gather_dict, own_chunks, shard_rows
 
 # Rows of one pass; other numbers give other last bits.
 TEXTS, VIDEOS = 128, 32
@@ -52,7 +52,7 @@ def encode_texts(
     head = _weight_head(model, "text_weight_fc")
     encoded = _empty(torch.zeros(*ids.shape, model.dim), head)
     for rows in shard_rows([x for x in encoded if x is not None], TEXTS, group, on_progress):
-        with raise_on_all(group), autocast():
+        with agree(group, "evaluate"), autocast():
             if rows.start < rows.stop:
                 _put(model, encoded, rows, *model.encode_text(ids[rows].to(device_of(model))), head)
     return encoded
@@ -66,7 +66,7 @@ def encode_videos(
     encoded = _empty(features, head)
     real = torch.arange(features.shape[1]) < counts[:, None]
     for rows in shard_rows([x for x in encoded if x is not None], VIDEOS, group):
-        with raise_on_all(group), autocast():
+        with agree(group, "evaluate"), autocast():
             if rows.start < rows.stop:
                 tokens, mask = for_model(model, features[rows]), real[rows].to(device_of(model))
                 if model.temporal is not None:
@@ -123,7 +123,7 @@ def frame_features(
     reasons: dict[int, str] = {}
     try:
         for rows in shard_rows([features, counts], DECODED, group, on_progress):
-            with raise_on_all(group):
+            with agree(group, "evaluate"):
                 for i in range(rows.start, rows.stop):
                     found = next(stream)
                     if isinstance(found, Unreadable):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..distributed.group import Group, Terms
+from ..distributed.group import Group, agree
 
 
 def own_chunks(rows: int, chunk: int, group: Group | None) -> list[slice]:
@@ -46,36 +45,13 @@ def shard_rows(
             on_progress(end, total)
 
 
-@contextlib.contextmanager
-def raise_on_all(group: Group | None) -> Iterator[None]:
-    """Raise on every rank what the body raised on one of them; all ranks enter it together.
-
-    Raises:
-        RuntimeError: another rank failed; its error is named.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        if group is None:
-            raise
-        error = found
-    if group is None:
-        return
-
-    def report() -> Terms:
-        if error is not None:
-            raise error
-        return Terms({}, {})
-
-    group.agree("evaluate", report)
-
-
 def gather_dict(entries: dict[int, str], group: Group | None) -> dict[int, str]:
     """The entries of all ranks, sorted by number."""
     if group is None:
         return entries
     raw = json.dumps(list(entries.items())).encode()
-    sizes = group.agree("evaluate", lambda: Terms({"bytes": len(raw)}, {}))
-    rows = group.gather(torch.tensor(list(raw), dtype=torch.uint8), [size["bytes"] for size in sizes])
+    with agree(group, "evaluate") as agreement:
+        agreement.sizes = {"bytes": len(raw)}
+    counts = [size["bytes"] for size in agreement.sizes_by_rank]
+    rows = group.gather(torch.tensor(list(raw), dtype=torch.uint8), counts)
     return dict(sorted(item for row in rows for item in json.loads(bytes(row.tolist()))))

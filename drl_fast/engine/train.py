@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ..atomic_write import remove_parts, write_atomically
 from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
-from ..distributed.group import Group, Terms
+from ..distributed.group import Group, agree
 from ..metrics import recall_interval
 from ..model.drl import DRL
 from ..model.pretrained import BEST
@@ -146,7 +146,8 @@ class Run:
             "the data set": self.data.fingerprint,
             "config": repr(self.config),
         }
-        Group(self.processes.group).agree("training", lambda: Terms({}, same))
+        with agree(Group(self.processes.group), "training") as agreement:
+            agreement.same = same
 
     def train(self) -> bool:
         """Train until the last epoch is evaluated; return False where ``stop`` ended it before.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..distributed.gather import gather_rows
-from ..distributed.group import Group, Terms
+from ..distributed.group import Group, agree
 from ..functional.dot_product import pool
 from ..modules import TI, WTI
 from . import padding
@@ -65,8 +65,9 @@ def _gather_logits(
     text, video = batch.text, batch.video
     same: dict[str, object] = {"D": text.shape[2], "Nv": video.shape[1], "dtype": text.dtype}
     same |= {"interaction": type(interaction).__name__, "owner": "None" if owner is None else "ids"}
-    sizes = group.agree("DRL's loss", lambda: Terms({"rows": len(text)}, same))
-    counts = [size["rows"] for size in sizes]
+    with agree(group, "DRL's loss") as agreement:
+        agreement.sizes, agreement.same = {"rows": len(text)}, same
+    counts = [size["rows"] for size in agreement.sizes_by_rank]
     videos, real = gather_rows(video, group, counts), gather_rows(batch.video_mask, group, counts)
     logits = gather_rows(interaction(text, videos, batch.text_mask, real), group, counts)
     return logits, None if owner is None else gather_rows(owner, group, counts)
