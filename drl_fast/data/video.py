@@ -149,8 +149,9 @@ def _check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    # Titles in old encodings are common, and nothing here reads them.
-    with av.open(str(path), metadata_errors="replace") as container:
+    # FFmpeg takes what stands before a colon for a protocol, but not in an absolute path. Titles in old encodings are
+    # common, and nothing here reads them.
+    with av.open(str(path.absolute()), metadata_errors="replace") as container:
         # A song's cover picture is a video stream of one frame.
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
