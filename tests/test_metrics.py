@@ -180,6 +180,16 @@ def test_dual_softmax_by_hand() -> None:
     assert found["t2v"]["R1"] > 60
 
 
+def test_dual_softmax_of_negative_scores_keeps_their_order() -> None:
+    """A small share of a negative score is a larger number: without a shift the worst candidate would come first."""
+    sim = torch.tensor([[-0.20, -0.60, -0.70], [-0.65, -0.25, -0.80], [-0.70, -0.60, -0.30]])
+    assert retrieval_metrics(sim)["t2v"]["R1"] == 100
+    found = dual_softmax_metrics(sim)
+    assert (found["t2v"]["R1"], found["v2t"]["R1"]) == (100, 100)
+    shifted = sim + 0.8
+    assert found == dual_softmax_metrics(shifted)
+
+
 def test_query_bank_by_hand() -> None:
     sim = torch.tensor([[0.50, 0.49, 0.10], [0.80, 0.10, 0.00], [0.10, 0.20, 0.21]])
     owner = torch.tensor([1, 0, 2])
