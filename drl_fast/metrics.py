@@ -42,11 +42,12 @@ def dual_softmax_metrics(
 ) -> dict[str, dict[str, float]]:
     """:func:`retrieval_metrics` after dual softmax: each score times its share among all queries of its candidate.
 
-    Not comparable with plain retrieval, and to be reported apart: every query's result depends on all other test
-    queries, which a search does not have.
+    Report it apart from plain retrieval: every query's result depends on all other test queries, which a search does
+    not have.
 
     Args:
-        sim: (A, B) similarities, not scaled by temperature.
+        sim: (A, B) similarities, not scaled by temperature. If some are negative, the smallest is subtracted from all:
+            CAMoE's product assumes scores that are not negative, and a share in 0..1 would raise a negative one.
         owner: as in :func:`retrieval_metrics`.
         temperature: factor of the similarities inside the softmax.
 
@@ -57,7 +58,8 @@ def dual_softmax_metrics(
     """
     sim, owner = _check(sim, owner)
     validation.positive_number("temperature", temperature)
-    by_text, by_video = (sim * (temperature * sim).softmax(dim) for dim in (0, 1))
+    positive = sim - sim.min().clamp(max=0)
+    by_text, by_video = (positive * (temperature * sim).softmax(dim) for dim in (0, 1))
     return {"t2v": _summary(ranks(by_text, owner)), "v2t": _summary(_video_ranks(by_video, owner))}
 
 

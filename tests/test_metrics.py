@@ -180,6 +180,16 @@ def test_dual_softmax_by_hand() -> None:
     assert found["t2v"]["R1"] > 60
 
 
+def test_dual_softmax_of_negative_scores_keeps_their_order() -> None:
+    """A small share of a negative score is a larger number: without a shift the worst candidate would come first."""
+    sim = torch.tensor([[-0.20, -0.60, -0.70], [-0.65, -0.25, -0.80], [-0.70, -0.60, -0.30]])
+    assert retrieval_metrics(sim)["t2v"]["R1"] == 100
+    found = dual_softmax_metrics(sim)
+    assert (found["t2v"]["R1"], found["v2t"]["R1"]) == (100, 100)
+    shifted = sim + 0.8
+    assert found == dual_softmax_metrics(shifted)
+
+
 def test_query_bank_by_hand() -> None:
     sim = torch.tensor([[0.50, 0.49, 0.10], [0.80, 0.10, 0.00], [0.10, 0.20, 0.21]])
     owner = torch.tensor([1, 0, 2])
@@ -200,11 +210,11 @@ def test_query_bank_by_hand() -> None:
     ("call", "error", "message"),
     [
         (lambda s: recall_interval(s[:2]), ValueError, "square without owner"),
-        (lambda s: recall_interval(s, level=1.5), ValueError, "level must lie between 0 and 1"),
+        (lambda s: recall_interval(s, level=1.5), ValueError, r"level must be in \(0, 1\), got"),
         (lambda s: recall_interval(s, direction="both"), ValueError, "direction must be one of"),
         (lambda s: recall_interval(s, k=0), ValueError, "k must be a positive integer"),
         (lambda s: dual_softmax_metrics(s, temperature=0), ValueError, "temperature must be positive"),
-        (lambda s: dual_softmax_metrics(s, temperature="1"), TypeError, "temperature must be a positive number"),
+        (lambda s: dual_softmax_metrics(s, temperature="1"), TypeError, "temperature must be a number, got str"),
         (lambda s: query_bank_metrics(s, s[:, :2], s), ValueError, "text_bank must be .* B = 3"),
         (lambda s: query_bank_metrics(s, s, s[:2]), ValueError, "video_bank must be .* A = 3"),
         (lambda s: query_bank_metrics(s, s, s, beta=-1), ValueError, "beta must be positive"),

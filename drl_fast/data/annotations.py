@@ -47,20 +47,28 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """Read a JSON file whose outermost value is a ``kind``; a repeated key is an error."""
+    """A JSON file whose outermost value is a ``kind``; an object that holds a key twice is an error."""
+    return checked(parse_json(read_text(path), str(path)), kind, str(path))
+
+
+def parse_json(text: str, place: str, remedy: str = AS_RELEASED) -> Any:
+    """Parse JSON in which every object holds a key once.
+
+    Raises:
+        ValueError: no JSON, or a key twice; ``place`` and ``remedy`` are named.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            repeated = _first_repeated(key for key, _ in pairs)
-            raise ValueError(f"{path} must hold each key once, got {repeated!r} twice; {AS_RELEASED}")
+            twice = _first_repeated(key for key, _ in pairs)
+            raise ValueError(f"{place} must hold each key once, got {twice!r} twice; {remedy}")
         return entries
 
     try:
-        value = json.loads(read_text(path), object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}; {AS_RELEASED}") from error
-    return checked(value, kind, str(path))
+        raise ValueError(f"{place} must be JSON, got {error}; {remedy}") from error
 
 
 def read_ids(path: Path) -> list[str]:
@@ -95,26 +103,52 @@ def _read_array(path: Path) -> list[str]:
         ) from error
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows of a comma-separated file that has ``columns``."""
-    rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) -> list[dict[str, str]]:
+    """The rows of a comma-separated file, which must have ``columns``.
+
+    Reading is strict: an error is better than a caption that swallows the lines after an open quote, or that ends at a
+    comma.
+
+    Raises:
+        ValueError: a column that is missing or there twice, a row with another number of fields, text around quotes, a
+            quote that is not closed, a field of more than 131,072 characters; the line is named.
+    """
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    table: list[dict[str, str]] = []
+    names: list[str] = []
+    line = 1
     try:
-        got = rows.fieldnames or []
-        absent = [name for name in columns if name not in got]
-        if absent:
-            raise ValueError(
-                f"{path} must have the columns {', '.join(columns)}, got {', '.join(got) or 'none'}; {AS_RELEASED}"
-            )
-        table = []
-        for number, row in enumerate(rows, start=1):
-            if any(row[name] is None for name in columns) or None in row:
-                raise ValueError(f"{path}, row {number} must have {len(got)} fields, got another number; {AS_RELEASED}")
-            table.append(row)
+        for fields in rows:
+            # Spreadsheets fill rows up with empty fields to the width of the widest.
+            while len(fields) > len(names) and not fields[-1]:
+                fields.pop()
+            if fields and not names:
+                names = _columns(fields, columns, path, remedy)
+            elif fields:
+                if len(fields) != len(names):
+                    raise ValueError(
+                        f"{path}, line {line} must have {len(names)} fields ({', '.join(names)}), got {len(fields)}; "
+                        f"put a field that holds a comma in double quotes; {remedy}"
+                    )
+                table.append(dict(zip(names, fields, strict=True)))
+            line = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{path} must be comma-separated text, got an error after line {rows.line_num}: {error}; {AS_RELEASED}"
+            f"{path}, line {line} must be comma-separated text, got: {error}; put a field that holds a double quote in "
+            f"double quotes, and write the quote twice; {remedy}"
         ) from error
+    if not names:
+        raise ValueError(f"{path} must have the columns {', '.join(columns)}, got an empty file; {remedy}")
     return table
+
+
+def _columns(found: list[str], wanted: Sequence[str], path: Path, remedy: str) -> list[str]:
+    """Check a table's head."""
+    if len(set(found)) != len(found):
+        raise ValueError(f"{path} must hold each column once, got {_first_repeated(found)!r} twice; {remedy}")
+    if set(wanted) - set(found):
+        raise ValueError(f"{path} must have the columns {', '.join(wanted)}, got {', '.join(found)}; {remedy}")
+    return found
 
 
 class _PlainUnpickler(pickle.Unpickler):

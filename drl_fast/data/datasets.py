@@ -71,21 +71,19 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
             f"{some(list(dict.fromkeys(name for name, _ in listing.captions))) or 'no video'}; take both files from "
             "one release"
         )
-    files, paths = VideoFiles(videos), {}
-    for name in listing.ids:
-        path = files.find(name) or (files.find(name.removeprefix(spec.prefix)) if spec.prefix else None)
-        if path is not None:
-            paths[name] = path
-    names = [name for name in listing.ids if name in described and name in paths]
-    index = {name: number for number, name in enumerate(names)}
-    kept = [(text, index[name]) for name, text in worded if name in index]
+    files = VideoFiles(videos, spec.prefix)
+    paths = {name: path for name in listing.ids if (path := files.find(name)) is not None}
+    # One file under several spellings is one video: two would tie for every caption.
+    numbers = {path: n for n, path in enumerate(dict.fromkeys(p for name, p in paths.items() if name in described))}
+    first = {path: name for name, path in reversed(paths.items()) if name in described}
+    kept = [(text, numbers[paths[name]]) for name, text in worded if name in paths]
     split = Split(
         dataset,
         part,
         captions=tuple(text for text, _ in kept),
         owner=tuple(number for _, number in kept),
-        videos=tuple(paths[name] for name in names),
-        names=tuple(names),
+        videos=tuple(numbers),
+        names=tuple(first[path] for path in numbers),
         missing=tuple(name for name in listing.ids if name not in paths),
         uncaptioned=tuple(name for name in listing.ids if name in paths and name not in described),
         empty_captions=len(captions) - len(worded),
@@ -97,8 +95,7 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
 def _check(split: Split, files: VideoFiles, strict: bool) -> None:
     wanted = f"the videos that {split.dataset}'s {split.part} part lists"
     if not split.names:
-        first = next(iter(files.by_stem.values()), None)
-        found = f"other videos, such as {first[0]} (of {files.videos})" if first else "no video file"
+        found = f"other videos, such as {files.videos[0]} (of {len(files.videos)})" if files.videos else "no video file"
         raise ValueError(
             f"videos must hold {wanted} ({some(split.missing)}), got {files.folder} with {found}; pass the folder of "
             "this data set's videos, named by their ids"

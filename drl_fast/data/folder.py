@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .annotations import parse_json, read_table, read_text
 
 HOW = (
     "put captions.csv (columns video,caption) or captions.jsonl (one object per line, the same keys) beside the videos"
@@ -27,7 +27,8 @@ def read_captions(folder: str | Path) -> list[Caption]:
     """Read a folder's captions in the file's order; a video may have several.
 
     Raises:
-        ValueError: no such folder, no captions file or two, a missing column, a line without video or caption.
+        ValueError: no such folder, none or two captions files, a file that is not well-formed (see
+            :func:`~drl_fast.data.annotations.read_table`), a line without video or caption.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -36,32 +37,23 @@ def read_captions(folder: str | Path) -> list[Caption]:
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "neither"
         raise ValueError(f"{folder} must hold one of captions.csv and captions.jsonl, got {names}; {HOW}")
-    try:
-        # "utf-8-sig" drops the byte order mark that spreadsheet programs put before the first column's name.
-        with found[0].open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file) if found[0].suffix == ".csv" else _json_lines(found[0], file)
-            captions = [_caption(found[0], number, row) for number, row in enumerate(rows, start=1)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{found[0]} must be UTF-8 text, got {error}; save it as UTF-8") from error
+    rows = read_table(found[0], ("video", "caption"), HOW) if found[0].suffix == ".csv" else _json_lines(found[0])
+    captions = [_caption(found[0], number, row) for number, row in enumerate(rows, start=1)]
     if not captions:
         raise ValueError(f"{found[0]} must hold at least one caption, got none; {HOW}")
     return captions
 
 
-def _json_lines(path: Path, file: Iterable[str]) -> Iterable[dict]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} must be a JSON object, got {error}; {HOW}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}; {HOW}")
-        yield row
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            row = parse_json(line, f"{path}, line {number}", HOW)
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}; {HOW}")
+            yield row
 
 
-def _caption(path: Path, number: int, row: dict) -> Caption:
+def _caption(path: Path, number: int, row: Mapping[str, Any]) -> Caption:
     video, text = row.get("video"), row.get("caption")
     if not isinstance(video, str) or not isinstance(text, str) or not video.strip() or not text.strip():
         keys = ", ".join(str(key) for key in row)

@@ -1,17 +1,28 @@
-"""Frames of a video file: one per second (or another rate), up to a maximum, as uint8 tensors with a mask."""
+"""Decode frames of a video file: the picture shown at each second (or another rate), as uint8 tensors with a mask.
+
+Three rules hold for every container:
+
+- Frames are chosen by time. At a constant rate every ``round(fps / rate)``-th frame is a candidate, as in the public
+  codes. At a variable rate the picture that a player shows at each ``1 / rate`` second is.
+- A file with less than 90 % of what its header states is refused: the download was cut short. MPEG streams, Ogg and
+  GIF state no length, so a cut there goes unnoticed.
+- No damaged picture is returned. After a damaged frame, all frames up to the next key frame count as damaged. A video
+  is refused if a frame to be returned is among them. Damage elsewhere changes nothing and is ignored.
+"""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import glob
-import itertools
-import sys
+import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
 import torch
+from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image
@@ -21,6 +32,8 @@ from torchvision.transforms.v2 import functional as image_ops  # type: ignore[im
 REMEDY = "re-encode it (ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4) or leave it out"
 # A file with less than this fraction of its stated length is a download that was cut short.
 WHOLE = 0.9
+# Containers whose header states the length. Elsewhere FFmpeg estimates it, and the estimate can be far off.
+STATES_LENGTH = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,8 @@ class Sampling:
     """Which frames of a video are used, and their size.
 
     Args:
-        rate: frames per second; every ``round(fps / rate)``-th frame is a candidate, starting with the first.
+        rate: frames per second. At a constant rate every ``round(fps / rate)``-th frame is a candidate, starting with
+            the first; at a variable rate the frame shown at each ``1 / rate`` second is.
         max_frames: more candidates are thinned to ``linspace(0, n - 1, max_frames)``, truncated to integers.
         size: pixels; the short side is resized to it (bicubic), then the centre ``size x size`` is cropped.
         seconds: only frames up to this time are candidates; None: all.
@@ -49,14 +63,29 @@ class Sampling:
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds must be positive or None, got {self.seconds}; None takes the whole video")
 
-    def chosen(self, count: int, fps: float) -> list[int]:
-        """Return which of a video's ``count`` frames are used."""
-        stride = max(round(fps / self.rate), 1)
-        return [stride * i for i in thin(-(-self.within(count, fps) // stride), self.max_frames)]
+    def chosen(self, times: Sequence[float], fps: float) -> list[int]:
+        """Return the numbers of the frames to use, in order; a frame that is shown for long may appear more than once.
 
-    def within(self, count: int, fps: float) -> int:
-        """Return how many of ``count`` frames lie within ``seconds``."""
-        return count if self.seconds is None else min(count, int(self.seconds * fps) + 1)
+        Args:
+            times: when each frame is shown, in seconds from the first one, ascending.
+            fps: the rate that the file states; ignored if ``times`` contradict it.
+        """
+        candidates = self._candidates(times, fps)
+        return [candidates[i] for i in thin(len(candidates), self.max_frames)]
+
+    def _candidates(self, times: Sequence[float], fps: float) -> list[int]:
+        count = len(times)
+        if count < 2:
+            return list(range(count))
+        gap = times[-1] / (count - 1)
+        # Within half a frame of an even spacing, the frame's number says as much as its time.
+        if all(abs(time - number * gap) <= 0.5 * gap for number, time in enumerate(times)):
+            fps = fps if abs(fps * gap - 1) < 0.01 else 1 / gap
+            within = count if self.seconds is None else min(count, int(self.seconds * fps) + 1)
+            return list(range(0, within, max(round(fps / self.rate), 1)))
+        end = times[-1] if self.seconds is None else min(times[-1], self.seconds)
+        # A microsecond of tolerance: a frame stamped 2.9999999 is the one shown at 3 s.
+        return [bisect.bisect_right(times, k / self.rate + 1e-6) - 1 for k in range(int(end * self.rate + 1e-6) + 1)]
 
 
 def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,29 +98,35 @@ def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[
         frames (max_frames, 3, size, size) uint8 RGB, zeros after the last real one, and mask (max_frames,) bool.
 
     Raises:
-        ValueError: a file that is missing, cut short, cannot be decoded or holds no frame; path and remedy are named.
+        ValueError: a file that is missing, cut short or damaged, cannot be decoded or holds no frame; path and remedy
+            are named.
     """
     path = Path(path)
     _check_file(path)
     try:
         with _open(path) as (container, stream):
-            fps = _frame_rate(path, stream)
-            count = _count(path, container, stream)
-        # Chosen before decoding, so that only frames that are returned are converted and held.
-        chosen = sampling.chosen(count, fps)
-        pictures, decoded = _decode(path, chosen, sampling, threads)
-        if sampling.chosen(decoded, fps) != chosen:
-            # A packet may hold no picture, or two.
-            chosen = sampling.chosen(decoded, fps)
-            pictures, _ = _decode(path, chosen, sampling, threads)
+            times, fps = _packet_times(path, container, stream)
+        # Choose before decoding, so that only frames that are returned are converted and held.
+        chosen = sampling.chosen(times, fps)
+        decoded = _decode(path, chosen, sampling, fps, threads)
+        if decoded.damaged:
+            present = _numbers_at([times[number] for number in chosen], decoded)
+            if None in present:
+                raise ValueError(_damage(path, decoded, present, len(times)))
+            numbers = [number for number in present if number is not None]
+        else:
+            # A packet may hold no picture, or two. Then the decoded frames decide.
+            numbers = chosen if decoded.agrees(times) else sampling.chosen(decoded.times, fps)
+        if numbers != chosen:
+            decoded = _decode(path, numbers, sampling, fps, threads)
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(f"{path} must be a readable video, got: {reason}; {REMEDY}") from error
-    if not pictures:
+    if not decoded.pictures:
         raise ValueError(f"{path} must hold at least one video frame, got none; {REMEDY}")
     frames = torch.zeros((sampling.max_frames, 3, sampling.size, sampling.size), dtype=torch.uint8)
-    frames[: len(pictures)] = torch.stack(pictures)
-    return frames, torch.arange(sampling.max_frames) < len(pictures)
+    frames[: len(numbers)] = torch.stack([decoded.pictures[number] for number in numbers])
+    return frames, torch.arange(sampling.max_frames) < len(numbers)
 
 
 def thin(count: int, limit: int) -> list[int]:
@@ -113,8 +148,9 @@ def _check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    # Titles in old encodings are common, and are not used.
-    with av.open(str(path), metadata_errors="replace") as container:
+    # In a relative path FFmpeg reads what precedes a colon as a protocol. Titles in old encodings are common, and are
+    # not used.
+    with av.open(str(path.absolute()), metadata_errors="replace") as container:
         # A cover picture is a video stream of one frame.
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
@@ -122,55 +158,153 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
         yield container, streams[0]
 
 
-def _frame_rate(path: Path, stream: av.VideoStream) -> float:
+def _packet_times(
+    path: Path, container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[list[float], float]:
+    """Return when each frame will be shown, and the stated rate, from packets alone: 50 times as fast as decoding.
+
+    Raises:
+        ValueError: no frame rate, or less than the header states.
+    """
+    ticks: list[int | None] = []
+    packets, end = 0, 0.0
+    for packet in container.demux():
+        if packet.stream_index == stream.index and (packet.size or packet.pts is not None):
+            packets += 1
+            if packet.size and not packet.is_discard:
+                ticks.append(packet.dts if packet.pts is None else packet.pts)
+        if packet.pts is not None and packet.time_base:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    _check_whole(path, container, stream, packets, end)
     fps = stream.average_rate or stream.guessed_rate
     if not fps:
         raise ValueError(f"{path} must state a frame rate, got none; {REMEDY}")
-    return float(fps)
+    # Packets come in the order of decoding, frames in that of their times.
+    known = sorted(tick for tick in ticks if tick is not None)
+    return _seconds(known if len(known) == len(ticks) else ticks, stream, float(fps)), float(fps)
 
 
-def _count(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> int:
-    """Count frames by packets, without decoding: 50 times as fast."""
-    count, end = 0, 0.0
-    for packet in container.demux():
-        if packet.stream_index == stream.index:
-            # The decoder silently drops a corrupt packet: half a download would look like a short video.
-            if packet.is_corrupt:
-                raise ValueError(f"{path} must be a whole video, got one that is cut short or damaged; {REMEDY}")
-            count += bool(packet.size) and not packet.is_discard
-        if packet.pts is not None and packet.time_base:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    # Matroska's reader takes the end of a cut file for the end of the video; the header states the length.
-    stated = (container.duration or 0) / av.time_base if "matroska" in container.format.name else 0.0
-    if count and end < WHOLE * stated:
+def _check_whole(
+    path: Path, container: av.container.InputContainer, stream: av.VideoStream, packets: int, end: float
+) -> None:
+    """Compare what was read with what the header states."""
+    if not packets or not STATES_LENGTH & set(container.format.name.split(",")):
+        return
+    stated = (container.duration or 0) / av.time_base
+    if packets < WHOLE * stream.frames:
+        raise ValueError(
+            f"{path} must be a whole video, got {packets} of {stream.frames} frames; fetch it again or leave it out"
+        )
+    # FFmpeg reports no length for an ASF file whose size differs from the stated one.
+    if not stated and "asf" in container.format.name:
+        raise ValueError(f"{path} must be a whole video, got another size than its header states; {REMEDY}")
+    if not stream.frames and end < WHOLE * stated:
         raise ValueError(
             f"{path} must be a whole video, got {end:.1f} of {stated:.1f} seconds; fetch it again or leave it out"
         )
-    return count
 
 
-def _decode(path: Path, chosen: Sequence[int], sampling: Sampling, threads: int) -> tuple[list[Tensor], int]:
-    """Return the chosen frames, resized and cropped, and the number of all frames (within ``sampling.seconds``)."""
-    wanted, pictures, count = set(chosen), [], 0
+def _seconds(ticks: Sequence[int | None], stream: av.VideoStream, fps: float) -> list[float]:
+    """Convert ascending time stamps to seconds from the first; without usable stamps, count frames."""
+    known = [tick for tick in ticks if tick is not None]
+    # A raw stream has no stamps. Those of H.264 in AVI do not ascend, although the frames are in order.
+    if len(known) < len(ticks) or known != sorted(known) or stream.time_base is None:
+        return [number / fps for number in range(len(ticks))]
+    return [float((tick - known[0]) * stream.time_base) for tick in known]
+
+
+@dataclass
+class _Decoded:
+    """The result of decoding a file once."""
+
+    pictures: dict[int, Tensor] = field(default_factory=dict)
+    """The wanted frames by number."""
+    times: list[float] = field(default_factory=list)
+    """When each frame is shown, in seconds from the first."""
+    damaged: list[bool] = field(default_factory=list)
+    """Whether the decoder could not restore a frame, or one that it may be predicted from; empty: none."""
+    complete: bool = True
+    """Whether the file was decoded to its end."""
+
+    def agrees(self, times: Sequence[float]) -> bool:
+        """Tell whether frames came at the times that their packets announced."""
+        if len(self.times) > len(times) or (self.complete and len(self.times) < len(times)):
+            return False
+        return all(abs(a - b) < 1e-3 for a, b in zip(self.times, times, strict=False))
+
+
+def _decode(path: Path, numbers: Sequence[int], sampling: Sampling, fps: float, threads: int) -> _Decoded:
+    """Decode a file, up to ``sampling.seconds`` if set; resize and crop the frames of these numbers."""
+    found, ticks = _Decoded(), list[int | None]()
+    wanted, last = set(numbers), max(numbers, default=-1)
     # One converter without threads: starting threads costs more than converting a small frame.
     to_rgb = VideoReformatter()
     with _open(path) as (container, stream):
         stream.thread_type, stream.thread_count = "AUTO", threads
-        # Decode to the end to count frames, unless ``seconds`` limits what counts.
-        limit = sampling.within(sys.maxsize, _frame_rate(path, stream))
-        for number, frame in enumerate(itertools.islice(_frames(container, stream), limit)):
-            count = number + 1
+        for number, (frame, damaged) in enumerate(_frames(container, stream)):
+            ticks.append(frame.pts)
+            found.damaged.append(damaged)
             if number in wanted:
                 picture = Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                # Phones store pictures sideways, with the rotation in the stream's metadata.
-                upright = picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-                pictures.append(fit(upright, sampling.size))
-    return pictures, count
+                found.pictures[number] = fit(_as_shown(picture, frame, stream), sampling.size)
+            if number == last and sampling.seconds is not None:
+                found.complete = False
+                break
+        found.times = _seconds(ticks, stream, fps)
+    if not any(found.damaged):
+        found.damaged = []
+    return found
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """Yield frames in the order shown, each with whether it, or a frame since the last key frame, is damaged."""
+    damaged = False
     for packet in container.demux(stream):
-        yield from packet.decode()
+        damaged |= packet.is_corrupt
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            damaged, frames = True, []
+        for frame in frames:
+            damaged = frame.is_corrupt or (damaged and not frame.key_frame)
+            yield frame, damaged
+
+
+def _numbers_at(times: Sequence[float], decoded: _Decoded) -> list[int | None]:
+    """Return the numbers of the undamaged frames at these times; None if there is none."""
+    sound = {
+        round(time, 3): number
+        for number, (time, damaged) in enumerate(zip(decoded.times, decoded.damaged, strict=True))
+        if not damaged
+    }
+    return [sound.get(round(time, 3)) for time in times]
+
+
+def _damage(path: Path, decoded: _Decoded, present: Sequence[int | None], count: int) -> str:
+    sound = len(decoded.damaged) - sum(decoded.damaged)
+    return (
+        f"{path} must be undamaged where frames are taken, got {count - sound} damaged or missing of {count} frames, "
+        f"{present.count(None)} of the {len(present)} to be taken among them; fetch it again or leave it out"
+    )
+
+
+def _as_shown(picture: Image.Image, frame: av.VideoFrame, stream: av.VideoStream) -> Image.Image:
+    """Stretch, turn and mirror a stored picture as a player does."""
+    aspect = stream.sample_aspect_ratio
+    if aspect and aspect != 1:
+        picture = picture.resize((max(round(picture.width * aspect), 1), picture.height), Image.Resampling.BICUBIC)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if not isinstance(matrix, SideData):
+        return picture
+    # ISO 14496-12: a stored pixel (p, q) is shown at (a p + c q, b p + d q); numbers are 16.16 fixed point.
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    if max(abs(a), abs(d)) < max(abs(b), abs(c)):
+        picture, a, d = picture.transpose(Image.Transpose.TRANSPOSE), c, b
+    if a < 0:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return picture
 
 
 def fit(image: Image.Image, size: int) -> Tensor:

@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
-# Thumbnails, subtitles and sound tracks often share a video's stem.
+Index = Mapping[str, list[Path]]
+
+# Files that FFmpeg reads as videos. Thumbnails, subtitles and sound tracks often share a video's stem.
 VIDEO_SUFFIXES = {
+    ".3g2",
     ".3gp",
+    ".asf",
     ".avi",
+    ".divx",
+    ".dv",
     ".f4v",
     ".flv",
+    ".h264",
+    ".hevc",
+    ".m1v",
+    ".m2t",
     ".m2ts",
+    ".m2v",
     ".m4v",
+    ".mjpeg",
     ".mkv",
     ".mov",
     ".mp4",
+    ".mpe",
     ".mpeg",
     ".mpg",
     ".mts",
+    ".mxf",
+    ".nut",
+    ".ogm",
     ".ogv",
+    ".qt",
+    ".rm",
+    ".rmvb",
     ".ts",
     ".vob",
     ".webm",
@@ -29,23 +50,30 @@ VIDEO_SUFFIXES = {
 
 
 class VideoFiles:
-    """The files below a folder, by path, name and stem.
+    """The files below a folder, found by path, name or stem.
 
-    Hidden folders are skipped; links to folders are followed, each folder once.
+    Names are compared in Unicode's composed form (NFC), since file systems and archives differ in it. Hidden folders
+    are skipped; links to folders are followed, each folder once.
+
+    Args:
+        folder: the folder of the videos.
+        prefix: the data set's prefix of ids, which either ids or file names may lack.
 
     Raises:
         ValueError: no such folder, or one below it that cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "") -> None:
         if not folder.is_dir():
             raise ValueError(f"videos must be a folder, not a folder: {folder}")
-        self.folder = folder
-        self.paths: dict[str, Path] = {}
-        self.by_name: dict[str, list[Path]] = defaultdict(list)
-        self.by_stem: dict[str, list[Path]] = defaultdict(list)
-        self.videos = 0
+        self.folder, self.prefix = folder, prefix
+        self.videos: list[Path] = []
+        self._by_path: dict[str, list[Path]] = defaultdict(list)
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        self._by_stem: dict[str, list[Path]] = defaultdict(list)
+        """Videos by their path without its suffix, and by their name without it."""
         self._walk()
+        self._lower = [_lowered(index) for index in (self._by_path, self._by_name, self._by_stem)]
 
     def _walk(self) -> None:
         seen = set()
@@ -59,34 +87,71 @@ class VideoFiles:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(root, name)
-                self.paths[path.relative_to(self.folder).as_posix()] = path
-                self.by_name[name].append(path)
+                key = _composed(path.relative_to(self.folder).as_posix())
+                self._by_path[key].append(path)
+                self._by_name[_composed(name)].append(path)
                 if path.suffix.lower() in VIDEO_SUFFIXES:
-                    self.videos += 1
-                    self.by_stem[path.stem].append(path)
+                    self.videos.append(path)
+                    for stem in {os.path.splitext(key)[0], os.path.splitext(_composed(name))[0]}:
+                        self._by_stem[stem].append(path)
 
     def find(self, name: str) -> Path | None:
         """Return the file of an id or file name, or None.
 
-        Tries, in this order: the path below the folder; a file of that name; a video with that stem
-        (``video7``: ``video7.mp4``; ``a.mov``: ``a.mov.mp4``); a video with another suffix (``a.mov``: ``a.mp4``).
+        Tries, in this order: the path below the folder; a file of that name in any folder; a video with that path or
+        name before its suffix (``video7``: ``video7.mp4``; ``a.mov``: ``a.mov.mp4``); a video with another suffix
+        (``a.mov``: ``a.mp4``). Then the same with slashes for backslashes, with the data set's prefix added or removed,
+        and last ignoring case. An absolute name must lie in the folder, and no name leads out of it.
 
         Raises:
             ValueError: two files match, and neither by its path.
         """
-        exact = self.paths.get(os.path.normpath(name).replace(os.sep, "/"))
-        if exact is not None:
-            return exact
-        stem, suffix = os.path.splitext(name)
-        found = self.by_name.get(name) or self.by_stem.get(name)
+        spellings = [name]
+        if "\\" in name:
+            spellings.append(name.replace("\\", "/"))
+        if self.prefix:
+            spellings.append(name.removeprefix(self.prefix) if name.startswith(self.prefix) else self.prefix + name)
+        exact = [self._by_path, self._by_name, self._by_stem]
+        for by_path, by_name, by_stem in (exact, self._lower):
+            for spelling in spellings:
+                key = self._key(spelling)
+                found = self._look_up(key if by_path is self._by_path else key.lower(), by_path, by_name, by_stem)
+                if len(found) > 1:
+                    names = " and ".join(str(path) for path in found[:2])
+                    raise ValueError(
+                        f"{self.folder} must hold one file for {name}, got {names}; remove or rename all but one"
+                    )
+                if found:
+                    return found[0]
+        return None
+
+    def _key(self, name: str) -> str:
+        """A name as a path below the folder, in the form in which paths are indexed."""
+        if os.path.isabs(name):
+            for folder in (os.path.abspath(self.folder), os.path.realpath(self.folder)):
+                if name.startswith(folder + os.sep):
+                    name = name[len(folder) + 1 :]
+                    break
+        return _composed(os.path.normpath(name).replace(os.sep, "/"))
+
+    @staticmethod
+    def _look_up(key: str, by_path: Index, by_name: Index, by_stem: Index) -> list[Path]:
+        stem, suffix = os.path.splitext(key)
+        found = by_path.get(key) or by_name.get(key) or by_stem.get(key)
         if not found and suffix.lower() in VIDEO_SUFFIXES:
-            found = self.by_stem.get(stem)
-        if not found:
-            return None
-        if len(found) > 1:
-            names = " and ".join(str(path) for path in found[:2])
-            raise ValueError(f"{self.folder} must hold one file for {name}, got {names}; remove or rename all but one")
-        return found[0]
+            found = by_stem.get(stem)
+        return found or []
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _lowered(index: Index) -> Index:
+    found: dict[str, list[Path]] = defaultdict(list)
+    for key, paths in index.items():
+        found[key.lower()] += paths
+    return found
 
 
 def _unreadable(error: OSError) -> None:

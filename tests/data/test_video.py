@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,8 +58,13 @@ def test_packets_that_are_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = write_video(tmp_path / "a.mp4", greys(20))
     sampling = Sampling(rate=4, max_frames=limit, size=64)
     expected = read_video(path, sampling)
-    count = video._count
-    monkeypatch.setattr("drl_fast.data.video._count", lambda *where: count(*where) + wrong)
+    announced = video._packet_times
+
+    def packet_times(*where: Any) -> tuple[list[float], float]:
+        times, fps = announced(*where)
+        return [number / fps for number in range(len(times) + wrong)], fps
+
+    monkeypatch.setattr("drl_fast.data.video._packet_times", packet_times)
     assert all(torch.equal(a, b) for a, b in zip(read_video(path, sampling), expected, strict=True))
 
 
