@@ -253,12 +253,11 @@ def _predict(budget: float, known: dict[int, float]) -> float:
     return max(b2 + (budget - m2) / slope, 1.0)
 
 
-def present(run: Run) -> dict[str, Any]:
+def present(run: Run) -> None:
     """Finish a run, print its tables and draw its pictures."""
     result = run.finish()
     result_tables.show(result)
     plots.draw(result, run.path)
-    return result
 
 
 def main(comparison: Comparison, plans: Mapping[str, Plan], about: str | None, **settings: Any) -> None:

@@ -286,12 +286,11 @@ class Run:
         self.begin = time.perf_counter()
         print(f"{name}, {size}: expected duration {minutes:g} min on an idle machine; writes {self.path}", flush=True)
 
-    def row(self, section: str, row: dict[str, Any], text: str) -> dict[str, Any]:
+    def row(self, section: str, row: dict[str, Any], text: str) -> None:
         """Add a row, show it and save what there is."""
         self.result.setdefault(section, []).append(row)
         print(f"{time.perf_counter() - self.begin:6.0f} s  {section:8}{text}", flush=True)
         save(self.result, self.partial)
-        return row
 
     def finish(self) -> dict[str, Any]:
         """Save the complete result and return it as it was saved."""
