@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
+
+pytest.importorskip("rich")
+
 from rich.console import Console
 
 from drl_fast.console import progress

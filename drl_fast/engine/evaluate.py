@@ -24,7 +24,16 @@ from ..data.video import Sampling
 from ..distributed.group import Group, agree
 from ..metrics import retrieval_metrics
 from ..model.drl import DRL
-from .features import Encoded, Progress, device_of, encode_texts, encode_videos, for_model, frame_features, weights_hash
+from .features import (
+    Encoded,
+    OnProgress,
+    device_of,
+    encode_texts,
+    encode_videos,
+    for_model,
+    frame_features,
+    weights_hash,
+)
 from .precision import PRECISIONS, autocast_for
 from .row_sharding import shard_rows
 
@@ -174,7 +183,7 @@ def _readable(split: Split, reasons: dict[int, str]) -> tuple[list[str], Tensor,
 
 
 def _score(
-    model: DRL, texts: Encoded, videos: Encoded, block: int, group: Group | None, on_progress: Progress
+    model: DRL, texts: Encoded, videos: Encoded, block: int, group: Group | None, on_progress: OnProgress
 ) -> Tensor:
     """(A, B) similarities: blocks of texts against all videos, which go to the device once."""
     device, layer = device_of(model), model.interaction

@@ -31,7 +31,7 @@ DECODED = 4
 # Videos looked up in the cache at once, before those it lacks are decoded.
 WINDOW = 256
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class Encoded(NamedTuple):
@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
 
 
 def encode_texts(
-    model: DRL, ids: Tensor, autocast: Autocast, group: Group | None = None, on_progress: Progress | None = None
+    model: DRL, ids: Tensor, autocast: Autocast, group: Group | None = None, on_progress: OnProgress | None = None
 ) -> Encoded:
     """Encode token ids (A, Nt), Nt <= the context."""
     head = _weight_head(model, "text_weight_fc")
@@ -102,7 +102,7 @@ def frame_features(
     cache: FeatureCache | None,
     autocast: Autocast,
     group: Group | None,
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> tuple[Tensor, Tensor, dict[int, str]]:
     """Run the image tower on every video that the cache does not hold.
 

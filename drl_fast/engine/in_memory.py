@@ -35,7 +35,7 @@ class Pairs:
 
         Args:
             batch: pairs a step, at most all; none comes twice, which would make a caption its own negative.
-            frames: frames of a clip that one step looks at, drawn anew each time.
+            frames: frames of a clip that one step looks at, other ones each time.
             together: this many neighbouring rows, counted from the first, share a batch; captions that differ little
                 teach most.
 

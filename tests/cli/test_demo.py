@@ -261,7 +261,7 @@ def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "run_shapes", missing)
     result = demo()
     assert result.exit_code == 1
-    assert "error av is missing; this needs: pip install 'drl-fast[video]'" in result.stderr
+    assert "error av is missing; this needs: pip install 'drl-fast[train]'" in result.stderr
 
 
 @pytest.mark.parametrize("existing", [True, False])

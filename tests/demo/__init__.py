@@ -1,6 +1,6 @@
-"""Needs the ``video`` extra."""
+"""Needs the ``train`` extra."""
 
 import pytest
 
-pytest.importorskip("av")
-pytest.importorskip("torchvision")
+for package in ("av", "matplotlib", "open_clip", "yaml"):
+    pytest.importorskip(package)

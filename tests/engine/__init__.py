@@ -1,5 +1,6 @@
-"""Needs the ``video`` extra."""
+"""Needs the ``train`` extra."""
 
 import pytest
 
 pytest.importorskip("open_clip")
+pytest.importorskip("matplotlib")
