@@ -157,12 +157,15 @@ def _finish(best, frame, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
 @triton.jit
 def _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE: tl.constexpr, FORM: tl.constexpr):
     """Compute S of frame f of BM videos with BN words; plus OFFSET if keyed."""
-    acc = tl.zeros((TILE.m, TILE.n), tl.float32)
+    # Named, because Triton 3.6 takes no field of a constexpr inside a tuple.
+    BM: tl.constexpr = TILE.m
+    BN: tl.constexpr = TILE.n
+    acc = tl.zeros((BM, BN), tl.float32)
     if not TILE.tma:
         kk = tl.arange(0, TILE.k)[None, :]
-        v_rows = b0 + tl.arange(0, TILE.m)
+        v_rows = b0 + tl.arange(0, BM)
         v_rows = frames.features + v_rows[:, None].to(tl.int64) * (frames.tokens * FORM.dim) + (f * FORM.dim + kk)
-        t_rows = words.features + (c0 + tl.arange(0, TILE.n))[:, None].to(tl.int64) * FORM.dim + kk
+        t_rows = words.features + (c0 + tl.arange(0, BN))[:, None].to(tl.int64) * FORM.dim + kk
     for k in tl.range(0, FORM.dim, TILE.k):
         if TILE.tma:
             v = frame_tiles.load([b0, f * FORM.dim + k])
@@ -172,9 +175,9 @@ def _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE: t
             t = tl.load(t_rows + k)
         acc = tl.dot(v, t.T, acc, input_precision=FORM.precision)
     # Loaded for each frame: kept over the loop, the words' norms would cost 32 registers a thread.
-    r = acc * tl.load(frames.scale + (f * frames.allocated + (b0 + tl.arange(0, TILE.m))))[:, None]
-    scale = tl.broadcast_to(tl.load(words.scale + c0 + tl.arange(0, TILE.n))[None, :], TILE.m, TILE.n)
-    return tl.fma(r, scale, tl.full((TILE.m, TILE.n), OFFSET, tl.float32)) if FORM.keyed else r * scale
+    r = acc * tl.load(frames.scale + (f * frames.allocated + (b0 + tl.arange(0, BM))))[:, None]
+    scale = tl.broadcast_to(tl.load(words.scale + c0 + tl.arange(0, BN))[None, :], BM, BN)
+    return tl.fma(r, scale, tl.full((BM, BN), OFFSET, tl.float32)) if FORM.keyed else r * scale
 
 
 @triton.jit
@@ -199,8 +202,9 @@ def _take_frame(
     s, total, g, t_floor, mask, at, words, frames, of_frame, out, partials, nth_frame, b, c0, FORM: tl.constexpr
 ):
     """Use a frame's S (BM, BN) for its videos: add its maximum over words to the logits, and store its match."""
+    SLOTS: tl.constexpr = FORM.slots
     if FORM.both:
-        captions = tl.reshape(s, (s.shape[0], s.shape[1] // FORM.slots, FORM.slots))
+        captions = tl.reshape(s, (s.shape[0], s.shape[1] // SLOTS, SLOTS))
         value, slot = _over_words(captions, t_floor, FORM.mode, FORM.keyed)
     if FORM.mode == WEIGHTS and FORM.both:
         chosen = tl.load(out.text_index + at, mask=mask, other=NOBODY) != NOBODY
@@ -219,17 +223,18 @@ def _take_words(value, frame, total, g, here, mask, at, words, out, partials, bl
     """Use the maxima over frames (BM, BN) for their captions: add them to the logits, and store the matches."""
     BM: tl.constexpr = value.shape[0]
     BN: tl.constexpr = value.shape[1]
-    CAPTIONS: tl.constexpr = BN // FORM.slots
+    SLOTS: tl.constexpr = FORM.slots
+    CAPTIONS: tl.constexpr = BN // SLOTS
     column = tl.arange(0, BN)
     if FORM.mode == WEIGHTS:
         chosen = tl.load(out.index + at, mask=mask, other=FORM.none) != FORM.none
-        share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, FORM.slots), (BM, BN))
+        share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
         partial = partials.by_word + block.to(tl.int64) * words.allocated + c0 + column
         # Columns beyond the last caption belong to another class.
-        tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=_of_words(here, FORM.slots))
+        tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=_of_words(here, SLOTS))
     else:
-        weights = tl.reshape(tl.load(words.weight + c0 + column), (1, CAPTIONS, FORM.slots))
-        total += tl.sum(tl.reshape(value, (BM, CAPTIONS, FORM.slots)) * weights, axis=2)
+        weights = tl.reshape(tl.load(words.weight + c0 + column), (1, CAPTIONS, SLOTS))
+        total += tl.sum(tl.reshape(value, (BM, CAPTIONS, SLOTS)) * weights, axis=2)
     if FORM.mode == MATCHES:
         frame = frame if FORM.keyed else tl.where(frame == LARGE, FORM.none, frame)
         tl.store(out.index + at, frame.to(out.index.dtype.element_ty), mask=mask)
