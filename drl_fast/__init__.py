@@ -47,6 +47,8 @@ def __getattr__(name: str) -> object:
     """Load what the import of the package does not: the model, which needs open_clip, and the oracle."""
     if name == "DRL":
         return importlib.import_module("drl_fast.model.drl").DRL
+    if name == "plot_matches":
+        return importlib.import_module("drl_fast.filmstrip").plot_matches
     if name == "reference":
         return importlib.import_module("drl_fast.reference")
     raise AttributeError(f"module 'drl_fast' has no attribute {name!r}")

@@ -34,7 +34,7 @@ LAYERS = [
     ["drl_fast.model", "drl_fast.data"],
     ["drl_fast"],
     ["drl_fast.modules"],
-    ["drl_fast.functional", "drl_fast.metrics"],
+    ["drl_fast.functional", "drl_fast.metrics", "drl_fast.filmstrip"],
     ["drl_fast.ops"],
     ["drl_fast.distributed"],
     ["drl_fast.validation"],
