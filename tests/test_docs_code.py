@@ -37,9 +37,18 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if any("drl_fast.DRL" in block or "plot_matches" in block for block in found):
         pytest.importorskip("open_clip")
     monkeypatch.chdir(tmp_path)
+    if page == "docs/recipes.md":
+        _trained_run(tmp_path / "runs/clips/best")
     names: dict[str, object] = {"__name__": page}
     for number, block in enumerate(found):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+def _trained_run(folder: Path) -> None:
+    """What the page's train command leaves, with weights that nobody trained: pages are about calls, not scores."""
+    import drl_fast
+
+    drl_fast.DRL("drl-small", interaction="wti").save_pretrained(folder)
 
 
 # --- diffs -----------------------------------------------------------------------------------------------------------
@@ -257,6 +266,14 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
         if record["mode"] == "train" and (shape["batch"], shape["nt"], shape["dim"]) == (256, 32, 512):
             share[shape["lengths"]] = times["drl_fast"]["ratio"]["median"] / times["eager"]["ratio"]["median"]
     assert f"it takes {share['full']:.2f} of the einsum code's time, {share['real']:.2f} with" in text
+
+
+def test_figures_of_the_recipes_are_those_of_the_results() -> None:
+    text = " ".join((ROOT / "docs/recipes.md").read_text(encoding="utf-8").split())
+    result = json.loads((ROOT / "benchmarks/results/amd-epyc-2t/contrastive.json").read_text(encoding="utf-8"))
+    size = {"batch": 4096, "nt": 16, "nv": 8, "dim": 128}
+    memory = {row["contestant"]: row["mb"] for row in result["memory"] if size.items() <= row["shape"].items()}
+    assert f"{memory['fused']:.0f} MB with `token_contrastive_loss`, {memory['two_steps']:.0f} MB with" in text
 
 
 def test_the_public_signatures_have_the_options_that_the_pages_name() -> None:
