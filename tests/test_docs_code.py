@@ -38,9 +38,22 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     if page == "docs/recipes.md":
         _trained_run(tmp_path / "runs/clips/best")
-    names: dict[str, object] = {"__name__": page}
+    names = _run(page, found)
+    assert names["drl_fast"].__name__ == "drl_fast"
+
+
+def test_the_readmes_shapes_are_those_it_says() -> None:
+    names = _run("README.md", blocks("README.md", "python"))
+    assert names["logits"].shape == (8, 8)
+    assert names["matches"].video_index.shape == (8, 8, 32)
+    assert all(p.grad is not None for p in names["wti"].parameters())
+
+
+def _run(page: str, found: list[str]) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": page}
     for number, block in enumerate(found):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
+    return names
 
 
 def _trained_run(folder: Path) -> None:
@@ -240,16 +253,14 @@ def test_keys_of_the_migration_table_exist() -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/api.md"])
-def test_links_lead_somewhere(page: str) -> None:
+def test_headings_that_links_name_exist(page: str) -> None:
+    """That the linked files exist is tests/test_readme.py's business."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^):]+)\)", text):
-        name, _, heading = target.partition("#")
+    for name, heading in re.findall(r"\]\(([^):#]*)#([^):]+)\)", text):
         path = (ROOT / page).parent / name if name else ROOT / page
-        assert path.exists(), f"{page} links to {target}"
-        if heading:
-            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
-            slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
-            assert heading in slugs, f"{page} links to {target}"
+        titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+        slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert heading in slugs, f"{page} links to {name}#{heading}"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
