@@ -55,5 +55,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    # `from drl_fast import *` leaves these two out, since open_clip may not be installed.
-    return sorted([*globals(), "DRL", "reference"])
+    # `from drl_fast import *` leaves these out, since open_clip and matplotlib may not be installed.
+    return sorted([*globals(), "DRL", "plot_matches", "reference"])
