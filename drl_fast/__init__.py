@@ -47,11 +47,13 @@ def __getattr__(name: str) -> object:
     """Load what the import of the package does not: the model, which needs open_clip, and the oracle."""
     if name == "DRL":
         return importlib.import_module("drl_fast.model.drl").DRL
+    if name == "plot_matches":
+        return importlib.import_module("drl_fast.filmstrip").plot_matches
     if name == "reference":
         return importlib.import_module("drl_fast.reference")
     raise AttributeError(f"module 'drl_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    # `from drl_fast import *` leaves these two out, since open_clip may not be installed.
-    return sorted([*globals(), "DRL", "reference"])
+    # `from drl_fast import *` leaves these out, since open_clip and matplotlib may not be installed.
+    return sorted([*globals(), "DRL", "plot_matches", "reference"])

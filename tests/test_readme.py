@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: their Python runs, their links lead somewhere, the names they list exist."""
+"""README.md and docs/ are true: their links lead somewhere, their make targets and settings exist."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_python_blocks_run_one_after_the_other() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert len(blocks) >= 3
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["logits"].shape == (128, 128)
-    assert names["matches"].video_index.shape == (128, 128, 32)
-    assert names["text"].grad is not None
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -46,14 +34,3 @@ def test_fields_that_the_training_page_lists_are_all_there_are() -> None:
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page.partition("## Configurations")[2], re.M)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named - {"field"} == {field.name for field in dataclasses.fields(RunConfig)}
-
-
-def test_public_names_that_the_table_lists_exist() -> None:
-    import drl_fast
-
-    rows = re.findall(r"^\| `(\w[\w.]*)\(", README, re.M)
-    assert {"WTI", "DP", "token_interaction", "maxsim", "reference.token_interaction"} <= set(rows)
-    for name in rows:
-        found: object = drl_fast
-        for part in name.split("."):
-            found = getattr(found, part)

@@ -34,7 +34,7 @@ LAYERS = [
     ["drl_fast.model", "drl_fast.data"],
     ["drl_fast"],
     ["drl_fast.modules"],
-    ["drl_fast.functional", "drl_fast.metrics"],
+    ["drl_fast.functional", "drl_fast.metrics", "drl_fast.filmstrip"],
     ["drl_fast.ops"],
     ["drl_fast.distributed"],
     ["drl_fast.validation"],
@@ -195,7 +195,7 @@ def test_import_paths_that_users_have_stay(module: str) -> None:
 
 
 def test_the_package_lists_every_public_name() -> None:
-    assert set(dir(drl_fast)) >= {*drl_fast.__all__, "DRL", "reference"}
+    assert set(dir(drl_fast)) >= {*drl_fast.__all__, "DRL", "plot_matches", "reference"}
 
 
 def test_the_oracle_stands_alone() -> None:
