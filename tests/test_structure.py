@@ -268,6 +268,18 @@ def test_public_names(module: str) -> None:
         assert [name for name in home.__all__ if not hasattr(home, name)] == []
 
 
+@pytest.mark.parametrize("statement", ["import drl_fast; dir(drl_fast)", "from drl_fast import *"])
+def test_lazy_names_stay_unloaded(statement: str) -> None:
+    code = f"import sys\n{statement}\nprint(sorted({{'open_clip', 'drl_fast.reference'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["DP", "HI", "MLP", "TI", "WTI", "XTI", "SeqLSTM", "SeqTransf"])
+def test_every_layer_documents_its_forward(name: str) -> None:
+    assert getattr(modules, name).forward.__doc__
+
+
 def test_top_level_names_are_those_of_their_files() -> None:
     for home in (functional, modules):
         for name in set(home.__all__) & set(drl_fast.__all__):

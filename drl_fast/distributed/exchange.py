@@ -1,22 +1,25 @@
-"""Bring every rank's videos to this rank's texts: in one process, gathered, or round a ring.
+"""How every rank's videos reach this rank's texts: in place, gathered, or round a ring.
 
-``map_videos`` calls ``work(source, videos)`` once for the videos of every rank. The result, a vector of
-``size(rows, frames)`` numbers, returns to rank ``source``, which merges the results of all ranks.
+    for source, videos in (visit := exchange.start(own, merge, sizes)):     once for the videos of every rank
+        visit.give(result)                                                  a vector of sizes[source] numbers
+    visit.result()                                                          the ranks' results for this one's videos
 
-    LocalExchange    one call, nothing is sent
-    GatherExchange   one all-gather of packed videos (kept for the backward pass), one all-to-all of results
-                     holds all ranks' videos and results
-    RingExchange     step k: this rank works on the videos of rank - k, while those of rank - k - 1 arrive; results
-                     follow their videos, are merged on the way, and arrive after as many steps as there are ranks
-                     holds two ranks' videos and three ranks' results
+Results return to their videos' owner, merged there or on the way.
 
-A rank's videos travel as bytes: owner, weight, features, mask, one behind the other; None takes no bytes.
+    one process   one step, nothing is sent
+    gathered      one all-gather of packed videos (kept for the first backward), one all-to-all of results
+                  holds all ranks' videos and results
+    ring          step k: this rank works on the videos of rank - k while those of rank - k - 1 arrive; results follow
+                  their videos and reach the owner after as many steps as there are ranks
+                  holds two ranks' videos and three ranks' results
+
+A rank's videos travel as bytes: owner, weight, features and mask in a row, as far as they are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,45 +41,7 @@ class WeightedTokens(NamedTuple):
     owner: Tensor | None
 
 
-Work = Callable[[int, WeightedTokens], Tensor]
 Merge = Callable[[Tensor, Tensor], Tensor]
-Size = Callable[[int, int], int]
-
-
-class Exchange(Protocol):
-    """One of the three ways above. It holds no tensors that need gradients: each call passes them."""
-
-    rank: int
-
-    def rows(self, videos: WeightedTokens) -> list[int]:
-        """Return how many pairs each rank has."""
-
-    def map_videos(self, videos: WeightedTokens, work: Work, merge: Merge, size: Size) -> Tensor:
-        """Return the merged results for this rank's own videos."""
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Return every rank's (rows, ...) ``x``, in rank order."""
-
-    def add(self, x: Tensor) -> Tensor:
-        """Return the sum of every rank's ``x``."""
-
-
-class LocalExchange:
-    """All pairs are in this process."""
-
-    rank = 0
-
-    def rows(self, videos: WeightedTokens) -> list[int]:
-        return [len(videos.features)]
-
-    def map_videos(self, videos: WeightedTokens, work: Work, merge: Merge, size: Size) -> Tensor:
-        return work(0, videos)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-    def add(self, x: Tensor) -> Tensor:
-        return x
 
 
 class Shape(NamedTuple):
@@ -85,22 +50,6 @@ class Shape(NamedTuple):
     rows: int
     frames: int
     masked: bool
-
-
-class _GroupExchange:
-    """What both ways over a group share."""
-
-    def __init__(self, group: Group, shapes: list[Shape]) -> None:
-        self.rank, self._group, self._shapes = group.rank, group, shapes
-
-    def rows(self, videos: WeightedTokens) -> list[int]:
-        return [shape.rows for shape in self._shapes]
-
-    def gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self._group.gather(x, [shape.rows for shape in self._shapes]))
-
-    def add(self, x: Tensor) -> Tensor:
-        return self._group.add(x)
 
 
 def like(own: WeightedTokens, shape: Shape) -> list[tuple[torch.dtype, torch.Size] | None]:
@@ -147,56 +96,127 @@ def _extent(dtype: torch.dtype, size: torch.Size) -> int:
     return -(-dtype.itemsize * size.numel() // ALIGNMENT) * ALIGNMENT
 
 
-class GatherExchange(_GroupExchange):
-    """Every rank holds all videos from the forward to the backward."""
+class Exchange:
+    """A group's way to exchange videos, for a forward and its backwards.
 
-    _packed: list[Tensor] | None = None
-    _gathered_before = False
+    It holds no tensors that need gradients: every pass is given them.
+    """
 
-    def map_videos(self, videos: WeightedTokens, work: Work, merge: Merge, size: Size) -> Tensor:
-        packed, self._packed = self._packed, None
+    def __init__(self, group: Group | None, shapes: list[Shape], *, gathers: bool = True) -> None:
+        self.group, self.shapes, self.gathers = group, shapes, gathers
+        self.rank = 0 if group is None else group.rank
+        self.rows = [shape.rows for shape in shapes]
+        self.kept: list[Tensor] | None = None
+        self.gathered_before = False
+
+    def start(self, own: WeightedTokens, merge: Merge, sizes: list[int]) -> Visit:
+        """Begin one pass over all ranks' videos.
+
+        Args:
+            own: this rank's videos.
+            merge: combines two results for the same videos.
+            sizes: numbers in the result for each rank's videos.
+        """
+        if self.group is None:
+            return Visit(own)
+        kind = GatheredVisit if self.gathers else RingVisit
+        return kind(self, self.group, own, merge, sizes)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Concatenate every rank's (rows, ...) ``x`` in rank order."""
+        return x if self.group is None else torch.cat(self.group.gather(x, self.rows))
+
+    def add(self, x: Tensor) -> Tensor:
+        """Sum every rank's ``x``."""
+        return x if self.group is None else self.group.add(x)
+
+    def packed_videos(self, group: Group, own: WeightedTokens) -> list[Tensor]:
+        """Gather all ranks' packed videos, or take those kept since the forward."""
+        packed, self.kept = self.kept, None
         if packed is None:
-            own = pack(videos, self._shapes[self.rank])
-            packed = self._group.gather(own, [packed_bytes(videos, shape) for shape in self._shapes])
-            # Keep them for the first backward pass only: the graph may live long after it, and run again.
-            if not self._gathered_before:
-                self._packed, self._gathered_before = packed, True
-        parts = [
-            work(source, unpack(x, videos, shape))
-            for source, (x, shape) in enumerate(zip(packed, self._shapes, strict=True))
-        ]
-        first, *others = self._group.return_to_owners(parts)
+            sizes = [packed_bytes(own, shape) for shape in self.shapes]
+            packed = group.gather(pack(own, self.shapes[self.rank]), sizes)
+            # For the first backward alone: the graph may live on, and be run again, long after it.
+            if not self.gathered_before:
+                self.kept, self.gathered_before = packed, True
+        return packed
+
+
+class Visit:
+    """One pass over the videos of a single process; iterating it yields (rank, videos)."""
+
+    def __init__(self, own: WeightedTokens) -> None:
+        self.own = own
+        self.given: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, WeightedTokens]]:
+        yield 0, self.own
+
+    def give(self, result: Tensor) -> None:
+        """Hand over this rank's result for the videos of the current step."""
+        self.given = result
+
+    def take(self) -> Tensor:
+        """Take the result of the step that ended."""
+        given, self.given = self.given, None
+        assert given is not None, "every step must give its result"
+        return given
+
+    def result(self) -> Tensor:
+        """Return what all ranks found for this rank's own videos, after the last step."""
+        return self.take()
+
+
+class GroupVisit(Visit):
+    """What both ways over a group share."""
+
+    def __init__(self, exchange: Exchange, group: Group, own: WeightedTokens, merge: Merge, sizes: list[int]) -> None:
+        super().__init__(own)
+        self.exchange, self.group, self.merge, self.sizes = exchange, group, merge, sizes
+
+
+class GatheredVisit(GroupVisit):
+    """All videos at once."""
+
+    def __iter__(self) -> Iterator[tuple[int, WeightedTokens]]:
+        parts = []
+        packed = self.exchange.packed_videos(self.group, self.own)
+        for source, (x, shape) in enumerate(zip(packed, self.exchange.shapes, strict=True)):
+            yield source, unpack(x, self.own, shape)
+            parts.append(self.take())
+        first, *others = self.group.return_to_owners(parts)
         for other in others:
-            first = merge(first, other)
-        return first
+            first = self.merge(first, other)
+        self.given = first
 
 
-class RingExchange(_GroupExchange):
+class RingVisit(GroupVisit):
     """Two ranks' videos at a time."""
 
-    def map_videos(self, videos: WeightedTokens, work: Work, merge: Merge, size: Size) -> Tensor:
-        group, shapes = self._group, self._shapes
-        packed = pack(videos, shapes[group.rank])
+    def __iter__(self) -> Iterator[tuple[int, WeightedTokens]]:
+        group, shapes = self.group, self.exchange.shapes
+        packed = pack(self.own, shapes[group.rank])
         result_arrives: Callable[[], Tensor] | None = None
         for step in range(group.size):
             source = (group.rank - step) % group.size
-            following = shapes[source - 1]
             videos_arrive = None
             if step + 1 < group.size:
-                videos_arrive = group.send_to_next(packed, packed.new_empty(packed_bytes(videos, following)), tag=0)
-            result = work(source, unpack(packed, videos, shapes[source]))
+                arriving = packed.new_empty(packed_bytes(self.own, shapes[source - 1]))
+                videos_arrive = group.send_to_next(packed, arriving, tag=0)
+            yield source, unpack(packed, self.own, shapes[source])
+            result = self.take()
             if result_arrives is not None:
-                result = merge(result_arrives(), result)
-            result_arrives = group.send_to_next(result, result.new_empty(size(following.rows, following.frames)), tag=1)
+                result = self.merge(result_arrives(), result)
+            result_arrives = group.send_to_next(result, result.new_empty(self.sizes[source - 1]), tag=1)
             if videos_arrive is not None:
                 packed = videos_arrive()
         assert result_arrives is not None
-        return result_arrives()
+        self.given = result_arrives()
 
 
 def choose_exchange(group: Group | None, videos: WeightedTokens, shapes: list[Shape]) -> Exchange:
-    """Choose by size; every rank knows all sizes, so that all choose the same."""
+    """Gather if all videos fit ``GATHER_BYTES``, else use the ring; every rank knows all sizes and chooses the same."""
     if group is None or group.size == 1:
-        return LocalExchange()
+        return Exchange(None, shapes)
     largest = max(packed_bytes(videos, shape) for shape in shapes)
-    return (GatherExchange if group.size * largest <= GATHER_BYTES else RingExchange)(group, shapes)
+    return Exchange(group, shapes, gathers=group.size * largest <= GATHER_BYTES)

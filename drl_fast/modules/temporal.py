@@ -48,6 +48,7 @@ class SeqTransf(nn.Module):
         return copy_from_clip(self.frame_position_embeddings, self.transformer, positional_embedding, blocks)
 
     def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix frames (B, Nv, D) over time; mask (B, Nv), non-zero = real frame. Return the same shape and dtype."""
         mask = check_frames(video, mask, self.dim, type(self).__name__)
         frames, positions = video.shape[1], self.frame_position_embeddings
         if frames > positions.num_embeddings:
@@ -99,6 +100,7 @@ class SeqLSTM(nn.Module):
         return copy_from_clip(self.frame_position_embeddings, None, positional_embedding, blocks)
 
     def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix frames (B, Nv, D) over time; mask (B, Nv), non-zero = real frame. Return the same shape and dtype."""
         mask = check_frames(video, mask, self.dim, type(self).__name__)
         x = real_frames(video, mask).to(head_dtype(self.lstm, video, "video"))
         if len(video) == 0:  # cuDNN refuses it; a row that is dropped keeps the parameters in the graph

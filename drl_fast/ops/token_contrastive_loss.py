@@ -84,8 +84,8 @@ class Loss(torch.autograd.Function):
         text = WeightedTokens(text_features, text_weight, text_mask, owner)
         video = WeightedTokens(video_features, video_weight, video_mask, owner)
         rows, positive = empty_sums(text.features), text.weight.new_empty(len(text.features))
-
-        def work(source: int, videos: WeightedTokens) -> Tensor:
+        visit = exchange.start(video, merge_sums, [2 * count for count in exchange.rows])
+        for source, videos in visit:
             columns = empty_sums(videos.features)
             for block in blocks(text, videos, matches=False):
                 part, own = cut(text, block), block.start if source == exchange.rank else None
@@ -94,14 +94,13 @@ class Loss(torch.autograd.Function):
                     positive[block] = x.diagonal(own)
                 add_logits(rows[:, block], x, 1)
                 add_logits(columns, x, 0)
-            return columns.flatten()
-
-        columns = exchange.map_videos(video, work, merge_sums, lambda count, _: 2 * count).view(2, -1)
+            visit.give(columns.flatten())
+        columns = visit.result().view(2, -1)
         rows[1].log_()
         columns = torch.stack((columns[0], columns[1].log()))
         # top - positive first: it is exact where the positive leads
         loss = (rows[0] - positive + rows[1]).sum() + (columns[0] - positive + columns[1]).sum()
-        return exchange.add(loss) / (2 * sum(exchange.rows(video))), rows, exchange.gather(columns.T).T
+        return exchange.add(loss) / (2 * sum(exchange.rows)), rows, exchange.gather(columns.T).T
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -152,14 +151,16 @@ def gradients(
     Over a group of W ranks they are W times the whole batch's for features and weights, and for the scale W times what
     this rank's texts give: the mean over ranks is the one process's gradient in all of them.
     """
-    counts = exchange.rows(video)
+    counts = exchange.rows
     columns_of = columns.split(counts, dim=1)
     factor = grad_loss * (len(counts) / (2 * sum(counts)))
     of_text, of_video, tokens = needs[0:4:2], needs[1:4:2], any(needs[:4])
     text_sums = Sums(text, of_text)
     grad_scale = text.weight.new_zeros(())
-
-    def work(source: int, videos: WeightedTokens) -> Tensor:
+    dim = video.features.shape[2]
+    sizes = [Sums.size(shape.rows, shape.frames, dim, of_video) for shape in exchange.shapes]
+    visit = exchange.start(video, torch.add, sizes)
+    for source, videos in visit:
         video_sums = Sums(videos, of_video)
         for block in blocks(text, videos, matches=tokens):
             part, own = cut(text, block), block.start if source == exchange.rank else None
@@ -175,16 +176,15 @@ def gradients(
                 grads = differentiate(g.mul_(scale), part, videos, matches, rule, needs)
                 text_sums.add(grads[0], grads[2], block)
                 video_sums.add(grads[1], grads[3], slice(None))
-                del matches, grads  # the next block's come before these names are taken
-        return video_sums.flat
-
-    dim = video.features.shape[2]
-    flat = exchange.map_videos(video, work, torch.add, lambda count, frames: Sums.size(count, frames, dim, of_video))
-    video_sums = Sums(video, of_video, flat)
-    grads = (text_sums.features, video_sums.features, text_sums.weight, video_sums.weight)
+                del grads
+            del logits, matches, x, g  # free this block before the next one, and before videos are exchanged
+        visit.give(video_sums.flat)
+        del video_sums, videos  # the exchange replaces them
+    video_sums = Sums(video, of_video, visit.result())
+    found = (text_sums.features, video_sums.features, text_sums.weight, video_sums.weight)
     inputs = (text.features, video.features, text.weight, video.weight)
-    found = [None if x is None else x.to(like.dtype) for x, like in zip(grads, inputs, strict=True)]
-    return [*found, grad_scale.to(scale) if isinstance(scale, Tensor) and needs[4] else None]
+    cast = [None if x is None else x.to(like.dtype) for x, like in zip(found, inputs, strict=True)]
+    return [*cast, grad_scale.to(scale) if isinstance(scale, Tensor) and needs[4] else None]
 
 
 class Sums:

@@ -248,7 +248,7 @@ def test_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
         "scale": "logit_scale must be .* got 2.0 on ranks 0, 1 and 3.0 on rank 2",
         "owner": "owner must be .* got None on ranks 0, 1 and ids on rank 2",
         "gradients": "what needs gradients must be .* got nothing on ranks 0, 1 and text on rank 2",
-        "no pair": "text must hold at least one pair on some rank of the group",
+        "no pair": "text must hold at least one pair, got none on any rank of the group",
     }.items():
         assert first[name] == last[name]
         with pytest.raises(ValueError, match=words):
