@@ -57,10 +57,10 @@ def calls(kind: str, side: str | None, shape: Shape) -> Call:
     words = packing.pack_words(text, tuning.STEP, True, grain=packing.GRAIN, classes=False, copies=False)
     # Blocks of 128 rows: a multiple of what any candidate needs.
     frames = packing.pack_frames(video, tuning.STEP, 128, True, copies=False)
-    sums = torch.empty(frames.tokens.shape, dtype=torch.float32, device="cuda")
+    sums = torch.empty(frames.features.shape, dtype=torch.float32, device="cuda")
     block = backward.Block(slice(0, len(p.text)), text, p.grad.float(), by_word, by_frame)
     shared = backward.Shared(video, frames, sums, torch.ones((), device="cuda"), True)
-    run = backward._text if side == "text" else backward._video
+    run = backward.text_gradient if side == "text" else backward.add_video_gradient
     return lambda: run(words, block, shared)
 
 
