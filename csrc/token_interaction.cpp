@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& features, const Side<T>& targe
   const SourceRows<T> source_rows(source);
 
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  const int64_t row_bytes = std::max<int64_t>(1, width) * static_cast<int64_t>(sizeof(T));
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkBytes / row_bytes);
   const int64_t block_limit = std::max<int64_t>(17, kBlockBytes / row_bytes);
   const int64_t block_rows = std::clamp<int64_t>(target.count() / (4 * threads), 16, block_limit);

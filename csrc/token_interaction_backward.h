@@ -167,7 +167,7 @@ void write_item(const BackwardJob<T>& job, int64_t item, int64_t row0, BackwardS
     T& out_weight = job.grad_weight[item * target.length + position];
     const int64_t token = target.token_at[item * target.length + position];
     if (token < 0) {
-      __builtin_memset(out, 0, target.dim * size);
+      for (int64_t k = 0; k < target.dim * size; k++) out[k] = 0;
       out_weight = 0;
       continue;
     }

@@ -73,7 +73,8 @@ constexpr int64_t kDepth = 1024;
 template <class T, int NV>
 void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel, int64_t dim, T* out) {
   constexpr int W = NV * Simd<T>::N, M = DRL_FAST_TILE_ROWS;
-  for (int64_t k = 0; k < dim; k += kDepth) {
+  // Once even if D is 0, to set `out` to zeros.
+  for (int64_t k = 0; k == 0 || k < dim; k += kDepth) {
     const int64_t depth = dim - k < kDepth ? dim - k : kDepth;
     const Panel<T> slice = {.data = panel.data + k * panel.step, .step = panel.step, .apart = panel.apart};
     int64_t r = 0;
