@@ -38,10 +38,17 @@ demo: setup ## train every interaction on generated clips and compare them; VIDE
 test: setup ## all tests, one process a core; TESTS=path picks some
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(TESTS)
 
-lint: setup ## ruff and mypy
+# clang-tidy reads setup.py's language version and the headers of PyTorch and Python; -isystem keeps it from checking them.
+TIDY_FLAGS = -std=c++20 -Wall -Wextra -Wcomma -DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 \
+  $(shell $(BIN)/python -c 'import sysconfig; from torch.utils.cpp_extension import include_paths; \
+  print(*(f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")]))')
+
+lint: setup ## ruff and mypy, clang-format and clang-tidy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	@printf '%s\n' csrc/*.cpp | xargs -P 4 -I {} $(BIN)/clang-tidy --quiet {} -- $(TIDY_FLAGS)
 
 SIZE := $(if $(QUICK),--quick)$(if $(FULL),--full)
 # Peers are measured where this machine can have them, and listed as not installed where it cannot.

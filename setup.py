@@ -50,7 +50,7 @@ setup(
             sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
             extra_compile_args=[
-                "-std=c++17",
+                "-std=c++20",
                 "-O3",
                 "-g0",
                 "-fvisibility=hidden",

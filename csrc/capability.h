@@ -1,5 +1,7 @@
-// Which instruction set serves: one table of kernels for each, chosen once when the first operator runs.
+// The instruction set in use: one table of kernels per set, chosen once, when the first operator runs.
 #pragma once
+
+#include <type_traits>
 
 #include "cdcr.h"
 #include "token_interaction.h"
@@ -14,16 +16,17 @@ struct Capability {
   CdcrKernels<double> cdcr_f64;
 };
 
-extern const Capability portable;
+extern const Capability kPortable;
 #if defined(__x86_64__)
-extern const Capability avx2, avx512;
+extern const Capability kAvx2;
+extern const Capability kAvx512;
 #endif
 
 const Capability& capability();
 
 template <class T>
 const Kernels<T>& chosen_kernels() {
-  if constexpr (sizeof(T) == 8)
+  if constexpr (std::is_same_v<T, double>)
     return capability().f64;
   else
     return capability().f32;
@@ -31,7 +34,7 @@ const Kernels<T>& chosen_kernels() {
 
 template <class T>
 const CdcrKernels<T>& chosen_cdcr_kernels() {
-  if constexpr (sizeof(T) == 8)
+  if constexpr (std::is_same_v<T, double>)
     return capability().cdcr_f64;
   else
     return capability().cdcr_f32;

@@ -1,28 +1,28 @@
-// What the CDCR driver (cdcr.cpp) and its kernels (one object file an instruction set) share.
+// Types shared by CDCR's operators (cdcr.cpp) and its row kernels (cdcr_kernels.h, compiled once per instruction set).
 //
-// A term has anchors x and, for each, its partner y: the token of the pair's other side that it matches best.
+// A term has anchors x. The partner y of an anchor is the token of the pair's other side that it matches best.
 #pragma once
 
 #include <cstdint>
 
 namespace drl_fast {
 
-// What the kernels know of one role's channels; every array has the padded width, zeros behind D.
+// Constants of one role's channels. Every array has the padded width, with zeros beyond D.
 template <class T>
 struct Channels {
   const T* mean;
-  const T* mean_rest;    // what the mean loses by being rounded to T
+  const T* mean_rest;    // the mean's rounding error in T
   const T* inverse_std;  // 0 for a constant channel
-  const T* offset;       // backward: the gradient that comes back through the mean ...
-  const T* along;        // ... and, a unit of the standardised channel, through the deviation
+  const T* offset;       // backward: gradient through the mean
+  const T* along;        // backward: gradient through the deviation, per unit of the standardized channel
 };
 
-// What an anchor and its partner get back.
+// Gradient of the loss that reaches an anchor and its partner: `diagonal`, or `anchor` and `partner` if C is full.
 template <class T>
 struct Pull {
-  const T* diagonal;  // d loss / d C_dd, or null where C is full; then, of this anchor's row,
-  const T* anchor;    // d loss / d (weight x~) ...
-  const T* partner;   // ... and d loss / d y~, null where an earlier anchor of the row has brought it
+  const T* diagonal;  // d loss / d C_dd
+  const T* anchor;    // d loss / d (weight x~)
+  const T* partner;   // d loss / d y~; null if an earlier anchor of the same row has added it
 };
 
 template <class T>
@@ -38,7 +38,7 @@ struct CdcrKernels {
   // weighted = weight x~ (or += of it), partner = y~, sum_x += weight x~, sum_y += weight y~
   void (*standardize)(const T* x, const T* y, T weight, const Channels<T>& of_x, const Channels<T>& of_y, int64_t width,
                       bool add, T* weighted, T* partner, T* sum_x, T* sum_y);
-  // Adds to the gradients of x and y, and returns that of the weight.
+  // Add to the gradients of x and y; return the gradient of the weight.
   T (*pull)(const T* x, const T* y, T weight, const Channels<T>& of_x, const Channels<T>& of_y, const Pull<T>&,
             int64_t width, T* grad_x, T* grad_y);
 };

@@ -1,7 +1,8 @@
-// The Python module `drl_fast._C`: empty, since importing it only has to register the CPU kernels.
+// The Python module `drl_fast._C`. It is empty: importing it loads this library, which registers the CPU kernels.
 #include <Python.h>
 
+// NOLINTNEXTLINE(bugprone-reserved-identifier): Python derives this name from the module's.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "_C", .m_size = -1};
   return PyModule_Create(&definition);
 }

@@ -12,31 +12,38 @@
 
 namespace drl_fast {
 
-// Aligned memory that is not filled first.
+// Uninitialized memory, aligned to a cache line.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(T) + 63) / 64 * 64))) {
+  explicit Buffer(int64_t count) : data_(allocate(std::max<int64_t>(count, 1))) {
     if (!data_) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
+  static T* allocate(int64_t count) {
+    constexpr size_t kLine = 64;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    // aligned_alloc wants a multiple of the alignment.
+    return static_cast<T*>(std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine));
+  }
+
   std::unique_ptr<T, Free> data_;
 };
 
-// Below this many multiply-adds a thread is not worth waking.
+// With fewer multiply-adds than this, waking another thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 20;
 
 inline int64_t threads_for(int64_t tasks, int64_t work) {
-  return std::max<int64_t>(1, std::min({int64_t(torch::stable::get_num_threads()), tasks, work / kWorkPerThread}));
+  const int64_t threads = std::min<int64_t>({torch::stable::get_num_threads(), tasks, work / kWorkPerThread});
+  return std::max<int64_t>(1, threads);
 }
 
-// Run body(task, thread) for every task, thread < threads; which thread gets which task does not change a result.
+// Run body(task, thread) for every task, with thread < threads. Results must not depend on which thread runs a task.
 template <class Body>
 void parallel(int64_t tasks, int64_t threads, const Body& body) {
   if (threads <= 1) {
@@ -46,7 +53,7 @@ void parallel(int64_t tasks, int64_t threads, const Body& body) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; thread++)
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, thread);
+      for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) body(task, thread);
   });
 }
 

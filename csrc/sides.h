@@ -1,55 +1,24 @@
-// The two sides of an interaction, packed for the kernels: only real tokens, in rows or in lanes.
+// The two sides of an interaction, packed for the kernels: their real tokens only, in rows or in lanes.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <initializer_list>
+#include <cstdint>
 #include <memory>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "parallel.h"
+#include "tensors.h"
 #include "token_interaction.h"
 
 namespace drl_fast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    default: STD_TORCH_CHECK(false, "drl_fast::token_interaction: features must be float32, float64, float16 or bfloat16");
-  }
-}
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
-template <class T>
-constexpr ScalarType scalar_type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
-// Whether a tensor has these sizes: what a kernel does not ask it reads beyond.
-inline bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  if (x.dim() != int64_t(sizes.size())) return false;
-  int64_t at = 0;
-  for (int64_t size : sizes)
-    if (x.size(at++) != size) return false;
-  return true;
-}
-
-// (rows, tokens, D) features; the functions above give better errors, but a graph calls the operator directly.
-inline const Tensor& checked(const Tensor& features) {
+// Features (rows, tokens, D), copied only if a token's channels are not contiguous. The Python functions give better
+// errors, but a traced graph calls the operator directly.
+inline Tensor with_contiguous_tokens(const Tensor& features) {
   STD_TORCH_CHECK(features.dim() == 3, "drl_fast::token_interaction: features must be (rows, tokens, D)");
-  return features;
+  if (features.stride(2) == 1 || features.size(2) == 1) return features;
+  return torch::stable::contiguous(features);
 }
 
 // One side's real tokens, and the memory that Tokens<T> points into.
@@ -58,7 +27,7 @@ class Side {
  public:
   Side(const Tensor& features, const OptionalTensor& weight, const OptionalTensor& mask, bool normalize,
        bool zero_competes)
-      : features_(checked(features).stride(2) == 1 || features.size(2) == 1 ? features : torch::stable::contiguous(features)),
+      : features_(with_contiguous_tokens(features)),
         start_(features.size(0) + 1),
         zero_competes_(features.size(0)),
         token_at_(features.size(0) * features.size(1), -1) {
@@ -68,9 +37,9 @@ class Side {
                     "drl_fast::token_interaction: masks must be bool (rows, tokens)");
     STD_TORCH_CHECK(!weight || (weight->scalar_type() == scalar_type<T> && has_sizes(*weight, {items, length})),
                     "drl_fast::token_interaction: weights must be (rows, tokens), float32 (float64 with float64)");
-    const char* data = static_cast<const char*>(features_.const_data_ptr());
-    const bool* real = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-    const T* given = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr;
+    const char* data = const_data_of<char>(features_);
+    const bool* real = mask ? const_data_of<bool>(*mask) : nullptr;
+    const T* given = weight ? const_data_of<T>(*weight) : nullptr;
     position_.reserve(items * length);
     row_.reserve(items * length);
     if (weight) weight_.reserve(items * length);
@@ -88,10 +57,22 @@ class Side {
       }
     }
     start_[items] = static_cast<int64_t>(row_.size());
-    STD_TORCH_CHECK(row_.size() < (size_t(1) << 31), "drl_fast::token_interaction: at most 2^31 tokens a side");
-    tokens = {dtype,           items,       length,         features.size(2),           normalize,
-              start_.data(),   position_.data(), row_.data(), weight ? weight_data() : nullptr,
-              zero_competes_.data(), token_at_.data()};
+    STD_TORCH_CHECK(row_.size() < kMostTokens, "drl_fast::token_interaction: at most 2^31 tokens per side; split it");
+    // A side whose sum is wanted must have a weight pointer, even if it has no token.
+    if (weight && weight_.empty()) weight_.push_back(0);
+    tokens = {
+        .dtype = dtype,
+        .items = items,
+        .length = length,
+        .dim = features.size(2),
+        .normalize = normalize,
+        .start = start_.data(),
+        .position = position_.data(),
+        .row = row_.data(),
+        .weight = weight ? weight_.data() : nullptr,
+        .zero_competes = zero_competes_.data(),
+        .token_at = token_at_.data(),
+    };
   }
   Side(const Side&) = delete;
 
@@ -100,11 +81,8 @@ class Side {
   Tokens<T> tokens;
 
  private:
-  // Never null for a side that is summed, even when it has no token.
-  const T* weight_data() {
-    if (weight_.empty()) weight_.push_back(0);
-    return weight_.data();
-  }
+  // Positions and tokens are kept as int32.
+  static constexpr size_t kMostTokens = size_t{1} << 31;
 
   Tensor features_;
   std::vector<int64_t> start_;
@@ -115,7 +93,8 @@ class Side {
   std::vector<T> weight_;
 };
 
-// Cut items into runs of about `rows` tokens, never inside an item.
+// Cut a side between items into blocks of about `rows` tokens; an item is never split. Returns each block's first item,
+// then the number of items; writes the largest block's number of tokens.
 template <class T>
 std::vector<int64_t> cut(const Tokens<T>& side, int64_t rows, int64_t* max_rows) {
   std::vector<int64_t> block = {0};
@@ -129,10 +108,10 @@ std::vector<int64_t> cut(const Tokens<T>& side, int64_t rows, int64_t* max_rows)
   return block;
 }
 
-// What laying out one element of a panel costs, in multiply-adds.
+// Cost of laying out one element of a panel, in multiply-adds.
 constexpr int64_t kPackWork = 32;
 
-// The lane side, sorted by length so that lanes of one group have about the same number of slots.
+// The lane side, sorted by length so that the lanes of a group need about the same number of slots.
 template <class T>
 class Lanes {
  public:
@@ -140,18 +119,17 @@ class Lanes {
     for (int64_t item = 0; item < side.items; item++)
       if (length(item) > 0) order_.push_back(item);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
-    for (size_t first = 0; first < order_.size(); first += 2 * vector) {
+    for (size_t first = 0; first < order_.size(); first += size_t{2} * vector) {
       const int64_t left = static_cast<int64_t>(order_.size() - first);
       Group<T> group = {};
       group.width = left > vector ? 2 * vector : vector;
       group.slots = static_cast<int>(length(order_[first]));
       groups.push_back(group);
-      steps += int64_t(group.slots) * group.width;
-      max_slots = std::max<int64_t>(max_slots, group.slots);
+      steps += tokens_of(group);
     }
   }
 
-  // Lay out the panels; every (group, slot) is a task.
+  // Lay out the panels. Every (group, slot) is a task.
   void pack(const Kernels<T>& kernels) {
     const int64_t dim = side_.dim;
     panel_ = std::make_unique<Buffer<T>>(steps * dim);
@@ -161,17 +139,15 @@ class Lanes {
     count_.resize(columns);
     zero_competes_.resize(columns);
     item_.resize(columns);
-    std::vector<int64_t> task;  // first step of every group
     int64_t step = 0;
     for (size_t g = 0; g < groups.size(); g++) {
-      task.push_back(step);
       describe(g, step);
-      step += int64_t(groups[g].slots) * groups[g].width;
+      step += tokens_of(groups[g]);
     }
-    std::vector<std::pair<int32_t, int32_t>> slots;
+    std::vector<std::pair<size_t, int>> slots;
     for (size_t g = 0; g < groups.size(); g++)
       for (int s = 0; s < groups[g].slots; s++) slots.emplace_back(g, s);
-    const int64_t scratch_size = 2 * vector_ * padded(dim);
+    const int64_t scratch_size = 2 * static_cast<int64_t>(vector_) * padded(dim);
     const int64_t tasks = static_cast<int64_t>(slots.size()), threads = threads_for(tasks, kPackWork * steps * dim);
     Buffer<T> scratch(scratch_size * threads);
     parallel(tasks, threads, [&](int64_t t, int64_t thread) {
@@ -181,9 +157,9 @@ class Lanes {
 
   std::vector<Group<T>> groups;
   int64_t steps = 0;  // lane tokens, padding included
-  int64_t max_slots = 0;
 
  private:
+  static int64_t tokens_of(const Group<T>& group) { return static_cast<int64_t>(group.slots) * group.width; }
   int64_t length(int64_t item) const { return side_.start[item + 1] - side_.start[item]; }
 
   void describe(size_t g, int64_t step) {

@@ -1,30 +1,40 @@
 // Vectors of one instruction set, and how a token's features become a row of them.
 //
-// Included inside an anonymous namespace and after every standard header: nothing compiled here may be shared by the
-// linker with code for a lesser CPU.
+// Kernels call nothing of the standard library: its templates would be compiled for this instruction set under a name
+// that the linker merges with other files' copies, and a CPU without the set could then run them.
+#pragma once
+
+#include "simd_prelude.h"
+
+#define DRL_FAST_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace drl_fast::DRL_FAST_ISA {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 template <class T>
 struct Simd {
-  static constexpr int N = DRL_FAST_VECTOR_BYTES / int(sizeof(T));
-  typedef T V __attribute__((vector_size(DRL_FAST_VECTOR_BYTES)));
-  typedef IntOf<T> I __attribute__((vector_size(DRL_FAST_VECTOR_BYTES)));
-  static inline __attribute__((always_inline)) V load(const T* p) {
+  static constexpr int N = DRL_FAST_VECTOR_BYTES / static_cast<int>(sizeof(T));
+  using V __attribute__((vector_size(DRL_FAST_VECTOR_BYTES))) = T;
+  using I __attribute__((vector_size(DRL_FAST_VECTOR_BYTES))) = IntOf<T>;
+  static DRL_FAST_ALWAYS_INLINE V load(const T* p) {
     V v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
   }
-  static inline __attribute__((always_inline)) I load(const IntOf<T>* p) {
+  static DRL_FAST_ALWAYS_INLINE I load(const IntOf<T>* p) {
     I v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
   }
   template <class X, class P>
-  static inline __attribute__((always_inline)) void store(P* p, X v) {
+  static DRL_FAST_ALWAYS_INLINE void store(P* p, X v) {
     __builtin_memcpy(p, &v, sizeof v);
   }
-  static inline __attribute__((always_inline)) V broadcast(T x) { return x - V{}; }
-  static inline __attribute__((always_inline)) I broadcast_int(IntOf<T> x) { return x - I{}; }
-  static inline __attribute__((always_inline)) T sum(V v) {
+  static DRL_FAST_ALWAYS_INLINE V broadcast(T x) { return x - V{}; }
+  static DRL_FAST_ALWAYS_INLINE I broadcast_int(IntOf<T> x) { return x - I{}; }
+  static DRL_FAST_ALWAYS_INLINE T sum(V v) {
     T s = 0;
     for (int i = 0; i < N; i++) s += v[i];
     return s;
@@ -51,17 +61,26 @@ void store_row(const T* from, char* to, int64_t n) {
   for (int64_t k = 0; k < n; k++) p[k] = static_cast<To>(from[k]);
 }
 
+// A token with a smaller norm counts as zero.
 constexpr double kNormEps = 1e-12;
 
-// One token's features in T, normalised if wanted, zeros up to the padded width.
+// Load one token's features as T, normalize them if the side asks for it, and write zeros up to the padded width.
 template <class T>
 void load_row(const Tokens<T>& side, int64_t token, T* out, T* inverse_norm) {
   const char* from = side.row[token];
   switch (side.dtype) {
-    case Dtype::f32: convert_row<T, float>(from, out, side.dim); break;
-    case Dtype::f64: convert_row<T, double>(from, out, side.dim); break;
-    case Dtype::f16: convert_row<T, Half>(from, out, side.dim); break;
-    case Dtype::bf16: convert_row<T, BFloat16>(from, out, side.dim); break;
+    case Dtype::f32:
+      convert_row<T, float>(from, out, side.dim);
+      break;
+    case Dtype::f64:
+      convert_row<T, double>(from, out, side.dim);
+      break;
+    case Dtype::f16:
+      convert_row<T, Half>(from, out, side.dim);
+      break;
+    case Dtype::bf16:
+      convert_row<T, BFloat16>(from, out, side.dim);
+      break;
   }
   const int64_t width = padded(side.dim);
   for (int64_t k = side.dim; k < width; k++) out[k] = 0;
@@ -74,7 +93,7 @@ void load_row(const Tokens<T>& side, int64_t token, T* out, T* inverse_norm) {
   if (inverse_norm) *inverse_norm = inverse;
 }
 
-// The gradient of a unit token, through its normalisation (row = the unit token), out in the features' dtype.
+// Take the gradient of a normalized token (row) through the normalization and store it in the features' dtype.
 template <class T>
 void store_gradient(const Tokens<T>& side, T* grad, const T* row, T inverse_norm, char* out) {
   const int64_t width = padded(side.dim);
@@ -83,9 +102,19 @@ void store_gradient(const Tokens<T>& side, T* grad, const T* row, T inverse_norm
     for (int64_t k = 0; k < width; k++) grad[k] = inverse_norm == 0 ? T(0) : (grad[k] - row[k] * along) * inverse_norm;
   }
   switch (side.dtype) {
-    case Dtype::f32: store_row<T, float>(grad, out, side.dim); break;
-    case Dtype::f64: store_row<T, double>(grad, out, side.dim); break;
-    case Dtype::f16: store_row<T, Half>(grad, out, side.dim); break;
-    case Dtype::bf16: store_row<T, BFloat16>(grad, out, side.dim); break;
+    case Dtype::f32:
+      store_row<T, float>(grad, out, side.dim);
+      break;
+    case Dtype::f64:
+      store_row<T, double>(grad, out, side.dim);
+      break;
+    case Dtype::f16:
+      store_row<T, Half>(grad, out, side.dim);
+      break;
+    case Dtype::bf16:
+      store_row<T, BFloat16>(grad, out, side.dim);
+      break;
   }
 }
+
+}  // namespace drl_fast::DRL_FAST_ISA

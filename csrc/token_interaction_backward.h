@@ -1,20 +1,30 @@
-// Backward of the token interaction, from the matches alone.
+// Backward of the token interaction from its matches, compiled once per instruction set (simd_kernels.h).
 //
 //   own[t]   = sum over the tokens s that t chose of g * s            grad weight of t = <t, own[t]>
 //   grad[t]  = weight of t * own[t] + sum over the tokens s that chose t of g * weight of s * s
 //
-// Two gathers with the sum held in registers, one target token at a time: DRL_FAST_GATHER_VECTORS vectors of D. Source
-// tokens are taken in chunks that stay in L2 beside the block of target gradients. FLOP: 2 D for every match and side,
-// about (Nt + Nv) / (Nt Nv) of the forward's a side; one vector load a multiply-add, so L2's bandwidth is the limit.
-// No atomics and a fixed order: the same bits run after run, on any number of threads.
+// Two gathers per target token, DRL_FAST_GATHER_VECTORS vectors of D at a time, with the sums in registers. Source
+// tokens come in chunks that fit L2 together with the block of target gradients. FLOP: 2 D per match and side, about
+// (Nt + Nv) / (Nt Nv) of the forward's per side. Each multiply-add loads one vector, so L2 bandwidth is the limit.
+// There are no atomics and the order is fixed, so the bits do not depend on the run or the number of threads.
+#pragma once
 
-// The position that was chosen, -1 for none.
+#include "simd.h"
+
+namespace drl_fast::DRL_FAST_ISA {
+
+// "None chosen" in uint8 matches; int16 ones hold -1.
+constexpr uint8_t kNoneChosen = 255;
+
+// Read the chosen position, -1 for none.
 template <class Index>
-int get(const Matches& m, int64_t at) {
+int chosen_position(const Matches& m, int64_t at) {
   const Index v = static_cast<const Index*>(m.data)[at];
-  return sizeof(Index) == 1 && v == Index(255) ? -1 : int(v);
+  const bool none = std::is_same_v<Index, uint8_t> && v == kNoneChosen;
+  return none ? -1 : static_cast<int>(v);
 }
 
+// Rows of features with their coefficients.
 template <class T>
 struct List {
   const T* const* row;
@@ -22,7 +32,7 @@ struct List {
   int64_t count;
 };
 
-// grad[0..NV) += weight * own + other, with own = sum over `own`, likewise `other`; returns <token, own>.
+// Add weight * (sum of `own`) + (sum of `other`) to NV vectors of grad, and return <token, sum of `own`>.
 template <class T, int NV>
 T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
   using S = Simd<T>;
@@ -64,11 +74,12 @@ T gather_row(int64_t width, const List<T>& own, const List<T>& other, T weight, 
   return product;
 }
 
-// Source tokens of one chunk that chose a token of `item`, sorted by that token: a counting sort over the matches.
+// List the source tokens of one chunk that chose a token of `item`, sorted by that token (a counting sort).
 template <class T, class Index>
 void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int64_t source1,
                    BackwardScratch<T>& scratch) {
-  const Tokens<T>&target = job.target, &source = job.source;
+  const Tokens<T>& target = job.target;
+  const Tokens<T>& source = job.source;
   const int64_t first = target.start[item], count = target.start[item + 1] - first;
   for (int64_t p = 0; p <= count; p++) scratch.begin[p] = 0;
   if (!source.weight) return;
@@ -78,8 +89,8 @@ void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int
   for (int64_t s = source0; s < source1; s++) {
     const int64_t at = s * m.stride_item + item * m.stride_other;
     for (int64_t q = source.start[s]; q < source.start[s + 1]; q++) {
-      const int position = get<Index>(m, at + source.position[q] * m.stride_position);
-      const int32_t p = position < 0 ? -1 : int32_t(token_at[position] - first);
+      const int position = chosen_position<Index>(m, at + source.position[q] * m.stride_position);
+      const int32_t p = position < 0 ? -1 : static_cast<int32_t>(token_at[position] - first);
       scratch.chooser_of[q - q0] = p;
       if (p >= 0) scratch.begin[p + 1]++;
     }
@@ -96,12 +107,12 @@ void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int
       scratch.other_coefficient[at] = g * source.weight[q] * (job.source_scale ? job.source_scale[q] : T(1));
     }
   }
-  // Filling moved begin[p + 1] from the end of p's entries to their start.
+  // The loop above moved begin[p + 1] from the end of p's entries to their start.
   for (int64_t p = 0; p < count; p++) scratch.begin[p] = scratch.begin[p + 1];
   scratch.begin[count] = total;
 }
 
-// Source tokens of one chunk that token p of `item` chose.
+// List the source tokens of one chunk that token p of `item` chose; return their number.
 template <class T, class Index>
 int64_t list_chosen(const BackwardJob<T>& job, int64_t item, int64_t p, int64_t source0, int64_t source1,
                     BackwardScratch<T>& scratch) {
@@ -111,17 +122,17 @@ int64_t list_chosen(const BackwardJob<T>& job, int64_t item, int64_t p, int64_t 
   const int64_t at = item * m.stride_item + job.target.position[p] * m.stride_position;
   int64_t count = 0;
   for (int64_t s = source0; s < source1; s++) {
-    const int position = get<Index>(m, at + s * m.stride_other);
+    const int position = chosen_position<Index>(m, at + s * m.stride_other);
     if (position < 0) continue;
     const int32_t q = job.source.token_at[s * length + position];
     scratch.own_row[count] = job.source_row[q];
-    scratch.own_coefficient[count++] =
-        scratch.grad_logit[s - source0] * (job.source_scale ? job.source_scale[q] : T(1));
+    scratch.own_coefficient[count] = scratch.grad_logit[s - source0] * (job.source_scale ? job.source_scale[q] : T(1));
+    count++;
   }
   return count;
 }
 
-// Add what one chunk of source items gives to one target item.
+// Add one chunk of source items' contribution to the gradients of one target item.
 template <class T>
 void accumulate_item(const BackwardJob<T>& job, int64_t item, int64_t row0, int64_t source0, int64_t source1,
                      BackwardScratch<T>& scratch) {
@@ -136,25 +147,27 @@ void accumulate_item(const BackwardJob<T>& job, int64_t item, int64_t row0, int6
   const auto list = job.target_matches.wide ? list_chosen<T, int16_t> : list_chosen<T, uint8_t>;
   for (int64_t p = first; p < last; p++) {
     const int32_t begin = scratch.begin[p - first], end = scratch.begin[p - first + 1];
-    const List<T> own = {scratch.own_row, scratch.own_coefficient, list(job, item, p, source0, source1, scratch)};
-    const List<T> other = {scratch.other_row + begin, scratch.other_coefficient + begin, end - begin};
+    const int64_t chosen = list(job, item, p, source0, source1, scratch);
+    const List<T> own = {.row = scratch.own_row, .coefficient = scratch.own_coefficient, .count = chosen};
+    const List<T> other = {
+        .row = scratch.other_row + begin, .coefficient = scratch.other_coefficient + begin, .count = end - begin};
     scratch.grad_weight[p - row0] += gather_row(width, own, other, target.weight ? target.weight[p] : T(0),
                                                 scratch.row + (p - row0) * width, scratch.grad + (p - row0) * width);
   }
 }
 
-// Through the normalisation, and out in the features' dtype. Masked tokens get zeros.
+// Store one target item's gradients in the features' dtype. Masked tokens get zeros.
 template <class T>
 void write_item(const BackwardJob<T>& job, int64_t item, int64_t row0, BackwardScratch<T>& scratch) {
   const Tokens<T>& target = job.target;
   const int64_t width = padded(target.dim);
-  const int64_t size = target.dtype == Dtype::f64 ? 8 : target.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t size = size_of(target.dtype);
   for (int64_t position = 0; position < target.length; position++) {
     char* out = job.grad_features + (item * target.length + position) * target.dim * size;
     T& out_weight = job.grad_weight[item * target.length + position];
     const int64_t token = target.token_at[item * target.length + position];
     if (token < 0) {
-      __builtin_memset(out, 0, target.dim * size);
+      for (int64_t k = 0; k < target.dim * size; k++) out[k] = 0;
       out_weight = 0;
       continue;
     }
@@ -165,7 +178,7 @@ void write_item(const BackwardJob<T>& job, int64_t item, int64_t row0, BackwardS
   }
 }
 
-// One task: the gradients of one block of target items, chunk of source items after chunk.
+// Run one task: the gradients of one block of target items, over all chunks of source items.
 template <class T>
 void backward(const BackwardJob<T>& job, int64_t task, BackwardScratch<T>& scratch) {
   const Tokens<T>& target = job.target;
@@ -181,3 +194,5 @@ void backward(const BackwardJob<T>& job, int64_t task, BackwardScratch<T>& scrat
       accumulate_item(job, item, row0, job.chunk[c], job.chunk[c + 1], scratch);
   for (int64_t item = item0; item < item1; item++) write_item(job, item, row0, scratch);
 }
+
+}  // namespace drl_fast::DRL_FAST_ISA

@@ -1,16 +1,21 @@
-// Forward of the token interaction.
+// Forward of the token interaction, compiled once per instruction set (simd_kernels.h).
 //
 //   S[r, l] = <row r, lane l's token in this slot>          r: a token of a text, l: a video, slot: one of its frames
 //   m_r[l]  = max over slots of S                           the row token's best match, kept per row
 //   m_l     = max over the rows of one item of S            the lane token's best match, kept per item
 //   logit   = scale * (sum_r w_r m_r + sum_slot w_l m_l)
 //
-// The tile: DRL_FAST_TILE_ROWS rows x 2 vectors of lanes live in registers while all of D passes by; the rows are read
-// as they lie, the lanes from a panel [D][width]. A tile's S goes to a small buffer that stays in L1/L2, and both maxima
-// read it once. FLOP: 2 * rows * lane tokens * D. Bytes from beyond L2: the panels, once a block of rows.
-// Each S is one chain of multiply-adds over D in order, whatever tile it falls in: a score does not depend on the batch.
+// The tile: DRL_FAST_TILE_ROWS rows x 2 vectors of lanes stay in registers over all of D. Rows are read in place, lanes
+// from a panel [D][width]. A tile's S goes to a small buffer that stays in L1/L2, and both maxima read it once.
+// FLOP: 2 * rows * lane tokens * D. Bytes from beyond L2: the panels, once per block of rows.
+// Each S is one chain of multiply-adds over D in order, in every tile shape, so a score does not depend on the batch.
+#pragma once
 
-// Lay out one slot of a group: row l of scratch is lane l's token, the panel is its transpose.
+#include "simd.h"
+
+namespace drl_fast::DRL_FAST_ISA {
+
+// Lay out one slot of a group: row l of scratch is lane l's token, and the panel is the transpose of scratch.
 template <class T>
 void pack_slot(const Tokens<T>& lanes, const Group<T>& group, int slot, T* scratch) {
   const int64_t width = padded(lanes.dim), dim = lanes.dim;
@@ -22,12 +27,12 @@ void pack_slot(const Tokens<T>& lanes, const Group<T>& group, int slot, T* scrat
     const int64_t first = lanes.start[group.item[l]];
     load_row(lanes, first + (slot < group.count[l] ? slot : 0), scratch + l * width, static_cast<T*>(nullptr));
   }
-  T* panel = group.panel + int64_t(slot) * dim * group.width;
+  T* panel = group.panel + static_cast<int64_t>(slot) * dim * group.width;
   for (int64_t k = 0; k < dim; k++)
     for (int l = 0; l < group.width; l++) panel[k * group.width + l] = scratch[l * width + k];
 }
 
-// Where a product's lanes lie: vector j of depth k is at data + k * step + j * apart.
+// The lanes of a product: vector j at depth k is at data + k * step + j * apart.
 template <class T>
 struct Panel {
   const T* data;
@@ -62,19 +67,26 @@ void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, b
     for (int j = 0; j < NV; j++) S::store(out + i * W + j * S::N, acc[i][j]);
 }
 
-// A depth at which a panel's slice stays in L2 beside the rows.
+// Depth of a panel's slice that fits L2 together with the rows.
 constexpr int64_t kDepth = 1024;
 
 template <class T, int NV>
 void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel, int64_t dim, T* out) {
   constexpr int W = NV * Simd<T>::N, M = DRL_FAST_TILE_ROWS;
-  for (int64_t k = 0; k < dim; k += kDepth) {
+  // Once even if D is 0, to set `out` to zeros.
+  for (int64_t k = 0; k == 0 || k < dim; k += kDepth) {
     const int64_t depth = dim - k < kDepth ? dim - k : kDepth;
-    const Panel<T> slice = {panel.data + k * panel.step, panel.step, panel.apart};
+    const Panel<T> slice = {.data = panel.data + k * panel.step, .step = panel.step, .apart = panel.apart};
     int64_t r = 0;
     for (; r + M <= count; r += M) tile<T, M, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
-    if (r + 4 <= count) tile<T, 4, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W), r += 4;
-    if (r + 2 <= count) tile<T, 2, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W), r += 2;
+    if (r + 4 <= count) {
+      tile<T, 4, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
+      r += 4;
+    }
+    if (r + 2 <= count) {
+      tile<T, 2, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
+      r += 2;
+    }
     for (; r < count; r++) tile<T, 1, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
   }
 }
@@ -87,8 +99,8 @@ inline void put(const Matches& m, int64_t item, int64_t position, int64_t other,
     static_cast<uint8_t*>(m.data)[at] = static_cast<uint8_t>(value);
 }
 
-// Both maxima over one slot's S, [rows][stride]; a NaN wins, and of several the first. ROWS, LANES: which directions are
-// wanted.
+// Update both maxima from one slot's S, [rows][stride]. A NaN beats every number; of equal values the first wins.
+// ROWS, LANES: which directions are wanted.
 template <class T, int NV, bool ROWS, bool LANES>
 void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, const T* similarity, int64_t stride,
                  int64_t item0, int64_t item1, ForwardScratch<T>& scratch) {
@@ -116,7 +128,7 @@ void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, cons
         if constexpr (LANES) {
           const I better = r == begin ? I{} == I{} : (s > top) | ((s != s) & (top == top));
           top = better ? s : top;
-          top_row = better ? S::broadcast_int(IntOf<T>(r - begin)) : top_row;
+          top_row = better ? S::broadcast_int(static_cast<IntOf<T>>(r - begin)) : top_row;
         }
       }
       if constexpr (LANES) {
@@ -128,7 +140,7 @@ void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, cons
         const I present = S::load(group.count + j) > S::broadcast_int(slot);
         T* sum = scratch.lane_sum + (item - item0) * W + j;
         const V before = slot == 0 ? V{} : S::load(sum);
-        const V after = before + S::load(group.weight + int64_t(slot) * W + j) * top;
+        const V after = before + S::load(group.weight + static_cast<int64_t>(slot) * W + j) * top;
         S::store(sum, present ? after : before);
         S::store(chosen + j, top_row);
       }
@@ -137,12 +149,13 @@ void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, cons
       const int32_t* position = job.rows.position + job.rows.start[item];
       for (int l = 0; l < W; l++)
         if (slot < group.count[l] && chosen[l] >= 0)
-          put(job.lane_matches, group.item[l], group.position[int64_t(slot) * W + l], item, position[chosen[l]]);
+          put(job.lane_matches, group.item[l], group.position[static_cast<int64_t>(slot) * W + l], item,
+              position[chosen[l]]);
     }
   }
 }
 
-// After the last slot: the row direction's sum, the logits, the rows' matches.
+// After the last slot: compute the row direction's sum, the logits and the rows' matches.
 template <class T, int NV, bool ROWS, bool LANES>
 void finish(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int64_t item1, ForwardScratch<T>& scratch) {
   using S = Simd<T>;
@@ -181,7 +194,8 @@ void finish(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int6
       const IntOf<T>* slot = scratch.best_slot + (r - row0) * W;
       for (int l = 0; l < W; l++)
         if (group.count[l] > 0 && slot[l] >= 0)
-          put(job.row_matches, item, job.rows.position[r], group.item[l], group.position[int64_t(slot[l]) * W + l]);
+          put(job.row_matches, item, job.rows.position[r], group.item[l],
+              group.position[static_cast<int64_t>(slot[l]) * W + l]);
     }
   }
 }
@@ -192,22 +206,22 @@ void forward_group(const ForwardJob<T>& job, const Group<T>& group, int64_t item
   constexpr int N = Simd<T>::N, W = NV * N;
   const int64_t count = job.rows.start[item1] - job.rows.start[item0], dim = job.rows.dim, width = padded(dim);
   int slot = 0;
-  // A tile one vector wide waits for its loads, so two slots of a narrow group make one of full width.
+  // A tile of one vector is bound by load latency, so a narrow group's slots go through the product in pairs.
   for (; NV == 1 && slot + 1 < group.slots; slot += 2) {
-    const Panel<T> two = {group.panel + slot * dim * N, N, dim * N};
+    const Panel<T> two = {.data = group.panel + slot * dim * N, .step = N, .apart = dim * N};
     product<T, 2>(scratch.rows, count, width, two, dim, scratch.similarity);
     for (int s = 0; s < 2; s++)
       reduce_slot<T, NV, ROWS, LANES>(job, group, slot + s, scratch.similarity + s * N, 2 * N, item0, item1, scratch);
   }
   for (; slot < group.slots; slot++) {
-    const Panel<T> one = {group.panel + slot * dim * W, W, N};
+    const Panel<T> one = {.data = group.panel + slot * dim * W, .step = W, .apart = N};
     product<T, NV>(scratch.rows, count, width, one, dim, scratch.similarity);
     reduce_slot<T, NV, ROWS, LANES>(job, group, slot, scratch.similarity, W, item0, item1, scratch);
   }
   finish<T, NV, ROWS, LANES>(job, group, item0, item1, scratch);
 }
 
-// One task: one block of row items against one group of lane items.
+// Run one task: one block of row items against one group of lane items.
 template <class T>
 void forward(const ForwardJob<T>& job, int64_t task, ForwardScratch<T>& scratch) {
   const int64_t block = task / job.group_count;
@@ -228,3 +242,5 @@ void forward(const ForwardJob<T>& job, int64_t task, ForwardScratch<T>& scratch)
                                   : forward_group<T, 1, false, true>);
   run(job, group, item0, item1, scratch);
 }
+
+}  // namespace drl_fast::DRL_FAST_ISA

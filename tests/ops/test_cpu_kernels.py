@@ -86,7 +86,7 @@ def test_the_operator_reads_nothing_beyond_its_arguments(name: str, value: torch
         (
             7,
             torch.empty(0, dtype=torch.uint8),
-            "forward kept; on the CPU it finds none again.*keep_matches=True",
+            "forward kept; the CPU kernel does not recompute them.*keep_matches=True",
         ),
         (7, torch.zeros(4, 3, 2, dtype=torch.int16), "matches must be those"),
         (8, torch.zeros(4, 4, 2, dtype=torch.uint8), "matches must be those"),
@@ -99,6 +99,17 @@ def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: obje
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.drl_fast.token_interaction_backward(*arguments)
+
+
+def test_token_interaction_of_no_channels() -> None:
+    """With D = 0 every similarity is 0. The kernels once read uninitialized scores and divided by zero."""
+    inputs = {**FORWARD, "text": torch.zeros(4, 3, 0), "video": torch.zeros(2, 5, 0)}
+    logits, by_word, by_frame = torch.ops.drl_fast.token_interaction(*inputs.values())
+    assert (logits == 0).all()
+    arguments = [torch.ones(4, 2), *list(inputs.values())[:6], by_word, by_frame, True, True, [True] * 4]
+    text, video, *weights = torch.ops.drl_fast.token_interaction_backward(*arguments)
+    assert (text.shape, video.shape) == ((4, 3, 0), (2, 5, 0))
+    assert all((weight == 0).all() for weight in weights)
 
 
 SIDES = {"text": torch.randn(4, 3, 8), "video": torch.randn(4, 5, 8)}

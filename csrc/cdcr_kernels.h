@@ -1,24 +1,27 @@
-// Row kernels of CDCR, for one instruction set; to be included inside an anonymous namespace, behind simd.h.
+// Row kernels of CDCR, compiled once per instruction set (simd_kernels.h).
 //
 //   x~_d = (x_d - mean_d) / std_d                       std over all anchors (or partners), unbiased
-//   C_de = sum over anchors of weight x~_d y~_e         here its diagonal; the full form's product is torch.mm's
-//   grad x_d = (G_d - offset_d - x~_d along_d) / std_d  G = weight (A y~): through the channel's mean and deviation too
+//   C_de = sum over anchors of weight x~_d y~_e         only its diagonal here; the full form uses aten::mm
+//   grad x_d = (G_d - offset_d - x~_d along_d) / std_d  G = weight (A y~); offset and along: through mean and std
 //
-// One row at a time, D channels in vectors. A kernel reads two rows and up to ten channel constants, which stay in L1,
-// and writes one to three rows: bound by L1, next to the product that found the partners.
+// A kernel handles one row at a time, D channels in vectors. It reads two rows and up to ten channel constants, which
+// stay in L1, and writes one to three rows. L1 bandwidth limits it.
+#pragma once
+
+#include "simd.h"
+
+namespace drl_fast::DRL_FAST_ISA {
 
 template <class T>
 struct Standard {
   using S = Simd<T>;
   const T* row;
   const Channels<T>& of;
-  inline __attribute__((always_inline)) typename S::V centered(int64_t k) const {
-    // Two steps: for a channel that is nearly constant the mean's own rounding would be as large as its deviation.
+  DRL_FAST_ALWAYS_INLINE typename S::V centered(int64_t k) const {
+    // In two steps: the rounding of a nearly constant channel's mean can be as large as the channel's deviation.
     return (S::load(row + k) - S::load(of.mean + k)) - S::load(of.mean_rest + k);
   }
-  inline __attribute__((always_inline)) typename S::V operator()(int64_t k) const {
-    return centered(k) * S::load(of.inverse_std + k);
-  }
+  DRL_FAST_ALWAYS_INLINE typename S::V operator()(int64_t k) const { return centered(k) * S::load(of.inverse_std + k); }
 };
 
 template <class T>
@@ -31,7 +34,7 @@ void cdcr_sum(const T* row, const T* shift, int64_t width, T* sum) {
 template <class T>
 void cdcr_scatter(const T* row, const Channels<T>& of, int64_t width, T* scatter) {
   using S = Simd<T>;
-  const Standard<T> x = {row, of};
+  const Standard<T> x = {.row = row, .of = of};
   for (int64_t k = 0; k < width; k += S::N) {
     const typename S::V d = x.centered(k);
     S::store(scatter + k, S::load(scatter + k) + d * d);
@@ -42,7 +45,8 @@ template <class T>
 void cdcr_correlate(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, const Channels<T>& of_y,
                     int64_t width, T* cross, T* sum_x, T* sum_y) {
   using S = Simd<T>;
-  const Standard<T> x = {row_x, of_x}, y = {row_y, of_y};
+  const Standard<T> x = {.row = row_x, .of = of_x};
+  const Standard<T> y = {.row = row_y, .of = of_y};
   const typename S::V w = S::broadcast(weight);
   for (int64_t k = 0; k < width; k += S::N) {
     const typename S::V a = w * x(k), b = y(k);
@@ -56,7 +60,8 @@ template <class T>
 void cdcr_standardize(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, const Channels<T>& of_y,
                       int64_t width, bool add, T* weighted, T* partner, T* sum_x, T* sum_y) {
   using S = Simd<T>;
-  const Standard<T> x = {row_x, of_x}, y = {row_y, of_y};
+  const Standard<T> x = {.row = row_x, .of = of_x};
+  const Standard<T> y = {.row = row_y, .of = of_y};
   const typename S::V w = S::broadcast(weight);
   for (int64_t k = 0; k < width; k += S::N) {
     const typename S::V a = w * x(k), b = y(k);
@@ -71,7 +76,8 @@ template <class T>
 T cdcr_pull(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, const Channels<T>& of_y,
             const Pull<T>& pull, int64_t width, T* grad_x, T* grad_y) {
   using S = Simd<T>;
-  const Standard<T> x = {row_x, of_x}, y = {row_y, of_y};
+  const Standard<T> x = {.row = row_x, .of = of_x};
+  const Standard<T> y = {.row = row_y, .of = of_y};
   const typename S::V w = S::broadcast(weight);
   typename S::V product = {};
   for (int64_t k = 0; k < width; k += S::N) {
@@ -93,7 +99,4 @@ T cdcr_pull(const T* row_x, const T* row_y, T weight, const Channels<T>& of_x, c
   return S::sum(product);
 }
 
-template <class T>
-constexpr CdcrKernels<T> cdcr_kernels() {
-  return {dot<T>, cdcr_sum<T>, cdcr_scatter<T>, cdcr_correlate<T>, cdcr_standardize<T>, cdcr_pull<T>};
-}
+}  // namespace drl_fast::DRL_FAST_ISA
