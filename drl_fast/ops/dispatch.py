@@ -38,7 +38,7 @@ EXTENSION_ERROR = _load_extension()
 if EXTENSION_ERROR is not None:
     warnings.warn(
         "drl_fast: the C++ extension is not available, so CPU tensors run on the slower chunked PyTorch path "
-        f"({EXTENSION_ERROR}). Install a wheel, or build with a C++17 compiler: pip install --no-build-isolation -e .",
+        f"({EXTENSION_ERROR}). Install a wheel, or build with a C++20 compiler: pip install --no-build-isolation -e .",
         RuntimeWarning,
         stacklevel=2,
     )
