@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import reprlib
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -97,19 +99,32 @@ def mask(name: str, value: object, features: Tensor, letters: str, features_name
     if value is None:
         return None
     x = per_token(name, value, features, letters, features_name)
+    if _values_are_visible(x) and x.numel() and _has_any(~(x != 0).any()):
+        _warn_no_real_token(name)
     if x.dtype == torch.bool:
         return x
-    # Looking at values costs a synchronisation on an accelerator and breaks a compiled graph.
-    visible = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if visible and (x.is_floating_point() or x.is_complex()):
-        if _has_any(x.isnan()):
+    if _values_are_visible(x):
+        if (x.is_floating_point() or x.is_complex()) and _has_any(x.isnan()):
             raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
-        if x.is_floating_point() and _has_any(x == -torch.inf):
+        if x.dtype.is_signed and not x.is_complex() and _has_any(x < 0):
             raise ValueError(
-                f"{name} must be zero (masked) or non-zero (real), got -inf; an additive mask (0 = real) becomes one "
-                f"with {name} == 0"
+                f"{name} must be zero (masked) or non-zero (real), got {x.min().item():g}, which looks like an "
+                f"additive mask (0 = real); pass 1 for real tokens and 0 for padding, such as {name} == 0"
             )
     return x != 0
+
+
+def _values_are_visible(x: Tensor) -> bool:
+    """Tell whether values may be checked: elsewhere that synchronises an accelerator or breaks a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def _warn_no_real_token(name: str) -> None:
+    warnings.warn(
+        f"drl_fast: {name} holds no real token at all, so all scores are 0; real tokens are non-zero in a mask",
+        stacklevel=5,
+    )
 
 
 def _has_any(x: Tensor) -> bool:

@@ -63,7 +63,7 @@ def save(
         write_atomically(path, lambda name: torch.save(state, name))
     except (OSError, RuntimeError) as error:
         # torch's writer raises a RuntimeError that does not mention the disk.
-        reason = error.strerror if isinstance(error, OSError) else "its writer failed, as it does on a full disk"
+        reason = getattr(error, "strerror", None) or "its writer failed, as it does on a full disk"
         before = "; the previous checkpoint is intact" if path.exists() else ""
         raise OSError(f"{path} could not be written: {reason}{before}; make room and continue with --resume") from error
 

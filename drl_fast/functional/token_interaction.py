@@ -118,6 +118,11 @@ def interact(
         text_mask = video_mask = None
     inputs = (text, video, text_weight, video_weight)
     refuse_forward_mode(inputs, "token interaction")
+    tracked = torch._C._functorch.is_gradtrackingtensor
+    if not torch.compiler.is_compiling() and any(x is not None and tracked(x) for x in inputs):
+        raise NotImplementedError(
+            "drl_fast: the token interaction does not work under torch.func.grad; use torch.autograd.grad or backward()"
+        )
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     keep = return_matches or (train and op.keeps_matches(text, video, bidirectional))
     logits, video_index, text_index = op.token_interaction(

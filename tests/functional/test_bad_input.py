@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import drl_fast
+from drl_fast import validation
 from drl_fast.functional import dot_product
 from tests.implementations import Implementation
 
@@ -68,7 +70,17 @@ INTERACTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an additive mask": (
         {"text_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)},
         ValueError,
-        "text_mask must be zero .* got -inf; an additive mask .* text_mask == 0",
+        "text_mask must be zero .* got -inf, which looks like an additive mask .* text_mask == 0",
+    ),
+    "a finite additive mask": (
+        {"text_mask": torch.tensor([[0.0, 0.0, -10000.0], [0.0, 0.0, 0.0]])},
+        ValueError,
+        "text_mask must be zero .* got -10000, which looks like an additive mask",
+    ),
+    "an additive mask of integers": (
+        {"video_mask": torch.tensor([[0, 0, 0, 0, -1]] * 4)},
+        ValueError,
+        "video_mask must be zero .* got -1, which looks like an additive mask",
     ),
     "text a long list": ({"text": [0.5] * 999}, TypeError, "text must be a torch.Tensor, got list of 999"),
     "text a list of tensors": ({"text": list(T)}, TypeError, r"got list of 2; convert it with torch.stack\(text\)"),
@@ -204,3 +216,21 @@ def test_fine_as_it_is() -> None:
     """Nothing above is refused by accident: the same call without the change passes."""
     interact(text_mask=torch.ones(2, 3), video_mask=torch.zeros(4, 5), text_weight=torch.ones(2, 3).half())
     interact(text=T.to(META), video=V.to(META))
+
+
+@pytest.mark.parametrize("call", [drl_fast.token_interaction, drl_fast.maxsim])
+def test_torch_func_grad_is_refused_in_our_words(call: Any) -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"drl_fast: the token interaction does not work under torch\.func\.grad"
+    ):
+        torch.func.grad(lambda text: call(text, V).sum())(T)
+
+
+def test_a_mask_without_a_real_token_warns_once() -> None:
+    validation._warn_no_real_token.cache_clear()
+    with pytest.warns(UserWarning, match="text_mask holds no real token at all, so all scores are 0"):
+        assert not interact(text_mask=torch.zeros(2, 3)).any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interact(text_mask=torch.zeros(2, 3, dtype=torch.bool))
+        interact(text_mask=torch.tensor([[0, 0, 0], [0, 0, 1]]))
