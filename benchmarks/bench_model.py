@@ -177,10 +177,10 @@ def time_steps(plan: Steps, batch: int, device: str) -> dict[str, Any]:
     return {"batch": batch, "ms": ms, "dense_over_ours": harness.spread(gain)}
 
 
-def memory_phases(clip: str, words: int, frames: int, batch: int, device: str, threads: int) -> tuple[Call, Call, str]:
+def memory_phases(clip: str, words: int, frames: int, batch: int, device: str, threads: int) -> tuple[Call, Call]:
     """Make a step that returns each part's peak and what is held at its end, in MB beyond the start.
 
-    It is for :func:`harness.worker`. Adam's state exists before. Raises OSError where the peak cannot be reset.
+    It is for :func:`harness.measure_apart`. Adam's state exists before. Raises OSError where the peak cannot be reset.
     """
     torch.set_num_threads(threads)
     trainer = Trainer(clip, words, frames, 2, device)
@@ -190,7 +190,7 @@ def memory_phases(clip: str, words: int, frames: int, batch: int, device: str, t
         trainer.adam.zero_grad()
         trainer.draw(batch)
 
-    def call() -> list[dict[str, Any]]:
+    def call() -> dict[str, Any]:
         laps: list[dict[str, Any]] = []
         start, _ = harness.held_and_peak(device)
         harness.reset_peak(device)
@@ -201,9 +201,9 @@ def memory_phases(clip: str, words: int, frames: int, batch: int, device: str, t
             harness.reset_peak(device)
 
         trainer.step(mark, ("dense", "ours"))
-        return laps
+        return {"result": laps}
 
-    return warm_up, call, device
+    return warm_up, call
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def measure(run: Run, plan: Steps) -> None:
             continue
         # Memory first: the worker needs what this process's model would take.
         made = {"clip": plan.clip, "words": plan.words, "frames": plan.frames, "batch": batch}
-        found = harness.measure_apart("call", "bench_model:memory_phases", **made, device=device, threads=threads)
+        found = harness.measure_apart("bench_model:memory_phases", **made, device=device, threads=threads)
         peak = f"peak {max(lap['peak_mb'] for lap in found['result']):.0f} MB" if "result" in found else found["status"]
         run.row("phases", {"batch": batch, **found}, f"batch {batch}: {peak}")
         row = time_steps(plan, batch, device)

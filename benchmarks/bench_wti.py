@@ -2,25 +2,16 @@
 
     python benchmarks/bench_wti.py [--quick | --full]
     python benchmarks/bench_wti.py --device cuda [--quick | --full]     # bfloat16, on a GPU
-    python benchmarks/bench_wti.py --profile                            # where a step spends its time; needs perf
 
-Writes ``<out>/<machine>/wti.json`` and its pictures, or ``wti_profile.json``. "forward" and "train" compute both
+Writes ``<out>/<machine>/wti.json`` and its pictures. "forward" and "train" compute both
 directions with weights; "maxsim" is the one direction that max-sim libraries offer, on features normalised beforehand.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +20,9 @@ from torch import Tensor
 
 import drl_fast
 import eager
-import harness
-from comparison import PRODUCT, Comparison, Contestant, Plan, present, similarities
-from harness import Call, Run
-from problems import Problem, Shape, batches, make_problem
+from comparison import PRODUCT, Comparison, Contestant, Plan, gradient_step, main, similarities
+from harness import Call
+from problems import Problem, Shape, batches
 
 OURS = "drl_fast"
 
@@ -40,13 +30,7 @@ OURS = "drl_fast"
 # --- both directions --------------------------------------------------------------------------------------------------
 def training_step(forward: Call, problem: Problem) -> Call:
     """Return the forward with gradients of both features and both weights for a given gradient of the logits."""
-    grad = problem.grad  # drawn before anything is measured
-
-    def step() -> tuple[Tensor, ...]:
-        logits = forward()
-        return logits.detach(), *torch.autograd.grad(logits, problem.leaves(), grad.to(logits.dtype))
-
-    return step
+    return gradient_step(forward, problem.leaves(), problem.grad)
 
 
 def ours(problem: Problem) -> Call:
@@ -238,91 +222,5 @@ GPU_PLANS = {
 }
 
 
-# --- the profile ------------------------------------------------------------------------------------------------------
-PROFILED = (Shape(256), REAL, LONG)
-PERF_LINE = re.compile(r"^\s*([\d.]+)%\s+\[[.k]\]\s+(.*)$")
-# Functions of csrc/ by what they do, in the order of a step. Inlined ones count as their caller.
-PHASES = {
-    "product (forward)": ("tile<",),
-    "maxima, sums, matches (forward)": ("forward_group<", "reduce_slot<", "finish<"),
-    "normalising and laying out tokens": ("load_row<", "pack_slot<", "Side<", "Lanes<", "forward<"),
-    "gather of matched rows (backward)": ("gather<",),
-    "lists of matches (backward)": ("sort_choosers<", "list_chosen<"),
-    "gradients through the norm, and out": ("backward<", "write_item<", "accumulate_item<"),
-}
-REST = "everything else: Python, autograd, threads, page faults"
-
-
-def step_for(number: int, seconds: float, threads: int) -> float:
-    """Run training steps of a profiled shape for a while; return the milliseconds of one."""
-    torch.set_num_threads(threads)
-    problem = make_problem(PROFILED[number])
-    call = training_step(ours(problem), problem)
-    call()
-    count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        call()
-        count += 1
-    return (time.perf_counter() - begin) / count * 1e3
-
-
-def sample(number: int, seconds: float, threads: int) -> dict[str, Any]:
-    """Return the share of each phase of one shape's step, in percent of perf's samples of the CPU clock."""
-    code = f"import bench_wti; print(bench_wti.step_for({number}, {seconds}, {threads}))"
-    with tempfile.TemporaryDirectory() as folder:
-        data = str(Path(folder) / "perf.data")
-        record = ["perf", "record", "-q", "-e", "cpu-clock", "-F", "1999", "-o", data, sys.executable, "-c", code]
-        done = subprocess.run(record, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-        report = ["perf", "report", "-i", data, "--no-children", "--stdio", "-F", "overhead,symbol"]
-        lines = subprocess.run(report, check=True, capture_output=True, text=True).stdout.splitlines()
-    return {
-        "shape": asdict(PROFILED[number]),
-        "ms": float(done.stdout.split()[-1]),
-        "percent": shares(lines),
-    }
-
-
-def shares(lines: list[str]) -> dict[str, float]:
-    """Sum perf's report by phase."""
-    found = dict.fromkeys(PHASES, 0.0)
-    for line in lines:
-        match = PERF_LINE.match(line)
-        if match is None or "drl_fast::" not in match[2]:
-            continue
-        for phase, names in PHASES.items():
-            if any(f"::{name}" in match[2] for name in names):
-                found[phase] += float(match[1])
-                break
-    return {**found, REST: 100 - sum(found.values())}
-
-
-def profile(options: argparse.Namespace) -> None:
-    """Sample training steps at three shapes."""
-    if shutil.which("perf") is None:
-        raise SystemExit("--profile needs Linux's perf on the PATH; on Debian: apt-get install linux-perf")
-    seconds = 2.0 if options.size == "quick" else 8.0
-    run = Run("wti_profile", options, 1, seconds=seconds)
-    for number, shape in enumerate(PROFILED):
-        row = sample(number, seconds, options.threads)
-        run.row("profile", row, f"{shape.label():32} {row['ms']:.3g} ms")
-    present(run)
-
-
-def main() -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--profile", action="store_true", help="sample where a training step spends its time")
-    options = parser.parse_args()
-    on_gpu = options.device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA device; leave --device out to measure the CPU")
-    if options.profile:
-        profile(options)
-        return
-    plan = (GPU_PLANS if on_gpu else PLANS)[options.size]
-    run = Run(COMPARISON.name, options, plan.minutes)
-    COMPARISON.measure(run, plan)
-    present(run)
-
-
 if __name__ == "__main__":
-    main()
+    main(COMPARISON, PLANS, __doc__, GPU_PLANS)

@@ -75,12 +75,12 @@ def dense_product(problem: Problem) -> Call:
 PRODUCT = Contestant(YARDSTICK, "torch.mm", dense_product, "one dense product of all padded tokens, nothing else")
 
 
-def gradient_step(forward: Call, leaves: tuple[Tensor, ...]) -> Call:
-    """Return a training step: a loss and its gradients."""
+def gradient_step(forward: Call, leaves: tuple[Tensor, ...], grad: Tensor | None = None) -> Call:
+    """Return a training step: the result, a loss if no ``grad`` of it is given, and the gradients of the leaves."""
 
     def step() -> tuple[Tensor, ...]:
-        loss = forward()
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
+        result = forward()
+        return result.detach(), *torch.autograd.grad(result, leaves, None if grad is None else grad.to(result.dtype))
 
     return step
 
@@ -183,18 +183,23 @@ class Comparison:
         job = {"name": name, "shape": asdict(shape), "device": device, "threads": threads}
         found: dict[str, Any] = {"status": self.contestant(name).refusal(shape, device)}
         if found["status"] is None:
-            found = harness.measure_apart("memory", "comparison:memory_step", benchmark=self.name, **job)
+            found = harness.measure_apart("comparison:memory_step", benchmark=self.name, **job)
         return {"contestant": name, "shape": asdict(shape), **found}
 
 
-def memory_step(benchmark: str, name: str, shape: dict[str, Any], device: str, threads: int) -> tuple[Call, Call, str]:
-    """Make a training step, and a tiny one to warm up with, for :func:`harness.worker`."""
+def memory_step(benchmark: str, name: str, shape: dict[str, Any], device: str, threads: int) -> tuple[Call, Call]:
+    """Make a tiny training step and the measurement of a full one, for :func:`harness.measure_apart`."""
     torch.set_num_threads(threads)
     contestant = importlib.import_module(f"bench_{benchmark}").COMPARISON.contestant(name)
     full = Shape(**shape)
     call = contestant.make(make_problem(full, device))
     warm_up = contestant.make(make_problem(replace(full, batch=4), device)) if contestant.tiny_warm_up else call
-    return warm_up, call, device
+
+    def measure() -> dict[str, Any]:
+        used, method = harness.peak_bytes(call, device)
+        return {"mb": used / harness.MB, "method": method}
+
+    return warm_up, measure
 
 
 def _medians(results: dict[str, Any]) -> str:
@@ -260,10 +265,20 @@ def present(run: Run) -> None:
     plots.draw(result, run.path)
 
 
-def main(comparison: Comparison, plans: Mapping[str, Plan], about: str | None, **settings: Any) -> None:
+def main(
+    comparison: Comparison,
+    plans: Mapping[str, Plan],
+    about: str | None,
+    gpu_plans: Mapping[str, Plan] | None = None,
+    **settings: Any,
+) -> None:
     """Run a benchmark from the command line."""
-    options = harness.parser(about).parse_args()
-    plan = plans[options.size]
+    parser = harness.parser(about)
+    options = parser.parse_args()
+    on_gpu = options.device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device; leave --device out to measure the CPU")
+    plan = (gpu_plans if on_gpu and gpu_plans else plans)[options.size]
     run = Run(comparison.name, options, plan.minutes, **settings)
     comparison.measure(run, plan)
     present(run)

@@ -156,40 +156,34 @@ def peak_bytes(call: Call, device: str) -> tuple[float, str]:
     return peak - before, method
 
 
-def measure_apart(what: str, factory: str, **arguments: Any) -> dict[str, Any]:
-    """Measure the "memory" of what ``factory`` ("module:function") makes, or "call" it, in a fresh process.
+def measure_apart(factory: str, **arguments: Any) -> dict[str, Any]:
+    """Measure what ``factory`` ("module:function") makes in a fresh process.
 
-    See :func:`worker` for what the factory returns. The answer has a ``status``: "ok" or what went wrong.
+    The factory returns a warm-up, and a call that returns what it measured. The warm-up must run the same code on a
+    tiny problem, so that libraries, thread pools and compiled code exist before; the inputs are made before too. The
+    answer is the call's, with a ``status``: "ok" or what went wrong.
     """
-    job = json.dumps({"what": what, "factory": factory, "arguments": arguments})
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), job]
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), factory, json.dumps(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.get("threads", torch.get_num_threads()))}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WORKER_TIMEOUT)
     except subprocess.TimeoutExpired:
         return {"status": f"timed out after {WORKER_TIMEOUT} s"}
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        return {"status": "ok", **json.loads(done.stdout.splitlines()[-1])}
     if done.returncode < 0:
         return {"status": f"killed by signal {-done.returncode} (out of memory?)"}
     return {"status": "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1]}
 
 
-def worker(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure in the fresh process: the factory returns (warm-up, call, device), and only ``call`` is measured.
-
-    The warm-up must run the same code on a tiny problem, so that libraries, thread pools and compiled code exist
-    before. The factory makes the inputs, so they do not count. "call": hand on the call's own result.
-    """
+def worker(factory: str, arguments: str) -> None:
+    """Run in the fresh process and print the answer of :func:`measure_apart`."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if the machine runs out, this process goes first
-    module, function = job["factory"].split(":")
-    warm_up, call, device = getattr(importlib.import_module(module), function)(**job["arguments"])
+    module, function = factory.split(":")
+    warm_up, call = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     warm_up()
-    if job["what"] == "call":
-        return {"status": "ok", "result": call()}
-    used, method = peak_bytes(call, device)
-    return {"status": "ok", "mb": used / MB, "method": method}
+    print(json.dumps(call()))
 
 
 def available_bytes(device: str) -> float:
@@ -304,16 +298,9 @@ class Run:
 def save(result: Any, path: Path) -> None:
     """Write JSON whole or not at all. Floats keep four significant digits, since more is noise in every diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(result), indent=1) + "\n"
+    rounded = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    text = json.dumps(rounded, indent=1) + "\n"
     write_atomically(path, lambda name: Path(name).write_text(text))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def load(path: Path) -> Any:
@@ -322,4 +309,4 @@ def load(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(worker(json.loads(sys.argv[1]))))
+    worker(*sys.argv[1:])

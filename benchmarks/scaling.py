@@ -4,19 +4,8 @@
     python benchmarks/scaling.py --check [--quick]      # compare it with real processes on this machine
 
 W ranks hold n = B / W pairs each. Every rank scores its own n texts against the videos of all ranks, which are gathered
-or go round a ring (drl_fast/distributed/exchange.py). The terms:
-
-- One rank's videos as they travel: P = n Nv (D e + 4) bytes, e an element's, 4 a weight's; each part rounded up to 64.
-  Their gradients, in float32: G = 4 n Nv (D + 1). Their columns' running maximum and sum: C = 8 n.
-- Sent by a rank, gathered:  forward (W-1) (P + C) + (W-1) C      backward (W-1) G
-- Sent by a rank, ring:      forward (W-1) P + W C + (W-1) C      backward (W-1) P + W G
-  The last term of the forward gives every rank all columns' sums. Some kilobytes of headers and scalars are left out.
-- Held by a rank beside its inputs: the text's gradient in float32 and, where that differs, in the input's type; a block
-  of scores (constant); gathered: (W+1) P, and in the backward 3 W G (results, the same packed, what comes back);
-  ring: 2 P + 4 G (three results, and what a block adds to one); one process: 2 G.
-- ``cdcr_loss``: counts, means and scatters of four matrices are gathered, 4 (2 D + 1) numbers of float64 a rank; then
-  two sums over ranks, each 2 (W-1)/W times its bytes: C's two terms (2 D numbers of float32, full form 2 D x D), and
-  4 D of float64. The backward sends nothing, and none of it grows with the batch.
+or go round a ring (drl_fast/distributed/exchange.py). docs/distributed.md derives the terms; some kilobytes of headers
+and scalars are left out.
 """
 
 from __future__ import annotations
@@ -66,11 +55,10 @@ class Work:
 
 
 # --- terms ------------------------------------------------------------------------------------------------------------
-def packed(work: Work, masked: bool = False) -> int:
-    """Return P: bytes of one rank's videos as they travel."""
+def packed(work: Work) -> int:
+    """Return P: bytes of one rank's videos and their weights as they travel, each part rounded up."""
     tokens = work.rows * work.nv
-    parts = [4 * tokens, work.itemsize * tokens * work.dim, *([tokens] if masked else [])]
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in parts)
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in (4 * tokens, work.itemsize * tokens * work.dim))
 
 
 def gradients(work: Work) -> int:
@@ -78,59 +66,42 @@ def gradients(work: Work) -> int:
     return 4 * work.rows * work.nv * (work.dim + 1)
 
 
-def columns(work: Work) -> int:
-    """Return C: bytes of the running maxima and sums of one rank's columns."""
-    return 8 * work.rows
-
-
-def sent(work: Work, way: Way, masked: bool = False) -> dict[str, int]:
-    """Return the bytes that a rank sends in a step, by term."""
-    others = work.ranks - 1
-    p, g, c = packed(work, masked), gradients(work), columns(work)
-    if not others:
-        return {"videos": 0, "column_sums": 0, "gradients": 0}
+def sent(work: Work, way: Way) -> int:
+    """Return the bytes that a rank sends in a step, of videos, their gradients, and their columns' sums (C)."""
+    others, p, g, c = work.ranks - 1, packed(work), gradients(work), 8 * work.rows
     if way == "gathered":
-        return {"videos": others * p, "column_sums": 2 * others * c, "gradients": others * g}
-    return {"videos": 2 * others * p, "column_sums": (work.ranks + others) * c, "gradients": work.ranks * g}
+        return others * (p + g + 2 * c)
+    return 2 * others * p + work.ranks * g + (work.ranks + others) * c
 
 
-def held(work: Work, way: Way) -> dict[str, int]:
-    """Return the bytes that a rank holds beside its inputs at the worst moment, gradients included, by term."""
-    text = work.rows * work.nt * (work.dim + 1)
-    p, g = packed(work), gradients(work)
+def held(work: Work, way: Way) -> int:
+    """Return the bytes that a rank holds beside its inputs at the worst moment, gradients included."""
+    # The text's gradient is float32 and, where that differs, in the input's type.
+    text = (4 if work.itemsize == 4 else 4 + work.itemsize) * work.rows * work.nt * (work.dim + 1)
     videos, results = {"gathered": (work.ranks + 1, 3 * work.ranks), "ring": (2, 4)}[way]
-    if work.ranks == 1:
-        videos, results = 0, 2
-    return {
-        "text_gradient": (4 if work.itemsize == 4 else 4 + work.itemsize) * text,
-        "videos": videos * p,
-        "results": results * g,
-        "sums": 8 * (work.rows + work.pairs),
-        "block": BLOCK_BYTES,
-    }
+    sums = 8 * (work.rows + work.pairs)
+    return text + videos * packed(work) + results * gradients(work) + sums + BLOCK_BYTES
 
 
 def cdcr_sent(work: Work, full: bool) -> int:
     """Return the bytes that a rank sends for ``cdcr_loss``; a sum's pieces are padded to one size."""
-    others = work.ranks - 1
     gathered = 4 * (2 * work.dim + 1) * 8
     terms, sums = (2 * work.dim**2 if full else 2 * work.dim), 4 * work.dim
     pieces = 4 * -(-terms // work.ranks) + 8 * -(-sums // work.ranks)
-    return others * (gathered + 2 * pieces)
+    return (work.ranks - 1) * (gathered + 2 * pieces)
 
 
 # --- the plan: what docs/distributed.md shows -------------------------------------------------------------------------
-PLAN = tuple(
-    Work(pairs << 10, ranks) for pairs, ranks in ((16, 8), (16, 64), (64, 64), (256, 64), (1024, 64), (1024, 1024))
-)
+SIZES = ((16, 8), (16, 64), (64, 64), (256, 64), (1024, 64), (1024, 1024))  # thousands of pairs, ranks
+PLAN = tuple(Work(pairs << 10, ranks) for pairs, ranks in SIZES)
 
 
 def plan() -> dict[str, Any]:
     """Return the model's bytes at six sizes."""
-    rows = []
-    for work in PLAN:
-        ways = {way: {"held": sum(held(work, way).values()), "sent": sum(sent(work, way).values())} for way in WAYS}
-        rows.append({"work": asdict(work), "ways": ways})
+    rows = [
+        {"work": asdict(work), "ways": {way: {"held": held(work, way), "sent": sent(work, way)} for way in WAYS}}
+        for work in PLAN
+    ]
     return {"benchmark": "scaling", "plan": rows}
 
 
@@ -183,7 +154,7 @@ def group(work: Work, kind: str) -> dict[str, Any]:
         predicted = {"sent": cdcr_sent(work, kind == "CDCR, full")}
     else:
         way: Way = "ring" if kind == "ring" else "gathered"
-        predicted = {"sent": sum(sent(work, way).values()), "held": sum(held(work, way).values())}
+        predicted = {"sent": sent(work, way), "held": held(work, way)}
     pairs = {what: {"predicted": size, "measured": found[what]} for what, size in predicted.items()}
     return {"work": asdict(work), "kind": kind, **pairs}
 

@@ -48,7 +48,7 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
 
 
 def test_a_worker_that_dies_is_reported() -> None:
-    found = harness.measure_apart("memory", "problems:no_such_factory")
+    found = harness.measure_apart("problems:no_such_factory")
     assert found["status"].startswith("failed: AttributeError")
 
 
@@ -79,18 +79,3 @@ def test_real_lengths_are_the_histogram() -> None:
     mean = sum(length * count for length, count in CAPTION_LENGTHS.items()) / 1000
     assert mean == pytest.approx(11.63, abs=0.01)
     assert float(lengths.mean()) == pytest.approx(mean, rel=0.02)
-
-
-def test_perf_samples_are_summed_by_phase() -> None:
-    lines = [
-        "    40.00%  [.] drl_fast::(anonymous namespace)::tile<8, 2>",
-        "    20.00%  [.] void drl_fast::gather<float>(int)",
-        "     5.50%  [.] drl_fast::gather<double>",
-        "    10.00%  [k] clear_page",
-        "# a comment",
-    ]
-    found = bench_wti.shares(lines)
-    assert found["product (forward)"] == 40
-    assert found["gather of matched rows (backward)"] == 25.5
-    assert found[bench_wti.REST] == pytest.approx(34.5)
-    assert sum(found.values()) == pytest.approx(100)
