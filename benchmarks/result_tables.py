@@ -9,7 +9,7 @@ Times compare as time relative to eager code; lower is better.
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,10 +21,7 @@ import harness
 import plots
 from problems import Shape
 
-PAGES = tuple(
-    str(path.relative_to(harness.ROOT))
-    for path in (harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md")))
-)
+PAGES = ("README.md", *sorted(str(page.relative_to(harness.ROOT)) for page in harness.ROOT.glob("docs/*.md")))
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 NOTHING = "-"
 Result = dict[str, Any]
@@ -66,18 +63,8 @@ def megabytes(row: Result | None) -> str:
 
 
 def bytes_of(size: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if size >= factor:
-            return f"{_short(size / factor)} {unit}"
-    return f"{_short(size / 1e3)} kB"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 0.99 else f"{100 * share:.3g} %"
+    value, unit = (size / 1e9, "GB") if size >= 1e9 else (size / 1e6, "MB")
+    return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
 
 
 def shape_of(row: Result) -> str:
@@ -117,24 +104,26 @@ def contestants(result: Result) -> Table:
     return Table("Packages", ["package", "version", "how it is called"], rows)
 
 
+def grid(title: str, corner: str, result: Result, cells: dict[tuple[str, str], str]) -> Table:
+    """Lay out cells, which are known by row and contestant; rows come in the cells' order."""
+    names = [name for name in result["contestants"] if any(name == column for _, column in cells)]
+    rows = [
+        [row, *(cells.get((row, name), NOTHING) for name in names)] for row in dict.fromkeys(row for row, _ in cells)
+    ]
+    return Table(title, [corner, *labels(result, names)], rows)
+
+
 def memory(result: Result) -> Table:
-    measured = result.get("memory", [])
-    names = list(dict.fromkeys(row["contestant"] for row in measured))
-    found = {(Shape(**row["shape"]), row["contestant"]): row for row in measured}
-    shapes = sorted({shape for shape, _ in found}, key=lambda s: (s.nt, s.nv, s.dim, s.batch))
-    rows = [[shape.label(), *(megabytes(found.get((shape, name))) for name in names)] for shape in shapes]
-    title = "Peak memory of a training step beyond its inputs"
-    return Table(title, ["batch, words, frames", *labels(result, names)], rows)
+    sizes = ("nt", "nv", "dim", "batch")
+    measured = sorted(result.get("memory", []), key=lambda row: [row["shape"][size] for size in sizes])
+    cells = {(shape_of(row), row["contestant"]): megabytes(row) for row in measured}
+    return grid("Peak memory of a training step beyond its inputs", "batch, words, frames", result, cells)
 
 
 def budget(result: Result) -> Table:
-    measured = result.get("budget", [])
-    names = list(dict.fromkeys(row["contestant"] for row in measured))
-    most = {(row["budget_mb"], row["contestant"]): str(row["fits"]["batch"]) for row in measured if row["fits"]}
-    sizes = sorted({row["budget_mb"] for row in measured})
-    rows = [[f"{size} MB", *(most.get((size, name), NOTHING) for name in names)] for size in sizes]
-    title = "Largest batch whose training step adds at most so much to its inputs"
-    return Table(title, ["budget", *labels(result, names)], rows)
+    found = [row for row in result.get("budget", []) if row["fits"]]
+    cells = {(f"{row['budget_mb']} MB", row["contestant"]): str(row["fits"]["batch"]) for row in found}
+    return grid("Largest batch whose training step adds at most so much to its inputs", "budget", result, cells)
 
 
 # --- the interaction --------------------------------------------------------------------------------------------------
@@ -220,21 +209,20 @@ PARTS = {
 
 def model_time(result: Result) -> Table:
     """Show milliseconds, and each part's share of the step that has it."""
-    rows = []
-    for part, name in PARTS.items():
-        cells = []
-        for row in result["time"]:
-            whole = row["ms"]["step_dense" if part == "dense" else "step"]["median"]
-            cells.append(f"{milliseconds(row['ms'][part])} ({percent(row['ms'][part]['median'] / whole)})")
-        rows.append([name, *cells])
+    steps = [row["ms"] for row in result["time"]]
+
+    def share(part: str, ms: Result) -> str:
+        share = 100 * ms[part]["median"] / ms["step_dense" if part == "dense" else "step"]["median"]
+        return f"{milliseconds(ms[part])} ({share:.{2 if share < 99 else 3}g} %)"
+
+    rows = [[name, *(share(part, ms) for ms in steps)] for part, name in PARTS.items()]
     for whole, name in (("step", "whole step, drl-fast"), ("step_dense", "whole step, eager")):
-        rows.append([name, *(milliseconds(row["ms"][whole]) for row in result["time"])])
+        rows.append([name, *(milliseconds(ms[whole]) for ms in steps)])
     # The result has the inverse, so the quartiles change places.
     gains = [row["dense_over_ours"] for row in result["time"]]
     turned = [{"median": 1 / g["median"], "q1": 1 / g["q3"], "q3": 1 / g["q1"]} for g in gains]
-    rows.append(["loss alone, relative to eager", *(quartiles(spread) for spread in turned)])
-    heads = ["part", *(f"batch {row['batch']}" for row in result["time"])]
-    return Table("Time of a training step", heads, rows)
+    rows.append(["loss alone, relative to eager", *map(quartiles, turned)])
+    return Table("Time of a training step", ["part", *(f"batch {row['batch']}" for row in result["time"])], rows)
 
 
 def model_memory(result: Result) -> Table:
@@ -248,18 +236,14 @@ def model_memory(result: Result) -> Table:
 
 def _parts_memory(laps: list[Result]) -> dict[str, float]:
     found: dict[str, float] = {}
-    before = laps[0]["held_mb"]
-    for lap in laps[1:]:
+    for last, lap in itertools.pairwise(laps):
         phase = lap["phase"]
-        name = PARTS.get(phase, "")
         if phase in ("ours", "dense"):
-            found[f"added by {name}"] = lap["peak_mb"] - before
+            found[f"added by {PARTS[phase]}"] = lap["peak_mb"] - last["held_mb"]
         elif phase in ("text", "image", "temporal"):
             # A tower's second lap is its backward.
-            found.setdefault(f"held by the {name}", lap["held_mb"] - before)
-        before = lap["held_mb"]
-    found["peak of the whole step"] = max(lap["peak_mb"] for lap in laps if lap["phase"] != "dense")
-    return found
+            found.setdefault(f"held by the {PARTS[phase]}", lap["held_mb"] - last["held_mb"])
+    return {**found, "peak of the whole step": max(lap["peak_mb"] for lap in laps if lap["phase"] != "dense")}
 
 
 # --- the model of many GPUs -------------------------------------------------------------------------------------------
@@ -315,9 +299,10 @@ def _measured(path: Path, row: Result) -> dict[str, dict[str, float]] | None:
     """
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    said = (found["dataset"], found["part"], found["texts"], found["videos"], found["untrained"] is None)
-    if said[:4] != ("msrvtt", "test", 1000, 1000) or (row["trained"] and (found["checkpoint"] is None or not said[4])):
+    found = harness.load(path)
+    said = {key: found[key] for key in ("dataset", "part", "texts", "videos", "checkpoint", "untrained")}
+    whole = list(said.values())[:4] == ["msrvtt", "test", 1000, 1000]
+    if not whole or (row["trained"] and (found["checkpoint"] is None or found["untrained"] is not None)):
         raise ValueError(
             f"{path} must be what drl-fast eval wrote for {row['name']} on MSR-VTT's 1,000 test pairs, got {said}: "
             f"evaluate that row, or remove the file"
@@ -372,7 +357,6 @@ TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in 
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),
-    "wti_profile": (profile,),
     "contrastive": (contrastive, memory, budget),
     "cdcr": (cdcr, memory),
     "model": (model_time, model_memory, memory, budget),
