@@ -189,62 +189,57 @@ def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, 
 def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
     features, weights = Strided("*bf16", ("i64",) * 3), Strided("*fp32", ("i64",) * 2)
-    mask = Strided("*u8", ("i64",) * 2)
-    layout = {"mask": mask, "length": "*i32", "slots": "*i32", "real": "*i32", "rows": "i32", "tokens": "i32"}
-    constants = {"CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32}
-    yield Job(packing.row_layout, arch, "bf16", "length classes", layout, constants, options)
+    types = dict.fromkeys(("dim", "blocks", "rows", "tokens", "parts"), "i32") | {"part_stride": "i64"}
+    types |= dict.fromkeys(("length", "slots", "real"), "*i32") | dict.fromkeys(("factor", "partial"), "*fp32")
+    types |= {"features": features, "weights": weights, "mask": Strided("*u8", ("i64",) * 2), "grad": "*fp32"}
+
+    def job(fn: Any, what: str, constants: dict[str, Any], **more: Any) -> Job:
+        return Job(fn, arch, "bf16", what, types | more, constants, options)
+
+    yield job(packing.row_layout, "length classes", {"CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32})
     tile = {"D": dim, "CHANNELS": 512, "SLOTS": 8, "NORMALIZE": True}
-    for frames in (False, True):
-        side, rows = "frames" if frames else "words", packed("bf16", frames=frames)
-        sizes = {"packed": rows, "dim": "i32", "blocks": "i32"}
-        given = {"features": features, "weights": weights, "real": "*i32", **sizes}
-        yield Job(packing.pack_slots, arch, "bf16", side, given, {**tile, "COPIES": True}, options)
-        given = {"grad": "*fp32", "features": features, "out": "*bf16", "factor": "*fp32", **sizes}
-        yield Job(packing.unpack_gradient, arch, "bf16", side, given, tile, options)
-        given = {"partial": "*fp32", "out": "*fp32", "packed": rows, "parts": "i32", "part_stride": "i64"}
-        constants = {"BLOCK": 32, "ADD": True}
-        yield Job(packing.unpack_weight_gradient, arch, "bf16", side, given, constants, options)
+    for side in ("words", "frames"):
+        rows = packed("bf16", frames=side == "frames")
+        yield job(packing.pack_slots, side, {**tile, "COPIES": True}, packed=rows)
+        yield job(packing.unpack_gradient, side, tile, packed=rows, out="*bf16")
+        yield job(packing.unpack_weight_gradient, side, {"BLOCK": 32, "ADD": True}, packed=rows, out="*fp32")
 
 
 def cdcr_jobs(arch: str, dim: int) -> Iterator[Job]:
     """CDCR's kernels at 32 words and 12 frames, and at one token a row; half precisions differ in one product."""
-    options, flat = cdcr_tokens.OPTIONS, {"ROWS": cdcr_tokens.ROWS, "BD": cdcr_tokens.channel_block(dim)}
-    mask, width = Strided("*u8", ("i64", "i64")), "i32:16"
-    channels, choices = Channels("*fp64", "i32", width), Choices("*i16", "*fp32", "i32")
-    sums = {"rows": "i32", "parts": "i32", "tiles": "i32"}
+    flat = {"ROWS": cdcr_tokens.ROWS, "BD": cdcr_tokens.channel_block(dim)}
+    width, choices = "i32:16", Choices("*i16", "*fp32", "i32")
+    types = dict.fromkeys(("rows", "tokens", "parts", "tiles", "pairs"), "i32") | {"index": "*i16", "dim": width}
+    types |= dict.fromkeys(("mask", "own_mask", "other_mask"), Strided("*u8", ("i64", "i64")))
+    types |= dict.fromkeys(("choices", "own_choices", "other_choices"), choices)
+    types |= dict.fromkeys(("count", "partial"), "*fp64") | {"channels": Channels("*fp64", "i32", width)}
+    types |= dict.fromkeys(("inverse", "weighted", "partners", "pull", "grad_weight"), "*fp32")
 
-    def both(fn: Any, what: str, given: dict[str, Any], constants: dict[str, Any], unit: bool, **more: Any) -> Iterator:
+    def jobs(fn: Any, what: str, constants: dict[str, Any], unit: bool = True, **more: Any) -> Iterator[Job]:
+        options = cdcr_tokens.OPTIONS | more.pop("options", {})
         for dtype in ("bf16", "fp16", "fp32") if fn is cdcr.cdcr_partners else ("bf16", "fp32"):
             # Features are dense, masks need not be.
             features = Strided(f"*{dtype}", ("i64:16", "i64:16", 1))
             side = UnitTokens(features, "*fp32" if unit else None, "i32")
-            known = {"own": side, "other": side, "features": features, "grad": f"*{dtype}", **given}
-            arguments = {name: known[name] for name in fn.arg_names if name not in constants}
-            yield Job(fn, arch, dtype, what, arguments, constants, {**options, **more})
+            tokens = {"own": side, "other": side, "features": features, "grad": f"*{dtype}"}
+            yield Job(fn, arch, dtype, what, types | tokens | more, constants, options)
 
-    given = {"mask": mask, "inverse": "*fp32", "rows": "i32", "tokens": "i32", "dim": width}
-    yield from both(cdcr_tokens.cdcr_norms, "norms", given, flat, True)
-    given = {"index": "*i16", "count": "*fp64", "partial": "*fp64", "dim": width, **sums}
-    yield from both(cdcr.cdcr_moments, "unit tokens", given, flat, True)
+    yield from jobs(cdcr_tokens.cdcr_norms, "norms", flat)
+    yield from jobs(cdcr.cdcr_moments, "unit tokens", flat)
     for keep in (None, "*fp32"):
         what = "product rows of anchors" if keep else "diagonal"
-        given = {"choices": choices, "channels": channels, "partial": "*fp64", "weighted": keep, "partners": keep}
-        yield from both(cdcr.cdcr_correlate, what, {**given, **sums}, flat, True)
+        yield from jobs(cdcr.cdcr_correlate, what, flat, weighted=keep, partners=keep)
     for own, other in ((32, 12), (12, 32), (1, 1)):
         size, unit = f"{own} x {other}", own > 1
-        given = {"own_mask": mask, "other_mask": mask, "index": "*i16", "pairs": "i32", "dim": width}
-        tile = cdcr_tokens.pair_tile(own, other, cdcr_tokens.MOST, dim)
-        yield from both(cdcr.cdcr_partners, size, given, {"TILE": tile}, unit)
-        given = {"choices": choices, "channels": channels, "weighted": "*fp32", "partners": "*fp32", "pairs": "i32"}
-        tile = cdcr_tokens.pair_tile(own, other, cdcr_tokens.LEAST, dim)
+        tile = {"TILE": cdcr_tokens.pair_tile(own, other, cdcr_tokens.MOST, dim)}
+        yield from jobs(cdcr.cdcr_partners, size, tile, unit)
+        tile = {"TILE": cdcr_tokens.pair_tile(own, other, cdcr_tokens.LEAST, dim)}
         if own <= other:
-            yield from both(cdcr.cdcr_product_rows, size, given, {"TILE": tile}, unit, **cdcr.PRODUCT_ROWS)
+            yield from jobs(cdcr.cdcr_product_rows, size, tile, unit, options=cdcr.PRODUCT_ROWS)
         for form, rows in (("diagonal", None), ("full", "*fp32")):
-            given = {"own_choices": choices, "other_choices": choices, "channels": channels, "pull": "*fp32"}
-            given |= {"to_weighted": rows, "to_partners": rows, "grad_weight": "*fp32", "pairs": "i32"}
-            constants = {"TILE": tile, "SHORT": own < other}
-            what = f"{form}, {size}"
-            yield from both(cdcr_backward.cdcr_gradient, what, given, constants, unit, **cdcr_backward.GRADIENT)
+            kept, short = {"to_weighted": rows, "to_partners": rows}, {"SHORT": own < other}
+            options = cdcr_backward.GRADIENT
+            yield from jobs(cdcr_backward.cdcr_gradient, f"{form}, {size}", tile | short, unit, options=options, **kept)
 
 
 def source(job: Job) -> ASTSource:
