@@ -58,7 +58,7 @@ def our_pairs(alphas: dict[str, float]) -> Callable[[Problem], Call]:
 
 
 def eager_pairs(correlate: eager.Correlate, alphas: dict[str, float]) -> Callable[[Problem], Call]:
-    return loss_step(lambda p: eager.decorrelation(eager.pair_correlation(*p.inputs(), correlate), **alphas))
+    return loss_step(lambda p: eager.decorrelation(eager.pair_correlation(p.inputs(), correlate), **alphas))
 
 
 # --- who is measured --------------------------------------------------------------------------------------------------

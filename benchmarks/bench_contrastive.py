@@ -12,7 +12,7 @@ from torch import Tensor
 
 import eager
 from comparison import PRODUCT, Comparison, Contestant, Plan, loss_step, main, similarities
-from drl_fast import functional
+from drl_fast import functional, reference
 from problems import Problem, Shape, batches
 
 SCALE = 100.0  # CLIP's upper limit of the factor
@@ -29,7 +29,7 @@ def two_steps(problem: Problem) -> Tensor:
 
 
 def eager_loss(problem: Problem) -> Tensor:
-    return eager.contrastive_loss(eager.token_interaction(*problem.inputs()), SCALE)
+    return reference.info_nce(eager.token_interaction(*problem.inputs()), SCALE)
 
 
 EAGER = "both in eager code (benchmarks/eager.py)"

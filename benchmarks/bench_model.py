@@ -21,7 +21,7 @@ from torch import Tensor
 import eager
 import harness
 from comparison import SAFE_SHARE, Comparison, Contestant, Plan, loss_step, present, similarities
-from drl_fast import DRL, functional
+from drl_fast import DRL, functional, reference
 from drl_fast.model.small import small_model
 from harness import Call, Run
 from problems import Shape, batches
@@ -43,9 +43,9 @@ def our_loss(tokens: tuple[Tensor, ...], scale: Tensor | float) -> Tensor:
 
 
 def dense_loss(tokens: tuple[Tensor, ...], scale: Tensor | float) -> Tensor:
-    correlation = eager.pair_correlation(*tokens, eager.by_channel)
+    correlation = eager.pair_correlation(tokens, eager.by_channel)
     decorrelated = eager.decorrelation(correlation, ALPHA_ON, 0.0)
-    return eager.contrastive_loss(eager.token_interaction(*tokens), scale) + CDCR_WEIGHT * decorrelated
+    return reference.info_nce(eager.token_interaction(*tokens), scale) + CDCR_WEIGHT * decorrelated
 
 
 FORMS = {"ours": our_loss, "dense": dense_loss}
@@ -113,13 +113,16 @@ class Trainer:
         frames_cut = frames.detach().requires_grad_()
         assert model.temporal is not None
         video = model.temporal(frames_cut.unflatten(0, video_in.shape[:2]))
+        video_mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
         mark("temporal")
         for form in forms:
             model.interaction.zero_grad()
             model.clip.logit_scale.grad = None
             text_cut, video_cut = text.detach().requires_grad_(), video.detach().requires_grad_()
             mark("before")
-            self._loss(form, text_cut, video_cut, text_mask).backward()
+            weights = model.interaction.weights(text_cut, video_cut, text_mask, video_mask)
+            tokens = (text_cut, video_cut, *weights, text_mask, video_mask)
+            FORMS[form](tokens, model.logit_scale).backward()
             mark(form)
         video.backward(video_cut.grad)
         mark("temporal")
@@ -129,15 +132,6 @@ class Trainer:
         mark("text")
         self.adam.step()
         mark("adam")
-
-    def _loss(self, form: str, text: Tensor, video: Tensor, text_mask: Tensor) -> Tensor:
-        video_mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
-        weights = self.model.interaction.weights(text, video, text_mask, video_mask)
-        return FORMS[form]((text, video, *weights, text_mask, video_mask), self.model.logit_scale)
-
-
-def unmarked(phase: str) -> None:
-    """Ignore the marks of a step that only warms up."""
 
 
 def timed_step(trainer: Trainer, forms: tuple[str, ...]) -> list[tuple[str, float]]:
@@ -158,7 +152,7 @@ def timed_step(trainer: Trainer, forms: tuple[str, ...]) -> list[tuple[str, floa
 def time_steps(plan: Steps, batch: int, device: str) -> dict[str, Any]:
     """Measure the milliseconds of each part, and the ratio of the two forms within a round."""
     trainer = Trainer(plan.clip, plan.words, plan.frames, 2, device)
-    trainer.step(unmarked, tuple(FORMS))
+    timed_step(trainer, tuple(FORMS))
     trainer.draw(batch)
     parts: dict[str, list[float]] = {name: [] for name in (*TOWERS, *FORMS, "adam", "step", "step_dense")}
     gain: list[float] = []
@@ -186,7 +180,7 @@ def memory_phases(clip: str, words: int, frames: int, batch: int, device: str, t
     trainer = Trainer(clip, words, frames, 2, device)
 
     def warm_up() -> None:
-        trainer.step(unmarked, tuple(FORMS))
+        timed_step(trainer, tuple(FORMS))
         trainer.adam.zero_grad()
         trainer.draw(batch)
 

@@ -3,8 +3,8 @@
     python benchmarks/bench_wti.py [--quick | --full]
     python benchmarks/bench_wti.py --device cuda [--quick | --full]     # bfloat16, on a GPU
 
-Writes ``<out>/<machine>/wti.json`` and its pictures. "forward" and "train" compute both
-directions with weights; "maxsim" is the one direction that max-sim libraries offer, on features normalised beforehand.
+Writes ``<out>/<machine>/wti.json`` and its pictures. "forward" and "train" compute both directions with weights;
+"maxsim" is the one direction that max-sim libraries offer, on features normalised beforehand.
 """
 
 from __future__ import annotations
@@ -108,17 +108,10 @@ def flash_maxsim_scores(problem: Problem) -> Call:
 INTERACTIONS = (
     Contestant(OURS, "drl-fast", ours, "drl_fast.token_interaction"),
     Contestant("eager", "eager PyTorch", eager_form, "as public code has it (benchmarks/eager.py)", similarities(3)),
-    Contestant(
-        "compile",
-        "torch.compile",
-        compiled,
-        "torch.compile of the eager form, static shapes",
-        similarities(4),
-        tiny_warm_up=False,
-    ),
+    Contestant("compile", "torch.compile", compiled, "of the eager form, static shapes", similarities(4), shaped=True),
 )
-ON_CPU: dict[str, Any] = {"peer": True, "devices": ("cpu",), "dtypes": ("float32",)}
-ON_CUDA: dict[str, Any] = {"peer": True, "devices": ("cuda",), "dtypes": ("float32", "float16", "bfloat16")}
+ON_CPU: dict[str, Any] = {"peer": True, "devices": ("cpu",)}
+ON_CUDA: dict[str, Any] = {"peer": True, "devices": ("cuda",)}
 ONE_THREAD = "one call a pair, one thread, packing included, approximate first pass"
 FALLBACK = "on a CPU its plain PyTorch fallback"
 MAXSIMS = (
@@ -147,6 +140,7 @@ COMPARISON = Comparison(
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
+UP_TO_1024 = (128, 256, 512, 1024)
 LONG, REAL = Shape(64, 64, 64), Shape(256, lengths="real")
 ONE_WAY = (Shape(128), Shape(128, lengths="real"))
 DEFAULT = (Shape(8, dim=64), *batches(Shape(0), 8, 64, 128, 256), LONG, REAL)
@@ -187,12 +181,7 @@ PLANS = {
     "full": Plan(
         11,
         _times(FULL, ONE_WAY),
-        _memory(
-            Shape(0),
-            drl_fast=(128, 256, 512, 1024, 2048, 4096),
-            eager=(128, 256, 512, 1024),
-            compile=(128, 256, 512, 1024),
-        ),
+        _memory(Shape(0), drl_fast=(*UP_TO_1024, 2048, 4096), eager=UP_TO_1024, compile=UP_TO_1024),
         ((Shape(0), 500), (Shape(0), 2000)),
         only={"compile": (Shape(128), Shape(256), LONG, REAL)},
         seconds=2.0,
@@ -218,7 +207,7 @@ def _gpu_plan(minutes: float, sizes: tuple[int, ...], dims: tuple[int, ...]) -> 
 GPU_PLANS = {
     "quick": _gpu_plan(1, (128,), (512,)),
     "default": _gpu_plan(5, (128, 1024), (512,)),
-    "full": _gpu_plan(60, (128, 256, 512, 1024, 2048, 4096), (512, 768)),
+    "full": _gpu_plan(60, (*UP_TO_1024, 2048, 4096), (512, 768)),
 }
 
 

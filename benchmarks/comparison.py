@@ -6,7 +6,7 @@ contestant turns a problem into a call, which is what is timed.
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ SAFE_SHARE = 0.55
 # --- contestants ------------------------------------------------------------------------------------------------------
 def similarities(count: int) -> Callable[[Shape], float]:
     """Return a function from a shape to the bytes of ``count`` A x B x Nt x Nv tensors."""
-    return lambda shape: count * shape.similarity_bytes()
+    return lambda shape: count * shape.batch**2 * shape.nt * shape.nv * getattr(torch, shape.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,15 @@ class Contestant:
     needs: Callable[[Shape], float] | None = None  # bytes
     peer: bool = False  # a package of that name on PyPI
     devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16", "float64")
     once: bool = False  # so slow that one call after the others, without a warm-up, has to do
-    tiny_warm_up: bool = True  # code compiled for one shape must be warmed up at that shape
+    shaped: bool = False  # compiled for one shape, so warmed up at that shape
 
     def refusal(self, shape: Shape, device: str) -> str | None:
         """Return why it does not take part, or None."""
-        if self.peer and importlib.util.find_spec(self.name.replace("-", "_")) is None:
+        if self.peer and not self.importable():
             return "not installed"
         if device.split(":")[0] not in self.devices:
             return f"needs {' or '.join(self.devices)}"
-        if shape.dtype not in self.dtypes:
-            return f"no {shape.dtype}"
         needed = self.needs(shape) if self.needs else 0.0
         if needed and needed > SAFE_SHARE * harness.available_bytes(device):
             return f"skipped: needs about {needed / 1e9:.0f} GB"
@@ -63,7 +60,12 @@ class Contestant:
 
     def describe(self) -> dict[str, Any]:
         about: dict[str, Any] = {"label": self.label, "note": self.note}
-        return {**about, "version": harness.installed(self.name)} if self.peer else about
+        if self.peer:
+            about["version"] = importlib.metadata.version(self.name) if self.importable() else None
+        return about
+
+    def importable(self) -> bool:
+        return importlib.util.find_spec(self.name.replace("-", "_")) is not None
 
 
 def dense_product(problem: Problem) -> Call:
@@ -125,7 +127,8 @@ class Comparison:
         for mode, shapes in plan.times.items():
             for shape in shapes:
                 row = self.time(mode, shape, plan, device)
-                run.row("time", row, f"{mode:8} {shape.label():32} {_medians(row['results'])}")
+                times = (f"{name} {found['ms']['median']:.3g} ms" for name, found in row["results"].items())
+                run.row("time", row, f"{mode:8} {shape.label():32} {'  '.join(times)}")
 
         def memory(name: str, shape: Shape) -> dict[str, Any]:
             return self.memory(name, shape, device, threads)
@@ -136,7 +139,9 @@ class Comparison:
                 run.row("memory", row, f"{name:8} {shape.label():32} {result_tables.megabytes(row)}")
         for family, budget in plan.budgets:
             for name in plan.memory:
-                known = known_memory(run.result["memory"], name, family)
+                rows = [row for row in run.result["memory"] if row["contestant"] == name and row["status"] == "ok"]
+                measured = {Shape(**row["shape"]): row["mb"] for row in rows}
+                known = {shape.batch: mb for shape, mb in measured.items() if shape.family() == family}
                 if len(known) < 2:
                     continue
                 found = largest_batch(lambda b, n=name, f=family: memory(n, replace(f, batch=b)), budget, known)
@@ -193,7 +198,7 @@ def memory_step(benchmark: str, name: str, shape: dict[str, Any], device: str, t
     contestant = importlib.import_module(f"bench_{benchmark}").COMPARISON.contestant(name)
     full = Shape(**shape)
     call = contestant.make(make_problem(full, device))
-    warm_up = contestant.make(make_problem(replace(full, batch=4), device)) if contestant.tiny_warm_up else call
+    warm_up = call if contestant.shaped else contestant.make(make_problem(replace(full, batch=4), device))
 
     def measure() -> dict[str, Any]:
         used, method = harness.peak_bytes(call, device)
@@ -202,22 +207,7 @@ def memory_step(benchmark: str, name: str, shape: dict[str, Any], device: str, t
     return warm_up, measure
 
 
-def _medians(results: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {times['ms']['median']:.3g} ms" for name, times in results.items())
-
-
 # --- the largest batch ------------------------------------------------------------------------------------------------
-def known_memory(rows: list[dict[str, Any]], name: str, family: Shape) -> dict[int, float]:
-    """Return {batch: MB} that was measured of one contestant at shapes of a family."""
-    return {
-        row["shape"]["batch"]: row["mb"]
-        for row in rows
-        if row["contestant"] == name
-        and row["status"] == "ok"
-        and replace(Shape(**row["shape"]), batch=family.batch) == family
-    }
-
-
 def largest_batch(measure: Callable[[int], dict[str, Any]], budget: int, known: dict[int, float]) -> dict[str, Any]:
     """Find the largest batch, to about two percent, whose training step adds at most ``budget`` MB to its inputs.
 

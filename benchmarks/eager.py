@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from drl_fast import reference
+
 
 def token_interaction(
     text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor, text_mask: Tensor, video_mask: Tensor
@@ -33,13 +35,6 @@ def maxsim(query: Tensor, document: Tensor, query_mask: Tensor) -> Tensor:
     """One direction, tokens already normalised: the sum over real query tokens of the best document token."""
     similarity = torch.einsum("atd,bvd->abtv", query, document)
     return torch.einsum("abt,at->ab", similarity.max(dim=3).values, query_mask)
-
-
-def contrastive_loss(logits: Tensor, logit_scale: float) -> Tensor:
-    """Cross-entropies along rows and columns of logits (B, B), targets on the diagonal."""
-    scaled = logits * logit_scale
-    target = torch.arange(len(scaled), device=scaled.device)
-    return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
 
 
 # --- channel decorrelation --------------------------------------------------------------------------------------------
@@ -69,21 +64,12 @@ def by_channel(x: Tensor, y: Tensor, weight: Tensor, divisor: int) -> Tensor:
 def decorrelation(correlation: Tensor, alpha_on: float, alpha_off: float) -> Tensor:
     if correlation.dim() == 1:
         return alpha_on * (correlation - 1).square().sum()
-    on = correlation.diagonal()
-    off = correlation - torch.diag(on)
-    return alpha_on * (on - 1).square().sum() + alpha_off * off.square().sum()
+    return reference.decorrelation(correlation, alpha_on, alpha_off)
 
 
-def pair_correlation(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor,
-    text_mask: Tensor,
-    video_mask: Tensor,
-    correlate: Correlate,
-) -> Tensor:
+def pair_correlation(tokens: tuple[Tensor, ...], correlate: Correlate) -> Tensor:
     """CDCR's C of B pairs, from each token and its best match in its own pair: the mean of both sides' correlations."""
+    text, video, text_weight, video_weight, text_mask, video_mask = tokens
     words, frames = F.normalize(text, dim=-1), F.normalize(video, dim=-1)
     similarity = words @ frames.transpose(1, 2)
     similarity = similarity.masked_fill((text_mask[:, :, None] * video_mask[:, None, :]) == 0, -torch.inf)

@@ -16,7 +16,6 @@ import ctypes
 import datetime
 import gc
 import importlib
-import importlib.metadata
 import json
 import math
 import os
@@ -208,13 +207,6 @@ def machine(device: str, threads: int) -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": platform.system(),
     }
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package, or None."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
 
 
 def git_commit() -> str | None:

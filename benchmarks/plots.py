@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,16 @@ def draw(result: dict[str, Any], path: Path) -> list[Path]:
     if result.get("benchmark") not in DRAWN or not result.get("memory"):
         return []
     what, mode, names = DRAWN[result["benchmark"]]
-    family = replace(Shape(**result["memory"][0]["shape"]), batch=0)
+    family = Shape(**result["memory"][0]["shape"]).family()
     time, memory = ({name: {} for name in names} for _ in range(2))
     for row in result["time"]:
         shape = Shape(**row["shape"])
-        if row["mode"] == mode and replace(shape, batch=0) == family:
+        if row["mode"] == mode and shape.family() == family:
             for name in set(names) & set(row["results"]):
                 time[name][shape.batch] = row["results"][name]["ms"]["median"]
     for row in result["memory"]:
         shape = Shape(**row["shape"])
-        if row["status"] == "ok" and replace(shape, batch=0) == family:
+        if row["status"] == "ok" and shape.family() == family:
             memory[row["contestant"]][shape.batch] = row["mb"]
     axis = f"batch ({family.nt} words x {family.nv} frames x {family.dim} channels, {family.dtype})"
     title = f"Time of one training step of {what}"

@@ -33,9 +33,9 @@ class Shape:
         dim = "" if self.dim == plain.dim else f", {self.dim}"
         return " ".join([f"({self.batch}, {self.nt}, {self.nv}{dim})", *extra])
 
-    def similarity_bytes(self) -> int:
-        """Return the size of the A x B x Nt x Nv tensor."""
-        return self.batch**2 * self.nt * self.nv * getattr(torch, self.dtype).itemsize
+    def family(self) -> Shape:
+        """Return what the shapes of a curve over the batch share."""
+        return replace(self, batch=0)
 
 
 def batches(family: Shape, *sizes: int) -> tuple[Shape, ...]:

@@ -62,25 +62,16 @@ class Job:
     cost: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
-    def tile(self) -> Any:
-        return self.constants.get("TILE")
-
-    @property
-    def precision(self) -> str:
-        return self.constants["FORM"].precision if "FORM" in self.constants else self.constants["PRECISION"]
-
-    @property
     def config(self) -> dict[str, Any]:
         """The constants that the report shows."""
+        form, tile, source = self.constants.get("FORM"), self.constants.get("TILE"), "static"
         shown = {name: self.constants[name] for name in ("SLOTS", "D") if name in self.constants}
-        if "FORM" in self.constants:
-            shown = {"SLOTS": self.constants["FORM"].slots, "D": self.constants["FORM"].dim}
-        source = "static"
-        if isinstance(self.tile, tuning.Tile):
-            m, n, k, _, _, tma, source = self.tile
-            shown = {"BM": m, "BN": n, "BK": k, **shown, "TMA": tma}
-        sizes = {name: self.options[name] for name in ("num_warps", "num_stages")}
-        return {**shown, **sizes, "chosen": source}
+        if form is not None:
+            shown = {"SLOTS": form.slots, "D": form.dim}
+        if isinstance(tile, tuning.Tile):
+            shown = {"BM": tile.m, "BN": tile.n, "BK": tile.k, **shown, "TMA": tile.tma}
+            source = tile.source
+        return {**shown, **{name: self.options[name] for name in ("num_warps", "num_stages")}, "chosen": source}
 
 
 def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
@@ -298,9 +289,9 @@ def predicted_share(job: Job) -> float | None:
     flop, bytes_, work = job.cost
     if not flop:
         return None
-    rate = FLOP_HALF[job.arch] / (2 if job.dtype == "fp32" else 1)
-    if job.dtype == "fp32" and job.precision == "ieee":
-        rate = FLOP_FP32[job.arch]
+    rate = FLOP_HALF[job.arch]
+    if job.dtype == "fp32":
+        rate = rate / 2 if job.what.startswith("tf32") else FLOP_FP32[job.arch]
     product = flop / rate
     return round(product / max(product + work / ISSUE, bytes_ / BYTES_L2[job.arch]), 3)
 
