@@ -6,6 +6,7 @@ contestant turns a problem into a call, which is what is timed.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -129,10 +130,7 @@ class Comparison:
                 row = self.time(mode, shape, plan, device)
                 times = (f"{name} {found['ms']['median']:.3g} ms" for name, found in row["results"].items())
                 run.row("time", row, f"{mode:8} {shape.label():32} {'  '.join(times)}")
-
-        def memory(name: str, shape: Shape) -> dict[str, Any]:
-            return self.memory(name, shape, device, threads)
-
+        memory = functools.partial(self.memory, device=device, threads=threads)
         for name, shapes in plan.memory.items():
             for shape in shapes:
                 row = memory(name, shape)

@@ -24,6 +24,7 @@ from problems import Shape
 PAGES = ("README.md", *sorted(str(page.relative_to(harness.ROOT)) for page in harness.ROOT.glob("docs/*.md")))
 MARK = re.compile(r"(<!-- table (?P<name>\w+) of (?P<file>\S+) -->\n).*?(?P<end><!-- end of table -->)", re.S)
 NOTHING = "-"
+SHAPES = "batch, words, frames"
 Result = dict[str, Any]
 
 
@@ -56,9 +57,7 @@ def relative(results: Result, name: str, base: str = "eager") -> str:
     return f"{results[name]['ratio']['median'] / results[base]['ratio']['median']:.2f}"
 
 
-def megabytes(row: Result | None) -> str:
-    if row is None:
-        return NOTHING
+def megabytes(row: Result) -> str:
     return f"{row['mb']:.0f} MB" if row["status"] == "ok" else row["status"]
 
 
@@ -107,9 +106,8 @@ def contestants(result: Result) -> Table:
 def grid(title: str, corner: str, result: Result, cells: dict[tuple[str, str], str]) -> Table:
     """Lay out cells, which are known by row and contestant; rows come in the cells' order."""
     names = [name for name in result["contestants"] if any(name == column for _, column in cells)]
-    rows = [
-        [row, *(cells.get((row, name), NOTHING) for name in names)] for row in dict.fromkeys(row for row, _ in cells)
-    ]
+    heads = dict.fromkeys(head for head, _ in cells)
+    rows = [[head, *(cells.get((head, name), NOTHING) for name in names)] for head in heads]
     return Table(title, [corner, *labels(result, names)], rows)
 
 
@@ -117,7 +115,7 @@ def memory(result: Result) -> Table:
     sizes = ("nt", "nv", "dim", "batch")
     measured = sorted(result.get("memory", []), key=lambda row: [row["shape"][size] for size in sizes])
     cells = {(shape_of(row), row["contestant"]): megabytes(row) for row in measured}
-    return grid("Peak memory of a training step beyond its inputs", "batch, words, frames", result, cells)
+    return grid("Peak memory of a training step beyond its inputs", SHAPES, result, cells)
 
 
 def budget(result: Result) -> Table:
@@ -131,25 +129,27 @@ def compared(result: Result, mode: str, title: str, rivals: Sequence[str]) -> Ta
     """Show one mode: milliseconds of eager code and ours, and everyone's time relative to eager."""
     measured = [row for row in result["time"] if row["mode"] == mode]
     names = ["drl_fast", *(name for name in rivals if any(name in row["results"] for row in measured))]
-    rows = []
-    for row in measured:
-        shares = (relative(row["results"], name) for name in names)
-        rows.append([shape_of(row), medians(row, "eager"), medians(row, "drl_fast"), *shares])
-    heads = ["batch, words, frames", "eager", "drl-fast", *(f"{label} / eager" for label in labels(result, names))]
-    return Table(title, heads, rows)
+    rows = [beside_eager(row, names) for row in measured]
+    heads = [SHAPES, "eager", "drl-fast", *(f"{label} / eager" for label in labels(result, names))]
+    return Table(f"{title}, time relative to eager", heads, rows)
+
+
+def beside_eager(row: Result, names: Sequence[str]) -> list[str]:
+    shares = (relative(row["results"], name) for name in names)
+    return [shape_of(row), medians(row, "eager"), medians(row, "drl_fast"), *shares]
 
 
 def forward(result: Result) -> Table:
-    return compared(result, "forward", "Forward, time relative to eager", ("compile", "mm"))
+    return compared(result, "forward", "Forward", ("compile", "mm"))
 
 
 def train(result: Result) -> Table:
-    return compared(result, "train", "Forward + backward, time relative to eager", ("compile", "mm"))
+    return compared(result, "train", "Forward + backward", ("compile", "mm"))
 
 
 def maxsim(result: Result) -> Table:
     peers = ("maxsim-cpu", "numkong", "late-interaction-kernels", "flash-maxsim", "mm")
-    return compared(result, "maxsim", "One direction (ColBERT's max-sim), forward, time relative to eager", peers)
+    return compared(result, "maxsim", "One direction (ColBERT's max-sim), forward", peers)
 
 
 def summary(result: Result) -> Table:
@@ -158,9 +158,8 @@ def summary(result: Result) -> Table:
     for row in result["time"]:
         shape = Shape(**row["shape"])
         if row["mode"] == "train" and shape.batch >= 64 and (shape.dim, shape.dtype) == (512, "float32"):
-            both = [medians(row, name) for name in ("eager", "drl_fast")]
-            rows.append([shape.label(), *both, relative(row["results"], "drl_fast")])
-    return Table("Training steps", ["batch, words, frames", "eager", "drl-fast", "relative to eager"], rows)
+            rows.append(beside_eager(row, ["drl_fast"]))
+    return Table("Training steps", [SHAPES, "eager", "drl-fast", "relative to eager"], rows)
 
 
 def profile(result: Result) -> Table:
@@ -177,7 +176,7 @@ def contrastive(result: Result) -> Table:
     for row in result["time"]:
         shares = (quartiles(row["against"].get(other)) for other in ("eager", "two_steps"))
         rows.append([shape_of(row), *(medians(row, name) for name in names), *shares])
-    heads = ["batch, words, frames", *labels(result, names), "relative to eager", "relative to two steps"]
+    heads = [SHAPES, *labels(result, names), "relative to eager", "relative to two steps"]
     return Table("A training step of the contrastive loss", heads, rows)
 
 
@@ -227,10 +226,10 @@ def model_time(result: Result) -> Table:
 
 def model_memory(result: Result) -> Table:
     """Show what towers hold for the backward, what the loss adds to that at its peak, and the step's peak."""
-    measured = [row for row in result["phases"] if row["status"] == "ok"]
-    columns = [_parts_memory(row["result"]) for row in measured]
-    rows = [[name, *(f"{column[name]:.0f} MB" for column in columns)] for name in (columns[0] if columns else ())]
-    heads = ["part", *(f"batch {row['batch']}" for row in measured)]
+    columns = {row["batch"]: _parts_memory(row["result"]) for row in result["phases"] if row["status"] == "ok"}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(f"{column[name]:.0f} MB" for column in columns.values())] for name in names]
+    heads = ["part", *(f"batch {batch}" for batch in columns)]
     return Table("Memory of a training step beyond weights and Adam's state", heads, rows)
 
 
@@ -314,12 +313,9 @@ def demo(result: Result) -> Table:
     """Show the demo's comparison, as the demo printed it."""
     rows = []
     for row in result["rows"]:
-        firsts = {
-            key: f"{row['metrics'][key]['R1']:.1f} [{low:.0f}, {high:.0f}]"
-            for key, (low, high) in row["R1_interval_95"].items()
-        }
-        others = [f"{row['metrics']['t2v'][key]:.1f}" for key in ("R5", "R10", "MdR", "MnR")]
-        rows.append([row["name"], firsts["t2v"], *others, firsts["v2t"]])
+        metrics, interval = row["metrics"], row["R1_interval_95"]
+        first, back = ("{:.1f} [{:.0f}, {:.0f}]".format(metrics[way]["R1"], *interval[way]) for way in ("t2v", "v2t"))
+        rows.append([row["name"], first, *(f"{metrics['t2v'][key]:.1f}" for key in ("R5", "R10", "MdR", "MnR")), back])
     chance = result["chance"]
     rows.append(["chance", *(f"{chance[key]:.2f}" for key in ("R1", "R5", "R10", "MdR", "MnR", "R1"))])
     return Table("The demo", ["", "R@1", "R@5", "R@10", "MdR", "MnR", "v2t R@1"], rows)
@@ -385,23 +381,17 @@ def show(result: Result) -> None:
 
 
 def markdown(table: Table) -> str:
-    lines = [table.columns, *table.rows]
-    head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+    head, *rows = (f"| {' | '.join(line)} |" for line in (table.columns, *table.rows))
     return "\n".join([head, "|---|" + "---:|" * (len(table.columns) - 1), *rows]) + "\n"
-
-
-def read(source: Path) -> Any:
-    """Read a result, or all results of a folder by name."""
-    return (
-        {path.stem: read(path) for path in sorted(source.glob("*.json"))} if source.is_dir() else harness.load(source)
-    )
 
 
 def render(page: str) -> str:
     """Fill every marked table of a page from the result file or folder that its mark names."""
 
     def fill(match: re.Match[str]) -> str:
-        table = TABLES[match["name"]](read(harness.ROOT / match["file"]))
+        source = harness.ROOT / match["file"]
+        folder = {path.stem: harness.load(path) for path in sorted(source.glob("*.json"))}
+        table = TABLES[match["name"]](folder or harness.load(source))
         return f"{match[1]}\n{markdown(table)}\n{match['end']}"
 
     return MARK.sub(fill, page)

@@ -14,7 +14,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,8 +31,7 @@ from drl_fast.distributed import exchange
 from harness import Call, Run
 from problems import Shape, make_problem
 
-Way = Literal["gathered", "ring"]
-WAYS: tuple[Way, ...] = ("gathered", "ring")
+WAYS = ("gathered", "ring")
 ALIGNMENT = 64
 BLOCK_BYTES = 16 << 20
 
@@ -66,7 +65,7 @@ def gradients(work: Work) -> int:
     return 4 * work.rows * work.nv * (work.dim + 1)
 
 
-def sent(work: Work, way: Way) -> int:
+def sent(work: Work, way: str) -> int:
     """Return the bytes that a rank sends in a step, of videos, their gradients, and their columns' sums (C)."""
     others, p, g, c = work.ranks - 1, packed(work), gradients(work), 8 * work.rows
     if way == "gathered":
@@ -74,7 +73,7 @@ def sent(work: Work, way: Way) -> int:
     return 2 * others * p + work.ranks * g + (work.ranks + others) * c
 
 
-def held(work: Work, way: Way) -> int:
+def held(work: Work, way: str) -> int:
     """Return the bytes that a rank holds beside its inputs at the worst moment, gradients included."""
     # The text's gradient is float32 and, where that differs, in the input's type.
     text = (4 if work.itemsize == 4 else 4 + work.itemsize) * work.rows * work.nt * (work.dim + 1)
@@ -153,8 +152,7 @@ def group(work: Work, kind: str) -> dict[str, Any]:
     if kind in CDCR:
         predicted = {"sent": cdcr_sent(work, kind == "CDCR, full")}
     else:
-        way: Way = "ring" if kind == "ring" else "gathered"
-        predicted = {"sent": sent(work, way), "held": held(work, way)}
+        predicted = {"sent": sent(work, kind), "held": held(work, kind)}
     pairs = {what: {"predicted": size, "measured": found[what]} for what, size in predicted.items()}
     return {"work": asdict(work), "kind": kind, **pairs}
 

@@ -12,6 +12,7 @@ float64 (the doctor's rule) is out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,20 +29,15 @@ from problems import Shape, make_problem
 SECONDS = 1.0
 SHAPES = (Shape(1024, 32, 12), Shape(512, 64, 64), Shape(512, 77, 20), Shape(1024, 32, 12, lengths="real"))
 DTYPES = {"keyed": "bfloat16", "exact": "bfloat16", "half": "bfloat16", "tf32": "float32", "fp32": "float32"}
-FORWARD = [
-    Tile(m, n, k, warps, stages, tma)
-    for m, n, warps in ((128, 128, 8), (64, 128, 8), (64, 128, 4), (64, 64, 8), (64, 64, 4))
-    for k in (16, 32, 64)
-    for stages in (2, 3, 4)
-    for tma in (False, True)
-]
-BACKWARD = [
-    Tile(m, n, k, warps, stages, tma)
-    for m, n, warps in ((256, 64, 8), (256, 64, 4), (128, 64, 8), (128, 64, 4), (64, 64, 8))
-    for k in (32, 64)
-    for stages in (2, 3)
-    for tma in (False, True)
-]
+
+
+def grid(sizes: Sequence[tuple[int, int, int]], steps: Sequence[int], stages: Sequence[int]) -> list[Tile]:
+    """Return the candidates of these (m, n, warps), channels a step and stages, with and without TMA."""
+    return [Tile(m, n, k, w, s, tma) for m, n, w in sizes for k in steps for s in stages for tma in (False, True)]
+
+
+FORWARD = grid(((128, 128, 8), (64, 128, 8), (64, 128, 4), (64, 64, 8), (64, 64, 4)), (16, 32, 64), (2, 3, 4))
+BACKWARD = grid(((256, 64, 8), (256, 64, 4), (128, 64, 8), (128, 64, 4), (64, 64, 8)), (32, 64), (2, 3))
 
 
 def calls(kind: str, side: str | None, shape: Shape) -> Call:
