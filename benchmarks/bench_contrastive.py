@@ -8,36 +8,25 @@ Time of a training step where all fit, peak memory beyond the inputs, and the la
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import eager
 from comparison import PRODUCT, Comparison, Contestant, Plan, loss_step, main, similarities
 from drl_fast import functional, reference
-from problems import Problem, Shape, batches
+from problems import Shape, batches
 
 SCALE = 100.0  # CLIP's upper limit of the factor
 SMALL = Shape(0, 16, 8, 128)
 WIDE = Shape(0)
 
 
-def fused(problem: Problem) -> Tensor:
-    return functional.token_contrastive_loss(*problem.inputs(), logit_scale=SCALE)
-
-
-def two_steps(problem: Problem) -> Tensor:
-    return functional.info_nce(functional.token_interaction(*problem.inputs()), SCALE)
-
-
-def eager_loss(problem: Problem) -> Tensor:
-    return reference.info_nce(eager.token_interaction(*problem.inputs()), SCALE)
-
-
+fused = loss_step(lambda p: functional.token_contrastive_loss(*p.inputs(), logit_scale=SCALE))
+two_steps = loss_step(lambda p: functional.info_nce(functional.token_interaction(*p.inputs()), SCALE))
+eager_loss = loss_step(lambda p: reference.info_nce(eager.token_interaction(*p.inputs()), SCALE))
 EAGER = "both in eager code (benchmarks/eager.py)"
 CONTESTANTS = (
     PRODUCT,
-    Contestant("fused", "drl-fast", loss_step(fused), "drl_fast.functional.token_contrastive_loss"),
-    Contestant("two_steps", "drl-fast, two steps", loss_step(two_steps), "info_nce(token_interaction(...))"),
-    Contestant("eager", "eager PyTorch", loss_step(eager_loss), EAGER, similarities(3)),
+    Contestant("fused", "drl-fast", fused, "drl_fast.functional.token_contrastive_loss"),
+    Contestant("two_steps", "drl-fast, two steps", two_steps, "info_nce(token_interaction(...))"),
+    Contestant("eager", "eager PyTorch", eager_loss, EAGER, similarities(3)),
 )
 COMPARISON = Comparison("contrastive", {"train": CONTESTANTS}, against={"fused": ("eager", "two_steps")})
 

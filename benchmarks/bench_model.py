@@ -154,7 +154,7 @@ def time_steps(plan: Steps, batch: int, device: str) -> dict[str, Any]:
     trainer = Trainer(plan.clip, plan.words, plan.frames, 2, device)
     timed_step(trainer, tuple(FORMS))
     trainer.draw(batch)
-    parts: dict[str, list[float]] = {name: [] for name in (*TOWERS, *FORMS, "adam", "step", "step_dense")}
+    rounds: list[dict[str, float]] = []
     gain: list[float] = []
     order = tuple(FORMS)
     for _ in range(plan.rounds[batch]):
@@ -164,10 +164,8 @@ def time_steps(plan: Steps, batch: int, device: str) -> dict[str, Any]:
         gain += [d / o for d, o in zip(samples["dense"], samples["ours"], strict=True)]
         found = {name: statistics.median(s) if name in FORMS else sum(s) for name, s in samples.items()}
         rest = sum(found[name] for name in (*TOWERS, "adam"))
-        found |= {"step": rest + found["ours"], "step_dense": rest + found["dense"]}
-        for name, seconds in found.items():
-            parts[name].append(seconds * 1e3)
-    ms = {name: harness.spread(values) for name, values in parts.items()}
+        rounds.append({**found, "step": rest + found["ours"], "step_dense": rest + found["dense"]})
+    ms = {name: harness.spread([found[name] * 1e3 for found in rounds]) for name in rounds[0]}
     return {"batch": batch, "ms": ms, "dense_over_ours": harness.spread(gain)}
 
 

@@ -33,12 +33,12 @@ def training_step(forward: Call, problem: Problem) -> Call:
     return gradient_step(forward, problem.leaves(), problem.grad)
 
 
-def ours(problem: Problem) -> Call:
-    return lambda: drl_fast.token_interaction(*problem.inputs())
+def on_tokens(function: Callable[..., Any]) -> Callable[[Problem], Call]:
+    """Return a maker of calls with features, weights and masks."""
+    return lambda problem: lambda: function(*problem.inputs())
 
 
-def eager_form(problem: Problem) -> Call:
-    return lambda: eager.token_interaction(*problem.inputs())
+ours, eager_form = on_tokens(drl_fast.token_interaction), on_tokens(eager.token_interaction)
 
 
 def compiled(problem: Problem) -> Call:
@@ -48,12 +48,9 @@ def compiled(problem: Problem) -> Call:
 
 
 # --- one direction ----------------------------------------------------------------------------------------------------
-def our_maxsim(problem: Problem) -> Call:
-    return lambda: drl_fast.maxsim(*problem.unit, problem.text_mask)
-
-
-def eager_maxsim(problem: Problem) -> Call:
-    return lambda: eager.maxsim(*problem.unit, problem.text_mask)
+def on_unit_tokens(function: Callable[..., Any]) -> Callable[[Problem], Call]:
+    """Return a maker of calls with normalised features and the queries' mask."""
+    return lambda problem: lambda: function(*problem.unit, problem.text_mask)
 
 
 def trimmed(problem: Problem) -> tuple[list[np.ndarray], np.ndarray]:
@@ -115,8 +112,8 @@ ON_CUDA: dict[str, Any] = {"peer": True, "devices": ("cuda",)}
 ONE_THREAD = "one call a pair, one thread, packing included, approximate first pass"
 FALLBACK = "on a CPU its plain PyTorch fallback"
 MAXSIMS = (
-    Contestant(OURS, "drl-fast", our_maxsim, "drl_fast.maxsim"),
-    Contestant("eager", "eager PyTorch", eager_maxsim, "einsum, max, sum", similarities(3)),
+    Contestant(OURS, "drl-fast", on_unit_tokens(drl_fast.maxsim), "drl_fast.maxsim"),
+    Contestant("eager", "eager PyTorch", on_unit_tokens(eager.maxsim), "einsum, max, sum", similarities(3)),
     Contestant("maxsim-cpu", "maxsim-cpu", maxsim_cpu_scores, "one call a query, real query tokens only", **ON_CPU),
     Contestant("numkong", "NumKong", numkong_scores, ONE_THREAD, **ON_CPU),
     Contestant("late-interaction-kernels", "late-interaction-kernels", late_interaction_scores, FALLBACK, peer=True),

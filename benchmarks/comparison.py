@@ -6,7 +6,6 @@ contestant turns a problem into a call, which is what is timed.
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -130,10 +129,9 @@ class Comparison:
                 row = self.time(mode, shape, plan, device)
                 times = (f"{name} {found['ms']['median']:.3g} ms" for name, found in row["results"].items())
                 run.row("time", row, f"{mode:8} {shape.label():32} {'  '.join(times)}")
-        memory = functools.partial(self.memory, device=device, threads=threads)
         for name, shapes in plan.memory.items():
             for shape in shapes:
-                row = memory(name, shape)
+                row = self.memory(name, shape, device, threads)
                 run.row("memory", row, f"{name:8} {shape.label():32} {result_tables.megabytes(row)}")
         for family, budget in plan.budgets:
             for name in plan.memory:
@@ -142,7 +140,9 @@ class Comparison:
                 known = {shape.batch: mb for shape, mb in measured.items() if shape.family() == family}
                 if len(known) < 2:
                     continue
-                found = largest_batch(lambda b, n=name, f=family: memory(n, replace(f, batch=b)), budget, known)
+                found = largest_batch(
+                    lambda b, n=name, f=family: self.memory(n, replace(f, batch=b), device, threads), budget, known
+                )
                 most = found["fits"]["batch"] if found["fits"] else "none"
                 row = {"contestant": name, "budget_mb": budget, **found}
                 run.row("budget", row, f"{name:8} {budget} MB: largest batch {most}")
@@ -237,10 +237,8 @@ def _predict(budget: float, known: dict[int, float]) -> float:
     (b1, m1), (b2, m2) = sorted(known.items())[-2:]
     square = (m2 / b2 - m1 / b1) / (b2 - b1)
     linear = m1 / b1 - square * b1
-    if square > 0 and linear >= 0:
-        return (-linear + math.sqrt(linear * linear + 4 * square * budget)) / (2 * square)
     if square > 0:
-        return b2 * math.sqrt(budget / m2)
+        return (-linear + math.sqrt(linear * linear + 4 * square * budget)) / (2 * square)
     # Noise alone could make it fall.
     slope = max((m2 - m1) / (b2 - b1), m2 / b2 / 10)
     return max(b2 + (budget - m2) / slope, 1.0)

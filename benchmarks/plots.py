@@ -37,10 +37,10 @@ DRAWN = {
 }
 
 
-def draw(result: dict[str, Any], path: Path) -> list[Path]:
-    """Draw a benchmark's pictures beside its result's ``path``, where it has any; return their paths."""
-    if result.get("benchmark") not in DRAWN or not result.get("memory"):
-        return []
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw a benchmark's pictures beside its result's ``path``, where it has any."""
+    if result["benchmark"] not in DRAWN or not result.get("memory"):
+        return
     what, mode, names = DRAWN[result["benchmark"]]
     family = Shape(**result["memory"][0]["shape"]).family()
     time, memory = ({name: {} for name in names} for _ in range(2))
@@ -55,15 +55,12 @@ def draw(result: dict[str, Any], path: Path) -> list[Path]:
             memory[row["contestant"]][shape.batch] = row["mb"]
     axis = f"batch ({family.nt} words x {family.nv} frames x {family.dim} channels, {family.dtype})"
     title = f"Time of one training step of {what}"
-    pictures = [_picture(result, time, path.with_name(f"{path.stem}_time.png"), title, "milliseconds", axis)]
+    _picture(result, time, path.with_name(f"{path.stem}_time.png"), title, "milliseconds", axis)
     title = f"Memory that one training step of {what} adds to its inputs"
-    pictures += [_picture(result, memory, path.with_name(f"{path.stem}_memory.png"), title, "MB", axis)]
-    for picture in pictures:
-        print(f"wrote {picture}")
-    return pictures
+    _picture(result, memory, path.with_name(f"{path.stem}_memory.png"), title, "MB", axis)
 
 
-def _picture(result: dict[str, Any], series: Series, path: Path, title: str, unit: str, axis: str) -> Path:
+def _picture(result: dict[str, Any], series: Series, path: Path, title: str, unit: str, axis: str) -> None:
     where = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['threads']} threads"
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
     for name in ordered(series):
@@ -89,7 +86,7 @@ def _picture(result: dict[str, Any], series: Series, path: Path, title: str, uni
     axes.set_title(f"{where}; torch {result['versions']['torch']}", loc="left", fontsize=8, color="#777777")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return path
+    print(f"wrote {path}")
 
 
 def ordered(series: Series) -> list[str]:

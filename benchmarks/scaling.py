@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -109,12 +110,6 @@ GROUPS = (Work(2048, 2, 16, 8, 128, 4), Work(2048, 4, 16, 8, 128, 4), Work(1022,
 CDCR = {"CDCR, diagonal": bench_cdcr.DIAGONAL, "CDCR, full": bench_cdcr.FULL_FORM}
 
 
-def written_bytes() -> int:
-    """Return what this process has handed to the kernel to write: gloo writes its sockets so."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["wchar"])
-
-
 def rank_step(rank: int, kind: str, work: dict[str, Any], folder: str) -> None:
     """Run one process of a group: a warm-up, then one step whose bytes and memory are measured."""
     torch.set_num_threads(1)
@@ -137,9 +132,10 @@ def rank_step(rank: int, kind: str, work: dict[str, Any], folder: str) -> None:
         step(2)()
         call = step(rows)
         dist.barrier()
-        before = written_bytes()
+        # What this process hands to the kernel to write: gloo writes its sockets so.
+        before = psutil.Process().io_counters().write_chars
         peak, _ = harness.peak_bytes(call, "cpu")
-        written = written_bytes() - before
+        written = psutil.Process().io_counters().write_chars - before
     Path(folder, f"{rank}.json").write_text(json.dumps({"sent": written, "held": peak}))
     dist.destroy_process_group()
 

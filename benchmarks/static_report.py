@@ -102,14 +102,11 @@ def packed(dtype: str, *, frames: bool = False, classes: bool = False) -> Packed
     """Types of one side in slots."""
     return PackedRows(
         features=f"*{dtype}",
-        scale="*fp32",
-        weight="*fp32",
-        position="*i32",
-        length="*i32",
-        start=None if frames else "*i32",
         order="*i64" if classes else None,
         class_begin="*i32" if classes else None,
-        chunk_row=None if frames else "*i32",
+        **dict.fromkeys(("start", "chunk_row"), None if frames else "*i32"),
+        **dict.fromkeys(("scale", "weight"), "*fp32"),
+        **dict.fromkeys(("position", "length"), "*i32"),
         **dict.fromkeys(("rows", "tokens", "allocated", "dim", "most_slots"), "i32"),
     )
 
