@@ -113,16 +113,13 @@ class Trainer:
         frames_cut = frames.detach().requires_grad_()
         assert model.temporal is not None
         video = model.temporal(frames_cut.unflatten(0, video_in.shape[:2]))
-        video_mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
         mark("temporal")
         for form in forms:
             model.interaction.zero_grad()
             model.clip.logit_scale.grad = None
             text_cut, video_cut = text.detach().requires_grad_(), video.detach().requires_grad_()
             mark("before")
-            weights = model.interaction.weights(text_cut, video_cut, text_mask, video_mask)
-            tokens = (text_cut, video_cut, *weights, text_mask, video_mask)
-            FORMS[form](tokens, model.logit_scale).backward()
+            self._loss(form, text_cut, video_cut, text_mask).backward()
             mark(form)
         video.backward(video_cut.grad)
         mark("temporal")
@@ -132,6 +129,12 @@ class Trainer:
         mark("text")
         self.adam.step()
         mark("adam")
+
+    def _loss(self, form: str, text: Tensor, video: Tensor, text_mask: Tensor) -> Tensor:
+        # A function of its own: its graph must be gone when the next part's memory is measured.
+        video_mask = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device)
+        weights = self.model.interaction.weights(text, video, text_mask, video_mask)
+        return FORMS[form]((text, video, *weights, text_mask, video_mask), self.model.logit_scale)
 
 
 def timed_step(trainer: Trainer, forms: tuple[str, ...]) -> list[tuple[str, float]]:
