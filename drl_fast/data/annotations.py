@@ -123,7 +123,13 @@ def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) ->
             while len(fields) > len(names) and not fields[-1]:
                 fields.pop()
             if fields and not names:
-                names = _columns(fields, columns, path, remedy)
+                names = fields
+                if len(set(names)) != len(names):
+                    twice = _first_repeated(names)
+                    raise ValueError(f"{path} must hold each column once, got {twice!r} twice; {remedy}")
+                if set(columns) - set(names):
+                    wanted = ", ".join(columns)
+                    raise ValueError(f"{path} must have the columns {wanted}, got {', '.join(names)}; {remedy}")
             elif fields:
                 if len(fields) != len(names):
                     raise ValueError(
@@ -140,15 +146,6 @@ def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) ->
     if not names:
         raise ValueError(f"{path} must have the columns {', '.join(columns)}, got an empty file; {remedy}")
     return table
-
-
-def _columns(found: list[str], wanted: Sequence[str], path: Path, remedy: str) -> list[str]:
-    """Check a table's head."""
-    if len(set(found)) != len(found):
-        raise ValueError(f"{path} must hold each column once, got {_first_repeated(found)!r} twice; {remedy}")
-    if set(wanted) - set(found):
-        raise ValueError(f"{path} must have the columns {', '.join(wanted)}, got {', '.join(found)}; {remedy}")
-    return found
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -185,6 +182,12 @@ def field(entry: object, key: str, kind: type[T], place: str) -> T:
     if key not in entries:
         raise ValueError(f"{place} must have the key {key!r}, got {', '.join(map(repr, entries))}; {AS_RELEASED}")
     return checked(entries[key], kind, f"{place}, {key}")
+
+
+def pairs(entries: list[Any], first: str, second: str, place: str) -> list[tuple[str, str]]:
+    """Return each entry's two strings; errors name ``place`` and the entry's number."""
+    places = ((entry, f"{place} {number}") for number, entry in enumerate(entries, 1))
+    return [(field(entry, first, str, where), field(entry, second, str, where)) for entry, where in places]
 
 
 def strings(value: object, place: str) -> list[str]:

@@ -14,6 +14,7 @@ from .annotations import (
     checked,
     field,
     find_file,
+    pairs,
     paragraph,
     read_ids,
     read_json,
@@ -32,19 +33,13 @@ def msrvtt(annotations: Path, part: str) -> Listing:
     """Read 1k-A: 9,000 training clips, each caption a sample; 1,000 pairs that serve as val and test."""
     if part != "train":
         path = find_file(annotations, "MSRVTT_JSFUSION_test.csv")
-        rows = read_table(path, ("video_id", "sentence"))
-        return Listing(
-            unique((row["video_id"].strip() for row in rows), path),
-            [(row["video_id"].strip(), row["sentence"]) for row in rows],
-        )
+        captions = [(row["video_id"].strip(), row["sentence"]) for row in read_table(path, ("video_id", "sentence"))]
+        return Listing(unique((name for name, _ in captions), path), captions)
     path = find_file(annotations, "MSRVTT_train.9k.csv")
     ids = unique((row["video_id"].strip() for row in read_table(path, ("video_id",))), path)
     path = find_file(annotations, "MSRVTT_data.json")
-    captions = []
-    for number, entry in enumerate(field(read_json(path, dict), "sentences", list, str(path)), start=1):
-        place = f"{path}, sentence {number}"
-        captions.append((field(entry, "video_id", str, place), field(entry, "caption", str, place)))
-    return Listing(ids, captions)
+    sentences = field(read_json(path, dict), "sentences", list, str(path))
+    return Listing(ids, pairs(sentences, "video_id", "caption", f"{path}, sentence"))
 
 
 def msvd(annotations: Path, part: str) -> Listing:
@@ -118,9 +113,8 @@ def didemo(annotations: Path, part: str) -> Listing:
     ids = read_ids(find_file(annotations, f"{part}_list.txt"))
     path = find_file(annotations, f"{part}_data.json")
     described = defaultdict(list)
-    for number, entry in enumerate(read_json(path, list), start=1):
-        place = f"{path}, entry {number}"
-        described[field(entry, "video", str, place)].append(field(entry, "description", str, place))
+    for name, text in pairs(read_json(path, list), "video", "description", f"{path}, entry"):
+        described[name].append(text)
     return Listing(ids, [(name, paragraph(sentences)) for name, sentences in described.items()])
 
 
