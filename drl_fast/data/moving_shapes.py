@@ -55,11 +55,6 @@ class Mover:
     def phrase(self) -> str:
         return f"a {self.colour} {self.shape} moves {self.direction}"
 
-    def after(self, way: float) -> tuple[float, float]:
-        """Return its centre after ``way`` pixels."""
-        (x, y), (dx, dy) = self.place, DIRECTIONS[self.direction]
-        return x + dx * way, y + dy * way
-
 
 @dataclass(frozen=True)
 class Clip:
@@ -132,7 +127,8 @@ def draw(clip: Clip) -> Iterator[Image.Image]:
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, mover: Mover, way: float, radius: int) -> None:
-    (x, y), colour = mover.after(way), COLOURS[mover.colour]
+    (x, y), (dx, dy) = mover.place, DIRECTIONS[mover.direction]
+    x, y, colour = x + dx * way, y + dy * way, COLOURS[mover.colour]
     box = (x - radius, y - radius, x + radius, y + radius)
     if mover.shape == "circle":
         pen.ellipse(box, fill=colour)

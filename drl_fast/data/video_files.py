@@ -123,12 +123,9 @@ class VideoFiles:
         return None
 
     def _key(self, name: str) -> str:
-        """A name as a path below the folder, in the form in which paths are indexed."""
-        if os.path.isabs(name):
-            for folder in (os.path.abspath(self.folder), os.path.realpath(self.folder)):
-                if name.startswith(folder + os.sep):
-                    name = name[len(folder) + 1 :]
-                    break
+        """Return a name as a path below the folder, in the form in which paths are indexed."""
+        for folder in (os.path.abspath(self.folder), os.path.realpath(self.folder)):
+            name = name.removeprefix(folder + os.sep)
         return _composed(os.path.normpath(name).replace(os.sep, "/"))
 
 

@@ -68,16 +68,9 @@ class DRL(nn.Module):
         cdcr_padding: str = "never",
     ) -> None:
         super().__init__()
+        # Signatures list the options in Config's order, which a test checks.
         self.config = Config(
-            interaction=interaction,
-            temporal=temporal,
-            wti_arch=wti_arch,
-            masking=masking,
-            cdcr=cdcr,
-            cdcr_alpha_on=cdcr_alpha_on,
-            cdcr_alpha_off=cdcr_alpha_off,
-            cdcr_weight=cdcr_weight,
-            cdcr_padding=cdcr_padding,
+            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
@@ -117,18 +110,10 @@ class DRL(nn.Module):
         Raises:
             ValueError: entries that are missing, unexpected or of another shape; each is named.
         """
-        return cls(
-            clip_from_state_dict(state),
-            interaction=interaction,
-            temporal=temporal,
-            wti_arch=wti_arch,
-            masking=masking,
-            cdcr=cdcr,
-            cdcr_alpha_on=cdcr_alpha_on,
-            cdcr_alpha_off=cdcr_alpha_off,
-            cdcr_weight=cdcr_weight,
-            cdcr_padding=cdcr_padding,
+        config = Config(
+            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
+        return cls(clip_from_state_dict(state), **asdict(config))
 
     @classmethod
     def from_upstream(
