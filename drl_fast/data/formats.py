@@ -121,20 +121,17 @@ def didemo(annotations: Path, part: str) -> Listing:
 def folder(annotations: Path, part: str) -> Listing:
     """Read a user's captions: all of them without a ``split`` column; val and test stand in for each other."""
     captions = read_captions(annotations)
-    if any(caption.split for caption in captions):
+    present = dict.fromkeys(caption.split for caption in captions)
+    if any(present):
         for number, caption in enumerate(captions, start=1):
             if caption.split not in PARTS:
                 raise ValueError(
                     f"{annotations}, caption {number} must have one of the splits {', '.join(PARTS)}, since others do, "
                     f"got {caption.split!r}; {HOW}"
                 )
-        present = dict.fromkeys(caption.split for caption in captions)
-        other = {"val": "test", "test": "val"}.get(part, part)
-        wanted = part if part in present else other
+        wanted = part if part in present else {"val": "test", "test": "val"}.get(part, part)
         captions = [caption for caption in captions if caption.split == wanted]
         if not captions:
-            raise ValueError(
-                f"{annotations} must have captions whose split is {part}, got only {', '.join(map(str, present))}; "
-                "mark some"
-            )
+            found = ", ".join(present)
+            raise ValueError(f"{annotations} must have captions whose split is {part}, got only {found}; mark some")
     return Listing(list(dict.fromkeys(c.video for c in captions)), [(c.video, c.text) for c in captions])

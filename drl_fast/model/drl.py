@@ -14,7 +14,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from ..modules import WTI, XTI, build_interaction
+from ..modules import WTI, XTI, SeqLSTM, SeqTransf, build_interaction
 from ..validation import describe
 from . import losses, padding, pretrained, upstream
 from .clip import build_clip, check_clip, clip_from_state_dict, has_openai_heads, load_strictly, quiet, uses_quick_gelu
@@ -86,8 +86,8 @@ class DRL(nn.Module):
             "xti": {"max_positions": context},
         }
         self.interaction = build_interaction(interaction, dim, **options.get(interaction, {}))
-        for module in (self.temporal, self.interaction if isinstance(self.interaction, XTI) else None):
-            if module is not None:
+        for module in (self.temporal, self.interaction):
+            if isinstance(module, SeqTransf | SeqLSTM | XTI):
                 module.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
@@ -145,7 +145,6 @@ class DRL(nn.Module):
             interaction, temporal: ``"auto"`` infers them from the entries: ``"wti"`` from weight heads, ``"xti"`` from
                 a cross transformer, else ``"dp"``.
             wti_arch: None infers it.
-            cdcr_padding: ``"competes"``, so that training continues as it would have in the public code.
             agg_module, cdcr_alpha1, cdcr_alpha2, cdcr_lambda: the public code's names for ``temporal``,
                 ``cdcr_alpha_on``, ``cdcr_alpha_off`` and ``cdcr_weight``; each replaces the option of our name.
             patch, image_size: pixels; the entries tell them, and another value is an error.
