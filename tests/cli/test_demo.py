@@ -164,7 +164,7 @@ def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> Non
     result = demo("--videos", caption(tmp_path, {"empty.mp4": "a", "gone.mp4": "b"}), "--clip", tiny_clip)
     assert result.exit_code == 1
     assert "error split must hold at least one readable video, got 2 unreadable of 2: empty.mp4: " in result.stderr
-    assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, found none there" in result.stderr
+    assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, not found; check the path" in result.stderr
 
 
 def test_similarities_are_the_models(
