@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type[T]) -> T:
-    """A JSON file whose outermost value is a ``kind``; an object that holds a key twice is an error."""
+    """Read a JSON file whose outermost value is a ``kind``; an object that holds a key twice is an error."""
     return checked(parse_json(read_text(path), str(path)), kind, str(path))
 
 
@@ -59,11 +59,8 @@ def parse_json(text: str, place: str, remedy: str = AS_RELEASED) -> Any:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            twice = _first_repeated(key for key, _ in pairs)
-            raise ValueError(f"{place} must hold each key once, got {twice!r} twice; {remedy}")
-        return entries
+        _check_once((key for key, _ in pairs), f"{place} must hold each key", remedy)
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=once)
@@ -104,7 +101,7 @@ def _read_array(path: Path) -> list[str]:
 
 
 def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) -> list[dict[str, str]]:
-    """The rows of a comma-separated file, which must have ``columns``.
+    """Read the rows of a comma-separated file, which must have ``columns``.
 
     Reading is strict: an error is better than a caption that swallows the lines after an open quote, or that ends at a
     comma.
@@ -123,7 +120,11 @@ def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) ->
             while len(fields) > len(names) and not fields[-1]:
                 fields.pop()
             if fields and not names:
-                names = _columns(fields, columns, path, remedy)
+                names = fields
+                _check_once(names, f"{path} must hold each column", remedy)
+                if set(columns) - set(names):
+                    wanted = ", ".join(columns)
+                    raise ValueError(f"{path} must have the columns {wanted}, got {', '.join(names)}; {remedy}")
             elif fields:
                 if len(fields) != len(names):
                     raise ValueError(
@@ -140,15 +141,6 @@ def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) ->
     if not names:
         raise ValueError(f"{path} must have the columns {', '.join(columns)}, got an empty file; {remedy}")
     return table
-
-
-def _columns(found: list[str], wanted: Sequence[str], path: Path, remedy: str) -> list[str]:
-    """Check a table's head."""
-    if len(set(found)) != len(found):
-        raise ValueError(f"{path} must hold each column once, got {_first_repeated(found)!r} twice; {remedy}")
-    if set(wanted) - set(found):
-        raise ValueError(f"{path} must have the columns {', '.join(wanted)}, got {', '.join(found)}; {remedy}")
-    return found
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -187,6 +179,12 @@ def field(entry: object, key: str, kind: type[T], place: str) -> T:
     return checked(entries[key], kind, f"{place}, {key}")
 
 
+def pairs(entries: list[Any], first: str, second: str, place: str) -> list[tuple[str, str]]:
+    """Return each entry's two strings; errors name ``place`` and the entry's number."""
+    places = ((entry, f"{place} {number}") for number, entry in enumerate(entries, 1))
+    return [(field(entry, first, str, where), field(entry, second, str, where)) for entry, where in places]
+
+
 def strings(value: object, place: str) -> list[str]:
     """Return ``value`` if it is a list of strings; ValueError otherwise."""
     return [checked(text, str, f"{place}, {number}") for number, text in enumerate(checked(value, list, place), 1)]
@@ -202,11 +200,13 @@ def unique(names: Iterable[str], path: Path) -> list[str]:
     listed = list(names)
     if not listed:
         raise ValueError(f"{path} must list at least one video, got none; {AS_RELEASED}")
-    if len(set(listed)) != len(listed):
-        raise ValueError(f"{path} must list each video once, got {_first_repeated(listed)!r} twice; remove one")
+    _check_once(listed, f"{path} must list each video", "remove one")
     return listed
 
 
-def _first_repeated(names: Iterable[str]) -> str:
-    seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+def _check_once(names: Iterable[str], expected: str, remedy: str) -> None:
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{expected} once, got {name!r} twice; {remedy}")
+        seen.add(name)

@@ -38,7 +38,7 @@ class FeatureCache:
             ValueError: a file that cannot be read.
         """
         parts = [FORMAT, self._content(Path(video)), repr(sorted(asdict(sampling).items())), encoder]
-        return _hash("\0".join(parts).encode())
+        return _blake2b("\0".join(parts).encode()).hexdigest()
 
     def _content(self, path: Path) -> str:
         try:
@@ -48,7 +48,7 @@ class FeatureCache:
                 known = self._hashes.get(path)
                 if known is not None and known[0] == state:
                     return known[1]
-                digest = hashlib.blake2b(digest_size=20)
+                digest = _blake2b()
                 while chunk := file.read(CHUNK):
                     digest.update(chunk)
         except OSError as error:
@@ -93,8 +93,8 @@ class FeatureCache:
 def _digest(features: Tensor) -> Tensor:
     """Hash the features' bytes: (20,) uint8."""
     data = features.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return torch.tensor(list(hashlib.blake2b(data, digest_size=20).digest()), dtype=torch.uint8)
+    return torch.tensor(list(_blake2b(data).digest()), dtype=torch.uint8)
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=20).hexdigest()
+def _blake2b(data: bytes = b"") -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=20)

@@ -14,6 +14,7 @@ from .annotations import (
     checked,
     field,
     find_file,
+    pairs,
     paragraph,
     read_ids,
     read_json,
@@ -32,19 +33,13 @@ def msrvtt(annotations: Path, part: str) -> Listing:
     """Read 1k-A: 9,000 training clips, each caption a sample; 1,000 pairs that serve as val and test."""
     if part != "train":
         path = find_file(annotations, "MSRVTT_JSFUSION_test.csv")
-        rows = read_table(path, ("video_id", "sentence"))
-        return Listing(
-            unique((row["video_id"].strip() for row in rows), path),
-            [(row["video_id"].strip(), row["sentence"]) for row in rows],
-        )
+        captions = [(row["video_id"].strip(), row["sentence"]) for row in read_table(path, ("video_id", "sentence"))]
+        return Listing(unique((name for name, _ in captions), path), captions)
     path = find_file(annotations, "MSRVTT_train.9k.csv")
     ids = unique((row["video_id"].strip() for row in read_table(path, ("video_id",))), path)
     path = find_file(annotations, "MSRVTT_data.json")
-    captions = []
-    for number, entry in enumerate(field(read_json(path, dict), "sentences", list, str(path)), start=1):
-        place = f"{path}, sentence {number}"
-        captions.append((field(entry, "video_id", str, place), field(entry, "caption", str, place)))
-    return Listing(ids, captions)
+    sentences = field(read_json(path, dict), "sentences", list, str(path))
+    return Listing(ids, pairs(sentences, "video_id", "caption", f"{path}, sentence"))
 
 
 def msvd(annotations: Path, part: str) -> Listing:
@@ -118,29 +113,25 @@ def didemo(annotations: Path, part: str) -> Listing:
     ids = read_ids(find_file(annotations, f"{part}_list.txt"))
     path = find_file(annotations, f"{part}_data.json")
     described = defaultdict(list)
-    for number, entry in enumerate(read_json(path, list), start=1):
-        place = f"{path}, entry {number}"
-        described[field(entry, "video", str, place)].append(field(entry, "description", str, place))
+    for name, text in pairs(read_json(path, list), "video", "description", f"{path}, entry"):
+        described[name].append(text)
     return Listing(ids, [(name, paragraph(sentences)) for name, sentences in described.items()])
 
 
 def folder(annotations: Path, part: str) -> Listing:
     """Read a user's captions: all of them without a ``split`` column; val and test stand in for each other."""
     captions = read_captions(annotations)
-    if any(caption.split for caption in captions):
+    present = dict.fromkeys(caption.split for caption in captions)
+    if any(present):
         for number, caption in enumerate(captions, start=1):
             if caption.split not in PARTS:
                 raise ValueError(
                     f"{annotations}, caption {number} must have one of the splits {', '.join(PARTS)}, since others do, "
                     f"got {caption.split!r}; {HOW}"
                 )
-        present = dict.fromkeys(caption.split for caption in captions)
-        other = {"val": "test", "test": "val"}.get(part, part)
-        wanted = part if part in present else other
+        wanted = part if part in present else {"val": "test", "test": "val"}.get(part, part)
         captions = [caption for caption in captions if caption.split == wanted]
         if not captions:
-            raise ValueError(
-                f"{annotations} must have captions whose split is {part}, got only {', '.join(map(str, present))}; "
-                "mark some"
-            )
+            found = ", ".join(present)
+            raise ValueError(f"{annotations} must have captions whose split is {part}, got only {found}; mark some")
     return Listing(list(dict.fromkeys(c.video for c in captions)), [(c.video, c.text) for c in captions])

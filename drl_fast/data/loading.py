@@ -133,11 +133,7 @@ def video_loader(paths: Sequence[Path], sampling: Sampling, *, workers: int) -> 
     Raises:
         RuntimeError: while iterating, a worker was killed.
     """
-    return Loader(DataLoader(_Videos(paths, sampling), batch_size=None, collate_fn=_identity, **_processes(workers)))
-
-
-def _identity(item: T) -> T:
-    return item
+    return Loader(DataLoader(_Videos(paths, sampling), batch_size=None, **_processes(workers)))
 
 
 def _processes(workers: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ without a temporal module can learn it.
 from __future__ import annotations
 
 import csv
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 
 import av
-import numpy as np
 from PIL import Image, ImageDraw
 
 from ..atomic_write import write_atomically
@@ -55,11 +55,6 @@ class Mover:
     def phrase(self) -> str:
         return f"a {self.colour} {self.shape} moves {self.direction}"
 
-    def after(self, way: float) -> tuple[float, float]:
-        """Return its centre after ``way`` pixels."""
-        (x, y), (dx, dy) = self.place, DIRECTIONS[self.direction]
-        return x + dx * way, y + dy * way
-
 
 @dataclass(frozen=True)
 class Clip:
@@ -84,10 +79,6 @@ class Clip:
         """Return how many pixels the first and the second shape have travelled at a frame."""
         halves = 2 * frame / (self.frames - 1)
         return self.reach * min(halves, 1.0), self.reach * max(halves - 1.0, 0.0)
-
-    def centres(self, frame: float) -> list[tuple[float, float]]:
-        """Return the centres of the first and the second shape at a frame, in pixels from the top left."""
-        return [mover.after(way) for mover, way in zip((self.first, self.second), self.travelled(frame), strict=True)]
 
 
 def make_clips(count: int, seed: int) -> list[Clip]:
@@ -130,20 +121,20 @@ def draw(clip: Clip) -> Iterator[Image.Image]:
     for frame in range(clip.frames):
         picture = Image.new("RGB", (SIZE, SIZE), (clip.background,) * 3)
         pen = ImageDraw.Draw(picture)
-        for mover, centre in zip((clip.first, clip.second), clip.centres(frame), strict=True):
-            _draw_shape(pen, (mover.colour, mover.shape), centre, clip.radius)
+        for mover, way in zip((clip.first, clip.second), clip.travelled(frame), strict=True):
+            _draw_shape(pen, mover, way, clip.radius)
         yield picture
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, kind: tuple[str, str], centre: tuple[float, float], radius: int) -> None:
-    colour, shape = COLOURS[kind[0]], kind[1]
-    x, y = centre
+def _draw_shape(pen: ImageDraw.ImageDraw, mover: Mover, way: float, radius: int) -> None:
+    (x, y), (dx, dy) = mover.place, DIRECTIONS[mover.direction]
+    x, y, colour = x + dx * way, y + dy * way, COLOURS[mover.colour]
     box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
+    if mover.shape == "circle":
         pen.ellipse(box, fill=colour)
-    elif shape == "square":
+    elif mover.shape == "square":
         pen.rectangle(box, fill=colour)
-    elif shape == "triangle":
+    elif mover.shape == "triangle":
         pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=colour)
     else:
         arm = radius / 3
@@ -153,19 +144,19 @@ def _draw_shape(pen: ImageDraw.ImageDraw, kind: tuple[str, str], centre: tuple[f
 
 def write_clip(clip: Clip, path: Path) -> None:
     """Encode a clip as H.264 in mp4, atomically."""
-    aside = path.with_suffix(".part.mp4")
-    try:
-        with av.open(str(aside), "w") as container:
+
+    def write(name: str) -> None:
+        # The name is absolute: in a relative one FFmpeg reads what precedes a colon as a protocol.
+        with av.open(os.path.abspath(name), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "crf": "18"})
             stream.width = stream.height = SIZE
             stream.pix_fmt = "yuv420p"
             stream.thread_count = 1
             for picture in draw(clip):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(picture), format="rgb24")))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
             container.mux(stream.encode())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 
 def write_folder(

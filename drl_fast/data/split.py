@@ -32,12 +32,9 @@ class Split:
         """Return one sentence for each reason why something listed is not used."""
         listed = len(self.names) + len(self.missing) + len(self.uncaptioned)
         reasons = []
-        if self.missing:
-            reasons.append(f"{len(self.missing)} of {listed} videos listed have no file: {some(self.missing)}")
-        if self.uncaptioned:
-            reasons.append(
-                f"{len(self.uncaptioned)} of {listed} videos listed have no caption: {some(self.uncaptioned)}"
-            )
+        for names, lacking in ((self.missing, "file"), (self.uncaptioned, "caption")):
+            if names:
+                reasons.append(f"{len(names)} of {listed} videos listed have no {lacking}: {some(names)}")
         if self.empty_captions:
             reasons.append(f"{self.empty_captions} captions have no words")
         return reasons

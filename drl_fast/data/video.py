@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_ops  # type: ignore[import-untyped]
 
+AGAIN = "fetch it again or leave it out"
 REMEDY = "re-encode it (ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4) or leave it out"
 # A file with less than this fraction of its stated length is a download that was cut short.
 WHOLE = 0.9
@@ -109,11 +110,8 @@ def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[
         # Choose before decoding, so that only frames that are returned are converted and held.
         chosen = sampling.chosen(times, fps)
         decoded = _decode(path, chosen, sampling, fps, threads)
-        if decoded.damaged:
-            present = _numbers_at([times[number] for number in chosen], decoded)
-            if None in present:
-                raise ValueError(_damage(path, decoded, present, len(times)))
-            numbers = [number for number in present if number is not None]
+        if any(decoded.damaged):
+            numbers = _undamaged(path, decoded, times, chosen)
         else:
             # A packet may hold no picture, or two. Then the decoded frames decide.
             numbers = chosen if decoded.agrees(times) else sampling.chosen(decoded.times, fps)
@@ -139,11 +137,9 @@ def thin(count: int, limit: int) -> list[int]:
 def _check_file(path: Path) -> None:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*"))[:1]
-        raise ValueError(
-            f"{path} must be a video file, not found" + (f"; is it {near[0]}?" if near else "; check the path")
-        )
+        raise ValueError(f"{path} must be a video file, not found; {f'is it {near[0]}?' if near else 'check the path'}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} must hold a video, got an empty file; fetch it again or leave it out")
+        raise ValueError(f"{path} must hold a video, got an empty file; {AGAIN}")
 
 
 @contextlib.contextmanager
@@ -192,16 +188,12 @@ def _check_whole(
         return
     stated = (container.duration or 0) / av.time_base
     if packets < WHOLE * stream.frames:
-        raise ValueError(
-            f"{path} must be a whole video, got {packets} of {stream.frames} frames; fetch it again or leave it out"
-        )
+        raise ValueError(f"{path} must be a whole video, got {packets} of {stream.frames} frames; {AGAIN}")
     # FFmpeg reports no length for an ASF file whose size differs from the stated one.
     if not stated and "asf" in container.format.name:
         raise ValueError(f"{path} must be a whole video, got another size than its header states; {REMEDY}")
     if not stream.frames and end < WHOLE * stated:
-        raise ValueError(
-            f"{path} must be a whole video, got {end:.1f} of {stated:.1f} seconds; fetch it again or leave it out"
-        )
+        raise ValueError(f"{path} must be a whole video, got {end:.1f} of {stated:.1f} seconds; {AGAIN}")
 
 
 def _seconds(ticks: Sequence[int | None], stream: av.VideoStream, fps: float) -> list[float]:
@@ -222,7 +214,7 @@ class _Decoded:
     times: list[float] = field(default_factory=list)
     """When each frame is shown, in seconds from the first."""
     damaged: list[bool] = field(default_factory=list)
-    """Whether the decoder could not restore a frame, or one that it may be predicted from; empty: none."""
+    """Whether the decoder could not restore a frame, or one that it may be predicted from."""
     complete: bool = True
     """Whether the file was decoded to its end."""
 
@@ -251,8 +243,6 @@ def _decode(path: Path, numbers: Sequence[int], sampling: Sampling, fps: float, 
                 found.complete = False
                 break
         found.times = _seconds(ticks, stream, fps)
-    if not any(found.damaged):
-        found.damaged = []
     return found
 
 
@@ -270,22 +260,17 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
             yield frame, damaged
 
 
-def _numbers_at(times: Sequence[float], decoded: _Decoded) -> list[int | None]:
-    """Return the numbers of the undamaged frames at these times; None if there is none."""
-    sound = {
-        round(time, 3): number
-        for number, (time, damaged) in enumerate(zip(decoded.times, decoded.damaged, strict=True))
-        if not damaged
-    }
-    return [sound.get(round(time, 3)) for time in times]
-
-
-def _damage(path: Path, decoded: _Decoded, present: Sequence[int | None], count: int) -> str:
-    sound = len(decoded.damaged) - sum(decoded.damaged)
-    return (
-        f"{path} must be undamaged where frames are taken, got {count - sound} damaged or missing of {count} frames, "
-        f"{present.count(None)} of the {len(present)} to be taken among them; fetch it again or leave it out"
-    )
+def _undamaged(path: Path, decoded: _Decoded, times: Sequence[float], chosen: Sequence[int]) -> list[int]:
+    """Return the numbers, among the decoded frames, of the chosen packets' frames; ValueError if one is damaged."""
+    sound = [number for number, damaged in enumerate(decoded.damaged) if not damaged]
+    at = {round(decoded.times[number], 3): number for number in sound}
+    present = [at[time] for number in chosen if (time := round(times[number], 3)) in at]
+    if len(present) < len(chosen):
+        raise ValueError(
+            f"{path} must be undamaged where frames are taken, got {len(times) - len(sound)} damaged or missing of "
+            f"{len(times)} frames, {len(chosen) - len(present)} of the {len(chosen)} to be taken among them; {AGAIN}"
+        )
+    return present
 
 
 def _as_shown(picture: Image.Image, frame: av.VideoFrame, stream: av.VideoStream) -> Image.Image:

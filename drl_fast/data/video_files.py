@@ -68,14 +68,12 @@ class VideoFiles:
             raise ValueError(f"videos must be a folder, not a folder: {folder}")
         self.folder, self.prefix = folder, prefix
         self.videos: list[Path] = []
-        self._by_path: dict[str, list[Path]] = defaultdict(list)
-        self._by_name: dict[str, list[Path]] = defaultdict(list)
-        self._by_stem: dict[str, list[Path]] = defaultdict(list)
-        """Videos by their path without its suffix, and by their name without it."""
-        self._walk()
-        self._lower = [_lowered(index) for index in (self._by_path, self._by_name, self._by_stem)]
+        # By path; by name; videos by either without its suffix.
+        self._exact: tuple[Index, Index, Index] = (defaultdict(list), defaultdict(list), defaultdict(list))
+        self._walk(*self._exact)
+        self._lower = [_lowered(index) for index in self._exact]
 
-    def _walk(self) -> None:
+    def _walk(self, by_path: Index, by_name: Index, by_stem: Index) -> None:
         seen = set()
         for root, folders, files in os.walk(self.folder, followlinks=True, onerror=_unreadable):
             # A link may lead to a folder above.
@@ -88,12 +86,12 @@ class VideoFiles:
             for name in sorted(files):
                 path = Path(root, name)
                 key = _composed(path.relative_to(self.folder).as_posix())
-                self._by_path[key].append(path)
-                self._by_name[_composed(name)].append(path)
+                by_path[key].append(path)
+                by_name[_composed(name)].append(path)
                 if path.suffix.lower() in VIDEO_SUFFIXES:
                     self.videos.append(path)
                     for stem in {os.path.splitext(key)[0], os.path.splitext(_composed(name))[0]}:
-                        self._by_stem[stem].append(path)
+                        by_stem[stem].append(path)
 
     def find(self, name: str) -> Path | None:
         """Return the file of an id or file name, or None.
@@ -111,11 +109,10 @@ class VideoFiles:
             spellings.append(name.replace("\\", "/"))
         if self.prefix:
             spellings.append(name.removeprefix(self.prefix) if name.startswith(self.prefix) else self.prefix + name)
-        exact = [self._by_path, self._by_name, self._by_stem]
-        for by_path, by_name, by_stem in (exact, self._lower):
+        for indexes in (self._exact, self._lower):
             for spelling in spellings:
                 key = self._key(spelling)
-                found = self._look_up(key if by_path is self._by_path else key.lower(), by_path, by_name, by_stem)
+                found = _look_up(key if indexes is self._exact else key.lower(), *indexes)
                 if len(found) > 1:
                     names = " and ".join(str(path) for path in found[:2])
                     raise ValueError(
@@ -126,21 +123,16 @@ class VideoFiles:
         return None
 
     def _key(self, name: str) -> str:
-        """A name as a path below the folder, in the form in which paths are indexed."""
-        if os.path.isabs(name):
-            for folder in (os.path.abspath(self.folder), os.path.realpath(self.folder)):
-                if name.startswith(folder + os.sep):
-                    name = name[len(folder) + 1 :]
-                    break
+        """Return a name as a path below the folder, in the form in which paths are indexed."""
+        for folder in (os.path.abspath(self.folder), os.path.realpath(self.folder)):
+            name = name.removeprefix(folder + os.sep)
         return _composed(os.path.normpath(name).replace(os.sep, "/"))
 
-    @staticmethod
-    def _look_up(key: str, by_path: Index, by_name: Index, by_stem: Index) -> list[Path]:
-        stem, suffix = os.path.splitext(key)
-        found = by_path.get(key) or by_name.get(key) or by_stem.get(key)
-        if not found and suffix.lower() in VIDEO_SUFFIXES:
-            found = by_stem.get(stem)
-        return found or []
+
+def _look_up(key: str, by_path: Index, by_name: Index, by_stem: Index) -> list[Path]:
+    stem, suffix = os.path.splitext(key)
+    same_stem = by_stem.get(stem, []) if suffix.lower() in VIDEO_SUFFIXES else []
+    return by_path.get(key) or by_name.get(key) or by_stem.get(key) or same_stem
 
 
 def _composed(name: str) -> str:

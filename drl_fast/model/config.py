@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..modules import INTERACTIONS
+from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
 from ..validation import MASKINGS, option
 
-TEMPORAL = (None, "seqLSTM", "seqTransf")
+TEMPORAL = {"seqLSTM": SeqLSTM, "seqTransf": SeqTransf}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Config:
 
     def __post_init__(self) -> None:
         option("interaction", self.interaction, tuple(INTERACTIONS))
-        if self.temporal not in TEMPORAL:
-            raise ValueError(f"temporal must be one of None, 'seqLSTM', 'seqTransf', got {self.temporal!r}")
+        if self.temporal is not None:
+            option("temporal", self.temporal, (None, *TEMPORAL))
         option("masking", self.masking, MASKINGS)
         if self.masking != "drl" and self.interaction not in ("ti", "wti"):
             raise ValueError(

@@ -17,16 +17,8 @@ from torch import Tensor, nn
 from ..modules import WTI, XTI, SeqLSTM, SeqTransf, build_interaction
 from ..validation import describe
 from . import losses, padding, pretrained, upstream
-from .clip import (
-    build_clip,
-    check_clip,
-    clip_from_state_dict,
-    has_openai_heads,
-    load_strictly,
-    quiet,
-    uses_quick_gelu,
-)
-from .config import Config
+from .clip import build_clip, check_clip, clip_from_state_dict, has_openai_heads, load_strictly, quiet, uses_quick_gelu
+from .config import TEMPORAL, Config
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,16 +68,9 @@ class DRL(nn.Module):
         cdcr_padding: str = "never",
     ) -> None:
         super().__init__()
+        # Signatures list the options in Config's order, which a test checks.
         self.config = Config(
-            interaction=interaction,
-            temporal=temporal,
-            wti_arch=wti_arch,
-            masking=masking,
-            cdcr=cdcr,
-            cdcr_alpha_on=cdcr_alpha_on,
-            cdcr_alpha_off=cdcr_alpha_off,
-            cdcr_weight=cdcr_weight,
-            cdcr_padding=cdcr_padding,
+            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
@@ -94,11 +79,7 @@ class DRL(nn.Module):
             buffer = torch.tensor(preprocess.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
         dim, context = self.dim, self.clip.positional_embedding.shape[0]
-        self.temporal: nn.Module | None = None
-        if temporal == "seqTransf":
-            self.temporal = SeqTransf(dim, max_positions=context)
-        elif temporal == "seqLSTM":
-            self.temporal = SeqLSTM(dim, max_positions=context)
+        self.temporal = None if temporal is None else TEMPORAL[temporal](dim, max_positions=context)
         options: dict[str, dict[str, Any]] = {
             "wti": {"arch": wti_arch, "masking": masking},
             "ti": {"masking": masking},
@@ -129,18 +110,10 @@ class DRL(nn.Module):
         Raises:
             ValueError: entries that are missing, unexpected or of another shape; each is named.
         """
-        return cls(
-            clip_from_state_dict(state),
-            interaction=interaction,
-            temporal=temporal,
-            wti_arch=wti_arch,
-            masking=masking,
-            cdcr=cdcr,
-            cdcr_alpha_on=cdcr_alpha_on,
-            cdcr_alpha_off=cdcr_alpha_off,
-            cdcr_weight=cdcr_weight,
-            cdcr_padding=cdcr_padding,
+        config = Config(
+            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
+        return cls(clip_from_state_dict(state), **asdict(config))
 
     @classmethod
     def from_upstream(
@@ -172,7 +145,6 @@ class DRL(nn.Module):
             interaction, temporal: ``"auto"`` infers them from the entries: ``"wti"`` from weight heads, ``"xti"`` from
                 a cross transformer, else ``"dp"``.
             wti_arch: None infers it.
-            cdcr_padding: ``"competes"``, so that training continues as it would have in the public code.
             agg_module, cdcr_alpha1, cdcr_alpha2, cdcr_lambda: the public code's names for ``temporal``,
                 ``cdcr_alpha_on``, ``cdcr_alpha_off`` and ``cdcr_weight``; each replaces the option of our name.
             patch, image_size: pixels; the entries tell them, and another value is an error.
@@ -197,14 +169,10 @@ class DRL(nn.Module):
             cdcr_weight=cdcr_weight if cdcr_lambda is None else cdcr_lambda,
             cdcr_padding=cdcr_padding,
         )
-        own_patch = model.clip.visual.patch_size
-        own = {
-            "patch": own_patch[0] if isinstance(own_patch, tuple) else own_patch,
-            "image_size": model.picture_size[0],
-        }
-        for name, value in (("patch", patch), ("image_size", image_size)):
-            if value is not None and value != own[name]:
-                raise ValueError(f"{name} must be the state's own, {own[name]}, got {value}; leave it out")
+        sizes = {"patch": (patch, model.clip.visual.patch_size[0]), "image_size": (image_size, model.picture_size[0])}
+        for name, (value, own) in sizes.items():
+            if value is not None and value != own:
+                raise ValueError(f"{name} must be the state's own, {own}, got {value}; leave it out")
         load_strictly(model, weights, "state")
         return model
 
@@ -281,7 +249,8 @@ class DRL(nn.Module):
         if theirs["clip"] is None:
             if not has_openai_heads(self.clip):
                 differences.insert(0, "a CLIP with attention heads 64 wide there and others here")
-        elif _architecture(theirs["clip"]) != _architecture(self.clip_name):
+        # The names without the activation, which is compared by itself.
+        elif theirs["clip"].removesuffix("-quickgelu") != (self.clip_name or "").removesuffix("-quickgelu"):
             differences.insert(0, f"clip {theirs['clip']!r} there and {self.clip_name!r} here")
         if differences:
             raise ValueError(f"{path} must hold a model of this architecture, got {'; '.join(differences)}")
@@ -447,10 +416,8 @@ class DRL(nn.Module):
             text_mask = _until_end(ids)
             features = self.frame_features(frames.flatten(0, 1)).view(*video_mask.shape, -1)
             padded = self._text_tower(ids), padding.add_temporal(features, self.temporal, video_mask)
-            text, video = (
-                padded[0].masked_fill(~text_mask[..., None], 0),
-                padded[1].masked_fill(~video_mask[..., None], 0),
-            )
+            text = padded[0].masked_fill(~text_mask[..., None], 0)
+            video = padded[1].masked_fill(~video_mask[..., None], 0)
         else:
             text, text_mask = self.encode_text(ids)
             video = self.encode_video(frames, video_mask)
@@ -497,8 +464,3 @@ def _until_end(ids: Tensor) -> Tensor:
 
 def _clip_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("clip."): x for name, x in state.items() if name.startswith("clip.")}
-
-
-def _architecture(clip_name: str | None) -> str | None:
-    """Return an open_clip name without the activation, which is compared by itself."""
-    return clip_name and clip_name.removesuffix("-quickgelu")

@@ -78,17 +78,16 @@ def decorrelation_loss(
 ) -> Tensor:
     """Compute CDCR by the public code's number in ``config.cdcr``, a scalar; 0 is 0."""
     alpha_on, alpha_off = config.cdcr_alpha_on, config.cdcr_alpha_off
-    masks = (batch.text_mask, batch.video_mask)
     if config.cdcr == 0:
         return batch.text.new_zeros((), dtype=torch.float32)
     if config.cdcr == 1:
-        pooled = pool(batch.text, batch.video, *masks)
+        pooled = pool(batch.text, batch.video, batch.text_mask, batch.video_mask)
         return functional.cross_correlation_loss(*pooled, alpha_on=alpha_on, alpha_off=alpha_off, process_group=group)
-    weights = (batch.text_weight, batch.video_weight) if config.cdcr == 3 else (None, None)
+    if config.cdcr == 2:
+        batch = batch._replace(text_weight=None, video_weight=None)
     if padded is None:
-        return functional.cdcr_loss(
-            batch.text, batch.video, *weights, *masks, alpha_on=alpha_on, alpha_off=alpha_off, process_group=group
-        )
+        return functional.cdcr_loss(*batch, alpha_on=alpha_on, alpha_off=alpha_off, process_group=group)
     if group is not None:
         raise ValueError("cdcr_padding must be 'never' over a process group, got 'competes'")
-    return padding.cdcr_loss(*padded, *weights, *masks, alpha_on=alpha_on, alpha_off=alpha_off)
+    batch = batch._replace(text=padded[0], video=padded[1])
+    return padding.cdcr_loss(*batch, alpha_on=alpha_on, alpha_off=alpha_off)

@@ -164,7 +164,7 @@ def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> Non
     result = demo("--videos", caption(tmp_path, {"empty.mp4": "a", "gone.mp4": "b"}), "--clip", tiny_clip)
     assert result.exit_code == 1
     assert "error split must hold at least one readable video, got 2 unreadable of 2: empty.mp4: " in result.stderr
-    assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, found none there" in result.stderr
+    assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, not found; check the path" in result.stderr
 
 
 def test_similarities_are_the_models(
@@ -212,7 +212,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
         (["--videos", "ok", "--pretrained", "opnai"], "a tag of ViT-B-32, got 'opnai'; nearest: openai"),
         (
             ["--videos", "ok", "--pretrained", "w.pt"],
-            "error pretrained must be a tag or a weight file, got w.pt, where",
+            "error pretrained must be a tag or a weight file, file not found: w.pt",
         ),
         (["--clip", "ViT-B-32"], "error clip goes with videos, got clip='ViT-B-32' alone; add --videos DIR"),
         (
@@ -232,7 +232,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
         (["--out", "a_file/below"], "check that the path can be read and written"),
         (["--keep", "a_file"], "error keep must be a new or an empty folder, got a_file; name another"),
         (["--keep", "a_file/below"], "check that the path can be read and written"),
-        (["--videos", "ok", "--pretrained", "[/b].pt"], "got [/b].pt, where no file is"),
+        (["--videos", "ok", "--pretrained", "[/b].pt"], "file not found: [/b].pt"),
     ],
 )
 def test_mistakes(

@@ -115,6 +115,15 @@ def test_file_shows_the_drawing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_relative_path_may_hold_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg would read what precedes it as a protocol."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("colours:shapes", "clip.mp4")
+    path.parent.mkdir()
+    write_clip(make_clips(4, seed=5)[0], path)
+    assert read_video(path, Sampling(size=SIZE))[1].any()
+
+
 def test_no_half_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoding that breaks off leaves neither a part nor harm to what was there."""
     first, second = make_clips(4, seed=0)[:2]

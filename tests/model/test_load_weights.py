@@ -29,6 +29,8 @@ def test_signatures_spell_every_option_out(build: Callable[..., object]) -> None
     if build == DRL.from_upstream:
         defaults |= INFERRED
     assert {name: parameters[name].default for name in defaults} == defaults
+    # Options are passed on to Config by position.
+    assert [name for name in parameters if name in defaults] == [f.name for f in fields(Config)]
 
 
 def openai_clip() -> open_clip.CLIP:
