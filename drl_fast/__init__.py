@@ -7,8 +7,6 @@
 torch.Size([4, 6])
 """
 
-import importlib
-
 from . import functional, metrics, modules
 from .functional import (
     Matches,
@@ -44,7 +42,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Load what the import of the package does not: the model, which needs open_clip, and the oracle."""
+    """Load what the import of the package does not: what needs open_clip or matplotlib, and the oracle."""
+    import importlib
+
     if name == "DRL":
         return importlib.import_module("drl_fast.model.drl").DRL
     if name == "plot_matches":

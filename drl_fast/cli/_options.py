@@ -18,9 +18,9 @@ Dataset = Annotated[
 Videos = Annotated[Path | None, typer.Option(help="Folder of the video files; default: the configuration's.")]
 Annotations = Annotated[Path | None, typer.Option(help="Folder of the annotation files; default: the configuration's.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value in YAML, replaces the configuration's; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the configuration; repeatable.")
 ]
-Strict = Annotated[bool, typer.Option(help="Fail if a video is missing or cannot be read.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail if a video is missing or cannot be read.")]
 
 
 def with_folders(

@@ -63,13 +63,14 @@ def evaluate(
     block: Annotated[int, typer.Option(min=1, help="Captions scored at a time: fewer use less memory.")] = 64,
     strict: Strict = False,
     post: Annotated[
-        bool, typer.Option(help="Also print metrics after dual softmax, which are not comparable with plain ones.")
+        bool,
+        typer.Option("--post", help="Also print metrics after dual softmax, which are not comparable with plain ones."),
     ] = False,
 ) -> None:
     """Score every caption of a split against every video of it: recalls and ranks in both directions.
 
-    Videos that are missing or cannot be read are named and left out with their captions. torchrun --nproc-per-node N
-    -m drl_fast.cli eval ... shares the work and gives the same numbers.
+    Videos that are missing or cannot be read are named and left out with their captions. Under torchrun, N processes
+    share the work and give the same numbers; see docs/training.md.
     """
     with report_errors("train"), processes() as here:
         from ..data.feature_cache import FeatureCache

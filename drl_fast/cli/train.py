@@ -61,18 +61,17 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Continue from the folder's last checkpoint, or start if there is none.")
+        bool, typer.Option("--resume", help="Continue from the folder's last checkpoint, or start if there is none.")
     ] = False,
     strict: Strict = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Two steps and an evaluation on generated clips, with random weights; keeps nothing.")
+        bool, typer.Option("--dry-run", help="Take two steps on generated clips with random weights; keep nothing.")
     ] = False,
 ) -> None:
     """Train a model and keep the one with the highest text-to-video R@1.
 
     Ctrl-C ends it after the current step with a checkpoint. --resume continues with the losses that it would have had,
-    after a kill too. torchrun --nproc-per-node N -m drl_fast.cli train ... trains on N processes: each takes its part
-    of the batch, and every pair stays a negative of all others.
+    after a kill too. Under torchrun, N processes share each batch; see docs/training.md.
     """
     with report_errors("train"):
         from ..engine.config import build_model, read_config

@@ -16,12 +16,12 @@ import open_clip
 import yaml
 from torch import Tensor
 
+from .. import validation
 from ..data.datasets import DATASETS
 from ..data.video import Sampling
 from ..model.clip import build_clip
 from ..model.config import Config
 from ..model.drl import DRL
-from ..validation import option
 from .precision import PRECISIONS
 
 PARALLEL = ("ddp", "fsdp")
@@ -40,6 +40,15 @@ ALIASES = {
     "num_frames": "max_frames",
     "num_workers": "workers",
     "warmup_ratio": "warmup",
+}
+
+
+CHECKS: dict[str, Callable[[str, object, str], object]] = {
+    **dict.fromkeys(("epochs", "batch", "checkpoint_every", "max_words", "max_frames"), validation.positive_int),
+    **dict.fromkeys(("chunk", "workers", "seed"), validation.non_negative_int),
+    **dict.fromkeys(("lr", "clip_grad", "rate"), validation.positive_number),
+    **dict.fromkeys(("clip_lr", "weight_decay", "cdcr_weight"), validation.non_negative_number),
+    "warmup": validation.fraction,
 }
 
 
@@ -110,18 +119,12 @@ class RunConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        option("dataset", self.dataset, tuple(DATASETS))
-        option("precision", self.precision, PRECISIONS)
-        option("parallel", self.parallel, PARALLEL)
-        for name in ("epochs", "batch", "lr", "clip_grad", "rate", "checkpoint_every", "max_words", "max_frames"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}; {_default(name)}")
-        for name in ("clip_lr", "weight_decay", "chunk", "workers", "seed", "cdcr_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}; {_default(name)}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be a fraction in 0..1, got {self.warmup}; {_default('warmup')}")
+        validation.option("dataset", self.dataset, tuple(DATASETS))
+        validation.option("precision", self.precision, PRECISIONS)
+        validation.option("parallel", self.parallel, PARALLEL)
+        for name, check in CHECKS.items():
+            if getattr(self, name) is not None:
+                check(name, getattr(self, name), _default(name))
         self.model_options()
 
     def model_options(self) -> dict[str, Any]:
