@@ -22,7 +22,7 @@ from drl_fast.kernels import token_interaction_backward as backward
 from drl_fast.kernels.tuning import Tile
 
 import harness
-from drl_fast.cli import _device_check as check
+from drl_fast.cli import device_check as check
 from harness import Call, Run, interleave
 from problems import Shape, make_problem
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
-from ._device_check import limit, worst_error
+from .device_check import limit, worst_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONAL = ("triton", "open_clip_torch", "torchvision", "av")

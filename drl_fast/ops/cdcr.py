@@ -62,16 +62,9 @@ def _(
 
 @torch.library.register_fake("drl_fast::cdcr_correlation", lib=LIBRARY)
 def _(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    video_index: Tensor,
-    text_index: Tensor,
-    channels: Tensor,
-    normalize: bool,
-    full: bool,
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, ...]:
+    *_, full = options
     terms, dim = 1 if video_weight is None else 2, text.shape[2]
     shape = (terms, dim, dim) if full else (terms, dim)
     return text.new_empty(shape, dtype=accumulation_dtype(text.dtype)), _channels(text, 2 * terms)

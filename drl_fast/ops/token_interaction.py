@@ -68,44 +68,23 @@ def public_index(index: Tensor) -> Tensor:
 
 @torch.library.register_fake("drl_fast::token_interaction", lib=LIBRARY)
 def _(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    normalize: bool,
-    zero_competes: bool,
-    keep_matches: bool,
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, keep_matches = options
     a, nt, _ = text.shape
     b, nv, _ = video.shape
-    logits = text.new_empty((a, b), dtype=accumulation_dtype(text.dtype))
-    by_text = (a, nt, b) if keep_matches else (0,)
-    by_video = (a, nv, b) if keep_matches and video_weight is not None else (0,)
     return (
-        logits,
-        text.new_empty(by_text, dtype=index_dtype(nv)),
-        text.new_empty(by_video, dtype=index_dtype(nt)),
+        text.new_empty((a, b), dtype=accumulation_dtype(text.dtype)),
+        text.new_empty((a, nt, b) if keep_matches else (0,), dtype=index_dtype(nv)),
+        text.new_empty((a, nv, b) if keep_matches and video_weight is not None else (0,), dtype=index_dtype(nt)),
     )
 
 
 @torch.library.register_fake("drl_fast::token_interaction_backward", lib=LIBRARY)
 def _(
-    grad_logits: Tensor,
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    video_index: Tensor,
-    text_index: Tensor,
-    normalize: bool,
-    zero_competes: bool,
-    output_mask: list[bool],
+    grad_logits: Tensor, text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_text, of_video, of_text_weight, of_video_weight = output_mask
+    of_text, of_video, of_text_weight, of_video_weight = options[-1]
     of_video_weight = of_video_weight and video_weight is not None
     dtype = text_weight.dtype
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drl_fast.cli import _device_check as check
+from drl_fast.cli import device_check as check
 from tests.implementations import Implementation
 from tests.oracle import Problem, choices
 
@@ -31,7 +31,7 @@ def test_no_near_ties(dtype: torch.dtype, masking: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_near_ties_in_pairs(dtype: torch.dtype) -> None:
     for case in check.PAIR_CASES:
-        inputs, _ = check.pair_problem(case, dtype)
+        inputs, _ = check.problem(case, dtype)
         found = choices(Problem(*inputs, {"masking": "exclude", "normalize": case.normalize}))
-        own = torch.arange(case.pairs)
+        own = torch.arange(case.texts)
         assert all(float(gap[own, own].min()) > 1e-6 for gap in (found.video_gap, found.text_gap)), case

@@ -45,21 +45,12 @@ CASES = (
 )
 
 
-class PairCase(NamedTuple):
-    """A small problem for CDCR's operators."""
-
-    pairs: int
-    words: int
-    frames: int
-    normalize: bool = True
-    both: bool = True
-
-
+# CDCR pairs text a with video a.
 PAIR_CASES = (
-    PairCase(9, 12, 5),
-    PairCase(5, 4, 12),
-    PairCase(3, 40, 70),  # more tokens than one tile, on both sides
-    PairCase(50, 1, 1, normalize=False, both=False),  # the cross-correlation loss
+    Case(9, 12, 9, 5),
+    Case(5, 4, 5, 12),
+    Case(3, 40, 3, 70),  # more tokens than one tile, on both sides
+    Case(50, 1, 50, 1, normalize=False, both=False),  # the cross-correlation loss
 )
 
 
@@ -104,9 +95,11 @@ def decorrelation_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
 
     op: Any = torch.ops.drl_fast
     true: dict[str, Any] = CHUNKED
+    # A gradient of the correlation matrix.
+    pull = torch.randn(80, 80, generator=torch.Generator().manual_seed(1))
     errors = []
     for case in PAIR_CASES:
-        inputs, pull = pair_problem(case, dtype)
+        inputs, _ = problem(case, dtype)
         tokens, weights, masks = to_float64(inputs[:2]), to_float64(inputs[2:4]), inputs[4:]
         truth = true["cdcr_statistics"](*tokens, *masks, case.normalize, case.both)
         # Any values serve as offset and slope.
@@ -135,13 +128,6 @@ def relative(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Tensor]:
 
 def to_float64(inputs: list[Tensor | None]) -> list[Tensor | None]:
     return [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
-
-
-def pair_problem(case: PairCase, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
-    """Return features, weights and masks of pairs, and a gradient of the correlation matrix."""
-    same = Case(case.pairs, case.words, case.pairs, case.frames, case.normalize, case.both)
-    inputs, _ = problem(same, dtype)
-    return inputs, torch.randn(80, 80, generator=torch.Generator().manual_seed(1))
 
 
 @contextmanager
