@@ -81,7 +81,8 @@ class Sampling:
         gap = times[-1] / (count - 1)
         # Within half a frame of an even spacing, the frame's number says as much as its time.
         if all(abs(time - number * gap) <= 0.5 * gap for number, time in enumerate(times)):
-            fps = fps if abs(fps * gap - 1) < 0.01 else 1 / gap
+            # Equal stamps tell nothing.
+            fps = fps if gap == 0 or abs(fps * gap - 1) < 0.01 else 1 / gap
             within = count if self.seconds is None else min(count, int(self.seconds * fps) + 1)
             return list(range(0, within, max(round(fps / self.rate), 1)))
         end = times[-1] if self.seconds is None else min(times[-1], self.seconds)

@@ -93,6 +93,19 @@ def test_a_rate_that_is_stated_wrong() -> None:
     assert Sampling().chosen(times, 1000.0) == [0, 25, 50, 75]
 
 
+def test_frames_with_one_stamp_are_taken_by_number() -> None:
+    assert Sampling().chosen([0.0] * 60, 25.0) == [0, 25, 50]
+
+
+def test_stamps_that_jump() -> None:
+    """A recording of hours that holds four pictures: the last one before each second, thinned to 12."""
+    chosen = Sampling().chosen([0.0, 1.0, 2.0, 90_000.0], 25.0)
+    assert len(chosen) == 12
+    assert chosen[0] == 0
+    assert chosen[-1] == 3
+    assert chosen == sorted(chosen)
+
+
 # FFmpeg's names of codecs that each container takes.
 CONTAINERS = {
     "a.mp4": "libx264",
