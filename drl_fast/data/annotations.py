@@ -120,7 +120,7 @@ def read_table(path: Path, columns: Sequence[str], remedy: str = AS_RELEASED) ->
             while len(fields) > len(names) and not fields[-1]:
                 fields.pop()
             if fields and not names:
-                names = fields
+                names = [name.strip() for name in fields]
                 _check_once(names, f"{path} must hold each column", remedy)
                 if set(columns) - set(names):
                     wanted = ", ".join(columns)

@@ -4,8 +4,8 @@ Three rules hold for every container:
 
 - Frames are chosen by time. At a constant rate every ``round(fps / rate)``-th frame is a candidate, as in the public
   codes. At a variable rate the picture that a player shows at each ``1 / rate`` second is.
-- A file with less than 90 % of what its header states is refused: the download was cut short. MPEG streams, Ogg and
-  GIF state no length, so a cut there goes unnoticed.
+- A file with less than 90 % of the packets or seconds that its header states is refused: the download was cut short.
+  MPEG streams, Ogg and GIF state no length, so a cut there goes unnoticed.
 - No damaged picture is returned. After a damaged frame, all frames up to the next key frame count as damaged. A video
   is refused if a frame to be returned is among them. Damage elsewhere changes nothing and is ignored.
 """
@@ -18,6 +18,7 @@ import glob
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -29,10 +30,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as image_ops  # type: ignore[import-untyped]
 
+from .. import validation
+
 AGAIN = "fetch it again or leave it out"
 REMEDY = "re-encode it (ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4) or leave it out"
 # A file with less than this fraction of its stated length is a download that was cut short.
 WHOLE = 0.9
+# Seconds that one picture of a slide show or a screen recording may be shown.
+LONGEST_GAP = 3600.0
 # Containers whose header states the length. Elsewhere FFmpeg estimates it, and the estimate can be far off.
 STATES_LENGTH = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf"}
 
@@ -49,7 +54,7 @@ class Sampling:
         seconds: only frames up to this time are candidates; None: all.
 
     Raises:
-        ValueError: a value that is not positive.
+        ValueError, TypeError: a value that is not positive, or not a number of its kind.
     """
 
     rate: float = 1.0
@@ -58,11 +63,12 @@ class Sampling:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("rate", self.rate), ("max_frames", self.max_frames), ("size", self.size)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}; DRL uses rate 1, max_frames 12, size 224")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds must be positive or None, got {self.seconds}; None takes the whole video")
+        remedy = "DRL uses rate 1, max_frames 12, size 224"
+        validation.positive_number("rate", self.rate, remedy)
+        validation.positive_int("max_frames", self.max_frames, remedy)
+        validation.positive_int("size", self.size, remedy)
+        if self.seconds is not None:
+            validation.positive_number("seconds", self.seconds, "None takes the whole video")
 
     def chosen(self, times: Sequence[float], fps: float) -> list[int]:
         """Return the numbers of the frames to use, in order; a frame that is shown for long may appear more than once.
@@ -79,10 +85,11 @@ class Sampling:
         if count < 2:
             return list(range(count))
         gap = times[-1] / (count - 1)
+        # Stamps that are all equal or jump by hours (a counter that wrapped around) say nothing: count frames.
+        useless = gap == 0 or max(b - a for a, b in pairwise(times)) > LONGEST_GAP
         # Within half a frame of an even spacing, the frame's number says as much as its time.
-        if all(abs(time - number * gap) <= 0.5 * gap for number, time in enumerate(times)):
-            # Equal stamps tell nothing.
-            fps = fps if gap == 0 or abs(fps * gap - 1) < 0.01 else 1 / gap
+        if useless or all(abs(time - number * gap) <= 0.5 * gap for number, time in enumerate(times)):
+            fps = fps if useless or abs(fps * gap - 1) < 0.01 else 1 / gap
             within = count if self.seconds is None else min(count, int(self.seconds * fps) + 1)
             return list(range(0, within, max(round(fps / self.rate), 1)))
         end = times[-1] if self.seconds is None else min(times[-1], self.seconds)
@@ -107,17 +114,17 @@ def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[
     _check_file(path)
     try:
         with _open(path) as (container, stream):
-            times, fps = _packet_times(path, container, stream)
+            times, origin, fps = _packet_times(path, container, stream)
         # Choose before decoding, so that only frames that are returned are converted and held.
         chosen = sampling.chosen(times, fps)
-        decoded = _decode(path, chosen, sampling, fps, threads)
-        if any(decoded.damaged):
+        decoded = _decode(path, chosen, sampling, origin, fps, threads)
+        if decoded.lost or any(decoded.damaged):
             numbers = _undamaged(path, decoded, times, chosen)
         else:
             # A packet may hold no picture, or two. Then the decoded frames decide.
             numbers = chosen if decoded.agrees(times) else sampling.chosen(decoded.times, fps)
         if numbers != chosen:
-            decoded = _decode(path, numbers, sampling, fps, threads)
+            decoded = _decode(path, numbers, sampling, origin, fps, threads)
     except (av.FFmpegError, OSError) as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(f"{path} must be a readable video, got: {reason}; {REMEDY}") from error
@@ -157,8 +164,12 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
 
 def _packet_times(
     path: Path, container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[list[float], float]:
-    """Return when each frame will be shown, and the stated rate, from packets alone: 50 times as fast as decoding.
+) -> tuple[list[float], int | None, float]:
+    """Read packets, which takes a fiftieth of the time of decoding.
+
+    Returns:
+        when each frame will be shown, in seconds from the first; the first one's time stamp, None without usable
+        stamps; the stated frame rate.
 
     Raises:
         ValueError: no frame rate, or less than the header states.
@@ -178,7 +189,10 @@ def _packet_times(
         raise ValueError(f"{path} must state a frame rate, got none; {REMEDY}")
     # Packets come in the order of decoding, frames in that of their times.
     known = sorted(tick for tick in ticks if tick is not None)
-    return _seconds(known if len(known) == len(ticks) else ticks, stream, float(fps)), float(fps)
+    times = _seconds(known, stream) if len(known) == len(ticks) else None
+    if times is None:
+        return [number / float(fps) for number in range(len(ticks))], None, float(fps)
+    return times, known[0] if known else None, float(fps)
 
 
 def _check_whole(
@@ -197,13 +211,13 @@ def _check_whole(
         raise ValueError(f"{path} must be a whole video, got {end:.1f} of {stated:.1f} seconds; {AGAIN}")
 
 
-def _seconds(ticks: Sequence[int | None], stream: av.VideoStream, fps: float) -> list[float]:
-    """Convert ascending time stamps to seconds from the first; without usable stamps, count frames."""
+def _seconds(ticks: Sequence[int | None], stream: av.VideoStream, origin: int | None = None) -> list[float] | None:
+    """Convert time stamps to seconds from ``origin``, or else from the first; None if they are not usable."""
     known = [tick for tick in ticks if tick is not None]
     # A raw stream has no stamps. Those of H.264 in AVI do not ascend, although the frames are in order.
     if len(known) < len(ticks) or known != sorted(known) or stream.time_base is None:
-        return [number / fps for number in range(len(ticks))]
-    return [float((tick - known[0]) * stream.time_base) for tick in known]
+        return None
+    return [float((tick - (known[0] if origin is None else origin)) * stream.time_base) for tick in known]
 
 
 @dataclass
@@ -216,6 +230,8 @@ class _Decoded:
     """When each frame is shown, in seconds from the first."""
     damaged: list[bool] = field(default_factory=list)
     """Whether the decoder could not restore a frame, or one that it may be predicted from."""
+    lost: bool = False
+    """Whether a packet could not be decoded, so that frames may be missing."""
     complete: bool = True
     """Whether the file was decoded to its end."""
 
@@ -226,7 +242,9 @@ class _Decoded:
         return all(abs(a - b) < 1e-3 for a, b in zip(self.times, times, strict=False))
 
 
-def _decode(path: Path, numbers: Sequence[int], sampling: Sampling, fps: float, threads: int) -> _Decoded:
+def _decode(
+    path: Path, numbers: Sequence[int], sampling: Sampling, origin: int | None, fps: float, threads: int
+) -> _Decoded:
     """Decode a file, up to ``sampling.seconds`` if set; resize and crop the frames of these numbers."""
     found, ticks = _Decoded(), list[int | None]()
     wanted, last = set(numbers), max(numbers, default=-1)
@@ -234,7 +252,11 @@ def _decode(path: Path, numbers: Sequence[int], sampling: Sampling, fps: float, 
     to_rgb = VideoReformatter()
     with _open(path) as (container, stream):
         stream.thread_type, stream.thread_count = "AUTO", threads
-        for number, (frame, damaged) in enumerate(_frames(container, stream)):
+        for frame, damaged in _frames(container, stream):
+            if frame is None:
+                found.lost = True
+                continue
+            number = len(ticks)
             ticks.append(frame.pts)
             found.damaged.append(damaged)
             if number in wanted:
@@ -243,12 +265,21 @@ def _decode(path: Path, numbers: Sequence[int], sampling: Sampling, fps: float, 
             if number == last and sampling.seconds is not None:
                 found.complete = False
                 break
-        found.times = _seconds(ticks, stream, fps)
+        # Where the first frame may be lost, only the packets tell when the video began.
+        times = _seconds(ticks, stream, origin if found.lost else None)
+    if times is None and found.lost:
+        found.damaged = [True] * len(ticks)  # without stamps nothing says which frames are missing
+    found.times = [number / fps for number in range(len(ticks))] if times is None else times
     return found
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[av.VideoFrame, bool]]:
-    """Yield frames in the order shown, each with whether it, or a frame since the last key frame, is damaged."""
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[tuple[av.VideoFrame | None, bool]]:
+    """Yield frames in the order shown, each with whether it, or a frame since the last key frame, is damaged.
+
+    None stands for a packet that could not be decoded.
+    """
     damaged = False
     for packet in container.demux(stream):
         damaged |= packet.is_corrupt
@@ -256,6 +287,7 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
             frames = packet.decode()
         except av.error.InvalidDataError:
             damaged, frames = True, []
+            yield None, True
         for frame in frames:
             damaged = frame.is_corrupt or (damaged and not frame.key_frame)
             yield frame, damaged

@@ -119,7 +119,7 @@ def interact(
     inputs = (text, video, text_weight, video_weight)
     refuse_forward_mode(inputs, "token interaction")
     tracked = torch._C._functorch.is_gradtrackingtensor
-    if not torch.compiler.is_compiling() and any(x is not None and tracked(x) for x in inputs):
+    if not torch.compiler.is_compiling() and (tracked(text) or tracked(video)):
         raise NotImplementedError(
             "drl_fast: the token interaction does not work under torch.func.grad; use torch.autograd.grad or backward()"
         )

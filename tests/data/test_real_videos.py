@@ -97,13 +97,11 @@ def test_frames_with_one_stamp_are_taken_by_number() -> None:
     assert Sampling().chosen([0.0] * 60, 25.0) == [0, 25, 50]
 
 
-def test_stamps_that_jump() -> None:
-    """A recording of hours that holds four pictures: the last one before each second, thinned to 12."""
-    chosen = Sampling().chosen([0.0, 1.0, 2.0, 90_000.0], 25.0)
-    assert len(chosen) == 12
-    assert chosen[0] == 0
-    assert chosen[-1] == 3
-    assert chosen == sorted(chosen)
+def test_stamps_that_jump_by_hours_are_not_believed() -> None:
+    """A 33-bit counter that wraps around jumps by 26 hours."""
+    times = [*(number / 25 for number in range(50)), *(95_443 + number / 25 for number in range(50, 100))]
+    assert Sampling().chosen(times, 25.0) == [0, 25, 50, 75]
+    assert Sampling().chosen([0.0, 1e9], 25.0) == [0]
 
 
 # FFmpeg's names of codecs that each container takes.
@@ -166,6 +164,23 @@ def test_damage_is_named_or_harmless(tmp_path: Path, name: str) -> None:
         read_video(path, Sampling(size=32, rate=5, max_frames=40))
     # Frames of the first two groups are what they were.
     assert all(torch.equal(a, b) for a, b in zip(read_video(path, early), expected, strict=True))
+
+
+@pytest.mark.parametrize("group", [0, 1, 3])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_a_lost_group_of_pictures_is_named(tmp_path: Path, name: str, group: int) -> None:
+    """Zeros where a download has not arrived: the decoder gives no frame of the group, and no flag either."""
+    path = write_noise(tmp_path / name, "libx264")
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for at, size in packets[10 * group : 10 * group + 10]:
+        data[at + 16 : at + size] = bytes(size - 16)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"must be (undamaged where frames are taken, got|a readable video)"):
+        read_video(path, Sampling(size=32))
+    if group:
+        assert read_video(path, Sampling(size=32, seconds=1))[1].sum() == 2
 
 
 def corners() -> np.ndarray:
