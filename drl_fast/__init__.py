@@ -56,4 +56,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     # `from drl_fast import *` leaves these out, since open_clip and matplotlib may not be installed.
-    return sorted([*globals(), "DRL", "plot_matches", "reference"])
+    return sorted([*__all__, "DRL", "plot_matches", "reference", "__version__"])

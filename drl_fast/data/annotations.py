@@ -31,7 +31,7 @@ class Listing(NamedTuple):
 def find_file(folder: Path, *names: str) -> Path:
     """Return the first of ``names`` that exists in the annotations folder; ValueError if none does."""
     if not folder.is_dir():
-        raise ValueError(f"annotations must be a folder that holds {names[0]}, not a folder: {folder}")
+        raise ValueError(f"annotations folder not found: {folder}; it must hold {names[0]}")
     for name in names:
         if (folder / name).is_file():
             return folder / name

@@ -32,7 +32,7 @@ def read_captions(folder: str | Path) -> list[Caption]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"videos must be a folder, not a folder: {folder}; {HOW}")
+        raise ValueError(f"videos folder not found: {folder}; {HOW}")
     found = [path for path in (folder / "captions.csv", folder / "captions.jsonl") if path.is_file()]
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "neither"

@@ -65,7 +65,7 @@ class VideoFiles:
 
     def __init__(self, folder: Path, prefix: str = "") -> None:
         if not folder.is_dir():
-            raise ValueError(f"videos must be a folder, not a folder: {folder}")
+            raise ValueError(f"videos folder not found: {folder}; check the path")
         self.folder, self.prefix = folder, prefix
         self.videos: list[Path] = []
         # By path; by name; videos by either without its suffix.

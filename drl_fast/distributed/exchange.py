@@ -11,7 +11,7 @@ Results return to their videos' owner, merged there or on the way.
                   holds all ranks' videos and results
     ring          step k: this rank works on the videos of rank - k while those of rank - k - 1 arrive; results follow
                   their videos and reach the owner after as many steps as there are ranks
-                  holds two ranks' videos and three ranks' results
+                  holds two ranks' videos and four ranks' results
 
 A rank's videos travel as bytes: owner, weight, features and mask in a row, as far as they are given.
 """

@@ -43,7 +43,7 @@ def agree(group: Group | None, kind: str) -> Iterator[Agreement]:
     that none waits for one that has failed. Without a group there is nothing to exchange.
 
     Args:
-        kind: the name of the loss, for messages; a rank that is in another loss is found out.
+        kind: the loss's name, used in messages and to detect a rank that runs another loss.
 
     Raises:
         Exception: this rank's own, after the others have heard of it.
@@ -97,6 +97,8 @@ class Group:
 
     def exchange_headers(self, kind: str, mine: Agreement) -> list[dict[str, int]]:
         """Send this rank's header, compare all of them, and return every rank's sizes; see :func:`agree`."""
+        if len(mine.sizes) > SIZES or len(mine.same) > SAME:
+            raise ValueError(f"a header holds at most {SIZES} sizes and {SAME} values that must be the same")
         header = [READY, _hash(kind), *mine.sizes.values()]
         header += [0] * (2 + SIZES - len(header)) + [_hash(value) for value in mine.same.values()]
         found = self._all(torch.tensor(header + [0] * (HEADER - len(header))))

@@ -51,7 +51,7 @@ def token_contrastive_loss(
     Communication: a header of 26 integers first and one number at the end. Every rank scores its own texts against all
     videos. Up to 256 MB of videos over all ranks, they are gathered once, their gradients return by one all-to-all in
     float32, and every rank holds both. Beyond that, videos go round a ring in both passes, each followed by its
-    gradient in float32: a rank holds two ranks' videos and three ranks' gradients. Either way two numbers per pair and
+    gradient in float32: a rank holds two ranks' videos and four ranks' gradients. Either way two numbers per pair and
     rank return with the videos, and two numbers of every pair are gathered.
 
     Args:

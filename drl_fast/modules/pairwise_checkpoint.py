@@ -92,7 +92,7 @@ def _block(
 
 
 class _Blocks(torch.autograd.Function):
-    """The logits in blocks; the backward pass computes each block anew, with its graph, and differentiates it."""
+    """The logits in blocks; the backward pass computes each block again, with its graph, and differentiates it."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, nor
 
 
 def check_width(layer: nn.Module, text: Tensor) -> None:
-    """Check that tokens, of one width already, have the layer's."""
+    """Check that text and video have the layer's width."""
     if text.shape[2] != layer.dim:
         raise ValueError(
             f"text and video must have D = {layer.dim} channels, the layer's dim, got {text.shape[2]}; "

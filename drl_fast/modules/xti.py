@@ -104,7 +104,7 @@ class XTI(nn.Module):
         dtype = head_dtype(self.similarity_dense, text)
         end_token = last_real_token(text, t_mask).to(dtype)
         frames = (video if v_mask is None else torch.where(v_mask[..., None], video, 0)).to(dtype)
-        # Fixed here: the backward pass computes anew what this call computed, even after a layer.eval().
+        # Fixed here: the backward pass computes again what this call computed, even after a layer.eval().
         dropout = self.dropout if self.training else 0.0
         score = partial(self._score, dropout=dropout)
         sides = (frames,) if v_mask is None else (frames, v_mask)

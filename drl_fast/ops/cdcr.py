@@ -7,7 +7,7 @@ are the anchors of the first term, frames of the second. With channels standardi
 
 The forward takes two steps, each a sum over anchors that processes can add up between them: partners, means and
 scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward
-reads tokens and statistics anew: nothing of size N x D is held in between.
+reads tokens and statistics again: nothing of size N x D is held in between.
 
 Roles, in all (roles, D) tensors: words, their partners, frames, their partners; the last two where there are two terms.
 """
@@ -208,7 +208,7 @@ def _statistics(
     std = (scatter / (count - 1).clamp(min=1)[:, None]).sqrt()
     # Rounding of the mean is no deviation.
     constant = std <= torch.clamp(16 * torch.finfo(std.dtype).eps * mean.abs(), min=STD_EPS)
-    # Squares that overflow would make a channel look endlessly wide, and so constant: better a NaN that shows.
+    # Overflow makes the std infinite, which would zero the channel. Return NaN instead.
     inverse_std = torch.where(constant, 0, 1 / std).masked_fill(std.isinf(), torch.nan)
     return (video_index, text_index), Statistics(count, mean, inverse_std)
 

@@ -35,7 +35,7 @@ from .no_double_backward import differentiable_once
 BLOCK_BYTES = 16 << 20
 # Logits, their exponentials and one temporary live at once.
 COPIES = 4
-# The operator lays out all videos anew for every block, at the cost of some 32 multiply-adds an element: beside 2048
+# The operator lays out all videos again for every block, at the cost of some 32 multiply-adds an element: beside 2048
 # words under 2 % of the block's product.
 LEAST_WORDS = 2048
 

@@ -361,7 +361,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load_split("youcook", "test", videos=folder, annotations=tmp_path)
     with pytest.raises(ValueError, match="part must be one of 'train', 'val', 'test', got 'dev'"):
         load_split("msrvtt", "dev", videos=folder, annotations=tmp_path)
-    with pytest.raises(ValueError, match=r"annotations must be a folder that holds .*, not a folder: .*nowhere"):
+    with pytest.raises(ValueError, match=r"annotations folder not found: .*nowhere; it must hold"):
         load_split("msrvtt", "test", videos=folder, annotations=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"videos must be a folder, not a folder: .*nowhere"):
+    with pytest.raises(ValueError, match=r"videos folder not found: .*nowhere; check the path"):
         load_split("msrvtt", "test", videos=tmp_path / "nowhere", annotations=tmp_path)

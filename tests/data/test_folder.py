@@ -104,5 +104,5 @@ def test_no_captions_file_and_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "captions.csv"])
 def test_no_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "captions.csv").write_text(as_csv(ROWS))
-    with pytest.raises(ValueError, match=f"videos must be a folder, not a folder: .*{name}; put captions.csv"):
+    with pytest.raises(ValueError, match=f"videos folder not found: .*{name}; put captions.csv"):
         read_captions(tmp_path / name)
