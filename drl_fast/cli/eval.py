@@ -16,16 +16,15 @@ from rich.console import Console
 
 from .. import __version__
 from ..atomic_write import write_atomically
-from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
+from ..console import chance, metrics_table, print_line, print_machine, print_split, print_unreadable, progress
 from ..data.datasets import load_split
 from ..data.formats import PARTS
 from ..data.split import Split
 from ..engine.processes import processes
-from ..metrics import dual_softmax_metrics, recall_interval
+from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
 from ._errors import report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
-from ._output import print_line, print_split, print_unreadable
 
 if TYPE_CHECKING:
     from ..engine.evaluate import Evaluation
@@ -181,17 +180,11 @@ def _print(report: dict[str, Any], found: Evaluation, console: Console) -> None:
     if len(found.unreadable) > SHOWN:
         print_line(console, f"... and {len(found.unreadable) - SHOWN} more unreadable videos")
     count = f"{report['texts']} captions against {report['videos']} videos"
-    table = metrics_table(f"\n{report['dataset']}, {report['part']}: {count}, recalls in percent")
-    for key, direction in DIRECTIONS.items():
-        metrics_row(table, direction, report["metrics"][key], report["R1_interval_95"][key])
-    metrics_row(table, "chance", report["chance"])
-    console.print(table)
+    title = f"\n{report['dataset']}, {report['part']}: {count}, recalls in percent"
+    console.print(metrics_table(title, report["metrics"], report["R1_interval_95"], report["videos"]))
     print_line(console, "Brackets: 95 % bootstrap interval over the videos.")
     if report["dual_softmax"] is not None:
-        table = metrics_table(f"\n{POST}")
-        for key, direction in DIRECTIONS.items():
-            metrics_row(table, direction, report["dual_softmax"][key])
-        console.print(table)
+        console.print(metrics_table(f"\n{POST}", report["dual_softmax"]))
         print_line(console, POST_NOTE)
     stages = ", ".join(f"{STAGES[stage]} {taken:.1f} s" for stage, taken in report["seconds"].items())
     print_line(console, f"Time: {stages}")
