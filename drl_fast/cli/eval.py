@@ -19,7 +19,6 @@ from ..atomic_write import write_atomically
 from ..console import chance, metrics_table, print_line, print_machine, print_split, print_unreadable, progress
 from ..data.datasets import load_split
 from ..data.formats import PARTS
-from ..data.split import Split
 from ..engine.processes import processes
 from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
@@ -121,7 +120,14 @@ def evaluate(
             "part": split,
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "untrained": warning,
-            **_metrics(found, part, post),
+            "metrics": found.metrics,
+            "R1_interval_95": {key: list(recall_interval(found.sim, found.owner, direction=key)) for key in DIRECTIONS},
+            "chance": chance(found.sim.shape[1]),
+            "dual_softmax": dual_softmax_metrics(found.sim, found.owner) if post else None,
+            "texts": found.sim.shape[0],
+            "videos": found.sim.shape[1],
+            "missing": list(part.missing),
+            "unreadable": [video._asdict() for video in found.unreadable],
             "model": model.describe_config(),
             "config": dataclasses.asdict(settings),
             "block": block,
@@ -157,21 +163,6 @@ class _Watch:
         if done == total:
             now = time.perf_counter()
             self.seconds[stage], self._since = now - self._since, now
-
-
-def _metrics(found: Evaluation, split: Split, post: bool) -> dict[str, Any]:
-    """Return what was measured, as JSON holds it."""
-    texts, videos = found.sim.shape
-    return {
-        "metrics": found.metrics,
-        "R1_interval_95": {key: list(recall_interval(found.sim, found.owner, direction=key)) for key in DIRECTIONS},
-        "chance": chance(videos),
-        "dual_softmax": dual_softmax_metrics(found.sim, found.owner) if post else None,
-        "texts": texts,
-        "videos": videos,
-        "missing": list(split.missing),
-        "unreadable": [video._asdict() for video in found.unreadable],
-    }
 
 
 def _print(report: dict[str, Any], found: Evaluation, console: Console) -> None:
