@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +23,11 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__
+from .data.loading import Unreadable
+from .data.split import Split
 from .metrics import DIRECTIONS
 from .ops import dispatch
 
-__all__ = ["DIRECTIONS", "chance", "metrics_row", "metrics_table", "print_machine", "progress", "served_by"]
 SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 15.0
@@ -48,6 +48,24 @@ def print_machine(console: Console) -> None:
         f"open_clip {version('open_clip_torch')}, PyAV {version('av')}",
         highlight=False,
     )
+
+
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print text as it stands: no markup, no colours for numbers, no line breaks."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_split(console: Console, split: Split) -> None:
+    """Print a split's size, and what its annotations list but the folders do not hold."""
+    captions, videos = len(split.captions), len(split.videos)
+    print_line(console, f"{split.dataset}, {split.part}: {captions} captions of {videos} videos")
+    for sentence in split.left_out():
+        print_line(console, f"left out: {sentence}", "yellow")
+
+
+def print_unreadable(console: Console, video: Unreadable) -> None:
+    """Print that a video cannot be read, and why."""
+    print_line(console, f"unreadable, left out: {video.name}: {video.reason}", "yellow")
 
 
 def progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:
@@ -93,22 +111,33 @@ class _ProgressLines(Progress):
         if task.time_remaining:
             line += f", {task.time_remaining:.0f} s left"
         note = task.fields.get("note")
-        self.console.print(escape(line + (f", {note}" if note else "")), highlight=False, soft_wrap=True)
+        print_line(self.console, line + (f", {note}" if note else ""))
 
 
-def metrics_table(title: str) -> Table:
-    """Make an empty table for :func:`metrics_row`."""
+def metrics_table(
+    title: str,
+    rows: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Sequence[float]] | None = None,
+    candidates: int | None = None,
+) -> Table:
+    """Make a table of recalls in percent and ranks, a row per search direction or per name.
+
+    Args:
+        rows: metrics by direction (``"t2v"`` or ``"v2t"``) or by any other name.
+        intervals: R@1's, by the same names.
+        candidates: add the metrics of a random order of so many.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for name in ("R@1", "R@5", "R@10", "median rank", "mean rank"):
         table.add_column(name, justify="right", no_wrap=name.startswith("R@"))
+    for name, values in {**rows, **({} if candidates is None else {"chance": chance(candidates)})}.items():
+        first, *others = (f"{values[key]:.1f}" for key in ("R1", "R5", "R10", "MdR", "MnR"))
+        if intervals and name in intervals:
+            low, high = intervals[name]
+            first += f" [{low:.0f}, {high:.0f}]"
+        table.add_row(DIRECTIONS.get(name, name), first, *others)
     return table
-
-
-def metrics_row(table: Table, name: str, values: dict[str, float], interval: tuple[float, float] | None = None) -> None:
-    """Add one direction's recalls in percent and ranks; ``interval`` is R@1's."""
-    first = f"{values['R1']:.1f}" + (f" [{interval[0]:.0f}, {interval[1]:.0f}]" if interval else "")
-    table.add_row(name, first, *(f"{values[key]:.1f}" for key in ("R5", "R10", "MdR", "MnR")))
 
 
 def chance(candidates: int) -> dict[str, float]:

@@ -55,14 +55,10 @@ def doctor() -> None:
             highlight=False,
         )
         raise typer.Exit(1)
-    console.print(f"[bold green]OK:[/] {verdict(slow)}", highlight=False)
-
-
-def verdict(slow: list[str]) -> str:
-    """Sum up a machine whose results are right; ``slow`` lists the devices that have no kernels."""
+    verdict = "and kernels serve every device."
     if slow:
-        return f"results are right, but {' and '.join(slow)} runs without kernels (see why); expect it to be slow."
-    return "results are right, and kernels serve every device."
+        verdict = f"but {' and '.join(slow)} runs without kernels (see why); expect it to be slow."
+    console.print(f"[bold green]OK:[/] results are right, {verdict}", highlight=False)
 
 
 def environment() -> str:

@@ -16,16 +16,14 @@ from rich.console import Console
 
 from .. import __version__
 from ..atomic_write import write_atomically
-from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
+from ..console import chance, metrics_table, print_line, print_machine, print_split, print_unreadable, progress
 from ..data.datasets import load_split
 from ..data.formats import PARTS
-from ..data.split import Split
 from ..engine.processes import processes
-from ..metrics import dual_softmax_metrics, recall_interval
+from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
 from ._errors import report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
-from ._output import print_line, print_split, print_unreadable
 
 if TYPE_CHECKING:
     from ..engine.evaluate import Evaluation
@@ -122,7 +120,14 @@ def evaluate(
             "part": split,
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "untrained": warning,
-            **_metrics(found, part, post),
+            "metrics": found.metrics,
+            "R1_interval_95": {key: list(recall_interval(found.sim, found.owner, direction=key)) for key in DIRECTIONS},
+            "chance": chance(found.sim.shape[1]),
+            "dual_softmax": dual_softmax_metrics(found.sim, found.owner) if post else None,
+            "texts": found.sim.shape[0],
+            "videos": found.sim.shape[1],
+            "missing": list(part.missing),
+            "unreadable": [video._asdict() for video in found.unreadable],
             "model": model.describe_config(),
             "config": dataclasses.asdict(settings),
             "block": block,
@@ -160,38 +165,17 @@ class _Watch:
             self.seconds[stage], self._since = now - self._since, now
 
 
-def _metrics(found: Evaluation, split: Split, post: bool) -> dict[str, Any]:
-    """Return what was measured, as JSON holds it."""
-    texts, videos = found.sim.shape
-    return {
-        "metrics": found.metrics,
-        "R1_interval_95": {key: list(recall_interval(found.sim, found.owner, direction=key)) for key in DIRECTIONS},
-        "chance": chance(videos),
-        "dual_softmax": dual_softmax_metrics(found.sim, found.owner) if post else None,
-        "texts": texts,
-        "videos": videos,
-        "missing": list(split.missing),
-        "unreadable": [video._asdict() for video in found.unreadable],
-    }
-
-
 def _print(report: dict[str, Any], found: Evaluation, console: Console) -> None:
     for video in found.unreadable[:SHOWN]:
         print_unreadable(console, video)
     if len(found.unreadable) > SHOWN:
         print_line(console, f"... and {len(found.unreadable) - SHOWN} more unreadable videos")
     count = f"{report['texts']} captions against {report['videos']} videos"
-    table = metrics_table(f"\n{report['dataset']}, {report['part']}: {count}, recalls in percent")
-    for key, direction in DIRECTIONS.items():
-        metrics_row(table, direction, report["metrics"][key], report["R1_interval_95"][key])
-    metrics_row(table, "chance", report["chance"])
-    console.print(table)
+    title = f"\n{report['dataset']}, {report['part']}: {count}, recalls in percent"
+    console.print(metrics_table(title, report["metrics"], report["R1_interval_95"], report["videos"]))
     print_line(console, "Brackets: 95 % bootstrap interval over the videos.")
     if report["dual_softmax"] is not None:
-        table = metrics_table(f"\n{POST}")
-        for key, direction in DIRECTIONS.items():
-            metrics_row(table, direction, report["dual_softmax"][key])
-        console.print(table)
+        console.print(metrics_table(f"\n{POST}", report["dual_softmax"]))
         print_line(console, POST_NOTE)
     stages = ", ".join(f"{STAGES[stage]} {taken:.1f} s" for stage, taken in report["seconds"].items())
     print_line(console, f"Time: {stages}")

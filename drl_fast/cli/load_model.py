@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
 import torch
-from torch import Tensor
 
+from ..data.loading import Tokenizer
 from ..engine.config import RunConfig, build_model, read_config
 from ..engine.train import CONFIG
 from ..model.config import Config
@@ -20,8 +20,6 @@ from ..model.pretrained import BEST
 MODEL_KEYS = {"clip", "pretrained", "init_from", *(field.name for field in dataclasses.fields(Config))}
 # Interactions whose weights are not CLIP's.
 OWN_WEIGHTS = ("wti", "mlp", "xti", "hi")
-
-Tokenizer = Callable[..., Tensor]
 
 
 def settings_of(

@@ -17,14 +17,13 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress
+from ..console import metrics_table, print_line, print_machine, print_split, print_unreadable, progress
 from ..data.datasets import load_split
 from ..data.split import Split
 from ..engine.processes import Processes, processes
-from ..metrics import recall_interval
+from ..metrics import DIRECTIONS, recall_interval
 from ._errors import INTERRUPTED, report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
-from ._output import print_line, print_split, print_unreadable
 
 if TYPE_CHECKING:
     from ..data.loading import Unreadable
@@ -227,15 +226,14 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
     if best is None:
         return
     epoch, metrics, val = best[0], run.progress.evaluations[best[0]], run.data.val
-    table = metrics_table(f"\n{val.dataset}, {val.part}: after epoch {epoch}, the best by text-to-video R@1")
+    title = f"\n{val.dataset}, {val.part}: after epoch {epoch}, the best by text-to-video R@1"
     # A resumed run has the metrics of earlier epochs, but not their similarities.
     scored = watcher.best[1] if watcher.best is not None and watcher.best[0] == epoch else None
-    for key, direction in DIRECTIONS.items():
-        interval = None if scored is None else recall_interval(scored.sim, scored.owner, direction=key)
-        metrics_row(table, direction, metrics[key], interval)
-    if scored is not None:
-        metrics_row(table, "chance", chance(scored.sim.shape[1]))
-    console.print(table)
+    if scored is None:
+        console.print(metrics_table(title, metrics))
+    else:
+        intervals = {key: recall_interval(scored.sim, scored.owner, direction=key) for key in DIRECTIONS}
+        console.print(metrics_table(title, metrics, intervals, scored.sim.shape[1]))
     if dry:
         print_line(console, "A dry run: generated clips, two steps. The scores mean nothing.")
         return

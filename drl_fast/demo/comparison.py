@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from ..console import DIRECTIONS, chance
+from ..console import chance
 from ..data.moving_shapes import ARRANGEMENTS, SIZE
 from ..data.split import Split
 from ..data.video import Sampling
@@ -23,7 +23,7 @@ from ..engine import plots
 from ..engine.config import RunConfig
 from ..engine.evaluate import evaluate
 from ..engine.in_memory import Pairs, train
-from ..metrics import ranks, recall_interval, retrieval_metrics
+from ..metrics import DIRECTIONS, ranks, recall_interval, retrieval_metrics
 from ..model.drl import DRL
 from ..model.small import small_model
 

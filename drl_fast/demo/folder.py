@@ -12,14 +12,14 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 
-from ..console import DIRECTIONS, chance, metrics_row, metrics_table, print_machine, progress, served_by
+from ..console import metrics_table, print_line, print_machine, progress, served_by
 from ..data.feature_cache import FeatureCache
 from ..data.folder import read_captions
 from ..data.split import Split
 from ..data.video import Sampling
 from ..data.video_files import VIDEO_SUFFIXES
 from ..engine.evaluate import Evaluation, evaluate
-from ..metrics import ranks
+from ..metrics import DIRECTIONS, ranks
 from ..model.clip import load_clip
 from ..model.drl import DRL
 
@@ -38,19 +38,19 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
         ValueError: no captions file, no usable video, an unknown model or weights that cannot be loaded.
     """
     captions = read_captions(folder)
-    source = "random weights" if pretrained is None else f"weights {escape(pretrained)} (a tag is downloaded once)"
-    console.print(f"loading {escape(clip_name)}, {source}", highlight=False)
+    source = "random weights" if pretrained is None else f"weights {pretrained} (a tag is downloaded once)"
+    print_line(console, f"loading {clip_name}, {source}")
     clip, tokenizer = load_clip(clip_name, pretrained)
     models = {name: DRL(clip, interaction=name.lower(), temporal=None) for name in ("TI", "DP")}
     sampling = Sampling(size=models["TI"].picture_size[0])
     print_machine(console)
-    console.print(f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}", highlight=False)
+    print_line(console, f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}")
 
     numbers = {name: i for i, name in enumerate(dict.fromkeys(caption.video for caption in captions))}
     names = list(numbers)
     unnamed = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.name not in names)
     if unnamed:
-        console.print(f"no caption names: {escape(', '.join(unnamed))}", highlight=False, soft_wrap=True)
+        print_line(console, f"no caption names: {', '.join(unnamed)}")
     split = Split(
         dataset="folder",
         part="test",
@@ -75,11 +75,17 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
             )
     skipped = {video.name: video.reason for video in found["DP"].unreadable}
     for reason in skipped.values():
-        # Escaped here and below: rich takes the brackets in file names and captions for its markup.
-        console.print(f"[yellow]skipped:[/yellow] {escape(reason)}", highlight=False, soft_wrap=True)
+        print_line(console, f"skipped: {reason}", "yellow")
     if pretrained is None:
         console.print(f"[bold yellow]{NO_WEIGHTS}[/bold yellow]")
-    console.print(_metrics(found))
+    metrics = {
+        f"{direction}, {name}": evaluation.metrics[key]
+        for key, direction in DIRECTIONS.items()
+        for name, evaluation in found.items()
+    }
+    shown, searched = found["DP"].sim.shape
+    title = f"\n{shown} captions against {searched} videos, recalls in percent"
+    console.print(metrics_table(title, metrics, candidates=searched))
     console.print(
         f"TI: every word's best frame and every frame's best word, unweighted (by {served_by()}). DP: end token "
         "against mean frame, as in CLIP. Neither has parameters; WTI's two weight networks would need training."
@@ -94,16 +100,6 @@ def _show(bars: Progress, task: TaskID, stage: str, done: int, total: int) -> No
         bars.update(task, completed=done)
 
 
-def _metrics(found: dict[str, Evaluation]) -> Table:
-    texts, videos = found["DP"].sim.shape
-    table = metrics_table(f"\n{texts} captions against {videos} videos, recalls in percent")
-    for key, direction in DIRECTIONS.items():
-        for name, evaluation in found.items():
-            metrics_row(table, f"{direction}, {name}", evaluation.metrics[key])
-    metrics_row(table, "chance", chance(videos))
-    return table
-
-
 def _top_matches(found: Evaluation, texts: list[str], names: list[str]) -> Table:
     """Each caption's best video by DP, and the rank of its own."""
     title = "Top match per caption (DP)" + (f", the first {SHOWN} of {len(texts)}" if len(texts) > SHOWN else "")
@@ -114,5 +110,6 @@ def _top_matches(found: Evaluation, texts: list[str], names: list[str]) -> Table
     for row, text in enumerate(texts[:SHOWN]):
         best = int(found.sim[row].argmax())
         place = f"{rank[row]} of {len(names)}"
+        # rich takes the brackets in file names and captions for its markup.
         table.add_row(escape(text), escape(names[best]), f"{float(found.sim[row, best]):.3f}", place)
     return table

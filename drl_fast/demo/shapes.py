@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
 from ..atomic_write import write_atomically
-from ..console import print_machine, progress
+from ..console import print_line, print_machine, progress
 from ..data import moving_shapes
 from ..data.datasets import load_split
 from ..data.moving_shapes import ARRANGEMENTS, MOST, Clip
@@ -60,10 +59,11 @@ def run_shapes(
         train, test = (load_split("folder", part, videos=folder, annotations=folder) for part in ("train", "test"))
         train_frames, train_mask = _decode(train, bars)
         test_frames, test_mask = _decode(test, bars)
-    console.print(
+    print_line(
+        console,
         f"{len(made)} H.264 clips of {moving_shapes.SIZE} x {moving_shapes.SIZE} pixels ({size / 2**20:.1f} MiB), "
         f"{int(train_mask.sum() + test_mask.sum())} frames decoded ({SAMPLING.rate:g} per second of video)"
-        + (f"; kept in {escape(str(keep))}" if keep else "")
+        + (f"; kept in {keep}" if keep else ""),
     )
     batch = min(RECIPE["batch"], clips)
     console.print(
@@ -83,15 +83,15 @@ def run_shapes(
     console.print(INTERVALS)
     console.print("\n".join(findings(rows)), "\n", highlight=False)
     for path in draw(rows, batch, out):
-        console.print(f"plot: {escape(str(path))}", highlight=False, soft_wrap=True)
+        print_line(console, f"plot: {path}")
     _print_choices(model, made[clips], decoded[0], rows[-1], console)
     seconds = time.perf_counter() - start
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     options = {"clips": clips, "steps": steps, "seed": seed}
     numbers = {**options, **machine, "torch": torch.__version__, "seconds": round(seconds, 1), **as_json(rows)}
     write_atomically(out / NUMBERS, lambda name: Path(name).write_text(json.dumps(numbers, indent=1) + "\n"))
-    console.print(f"numbers: {escape(str(out / NUMBERS))}", highlight=False, soft_wrap=True)
-    console.print(f"The demo took {seconds:.0f} s.", highlight=False)
+    print_line(console, f"numbers: {out / NUMBERS}")
+    print_line(console, f"The demo took {seconds:.0f} s.")
     return rows
 
 

@@ -11,10 +11,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import WTI, token_interaction, validation
 from ..data.feature_cache import FeatureCache
@@ -36,9 +36,6 @@ from .features import (
 )
 from .precision import PRECISIONS, autocast_for
 from .row_sharding import shard_rows
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 # Unreadable videos that an error names; it counts the others.
 NAMED = 5

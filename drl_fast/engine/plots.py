@@ -26,8 +26,6 @@ GREY = "#777777"
 SMOOTHED = 1 / 30
 # Curves of at most so many points show each of them.
 FEW = 12
-# x and y.
-Curve = tuple[Sequence[float], Sequence[float]]
 
 
 class Point(NamedTuple):

@@ -8,13 +8,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup
 
 # Only rank 0 writes checkpoints, and the others wait for it: longer than NCCL's default of ten minutes.
 TIMEOUT = timedelta(minutes=60)

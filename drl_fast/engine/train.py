@@ -120,7 +120,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.folder / BEST):
                 remove_parts(folder)
-        self.processes.any(False)  # wait until the folder exists
+        self.processes.wait()  # for the folder
         if last.exists():
             state = checkpoint.read(last, self.config, self.data.fingerprint)
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
