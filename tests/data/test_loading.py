@@ -196,7 +196,9 @@ def test_workers_ignore_interrupts_and_have_one_thread() -> None:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+# A script that starts the tests in the background makes them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from drl_fast.data.loading import video_loader
 from drl_fast.data.video import Sampling
 try:
