@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -23,10 +23,12 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__
-from .data.loading import Unreadable
 from .data.split import Split
 from .metrics import DIRECTIONS
 from .ops import dispatch
+
+if TYPE_CHECKING:
+    from .data.loading import Unreadable
 
 SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
 # Seconds between lines of progress where the output is no terminal.
