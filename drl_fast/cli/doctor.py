@@ -70,7 +70,7 @@ def environment() -> str:
 
 
 def reason(device: str) -> str:
-    """Say why ``device`` is served as it is."""
+    """Say why this implementation serves ``device``."""
     from ..ops import dispatch
 
     if device == "cuda":

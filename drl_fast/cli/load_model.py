@@ -1,4 +1,4 @@
-"""The model of a checkpoint of any kind, or the configured model as it is built; and its configuration."""
+"""Load the model of a checkpoint of any kind, or build the configured one untrained; find its configuration."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def tokenizer_of(model: DRL) -> Tokenizer:
 
 
 def untrained(config: RunConfig) -> str | None:
-    """Return a warning that names what is untrained in the model as it is built; None if all of it is CLIP's."""
+    """Return a warning that names the untrained parts of a newly built model; None if all of it is CLIP's."""
     if config.init_from is not None:
         return None
     if config.pretrained is None:

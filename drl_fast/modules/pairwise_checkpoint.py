@@ -37,7 +37,8 @@ def score_pairs(
     rows = max(1, pairs // columns)
     if len(text) <= rows and len(video[0]) <= columns:
         return score(text, *video)
-    if torch.compiler.is_compiling():  # which has an answer of its own to many graphs, and traces no other
+    # torch.compile cannot trace `_Blocks`; use torch's checkpointing there.
+    if torch.compiler.is_compiling():
         blocks = list(zip(*(x.split(columns) for x in video), strict=True))
         line = [[checkpoint(score, t, *v, use_reentrant=False) for v in blocks] for t in text.split(rows)]
         return torch.cat([torch.cat(logits, dim=1) for logits in line])
