@@ -25,7 +25,7 @@ def report_errors(extra: str) -> Iterator[None]:
         yield
     except typer.Exit:  # a RuntimeError, but no error
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FloatingPointError) as error:
         raise _exit(str(error)) from error
     except OSError as error:
         # Only the system's own errors have a number; ours already say what to do.

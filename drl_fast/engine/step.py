@@ -8,11 +8,13 @@ tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from ..model.drl import DRL
 from .config import RunConfig
@@ -42,6 +44,10 @@ def take_step(
         config: its precision and ``clip_grad``.
         factor: of the learning rates' peaks, see :func:`drl_fast.engine.schedule.rate`.
         processes: all that train together; None: this one alone.
+
+    Raises:
+        FloatingPointError: a loss or a gradient that is NaN or infinite, on all processes. Parameters and optimizer are
+            as they were before the step.
     """
     processes = processes or Processes()
     model.train()
@@ -59,9 +65,32 @@ def take_step(
     )
     average_gradients(model, processes)
     norm = clip_gradients(model, config.clip_grad)
+    _check_finite(model, losses, norm, processes)
     optimizer.step()
     model.limit_logit_scale()
     return losses, norm
+
+
+def _check_finite(model: DRL, losses: Losses, norm: Tensor, processes: Processes) -> None:
+    """Raise FloatingPointError on all processes if a loss or the gradients' norm is not finite on any of them."""
+    terms = {name: losses[name] for name in ("info_nce", "cdcr", "total")}
+    found = next((f"the loss {name} is {float(x)}" for name, x in terms.items() if not math.isfinite(x)), None)
+    if not processes.any(found is not None or not math.isfinite(norm)):
+        return
+    if found is None:
+        names = (name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad))
+        first = next(names, None)
+        found = "another process has a loss" if first is None else f"the losses are finite, the gradient of {first}"
+        found += " that is not finite" if first is None else " is not"
+    cause = "a learning rate that is too high, or inputs that are not finite"
+    if model.config.cdcr and model.config.cdcr_padding == "competes" and not math.isfinite(losses["cdcr"]):
+        cause = "cdcr_padding='competes', which can divide by zero as the public code does; use 'never'"
+    raise FloatingPointError(f"{found}; the likely cause is {cause}")
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return bool(torch.isfinite(local).all())
 
 
 def add_gradients(

@@ -154,6 +154,8 @@ class Run:
 
         Raises:
             ValueError: a step without a readable video; with ``strict`` any unreadable one.
+            FloatingPointError: a loss or gradient that is NaN or infinite; the step is named, and the last checkpoint
+                stays.
             RuntimeError: a decoding process that was killed.
             OSError: a checkpoint or log that cannot be written.
         """
@@ -239,17 +241,24 @@ class Run:
             )
         factor = schedule.rate(step, len(self.batches), config.warmup)
         own_rows = -(-len(self.batches[step]) // self.processes.size)
-        losses, norm = take_step(
-            self.model,
-            self.optimizer,
-            batch,
-            config,
-            factor,
-            processes=self.processes,
-            # Counted with unreadable videos, so that all processes take equally many turns.
-            chunks=-(-own_rows // config.chunk) if config.chunk else 1,
-            reseed=lambda part: torch.manual_seed(schedule.seed_of(config.seed, step, self.processes.rank, part)),
-        )
+        try:
+            losses, norm = take_step(
+                self.model,
+                self.optimizer,
+                batch,
+                config,
+                factor,
+                processes=self.processes,
+                # Counted with unreadable videos, so that all processes take equally many turns.
+                chunks=-(-own_rows // config.chunk) if config.chunk else 1,
+                reseed=lambda part: torch.manual_seed(schedule.seed_of(config.seed, step, self.processes.rank, part)),
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"training stopped at step {step + 1}, before it changed the weights: {error}. The last checkpoint in "
+                f"{self.folder} is kept, and --resume repeats the steps after it; to train with other settings start a "
+                "new run in another folder"
+            ) from error
         self.progress.step = step + 1
         return {
             "step": step + 1,

@@ -36,7 +36,7 @@ def error_of(call: Callable[[], object]) -> str:
     """Type and words of what ``call`` raises; the whole traceback if it is none of the user's errors."""
     try:
         call()
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return traceback.format_exc()

@@ -123,6 +123,21 @@ def test_ranks_that_see_different_folders_are_told(tmp_path: Path) -> None:
     assert "got there on rank 0 and not there on rank 1" in first[1]
 
 
+def _diverge(rank: int, size: int, folder: Path, out: Path) -> list[str]:
+    found = []
+    for way in WAYS:
+        config = configured(folder, parallel=way, lr=1e30, clip_lr=1e30)
+        run, _ = opened(config, out / way, processes=here(rank, size))
+        found.append(error_of(run.train))
+    return found
+
+
+def test_all_ranks_stop_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    for found in on_ranks(2, _diverge, tmp_path, make_folder(tmp_path / "videos"), tmp_path):
+        for words in found:
+            assert words.startswith("FloatingPointError: training stopped at step 2")
+
+
 def test_a_run_is_the_one_process(tmp_path: Path) -> None:
     """Losses to rounding; evaluations are of models that differ by as little."""
     folder = make_folder(tmp_path / "videos")

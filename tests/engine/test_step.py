@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import drl_fast
-from drl_fast.engine.step import add_gradients
+from drl_fast.engine import schedule
+from drl_fast.engine.config import RunConfig
+from drl_fast.engine.step import add_gradients, take_step
 
 from .runs import tower
 
@@ -109,3 +111,34 @@ def test_a_batch_of_no_pair_has_gradients_of_zero() -> None:
     (text.sum() + video.sum()).backward()
     assert float(model.clip.visual.conv1.weight.grad.abs().sum()) == 0
     assert float(model.clip.token_embedding.weight.grad.abs().sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        ("text_projection", "the loss info_nce is nan"),
+        ("gradient", "the gradient of clip.visual.proj is not"),
+    ],
+)
+def test_no_step_is_taken_on_a_loss_or_gradient_that_is_not_finite(spoiled: str, words: str) -> None:
+    model = model_of(CASES["wti"])
+    config = RunConfig("folder", pretrained=None, precision="fp32")
+    optimizer = schedule.optimizer(model, config)
+    take_step(model, optimizer, batch_of(), config, 1.0)
+    if spoiled == "gradient":
+        model.clip.visual.proj.register_hook(lambda gradient: gradient / 0)
+    else:
+        model.clip.text_projection.data[0, 0] = float("nan")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match=words):
+        take_step(model, optimizer, batch_of(), config, 1.0)
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_competing_padding_is_named_where_cdcr_is_not_finite() -> None:
+    model = model_of({"interaction": "wti", "cdcr": 3, "cdcr_padding": "competes"})
+    config = RunConfig("folder", pretrained=None, precision="fp32")
+    model.interaction.text_weight_fc[0].weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="cdcr_padding='competes'.*use 'never'"):
+        take_step(model, schedule.optimizer(model, config), batch_of(), config, 1.0)

@@ -329,6 +329,20 @@ def test_a_batch_without_a_video_ends_with_words(folder: Path, tmp_path: Path) -
         run.train()
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """The checkpoint of the step before stays and is finite; a continuation stops at the same step with the same words."""
+    config = configured(folder, lr=1e30, clip_lr=1e30, checkpoint_every=1)
+    for resume in (False, True):
+        run, notes = opened(config, tmp_path / "run", resume=resume)
+        with pytest.raises(FloatingPointError, match=r"stopped at step 2, .*learning rate.*--resume"):
+            run.train()
+        assert [values["step"] for values in notes.steps] == ([] if resume else [1])
+    state = torch.load(tmp_path / "run" / LAST, weights_only=True)
+    assert state["progress"]["step"] == 1
+    assert all(bool(torch.isfinite(x).all()) for x in state["model"].values())
+    assert [row["step"] for row in losses(tmp_path / "run")] == ["1"]
+
+
 def test_captions_of_one_video_are_negatives_unless_asked(folder: Path, tmp_path: Path) -> None:
     """A batch of all captions, of which six videos have two."""
     values = []
