@@ -8,33 +8,47 @@ from torch import Tensor
 from . import validation
 
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
+TIES = ("stable", "public")
+# Random draws of the bootstrap that are in memory at a time.
+DRAWS = 2**21
 
 
-def retrieval_metrics(sim: Tensor, owner: Tensor | None = None) -> dict[str, dict[str, float]]:
+def retrieval_metrics(sim: Tensor, owner: Tensor | None = None, *, ties: str = "stable") -> dict[str, dict[str, float]]:
     """Score a similarity matrix as the field does.
 
     Ranks start at 1: 1 + the number of candidates with a strictly larger similarity + the number of tied ones that
-    stand earlier in the matrix, i.e. a stable sort in descending order. (A model that scores everything alike gets
-    chance, not 100 %.)
+    stand earlier in the matrix, i.e. a stable sort in descending order. A model that gives every pair one score gets
+    chance, not 100 %.
 
     Args:
         sim: (A, B) similarities, texts in rows, videos in columns; larger is better.
         owner: (A,) integers, the video (column) that each text describes; None: A == B with pairs on the diagonal.
             Video-to-text then takes each video's largest similarity over its own texts and over every other video's,
             and ranks among videos.
+        ties: ``"stable"`` gives every query one rank. ``"public"`` counts as the public DRL and CLIP4Clip code does:
+            a query whose right answer ties with n - 1 others adds n ranks, one for each place that the n share, and
+            recalls are shares of all these ranks. It does so from video to text, and from text to video where every
+            video has one caption. Use it to compare with published numbers.
 
     Returns:
         ``{"t2v": {"R1", "R5", "R10", "MdR", "MnR"}, "v2t": {...}}``; recalls in percent, ranks from 1.
 
     Raises:
         ValueError: an empty or non-matrix ``sim``, NaN in it, no ``owner`` and A != B, an ``owner`` out of range or
-            with a video that no text describes.
+            with a video that no text describes, an unknown ``ties``.
         TypeError: not a floating-point tensor, or an ``owner`` that is not integer.
 
-    Source: arXiv 2203.07111, section 4.1; several captions a video as in the public code's MSVD evaluation.
+    Source: arXiv 2203.07111, section 4.1; several captions a video as in the public code's MSVD evaluation; its
+    ``compute_metrics`` for ``ties="public"``.
     """
     sim, owner = _check(sim, owner)
-    return {"t2v": _summary(ranks(sim, owner)), "v2t": _summary(_video_ranks(sim, owner))}
+    validation.option("ties", ties, TIES)
+    by_video, videos = _by_video(sim, owner), torch.arange(sim.shape[1], device=sim.device)
+    every_tie = ties == "public"
+    return {
+        "t2v": _summary(_all_tied_ranks(sim, owner) if every_tie and len(owner) == len(videos) else ranks(sim, owner)),
+        "v2t": _summary(_all_tied_ranks(by_video, videos) if every_tie else ranks(by_video, videos)),
+    }
 
 
 def dual_softmax_metrics(
@@ -139,8 +153,11 @@ def recall_interval(
     whose = owner.cpu() if direction == "t2v" else torch.arange(videos)
     hits = torch.zeros(videos, dtype=torch.float64).index_add_(0, whose, found.double())
     asked = torch.bincount(whose, minlength=videos).double()
-    draws = torch.randint(videos, (resamples, videos), generator=torch.Generator().manual_seed(seed))
-    recalls = 100 * hits[draws].sum(dim=1) / asked[draws].sum(dim=1)
+    generator, rows, parts = torch.Generator().manual_seed(seed), max(DRAWS // videos, 1), []
+    for start in range(0, resamples, rows):
+        draws = torch.randint(videos, (min(rows, resamples - start), videos), generator=generator)
+        parts.append(100 * hits[draws].sum(dim=1) / asked[draws].sum(dim=1))
+    recalls = torch.cat(parts)
     outside = (1 - level) / 2
     low, high = recalls.quantile(torch.tensor([outside, 1 - outside], dtype=torch.float64)).tolist()
     return low, high
@@ -162,12 +179,18 @@ def _check(sim: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
     return sim, _check_owner(owner, texts, videos).to(sim.device)
 
 
-def _video_ranks(sim: Tensor, owner: Tensor) -> Tensor:
-    """(B,) rank of each video among videos, by the best of its captions and of every other video's."""
+def _by_video(sim: Tensor, owner: Tensor) -> Tensor:
+    """(B, B) similarity of each video (row) and the best caption of every video (column)."""
     texts, videos = sim.shape
     best_text = torch.full((videos, videos), -torch.inf, dtype=sim.dtype, device=sim.device)
     best_text.scatter_reduce_(0, owner[:, None].expand(texts, videos), sim, "amax")
-    return ranks(best_text.T, torch.arange(videos, device=sim.device))
+    return best_text.T
+
+
+def _video_ranks(sim: Tensor, owner: Tensor) -> Tensor:
+    """(B,) rank of each video among videos, by the best of its captions and of every other video's."""
+    by_video = _by_video(sim, owner)
+    return ranks(by_video, torch.arange(len(by_video), device=sim.device))
 
 
 def _check_owner(owner: Tensor, texts: int, videos: int) -> Tensor:
@@ -193,6 +216,15 @@ def ranks(sim: Tensor, target: Tensor) -> Tensor:
     positive = sim.gather(1, target[:, None])
     earlier = torch.arange(sim.shape[1], device=sim.device)[None] < target[:, None]
     return 1 + ((sim > positive) | ((sim == positive) & earlier)).sum(dim=1)
+
+
+def _all_tied_ranks(sim: Tensor, target: Tensor) -> Tensor:
+    """(rows or more,) ranks of all candidates that score as the row's target, as the public code lists them."""
+    positive = sim.gather(1, target[:, None])
+    first, tied = 1 + (sim > positive).sum(dim=1), (sim == positive).sum(dim=1)
+    before = tied.cumsum(dim=0) - tied
+    place = torch.arange(int(tied.sum()), device=sim.device) - before.repeat_interleave(tied)
+    return first.repeat_interleave(tied) + place
 
 
 def _summary(ranks: Tensor) -> dict[str, float]:

@@ -44,7 +44,8 @@ def run(folder: Path, epochs: int) -> float:
     pairs = VideoCaptions(
         load_split("folder", "train", videos=folder, annotations=folder), tokenizer, max_words=WORDS, sampling=sampling
     )
-    loader = DataLoader(pairs, batch_size=32, shuffle=True, drop_last=True, collate_fn=collate)
+    batch = min(32, len(pairs))
+    loader = DataLoader(pairs, batch_size=batch, shuffle=True, drop_last=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     model.train()
     for epoch in range(epochs):

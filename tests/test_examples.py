@@ -35,6 +35,11 @@ def test_quickstart() -> None:
     assert "finds, first to third:" in output
 
 
+def test_quickstart_with_fewer_captions_than_a_batch() -> None:
+    output = run(sys.executable, str(EXAMPLES / "quickstart.py"), "--clips", "20", "--epochs", "1")
+    assert "epoch 1: loss" in output
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_train_msrvtt(tmp_path: Path) -> None:
     """On files of MSR-VTT's own form."""

@@ -56,6 +56,38 @@ def test_ties_go_to_the_earlier_column() -> None:
         assert got[direction]["MdR"] == 5.5
 
 
+def test_ties_counted_as_the_public_code_does() -> None:
+    """By hand: the first text ties with one other video and adds ranks 1 and 2; the second and third have rank 1."""
+    sim = torch.tensor([[0.5, 0.5, 0.1], [0.2, 0.9, 0.1], [0.3, 0.2, 0.8]])
+    assert retrieval_metrics(sim)["t2v"]["R1"] == 100
+    public = retrieval_metrics(sim, ties="public")
+    assert public["t2v"]["R1"] == 75
+    assert public["t2v"]["MnR"] == 5 / 4
+    assert public["v2t"]["R1"] == 100
+    flat = retrieval_metrics(torch.zeros(4, 4), ties="public")["v2t"]
+    assert (flat["R1"], flat["MnR"]) == (25, 2.5)
+
+
+def test_public_ties_against_its_own_counting() -> None:
+    """numpy's form of the public ``compute_metrics``, on scores that tie often."""
+    sim = np.random.default_rng(0).integers(0, 4, (30, 30)).astype(np.float32)
+    for key, scores in (("t2v", sim), ("v2t", sim.T)):
+        places = np.where(np.sort(-scores, axis=1) == -np.diag(scores)[:, None])[1]
+        got = retrieval_metrics(torch.from_numpy(sim), ties="public")[key]
+        assert got["R1"] == pytest.approx(100 * np.mean(places == 0))
+        assert got["R5"] == pytest.approx(100 * np.mean(places < 5))
+        assert got["MnR"] == pytest.approx(places.mean() + 1)
+        assert got["MdR"] == np.median(places) + 1
+
+
+def test_public_ties_with_several_captions_a_video() -> None:
+    """From text to video the public code then gives every text one rank."""
+    owner = torch.tensor([0, 0, 1])
+    got = retrieval_metrics(torch.zeros(3, 2), owner, ties="public")
+    assert got["t2v"] == retrieval_metrics(torch.zeros(3, 2), owner)["t2v"]
+    assert got["v2t"]["R1"] == 50
+
+
 def test_owner_that_is_the_diagonal_changes_nothing() -> None:
     sim = torch.randn(12, 12)
     assert retrieval_metrics(sim, torch.arange(12)) == retrieval_metrics(sim)

@@ -21,7 +21,7 @@ from ..console import metrics_table, print_line, print_machine, print_split, pri
 from ..data.datasets import load_split
 from ..data.split import Split
 from ..engine.processes import Processes, processes
-from ..metrics import DIRECTIONS, recall_interval
+from ..metrics import DIRECTIONS
 from ._errors import INTERRUPTED, report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
 
@@ -106,7 +106,7 @@ def train(
             run.open_folder(resume)
             with watcher.bars:
                 finished = run.train()
-            _conclude(run, watcher, finished, dry_run, console)
+            _conclude(run, finished, dry_run, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)
 
@@ -170,7 +170,6 @@ class _Watcher:
 
     def __init__(self, console: Console) -> None:
         self.console, self.bars = console, progress(console)
-        self.best: tuple[int, Evaluation] | None = None
         self._task: Any = None
         self._stages: dict[str, Any] = {}
 
@@ -193,8 +192,6 @@ class _Watcher:
         for task in self._stages.values():
             self.bars.remove_task(task)
         self._stages.clear()
-        if best:
-            self.best = epoch, found
         recalls = ", ".join(f"{DIRECTIONS[key]} R@1 {found.metrics[key]['R1']:.1f}" for key in DIRECTIONS)
         print_line(self.console, f"epoch {epoch}: {recalls}" + ", the best so far" * best)
 
@@ -206,7 +203,7 @@ class _Watcher:
         print_line(self.console, f"warning: {text}", "bold yellow")
 
 
-def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: Console) -> None:
+def _conclude(run: Run, finished: bool, dry: bool, console: Console) -> None:
     """Print the result, and how to continue."""
     from ..engine.train import BEST, LAST, UNREADABLE
 
@@ -225,15 +222,10 @@ def _conclude(run: Run, watcher: _Watcher, finished: bool, dry: bool, console: C
     best = run.progress.best()
     if best is None:
         return
-    epoch, metrics, val = best[0], run.progress.evaluations[best[0]], run.data.val
+    (epoch, metrics), val = best, run.data.val
     title = f"\n{val.dataset}, {val.part}: after epoch {epoch}, the best by text-to-video R@1"
-    # A resumed run has the metrics of earlier epochs, but not their similarities.
-    scored = watcher.best[1] if watcher.best is not None and watcher.best[0] == epoch else None
-    if scored is None:
-        console.print(metrics_table(title, metrics))
-    else:
-        intervals = {key: recall_interval(scored.sim, scored.owner, direction=key) for key in DIRECTIONS}
-        console.print(metrics_table(title, metrics, intervals, scored.sim.shape[1]))
+    intervals = {key: (values["R1_low"], values["R1_high"]) for key, values in metrics.items()}
+    console.print(metrics_table(title, metrics, intervals, int(metrics["t2v"]["candidates"])))
     if dry:
         print_line(console, "A dry run: generated clips, two steps. The scores mean nothing.")
         return

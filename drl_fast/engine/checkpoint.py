@@ -25,12 +25,11 @@ class Progress:
 
     step: int = 0
     evaluations: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Metrics after each epoch, by its number from 1."""
+    """Metrics and intervals after each epoch, by its number from 1; see :meth:`Evaluation.with_intervals`."""
 
-    def best(self) -> tuple[int, float] | None:
-        """Return epoch and text-to-video R@1 of the best evaluation; of two equals, the earlier."""
-        scores = [(epoch, found["t2v"]["R1"]) for epoch, found in self.evaluations.items()]
-        return max(scores, key=lambda score: score[1], default=None)
+    def best(self) -> tuple[int, dict[str, dict[str, float]]] | None:
+        """Return the epoch with the highest text-to-video R@1, and its metrics; of two equals, the earlier."""
+        return max(self.evaluations.items(), key=lambda item: item[1]["t2v"]["R1"], default=None)
 
 
 def save(

@@ -22,7 +22,7 @@ from ..data.loading import Unreadable, tokenize
 from ..data.split import Split
 from ..data.video import Sampling
 from ..distributed.group import Group, agree
-from ..metrics import retrieval_metrics
+from ..metrics import recall_interval, retrieval_metrics
 from ..model.drl import DRL
 from .features import (
     Encoded,
@@ -53,6 +53,14 @@ class Evaluation:
     """See :func:`drl_fast.metrics.retrieval_metrics`."""
     unreadable: list[Unreadable]
     """Videos that could not be decoded: name and reason."""
+
+    def with_intervals(self) -> dict[str, dict[str, float]]:
+        """Return the metrics with R@1's 95 % interval (``R1_low``, ``R1_high``) and the number of ``candidates``."""
+        found = {}
+        for direction, values in self.metrics.items():
+            low, high = recall_interval(self.sim, self.owner, direction=direction)
+            found[direction] = {**values, "R1_low": low, "R1_high": high, "candidates": self.sim.shape[1]}
+        return found
 
 
 def evaluate(

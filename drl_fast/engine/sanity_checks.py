@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Steps whose mean loss is compared with log(batch), in two halves, and by what share it may differ.
 WINDOW, TOLERANCE = 50, 0.01
@@ -47,12 +47,18 @@ def loss_at_chance(info_nce: Sequence[float], batch: int) -> str | None:
     )
 
 
-def recall_at_chance(interval: tuple[float, float], videos: int) -> str | None:
-    """Warn where the 95 % interval of the best text-to-video R@1, in percent, reaches down to chance."""
-    low, high = interval
-    if low > 100 / videos:
+def recall_at_chance(best: Mapping[str, Mapping[str, float]]) -> str | None:
+    """Warn where the 95 % interval of the best text-to-video R@1, in percent, reaches down to chance.
+
+    Args:
+        best: as :meth:`drl_fast.engine.evaluate.Evaluation.with_intervals` returns it.
+    """
+    found = best["t2v"]
+    chance = 100 / found["candidates"]
+    if found["R1_low"] > chance:
         return None
     return (
-        f"the best text-to-video R@1 does not beat chance: its interval [{low:.1f}, {high:.1f}] includes "
-        f"{100 / videos:.2g} %; train longer, start from pretrained weights, or evaluate on more videos"
+        f"the best text-to-video R@1 does not beat chance: its interval [{found['R1_low']:.1f}, "
+        f"{found['R1_high']:.1f}] includes {chance:.2g} %; train longer, start from pretrained weights, or evaluate on "
+        "more videos"
     )

@@ -27,7 +27,6 @@ from ..atomic_write import remove_parts, write_atomically
 from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
 from ..distributed.group import Group, agree
-from ..metrics import recall_interval
 from ..model.drl import DRL
 from ..model.pretrained import BEST
 from . import checkpoint, plots, sanity_checks, schedule
@@ -94,7 +93,6 @@ class Run:
         self.batches = schedule.batches(len(self.data.train.captions), config)
         self.per_epoch = len(self.batches) // config.epochs
         self.sampling = config.sampling(self.whole.picture_size[0])
-        self._best: Evaluation | None = None
         self._info_nce: list[float] = []
         self._warned_of_loss = False
 
@@ -172,9 +170,9 @@ class Run:
                 if step and step % self.per_epoch == 0 and step // self.per_epoch not in self.progress.evaluations:
                     self._evaluate(step // self.per_epoch, logs)
                 if step == steps:
-                    if self._best is not None:
-                        interval = recall_interval(self._best.sim, self._best.owner)
-                        self._warn(sanity_checks.recall_at_chance(interval, self._best.sim.shape[1]))
+                    best = self.progress.best()
+                    if first and best is not None:
+                        self._warn(sanity_checks.recall_at_chance(best[1]))
                     return True
                 values = self._step(loader)
                 if first and logs is not None:
@@ -323,12 +321,11 @@ class Run:
         )
         if first:
             self._report_unreadable(found.unreadable)
-        self.progress.evaluations[epoch] = found.metrics
+        self.progress.evaluations[epoch] = found.with_intervals()
         leader = self.progress.best()
         best = leader is not None and leader[0] == epoch
         if first:
             if best:
-                self._best = found
                 self.whole.save_pretrained(self.folder / BEST)
             try:
                 write_evaluations(self.folder, self.progress.evaluations)

@@ -61,6 +61,9 @@ def test_a_run_from_config_to_best_model(folder: Path, tmp_path: Path) -> None:
     resumed = train(*config, "--resume", small=SMALL + RUN)
     assert resumed.exit_code == 0, resumed.output
     assert "continuing after step 8 of 8" in words(resumed.output)
+    table = "folder, val: after epoch"
+    assert resumed.output.partition(table)[2] == done.output.partition(table)[2], "with intervals and chance"
+    assert "chance" in resumed.output
     scored = CliRunner().invoke(app, ["eval", "--checkpoint", str(out), "--split", "val"])
     assert scored.exit_code == 0, scored.output
 

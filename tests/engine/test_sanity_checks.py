@@ -45,8 +45,8 @@ def test_loss_at_chance(losses: list[float], warns: bool) -> None:
 
 
 def test_recall_at_chance() -> None:
-    assert recall_at_chance((0.6, 2.0), 200) is None
-    found = recall_at_chance((0.5, 2.0), 200)
+    assert recall_at_chance({"t2v": {"R1_low": 0.6, "R1_high": 2.0, "candidates": 200}}) is None
+    found = recall_at_chance({"t2v": {"R1_low": 0.5, "R1_high": 2.0, "candidates": 200}})
     assert found is not None
     assert "interval [0.5, 2.0] includes 0.5 %" in found
 
@@ -58,7 +58,8 @@ def test_a_run_that_learns_nothing_is_warned_of_once(tmp_path: Path) -> None:
     config = configured(folder, epochs=2 * WINDOW + 20, batch=8, lr=1e-12, clip_lr=0.0, interaction="dp", cdcr=0)
     run, notes = opened(config, tmp_path / "run")
     run.model.clip.logit_scale.data.fill_(-10.0)  # all logits alike
-    run._evaluate = lambda epoch, logs: run.progress.evaluations.update({epoch: {}})  # type: ignore[method-assign]
+    found = {"t2v": {"R1": 50.0, "R1_low": 40.0, "R1_high": 60.0, "candidates": 4}}
+    run._evaluate = lambda epoch, logs: run.progress.evaluations.update({epoch: found})  # type: ignore[method-assign]
     assert run.train()
     beginnings = [text.split(":")[0] for text in notes.warnings]
     assert beginnings == [
@@ -75,3 +76,6 @@ def test_a_run_that_does_not_beat_chance_is_warned_of(tmp_path: Path) -> None:
     run.train()
     assert "does not beat chance" in notes.warnings[-1]
     assert len(notes.warnings) == 2
+    finished, again = opened(configured(folder, epochs=1, lr=1e-12, clip_lr=0.0), tmp_path / "run", resume=True)
+    finished.train()
+    assert again.warnings == notes.warnings, "a continuation warns of it too"

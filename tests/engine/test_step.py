@@ -140,5 +140,5 @@ def test_competing_padding_is_named_where_cdcr_is_not_finite() -> None:
     model = model_of({"interaction": "wti", "cdcr": 3, "cdcr_padding": "competes"})
     config = RunConfig("folder", pretrained=None, precision="fp32")
     model.interaction.text_weight_fc[0].weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="cdcr_padding='competes'.*use 'never'"):
+    with pytest.raises(FloatingPointError, match=r"cdcr_padding='competes'.*use 'never'"):
         take_step(model, schedule.optimizer(model, config), batch_of(), config, 1.0)
