@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import open_clip
 import torch
 
 from ..data.loading import Tokenizer
@@ -60,21 +59,7 @@ def load_model(checkpoint: Path | None, config: RunConfig) -> tuple[DRL, Tokeniz
         torch.manual_seed(config.seed)  # all processes get the same new weights
         return build_model(config)
     model = DRL.from_pretrained(checkpoint) if checkpoint.is_dir() else DRL.from_upstream(checkpoint)
-    return model, tokenizer_of(model)
-
-
-def tokenizer_of(model: DRL) -> Tokenizer:
-    """Return the tokenizer of the model's CLIP: by its name, or OpenAI's if it has none."""
-    if model.clip_name is not None:
-        return open_clip.get_tokenizer(model.clip_name)
-    vocabulary, context = model.clip.token_embedding.weight.shape[0], model.clip.positional_embedding.shape[0]
-    tokenizer = open_clip.SimpleTokenizer(context_length=context)
-    if tokenizer.vocab_size != vocabulary:
-        raise ValueError(
-            f"checkpoint must be of a CLIP with OpenAI's {tokenizer.vocab_size} tokens, got one with {vocabulary}; "
-            "evaluate it from Python, with its own tokenizer"
-        )
-    return tokenizer
+    return model, model.tokenizer()
 
 
 def untrained(config: RunConfig) -> str | None:

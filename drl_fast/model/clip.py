@@ -7,17 +7,27 @@ import difflib
 import logging
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import open_clip
 from torch import Tensor, nn
 
-# Entries of OpenAI's archives that are not weights.
-SIZES_IN_STATE = ("input_resolution", "context_length", "vocab_size")
+from .weight_files import has_openai_precision, is_from_openai, read_file, without_sizes
+
+# Entries that do not fit, named in one error.
+NAMED = 20
 # The width of every attention head in OpenAI's towers.
 HEAD_WIDTH = 64
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+FORM = "of the original CLIP's form, with its causal text transformer and end-token pooling"
+OTHER_FORM = (
+    "choose a model such as ViT-B-32, or encode with it yourself and pass its tokens to drl_fast.WTI (docs/recipes.md)"
+)
+# The ending of names of models with QuickGELU.
+QUICK = "-quickgelu"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (*PICKLES, ".safetensors")
 
 # drl-small: 4 + 4 layers for 64 x 64 pictures, to try a whole run on a CPU.
 open_clip.add_model_config(Path(__file__).parent / "configs")
@@ -33,21 +43,35 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
     """Build an open_clip model by name.
 
     Args:
-        name: one of ``open_clip.list_models()``, such as ``"ViT-B-32"``. A local file of OpenAI's weights needs the
-            ``-quickgelu`` name; a tag selects the right activation itself.
+        name: one of ``open_clip.list_models()``, such as ``"ViT-B-32"``.
         pretrained: a tag of that model (fetched, or read from the cache), a local weight file, or None: random weights.
+            A tag and OpenAI's own files (``ViT-B-32.pt``) bring their activation, QuickGELU. Any other file does not
+            say which one it was trained with, and takes the name's: ``-quickgelu`` or not.
         load_weights: False leaves the weights random and fetches nothing; activation and picture statistics are the
             tag's all the same.
 
     Raises:
-        ValueError: an unknown name or tag (the nearest are named), a file that is missing or does not fit, or weights
-            that cannot be fetched (the message says what to download).
+        ValueError: an unknown name or tag (the nearest are named), a model of another form, a file that is missing or
+            does not fit, or weights that cannot be fetched (the message says what to download).
     """
-    known = open_clip.list_models()
-    if name not in known:
-        raise ValueError(f"clip must be a model name that open_clip knows, got {name!r}; nearest: {_near(name, known)}")
+    check_name(name)
+    if load_weights and pretrained is not None and Path(pretrained).suffix in PICKLES and Path(pretrained).is_file():
+        state = read_file(Path(pretrained))
+        signed = is_from_openai(state)
+        if signed or has_openai_precision(state):
+            if not signed and not name.endswith(QUICK):
+                warnings.warn(
+                    f"drl_fast: {pretrained} has float16 matrices beside float32 vectors, as OpenAI's weights have, so "
+                    "its towers get QuickGELU. If the weights are not OpenAI's, convert the file to float32.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            clip = create_clip(name, quick_gelu=True)
+            load_strictly(clip, without_sizes(state), pretrained)
+            return clip
     tag = _tag_config(name, pretrained)
     statistics = {key: tag[key] for key in ("mean", "std") if key in tag}
+    _warn_of_activation(name, pretrained)
     try:
         with quiet():
             clip = open_clip.create_model(
@@ -60,6 +84,46 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
     except Exception as error:
         raise ValueError(_advice(name, pretrained, error)) from error
     return check_clip(clip)
+
+
+def check_name(name: object) -> str:
+    """Return a model's name if open_clip knows it and its text tower gives one token per word.
+
+    Nothing is fetched: ``hf-hub:`` and ``local-dir:`` names, which open_clip would follow, are refused.
+
+    Raises:
+        ValueError: an unknown name (the nearest is given), or a model of another form.
+    """
+    known = open_clip.list_models()
+    if not isinstance(name, str) or name not in known:
+        near = _near(str(name), known)
+        raise ValueError(f"clip must be a model name that open_clip knows, got {name!r}; nearest: {near}")
+    config = open_clip.get_model_config(name)
+    text = config.get("text_cfg", {})
+    causal = not text.get("no_causal_mask", False) and not text.get("embed_cls", False)
+    projection = text.get("proj_type", "linear") == "linear" and not text.get("proj_bias", False)
+    own_tower = "hf_model_name" not in text and not config.get("custom_text", False)
+    if not (own_tower and causal and projection and text.get("pool_type", "argmax") == "argmax"):
+        raise ValueError(f"clip must be {FORM}, got {name}, which is of another form; {OTHER_FORM}")
+    return name
+
+
+def create_clip(name: str, *, quick_gelu: bool = False) -> open_clip.CLIP:
+    """Build a model with random weights; nothing is fetched."""
+    with quiet():  # open_clip warns of random weights
+        return check_clip(open_clip.create_model(check_name(name), pretrained=None, force_quick_gelu=quick_gelu))
+
+
+def _warn_of_activation(name: str, pretrained: str | None) -> None:
+    """Warn where a weight file is loaded into a model that other weights use with QuickGELU."""
+    quick = name + QUICK
+    if pretrained is not None and Path(pretrained).is_file() and quick in open_clip.list_models():
+        warnings.warn(
+            f"drl_fast: {pretrained} does not say which activation it was trained with; {name} has GELU. If these are "
+            f"OpenAI's, DFN's or MetaCLIP's weights, take {quick} as clip.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _tag_config(name: str, pretrained: str | None) -> Mapping[str, object]:
@@ -83,7 +147,7 @@ def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
     Raises:
         ValueError: entries that are missing, unexpected or of a wrong shape; each is named.
     """
-    state = {name: x for name, x in state.items() if name not in SIZES_IN_STATE}
+    state = without_sizes(state)
     needed = [
         "visual.conv1.weight",
         "visual.positional_embedding",
@@ -130,7 +194,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     """Load a state dict whose entries are exactly the module's.
 
     Raises:
-        ValueError: entries that are missing, unexpected or of another shape; each is named.
+        ValueError: entries that are missing, unexpected or of another shape; the first 20 are named.
     """
     own = module.state_dict()
     problems = [f"no {key}" for key in own.keys() - state.keys()]
@@ -141,7 +205,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
         if state[key].shape != own[key].shape
     ]
     if problems:
-        raise ValueError(f"{name} must fit the model, got {'; '.join(sorted(problems))}")
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ValueError(f"{name} must fit the model, got {'; '.join(sorted(problems)[:NAMED])}{more}")
     module.load_state_dict(dict(state), strict=True)
 
 
@@ -159,13 +224,11 @@ def check_clip(clip: nn.Module) -> open_clip.CLIP:
     if (
         isinstance(clip, open_clip.CLIP)
         and clip.text_pool_type == "argmax"
+        and clip.attn_mask is not None
         and isinstance(clip.text_projection, nn.Parameter)
     ):
         return clip
-    raise ValueError(
-        f"clip must be of the original CLIP's form, with its text transformer and end-token pooling, got "
-        f"{type(clip).__name__} with another text tower; choose a model such as ViT-B-32"
-    )
+    raise ValueError(f"clip must be {FORM}, got {type(clip).__name__} with another text tower; {OTHER_FORM}")
 
 
 def uses_quick_gelu(clip: open_clip.CLIP) -> bool:
@@ -175,8 +238,10 @@ def uses_quick_gelu(clip: open_clip.CLIP) -> bool:
 
 def has_openai_heads(clip: open_clip.CLIP) -> bool:
     """Return whether all attention heads are 64 wide, OpenAI's width; a state dict does not say."""
-    towers = (clip.transformer, clip.visual.transformer)
-    return all(tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in towers)
+    towers = (clip.transformer, getattr(clip.visual, "transformer", None))
+    return None not in towers and all(
+        tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in towers
+    )
 
 
 @contextlib.contextmanager
@@ -202,7 +267,7 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     hub, url = config.get("hf_hub", ""), config.get("url", "")
     source = f"open_clip_model.safetensors from https://huggingface.co/{hub.rstrip('/')}" if hub else url
     # The clip's name tells which activation a file of weights was trained with; the file does not.
-    other = f" and {name}-quickgelu as clip" if config.get("quick_gelu") and not name.endswith("-quickgelu") else ""
+    other = f" and {name}-quickgelu as clip" if config.get("quick_gelu") and not name.endswith(QUICK) else ""
     return (
         f"weights {pretrained!r} of {name} could not be fetched ({reason}); on a machine with a network download "
         f"{source}, copy it here and pass its path as pretrained{other}; HF_HUB_OFFLINE=1 skips the retries"

@@ -5,9 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
-from ..validation import MASKINGS, option
+from ..validation import MASKINGS, option, positive_int, positive_number
 
 TEMPORAL = {"seqLSTM": SeqLSTM, "seqTransf": SeqTransf}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How a model's captions and frames were prepared in training; scoring prepares them in the same way.
+
+    Args:
+        max_words: tokens that a caption is cut to, start and end included.
+        rate: frames per second of video, before thinning.
+        max_frames: frames per video.
+        seconds: only the video's beginning of this length is used; None: all of it.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    max_words: int
+    rate: float
+    max_frames: int
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        positive_int("max_words", self.max_words)
+        positive_number("rate", self.rate)
+        positive_int("max_frames", self.max_frames)
+        if self.seconds is not None:
+            positive_number("seconds", self.seconds)
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from ..modules import WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from ..functional import Matches
+from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
 from ..validation import describe
 from . import losses, padding, pretrained, upstream
-from .clip import build_clip, check_clip, clip_from_state_dict, has_openai_heads, load_strictly, quiet, uses_quick_gelu
-from .config import TEMPORAL, Config
+from .clip import (
+    build_clip,
+    check_clip,
+    clip_from_state_dict,
+    create_clip,
+    has_openai_heads,
+    load_strictly,
+    uses_quick_gelu,
+)
+from .config import TEMPORAL, Config, Inputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,6 +81,8 @@ class DRL(nn.Module):
         self.config = Config(
             interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
+        self.inputs: Inputs | None = None
+        """How captions and frames are prepared; training sets it, and saved models keep it."""
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
         preprocess = open_clip.get_model_preprocess_cfg(self.clip)
@@ -138,6 +149,8 @@ class DRL(nn.Module):
     ) -> DRL:
         """Build the model of a checkpoint of the public DRL or CLIP4Clip code, and load all of its weights.
 
+        The model is in evaluation mode.
+
         Args:
             state: the state dict (``clip.*``, ``transformerClip.*``, ``text_weight_fc.*``, ...), with or without
                 DistributedDataParallel's ``module.``; or the path of a file that holds one (``torch.load`` with
@@ -174,29 +187,33 @@ class DRL(nn.Module):
             if value is not None and value != own:
                 raise ValueError(f"{name} must be the state's own, {own}, got {value}; leave it out")
         load_strictly(model, weights, "state")
-        return model
+        return model.eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> DRL:
         """Read a folder that :meth:`save_pretrained` wrote, or the best model of a run of ``drl-fast train``.
 
+        The model is in evaluation mode. Its ``inputs`` say how to prepare captions and frames, and its
+        :meth:`tokenizer` is the CLIP's. Nothing is fetched, and the folder's CLIP must be one that open_clip knows.
+
         Raises:
             ValueError: files that are missing, cut short, or of another model; entries that do not fit are named.
         """
-        state, config = pretrained.read_folder(folder)
-        name, quick_gelu = config.pop("clip"), config.pop("quick_gelu")
-        statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
-        if name is None:
-            clip = clip_from_state_dict(_clip_part(state))
-        else:
-            with quiet():  # open_clip warns of the random weights that are replaced below
-                clip = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick_gelu)
-        model = cls(clip, **config)
-        model.clip_name = name
-        for key, values in statistics.items():
-            getattr(model, key).copy_(torch.tensor(values).view(3, 1, 1))
+        state, saved = pretrained.read_folder(folder)
+        try:
+            clip = (
+                clip_from_state_dict(_clip_part(state))
+                if saved.clip is None
+                else create_clip(saved.clip, quick_gelu=saved.quick_gelu)
+            )
+            model = cls(clip, **saved.options)
+            model.clip_name, model.inputs = saved.clip, saved.inputs
+            for key, values in saved.statistics.items():
+                getattr(model, key).copy_(torch.tensor(values).view(3, 1, 1))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder} must hold a model of this version of drl-fast, got: {error}") from error
         load_strictly(model, state, str(folder))
-        return model
+        return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json``; files that are already there stay until they are replaced.
@@ -233,7 +250,8 @@ class DRL(nn.Module):
         if not path.exists():
             raise ValueError(f"source must be a folder or a checkpoint file, not found: {path}")
         if path.is_dir():
-            state, theirs = pretrained.read_folder(path)
+            state, saved = pretrained.read_folder(path)
+            theirs = {"clip": saved.clip, "quick_gelu": saved.quick_gelu, **saved.statistics, **saved.options}
         else:
             state, inferred = upstream.read(path)
             theirs = {"clip": None, "quick_gelu": True, **inferred}
@@ -264,7 +282,25 @@ class DRL(nn.Module):
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             **asdict(self.config),
+            "inputs": None if self.inputs is None else asdict(self.inputs),
         }
+
+    def tokenizer(self) -> Callable[..., Tensor]:
+        """Return the CLIP's tokenizer: ``tokenizer(texts, context_length=n) -> ids (texts, n)``.
+
+        Raises:
+            ValueError: a CLIP without an open_clip name whose vocabulary is not OpenAI's.
+        """
+        if self.clip_name is not None:
+            return open_clip.get_tokenizer(self.clip_name)
+        vocabulary, context = self.clip.token_embedding.weight.shape[0], self.clip.positional_embedding.shape[0]
+        tokenizer = open_clip.SimpleTokenizer(context_length=context)
+        if tokenizer.vocab_size != vocabulary:
+            raise ValueError(
+                f"clip must have OpenAI's {tokenizer.vocab_size} tokens, got {vocabulary}; use the tokenizer that it "
+                "was trained with"
+            )
+        return tokenizer
 
     @property
     def dim(self) -> int:
@@ -367,7 +403,7 @@ class DRL(nn.Module):
         """Encode pictures (N, 3, H, W), uint8 or normalized, to (N, D) with the image tower."""
         if pictures.dtype == torch.uint8:
             pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
-        pictures = pictures.to(self.clip.visual.conv1.weight.dtype)
+        pictures = pictures.to(next(self.clip.visual.parameters()).dtype)
         if len(pictures) == 0:  # CLIP's reshapes fail without rows; with a graph, as in encode_text
             return self.clip.encode_image(pictures.new_zeros((1, *pictures.shape[1:])))[:0]
         return self.clip.encode_image(pictures)
@@ -387,11 +423,50 @@ class DRL(nn.Module):
             raise ValueError(f"mask must be (B, Nv) = {tuple(frames.shape[:2])} to match frames, got {describe(mask)}")
         return mask != 0
 
+    @overload
     def similarity(
-        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
-    ) -> Tensor:
-        """Score every text against every video: tokens (A, Nt, D), (B, Nv, D) -> logits (A, B), no temperature."""
-        return self.interaction(text, video, text_mask, video_mask)
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = ..., video_mask: Tensor | None = ...
+    ) -> Tensor: ...
+    @overload
+    def similarity(
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = ...,
+        video_mask: Tensor | None = ...,
+        *,
+        return_matches: Literal[True],
+    ) -> tuple[Tensor, Matches]: ...
+    def similarity(
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        *,
+        return_matches: bool = False,
+    ) -> Tensor | tuple[Tensor, Matches]:
+        """Score every text against every video, without the temperature.
+
+        Args:
+            text, video: tokens (A, Nt, D) and (B, Nv, D), from :meth:`encode_text` and :meth:`encode_video`.
+            text_mask, video_mask: (A, Nt) and (B, Nv), non-zero = real; None: all real.
+            return_matches: also return which frame each word chose and which word each frame chose; TI and WTI only.
+
+        Returns:
+            logits (A, B) float32, and with ``return_matches`` :class:`drl_fast.Matches`.
+
+        Raises:
+            ValueError: shapes that do not go together, or ``return_matches`` with another interaction.
+        """
+        if not return_matches:
+            return self.interaction(text, video, text_mask, video_mask)
+        if not isinstance(self.interaction, TI | WTI):
+            raise ValueError(
+                f"return_matches must be False with interaction={self.config.interaction!r}, which matches no tokens; "
+                "use 'ti' or 'wti'"
+            )
+        return self.interaction(text, video, text_mask, video_mask, return_matches=True)
 
     def forward(self, batch: Mapping[str, Tensor], process_group: ProcessGroup | None = None) -> dict[str, Tensor]:
         """Compute the losses of a batch of pairs: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
+from .config import Config, Inputs
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "drl-fast 1"
@@ -31,25 +34,85 @@ def save_folder(folder: str | os.PathLike[str], state: Mapping[str, Tensor], con
     write_atomically(path / CONFIG, lambda file: Path(file).write_text(text))
 
 
-def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+@dataclass(frozen=True)
+class Saved:
+    """What a folder's configuration says of its model."""
+
+    clip: str | None
+    """The CLIP's name in open_clip."""
+    quick_gelu: bool
+    statistics: dict[str, list[float]]
+    """``mean`` and ``std`` of pictures, three numbers each."""
+    options: dict[str, Any]
+    """:class:`drl_fast.model.config.Config`'s, not checked."""
+    inputs: Inputs | None
+
+
+def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Saved]:
     """Read weights and configuration from a folder that :func:`save_folder` wrote, or from a run's folder.
 
     Raises:
         ValueError: a file that is missing, damaged or was not written by :func:`save_folder`.
     """
+    path = _weights(folder)
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _saved(path, file.metadata())  # noqa: SIM118
+
+
+def read_saved(folder: str | os.PathLike[str]) -> Saved:
+    """Read a folder's configuration alone.
+
+    Raises:
+        ValueError: as :func:`read_folder`.
+    """
+    path = _weights(folder)
+    with _opened(path) as file:
+        return _saved(path, file.metadata())
+
+
+def _weights(folder: str | os.PathLike[str]) -> Path:
     paths = [place / WEIGHTS for place in (Path(folder), Path(folder) / BEST) if (place / WEIGHTS).is_file()]
     if not paths:
         raise ValueError(
             f"{folder} must hold {WEIGHTS}, as save_pretrained writes it, or {BEST}/{WEIGHTS}, as a run of drl-fast "
             "train does after its first epoch; found neither"
         )
-    path = paths[0]
+    return paths[0]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
+    except ValueError:
+        raise
     except Exception as error:
         raise ValueError(f"{path} must be a whole safetensors file, and could not be read ({error})") from error
-    if config.pop("format", None) != FORMAT:
+
+
+def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
+    try:
+        config = json.loads((metadata or {}).get("config", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold its configuration as JSON, and it could not be read ({error})") from error
+    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ValueError(f"{path} must be written by save_pretrained, got a file without its configuration")
-    return state, config
+    # A missing name must not pass for None, which means a CLIP in OpenAI's form.
+    clip, quick_gelu, inputs = config.pop("clip", 0), config.pop("quick_gelu", None), config.pop("inputs", None)
+    statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
+    numbers = all(
+        isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
+        for values in statistics.values()
+    )
+    known = {f.name for f in fields(Config)}
+    if not (isinstance(clip, str | None) and isinstance(quick_gelu, bool) and numbers and config.keys() <= known):
+        unknown = ", ".join(sorted(str(key)[:40] for key in config.keys() - known))
+        raise ValueError(
+            f"{path} must hold the configuration of a model of this version of drl-fast, got "
+            + (f"unknown options: {unknown}" if unknown else "clip, quick_gelu, mean or std of another type")
+        )
+    try:
+        return Saved(clip, quick_gelu, statistics, config, None if inputs is None else Inputs(**inputs))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must say how inputs are prepared, got: {error}") from error

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .clip import SIZES_IN_STATE
+from .weight_files import SIZES_IN_STATE, read_file
 
 # Prefixes: ours, theirs. The first match counts.
 NAMES = (
@@ -80,20 +79,26 @@ def read_state(state: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, T
             raise ValueError(f"state must be a state dict or a checkpoint file, file not found: {path}")
         if path.suffix == ".safetensors":
             raise ValueError(f"state must be a file of torch.save, got {path}; name the folder of save_pretrained")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        # A broken or unsafe pickle raises errors of torch, pickle or zipfile.
-        except Exception as error:
-            raise ValueError(
-                f"{path} must hold tensors alone, and could not be read ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]}); save its state dict with torch.save(model.state_dict(), ...)"
-            ) from error
+        state = read_file(path)
     for wrapper in ("model_state_dict", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, Mapping):
         raise ValueError(f"state must map names to tensors, got {type(state).__name__}; pass model.state_dict()")
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    wrong = next(
+        (item for item in state.items() if not (isinstance(item[0], str) and isinstance(item[1], Tensor))), None
+    )
+    if wrong is not None:
+        raise ValueError(
+            f"state must map names to tensors, got {wrong[0]!r} with {type(wrong[1]).__name__}; pass model.state_dict()"
+        )
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    if "visual.conv1.weight" in state:
+        raise ValueError(
+            "state must be a whole DRL or CLIP4Clip model, got a CLIP alone, as OpenAI's files hold it; pass the file "
+            "as pretrained"
+        )
+    return state
 
 
 def infer_options(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drl_fast.model.clip import check_clip, load_clip
+from drl_fast.model.clip import check_clip, check_name, load_clip, uses_quick_gelu
+from drl_fast.model.weight_files import SIZES_IN_STATE
 
 
 @pytest.fixture
@@ -63,16 +65,112 @@ def test_weights_of_another_model(tiny_clip: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-@pytest.mark.parametrize("content", [b"", b"no weights\n" * 20])
-def test_broken_file(tiny_clip: str, tmp_path: Path, suffix: str, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "content", "words"),
+    [
+        ("safetensors", b"", r"must hold weights of NAME, and could not be loaded \(\w+"),
+        ("safetensors", b"no weights\n" * 20, r"must hold weights of NAME, and could not be loaded \(\w+"),
+        ("pt", b"", "is empty; copy it again"),
+        (
+            "pt",
+            b"no weights\n" * 20,
+            r"must hold tensors alone, written by torch.save, and could not be read \(\w+\); it is damaged",
+        ),
+    ],
+)
+def test_broken_file(tiny_clip: str, tmp_path: Path, suffix: str, content: bytes, words: str) -> None:
     path = tmp_path / f"w.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"{path} must hold weights of {tiny_clip}, and could not be loaded \(\w+"
-    ) as e:
+    with pytest.raises(ValueError, match=f"{path} {words.replace('NAME', tiny_clip)}") as e:
         load_clip(tiny_clip, str(path))
     assert "\n" not in str(e.value)
+
+
+def openai_archive(state: dict[str, Tensor], path: Path) -> None:
+    """Write a TorchScript archive like OpenAI's: half precision, and three sizes beside the weights."""
+    root = torch.nn.Module()
+    for name, x in {**state, **{key: torch.tensor(7) for key in SIZES_IN_STATE}}.items():
+        *parents, last = name.split(".")
+        place = root
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, torch.nn.Module())
+            place = place._modules[parent]
+        place.register_buffer(last, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(root).save(str(path))
+
+
+@pytest.mark.parametrize("kind", ["archive", "its state dict"])
+def test_openais_own_files_load_with_their_activation(tiny_clip: str, tmp_path: Path, kind: str) -> None:
+    """The name says GELU; the file is OpenAI's, and so the towers have QuickGELU. Half precision becomes float32."""
+    state = {name: x.half() if x.ndim >= 2 else x for name, x in weights(tiny_clip).items()}
+    path = tmp_path / "ViT.pt"
+    if kind == "archive":
+        openai_archive(state, path)
+    else:
+        torch.save({**state, "input_resolution": torch.tensor(32)}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip, _ = load_clip(tiny_clip, str(path))
+    assert uses_quick_gelu(clip)
+    loaded = clip.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], state[name].float()) for name in state)
+
+
+def test_half_precision_is_a_sign_of_openais_weights(tiny_clip: str, tmp_path: Path) -> None:
+    state = {name: x.half() if x.ndim >= 2 else x for name, x in weights(tiny_clip).items()}
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.warns(RuntimeWarning, match=r"float16 matrices .*get QuickGELU\. If .* convert the file to float32"):
+        clip, _ = load_clip(tiny_clip, str(tmp_path / "clip.pt"))
+    assert uses_quick_gelu(clip)
+    torch.save({name: x.float() for name, x in state.items()}, tmp_path / "clip.pt")
+    assert not uses_quick_gelu(load_clip(tiny_clip, str(tmp_path / "clip.pt"))[0])
+
+
+def test_openais_files_of_another_size(tiny_clip: str, tmp_path: Path) -> None:
+    state = weights(tiny_clip)
+    state["text_projection"] = torch.zeros(7, 5)
+    openai_archive(state, tmp_path / "ViT.pt")
+    with pytest.raises(ValueError, match=r"ViT\.pt must fit the model, got text_projection of shape \(7, 5\)"):
+        load_clip(tiny_clip, str(tmp_path / "ViT.pt"))
+
+
+def test_a_file_that_does_not_say_its_activation_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file(weights("drl-small"), path)
+    config = open_clip.get_model_config("drl-small")
+    for name in ("two-forms", "two-forms-quickgelu"):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**config, "quick_gelu": name.endswith("gelu")})
+    with pytest.warns(RuntimeWarning, match="does not say which activation .* take two-forms-quickgelu as clip"):
+        assert not uses_quick_gelu(load_clip("two-forms", str(path))[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert uses_quick_gelu(load_clip("two-forms-quickgelu", str(path))[0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["coca_ViT-B-32", "EVA02-B-16", "MobileCLIP-S1", "roberta-ViT-B-32", "ViT-B-16-SigLIP2", "ViT-L-14-CLIPA"],
+)
+def test_a_model_of_another_form_is_refused_before_anything_is_fetched(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("open_clip was asked for a model")
+
+    monkeypatch.setattr(open_clip, "create_model", fetch)
+    monkeypatch.setattr(open_clip, "get_tokenizer", fetch)
+    with pytest.raises(ValueError, match=rf"got {name}, which is of another form; choose .*recipes\.md"):
+        load_clip(name, "some-tag")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/vit", "local-dir:/tmp/model", 5, None])
+def test_only_names_that_open_clip_knows_are_built(name: object) -> None:
+    with pytest.raises(ValueError, match="clip must be a model name that open_clip knows"):
+        check_name(name)
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "vit-b-32", "ViTB32"])
@@ -122,9 +220,14 @@ def test_weights_that_cannot_be_fetched(name: str, end: str) -> None:
 @pytest.mark.parametrize(("relative", "built"), [("custom", "CustomTextCLIP"), ("last", "CLIP")])
 def test_unsupported_text_tower(tiny_clip: str, relative: str, built: str) -> None:
     with pytest.raises(
-        ValueError, match=f"end-token pooling, got {built} with another text tower; choose a model such"
+        ValueError,
+        match=f"end-token pooling, got {tiny_clip}-{relative}, which is of another form; choose a model such",
     ):
         load_clip(f"{tiny_clip}-{relative}")
+    with pytest.raises(
+        ValueError, match=f"end-token pooling, got {built} with another text tower; choose a model such"
+    ):
+        check_clip(open_clip.create_model(f"{tiny_clip}-{relative}"))
 
 
 def test_check_clip_accepts_and_refuses(tiny_clip: str) -> None:

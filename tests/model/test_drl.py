@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("open_clip")
+import open_clip
+import safetensors
 import safetensors.torch
 
 import drl_fast
 from drl_fast import reference
 from drl_fast.model import checkpoint
-from drl_fast.model.config import Config
+from drl_fast.model.config import Config, Inputs
 from drl_fast.model.small import small_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "model"
@@ -175,10 +178,13 @@ def test_files(tmp_path: Path) -> None:
     torch.save(part(arrays, "state."), tmp_path / "good.bin")
     assert drl_fast.DRL.from_upstream(tmp_path / "good.bin").config.temporal == "seqLSTM"
     torch.save({"state": Path}, tmp_path / "code.bin")  # a pickle that names a class
+    alone = {name.removeprefix("clip."): x for name, x in part(arrays, "state.").items() if name.startswith("clip.")}
+    torch.save(alone, tmp_path / "clip.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "good.bin").read_bytes()[:5000])
     for name, words in (
         ("code.bin", "tensors alone"),
         ("cut.bin", "could not be read"),
+        ("clip.bin", "got a CLIP alone, .*pass the file as pretrained"),
         ("none.bin", "file not found"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -191,6 +197,110 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "out/model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="whole safetensors file"):
         drl_fast.DRL.from_pretrained(tmp_path / "out")
+
+
+def test_errors_about_files_do_not_repeat_torchs_advice(tmp_path: Path) -> None:
+    """torch advises weights_only=False, which runs whatever code the file holds."""
+    torch.save({"arguments": argparse.Namespace(lr=1)}, tmp_path / "run.bin")
+    with pytest.raises(ValueError, match=r"holds Python objects \(argparse\.Namespace\)") as caught:
+        drl_fast.DRL.from_upstream(tmp_path / "run.bin")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_models_from_files_are_in_evaluation_mode(tmp_path: Path) -> None:
+    arrays, _ = load(GOLDEN / "model_dp_seqlstm.npz")
+    model = drl_fast.DRL.from_upstream(part(arrays, "state."))
+    model.train().save_pretrained(tmp_path)
+    for read in (drl_fast.DRL.from_upstream(part(arrays, "state.")), drl_fast.DRL.from_pretrained(tmp_path)):
+        assert not any(module.training for module in read.modules())
+
+
+def test_a_saved_model_says_how_its_inputs_are_prepared(tmp_path: Path) -> None:
+    model = drl_fast.DRL("drl-small", interaction="ti", temporal=None)
+    assert model.inputs is None
+    model.inputs = Inputs(max_words=16, rate=2.0, max_frames=5, seconds=30.0)
+    model.save_pretrained(tmp_path)
+    again = drl_fast.DRL.from_pretrained(tmp_path)
+    assert again.inputs == model.inputs
+    assert again.tokenizer()(["a dog"], context_length=9).shape == (1, 9)
+
+
+@pytest.mark.parametrize("interaction", ["ti", "wti"])
+def test_similarity_returns_matches(interaction: str) -> None:
+    torch.manual_seed(0)
+    model = drl_fast.DRL("drl-small", interaction=interaction, temporal=None).eval()
+    text, video = torch.randn(2, 4, model.dim), torch.randn(3, 5, model.dim)
+    with torch.no_grad():
+        scores, matches = model.similarity(text, video, return_matches=True)
+        torch.testing.assert_close(scores, model.similarity(text, video))
+    unit = torch.nn.functional.normalize
+    cosine = torch.einsum("atd,bvd->abtv", unit(text, dim=-1), unit(video, dim=-1))
+    assert torch.equal(matches.video_index, cosine.argmax(dim=3))
+    assert torch.equal(matches.text_index, cosine.argmax(dim=2))
+    with pytest.raises(ValueError, match=r"return_matches must be False with interaction='dp'.*use 'ti' or 'wti'"):
+        drl_fast.DRL("drl-small", interaction="dp", temporal=None).similarity(text, video, return_matches=True)
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"layers": (1, 1, 1, 1), "width": 32, "image_size": 64},
+        {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
+    ],
+    ids=["OpenAI's residual network", "timm"],
+)
+def test_other_image_towers_beside_clips_text_tower(vision: dict[str, Any]) -> None:
+    """They give one vector a frame too."""
+    clip = open_clip.CLIP(64, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(width=64, heads=1, layers=1))
+    model = drl_fast.DRL(clip, interaction="dp", temporal=None).eval()
+    frames = torch.zeros(2, 3, 3, *model.picture_size, dtype=torch.uint8)
+    with torch.no_grad():
+        assert model.encode_video(frames, None).shape == (2, 3, model.dim)
+
+
+def test_malformed_folders_end_in_a_value_error(tmp_path: Path) -> None:
+    """Each names the file or the folder; nothing is fetched, whatever the folder's ``clip`` says."""
+    drl_fast.DRL("drl-small", temporal=None).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        good = json.loads(file.metadata()["config"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def without(name: str) -> dict[str, Any]:
+        return {key: value for key, value in good.items() if key != name}
+
+    for bad in (
+        without("clip"),
+        without("quick_gelu"),
+        without("format"),
+        "words",
+        [],
+        {**good, "clip": 5},
+        {**good, "clip": "nonsense"},
+        {**good, "clip": "hf-hub:timm/vit_base_patch32_clip_224.openai"},
+        {**good, "clip": "local-dir:/tmp"},
+        {**good, "quick_gelu": "yes"},
+        {**good, "mean": [0.5]},
+        {**good, "mean": "half"},
+        {**good, "interaction": ["wti"]},
+        {**good, "wti_arch": "two"},
+        {**good, "new_option": 1},
+        {**good, "inputs": {"rate": 1}},
+        {**good, "inputs": {"rate": 0, "max_words": 3, "max_frames": 2, "seconds": None}},
+        {**good, "inputs": 7},
+    ):
+        safetensors.torch.save_file(state, path, {"config": json.dumps(bad)})
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            drl_fast.DRL.from_pretrained(tmp_path)
+    safetensors.torch.save_file(state, path, {"config": "{" * 100_000})
+    with pytest.raises(ValueError, match=str(path)):
+        drl_fast.DRL.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{0: torch.zeros(1)}, {"clip.visual.proj": 3}, [torch.zeros(1)]])
+def test_a_state_that_does_not_map_names_to_tensors(state: Any) -> None:
+    with pytest.raises(ValueError, match="state must map names to tensors, got"):
+        drl_fast.DRL.from_upstream(state)
 
 
 def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
