@@ -23,12 +23,13 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__
+from .data.loading import count_cut
 from .data.split import Split
 from .metrics import DIRECTIONS
 from .ops import dispatch
 
 if TYPE_CHECKING:
-    from .data.loading import Unreadable
+    from .data.loading import Tokenizer, Unreadable
 
 SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
 # Seconds between lines of progress where the output is no terminal.
@@ -63,6 +64,18 @@ def print_split(console: Console, split: Split) -> None:
     print_line(console, f"{split.dataset}, {split.part}: {captions} captions of {videos} videos")
     for sentence in split.left_out():
         print_line(console, f"left out: {sentence}", "yellow")
+
+
+def print_cut(console: Console, captions: Sequence[str], tokenizer: Tokenizer, max_words: int, option: str) -> None:
+    """Print how many captions are longer than ``max_words`` tokens, and the option that changes it, if any are."""
+    cut = count_cut(tokenizer, captions, max_words)
+    if cut:
+        print_line(
+            console,
+            f"{cut} of {len(captions)} captions are longer than {max_words} tokens and are cut there; {option} keeps "
+            "more of them, up to the CLIP's context",
+            "yellow",
+        )
 
 
 def print_unreadable(console: Console, video: Unreadable) -> None:

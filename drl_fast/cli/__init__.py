@@ -14,9 +14,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("drl_fast"):
             raise
-        sys.exit(f"error {error.name} is missing; the command line needs: pip install 'drl-fast[cli]'")
+        sys.exit(f"error: {error.name} is missing; the command line needs: pip install 'drl-fast[cli]'")
     except KeyboardInterrupt:
-        print("error stopped by Ctrl-C", file=sys.stderr)
+        print("error: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     run()
 

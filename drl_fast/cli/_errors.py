@@ -43,5 +43,5 @@ def report_errors(extra: str) -> Iterator[None]:
 
 def _exit(message: str, status: int = 1) -> typer.Exit:
     # File names may hold brackets, which rich would read as markup.
-    Console(stderr=True).print(f"[bold red]error[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
     return typer.Exit(status)

@@ -12,7 +12,7 @@ from ._errors import report_errors
 
 CLIP = "ViT-B-32"
 # Options that one form has and the other has not.
-OF_VIDEOS = ("pretrained", "clip")
+OF_VIDEOS = ("pretrained", "clip", "max_words")
 OF_SHAPES = ("keep", "out", "clips", "held_out", "steps", "seed")
 
 
@@ -33,6 +33,9 @@ def demo(
             help="With --videos: an open_clip model; ViT-B-32-quickgelu with a local file of OpenAI's weights."
         ),
     ] = CLIP,
+    max_words: Annotated[
+        int, typer.Option(min=3, help="With --videos: tokens that a caption is cut to, start and end included.")
+    ] = 32,
     out: Annotated[Path, typer.Option(help="Folder for the plots loss.png and recall.png.")] = Path("demo_out"),
     keep: Annotated[
         Path | None,
@@ -56,7 +59,7 @@ def demo(
         else:
             from ..demo import folder
 
-            folder.run_folder(videos, clip, pretrained, console)
+            folder.run_folder(videos, clip, pretrained, console, max_words=max_words)
 
 
 def _check_options(context: typer.Context, videos: Path | None) -> None:

@@ -6,19 +6,32 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from .. import __version__
 from ..atomic_write import write_atomically
-from ..console import chance, metrics_table, print_line, print_machine, print_split, print_unreadable, progress
+from ..console import (
+    chance,
+    metrics_table,
+    print_cut,
+    print_line,
+    print_machine,
+    print_split,
+    print_unreadable,
+    progress,
+)
 from ..data.datasets import load_split
 from ..data.formats import PARTS
+from ..engine.precision import PRECISIONS
 from ..engine.processes import processes
 from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
@@ -44,7 +57,10 @@ def evaluate(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A row of the ablation, such as wti_cdcr, or a YAML file; a run brings its own."),
+        typer.Option(
+            help="A row of the ablation, such as wti_cdcr, or a YAML file. A run and its best/ need none. What it "
+            "names must agree with the checkpoint."
+        ),
     ] = None,
     dataset: Dataset = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
@@ -54,6 +70,13 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Write metrics, intervals, counts and settings to this JSON.")
     ] = None,
+    save_scores: Annotated[
+        Path | None,
+        typer.Option(help="Write the similarities, captions x videos, to this .npy file; --out then lists both."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, or bf16: faster on a GPU; it moves similarities by about 0.01.")
+    ] = "fp32",
     cache: Annotated[Path | None, typer.Option(help="Keep frame features here, and decode no video twice.")] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Decoding processes per process; default: the configuration's.")
@@ -76,12 +99,14 @@ def evaluate(
         from .load_model import load_model, settings_of, untrained
 
         option("split", split, PARTS)
+        option("precision", precision, PRECISIONS)
         console = Console(quiet=not here.first)
-        if out is not None and here.first:
-            _check_out(out)
-        settings = settings_of(checkpoint, config, overrides or (), dataset)
-        settings, videos, annotations = with_folders(settings, videos, annotations)
-        model, tokenizer = load_model(checkpoint, settings)
+        if here.first:
+            for name, path in (("out", out), ("save-scores", save_scores)):
+                _check_out(name, path)
+        found_settings = settings_of(checkpoint, config, overrides or (), dataset)
+        settings, videos, annotations = with_folders(found_settings.config, videos, annotations)
+        model, tokenizer = load_model(checkpoint, found_settings)
         model.to(here.device)
         sampling = settings.sampling(model.picture_size[0])
         part = load_split(settings.dataset, split, videos=videos, annotations=annotations, strict=strict)
@@ -89,11 +114,12 @@ def evaluate(
         print_line(
             console,
             f"Model {'as built' if checkpoint is None else f'from {checkpoint}'}: {model.clip_name or 'unnamed CLIP'}, "
-            f"interaction {model.config.interaction}, temporal module {model.config.temporal}; {settings.precision} on "
+            f"interaction {model.config.interaction}, temporal module {model.config.temporal}; {precision} on "
             f"{here.device}" + f", {here.size} processes" * (here.size > 1),
         )
         print_split(console, part)
         print_line(console, f"frames: {sampling.rate:g} per second, at most {sampling.max_frames} per video")
+        print_cut(console, part.captions, tokenizer, model.words(settings.words), "--set max_words=N")
         warning = untrained(settings) if checkpoint is None else None
         if warning is not None:
             print_line(console, warning, "bold yellow")
@@ -108,7 +134,7 @@ def evaluate(
                 workers=settings.workers if workers is None else workers,
                 cache=None if cache is None else FeatureCache(cache),
                 block=block,
-                precision=settings.precision,
+                precision=precision,
                 strict=strict,
                 process_group=here.group,
                 on_progress=watch,
@@ -130,6 +156,10 @@ def evaluate(
             "unreadable": [video._asdict() for video in found.unreadable],
             "model": model.describe_config(),
             "config": dataclasses.asdict(settings),
+            "precision": precision,
+            "scores": None
+            if save_scores is None
+            else {"file": str(save_scores), "captions": found.captions, "videos": found.names},
             "block": block,
             "device": str(here.device),
             "processes": here.size,
@@ -142,8 +172,12 @@ def evaluate(
             "seconds": {stage: round(taken, 3) for stage, taken in watch.seconds.items()},
         }
         _print(report, found, console)
+        if save_scores is not None:
+            _write(save_scores, lambda name: _save_array(name, found.sim))
+            print_line(console, f"similarities written to {save_scores}")
         if out is not None:
-            _write(out, report)
+            text = json.dumps(report, indent=2) + "\n"
+            _write(out, lambda name: Path(name).write_text(text, encoding="utf-8"))
             print_line(console, f"written to {out}")
 
 
@@ -181,18 +215,25 @@ def _print(report: dict[str, Any], found: Evaluation, console: Console) -> None:
     print_line(console, f"Time: {stages}")
 
 
-def _check_out(path: Path) -> None:
+def _check_out(name: str, path: Path | None) -> None:
     """Check now, not after an hour, that the result can be written."""
+    if path is None:
+        return
     if path.is_dir():
-        raise ValueError(f"out must be a file, got {path}, a folder; name a file in it, such as {path / 'eval.json'}")
+        file = path / ("eval.json" if name == "out" else "scores.npy")
+        raise ValueError(f"{name} must be a file, got {path}, a folder; name a file in it, such as {file}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2) + "\n"
+def _save_array(name: str, sim: Tensor) -> None:
+    with Path(name).open("wb") as file:  # a name without .npy would get it added
+        np.save(file, sim.numpy())
+
+
+def _write(path: Path, write: Callable[[str], object]) -> None:
     try:
-        write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_atomically(path, write)
     except OSError as error:
         raise OSError(f"the result could not be written to {path}, got: {error.strerror or error}") from error

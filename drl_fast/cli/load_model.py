@@ -3,63 +3,132 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from ..data.loading import Tokenizer
-from ..engine.config import RunConfig, build_model, read_config
+from ..engine.config import RunConfig, build_model, merge, read_values
 from ..engine.train import CONFIG
-from ..model.config import Config
+from ..model import upstream
 from ..model.drl import DRL
-from ..model.pretrained import BEST
+from ..model.pretrained import BEST, WEIGHTS, read_saved
 
-# Keys that a checkpoint decides.
-MODEL_KEYS = {"clip", "pretrained", "init_from", *(field.name for field in dataclasses.fields(Config))}
+# What a checkpoint brings and no option replaces.
+OF_CHECKPOINT = ("clip", "pretrained", "init_from")
+# Options of a model that change its scores; a configuration that names them must agree with the checkpoint.
+OF_MODEL = ("interaction", "temporal", "wti_arch", "masking")
 # Interactions whose weights are not CLIP's.
 OWN_WEIGHTS = ("wti", "mlp", "xti", "hi")
 
 
+class Settings(NamedTuple):
+    """A configuration, and what its file and options name: the other fields are defaults."""
+
+    config: RunConfig
+    named: Mapping[str, Any]
+    source: str
+    """Where the names stand, for errors."""
+
+
 def settings_of(
     checkpoint: Path | None, config: Path | None, overrides: Sequence[str], dataset: str | None
-) -> RunConfig:
-    """Read the named configuration, or else the run's own.
+) -> Settings:
+    """Read the named configuration, or else the run's, or else what the saved model says of its inputs.
 
     Raises:
-        ValueError: neither exists, an override of the model that a checkpoint brings, or what :func:`read_config`
-            rejects.
+        ValueError: none of them exists, an override that a checkpoint excludes, or what
+            :func:`drl_fast.engine.config.read_config` rejects.
     """
-    if checkpoint is not None:
-        for override in overrides:
-            if override.partition("=")[0].strip() in MODEL_KEYS:
-                raise ValueError(
-                    f"set must leave the model as the checkpoint has it, got {override}; drop it or the checkpoint"
-                )
-        if not checkpoint.exists():
-            raise ValueError(f"checkpoint not found: {checkpoint}")
-    if config is None:
-        run = checkpoint and (checkpoint.parent if checkpoint.name == BEST else checkpoint)
-        if run is None or not (run / CONFIG).is_file():
-            found = "" if checkpoint is None else f", and {checkpoint} belongs to no run"
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if checkpoint is not None and key in OF_CHECKPOINT:
             raise ValueError(
-                f"config must be a row or a YAML file, got none{found}; for instance --config wti --dataset msrvtt"
+                f"set must leave {key} as the checkpoint has it, got {override}; drop it or the checkpoint"
             )
-        config = run / CONFIG
-    return read_config(config, overrides, dataset)
+        if key == "precision":
+            raise ValueError(f"set must leave precision, which is of training, got {override}; use --precision")
+    if checkpoint is not None and not checkpoint.exists():
+        raise ValueError(f"checkpoint not found: {checkpoint}")
+    if config is not None:
+        named = read_values(config, overrides, dataset)
+        return Settings(RunConfig(**named), named, str(config))
+    if checkpoint is not None:
+        run = checkpoint.parent if checkpoint.name == BEST else checkpoint
+        if (run / CONFIG).is_file():
+            named = read_values(run / CONFIG, overrides, dataset)
+            return Settings(RunConfig(**named), named, str(run / CONFIG))
+        if (checkpoint / WEIGHTS).is_file():
+            named = merge({}, str(checkpoint), overrides, dataset)
+            return Settings(_config_of_saved(checkpoint, named), named, "set")
+    found = "" if checkpoint is None else f", and {checkpoint} is no run's folder"
+    raise ValueError(
+        f"config must be a row or a YAML file, got none{found}; for instance --config wti --dataset msrvtt"
+    )
 
 
-def load_model(checkpoint: Path | None, config: RunConfig) -> tuple[DRL, Tokenizer]:
+def _config_of_saved(folder: Path, named: Mapping[str, Any]) -> RunConfig:
+    saved = read_saved(folder)
+    if saved.inputs is None:
+        raise ValueError(
+            f"config must be a row or a YAML file, got none, and {folder} does not say how its inputs were prepared; "
+            "for instance --config wti --dataset msrvtt"
+        )
+    inputs = {name: getattr(saved.inputs, name) for name in ("max_words", "rate", "max_frames")}
+    options = {f.name: saved.options[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved.options}
+    return RunConfig(**{"clip": saved.clip or RunConfig.clip, "pretrained": None, **options, **inputs, **named})
+
+
+def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokenizer]:
     """Load the model on the CPU; return it with its tokenizer.
 
     Raises:
-        ValueError: a checkpoint that is missing, of another kind, or does not fit.
+        ValueError: a checkpoint that is missing, of another kind, does not fit, or is of another model than the
+            configuration names.
     """
     if checkpoint is None:
-        torch.manual_seed(config.seed)  # all processes get the same new weights
-        return build_model(config)
-    model = DRL.from_pretrained(checkpoint) if checkpoint.is_dir() else DRL.from_upstream(checkpoint)
+        torch.manual_seed(settings.config.seed)  # all processes get the same new weights
+        return build_model(settings.config)
+    if checkpoint.is_dir():
+        model = DRL.from_pretrained(checkpoint)
+        _check_same(dataclasses.asdict(model.config), checkpoint, settings)
+    else:
+        model = _from_public(checkpoint, settings)
     return model, model.tokenizer()
+
+
+def _from_public(checkpoint: Path, settings: Settings) -> DRL:
+    """Load a public checkpoint as the model that the configuration names: its entries do not tell TI from DP."""
+    state = upstream.read_state(checkpoint)
+    named, inferred = settings.named, upstream.infer_options(state)
+    if inferred["interaction"] == "dp":
+        if "interaction" not in named:
+            raise ValueError(
+                f"interaction must be named: {checkpoint} has no weights for one, and neither DP nor TI has any; add "
+                "--set interaction=dp or --set interaction=ti"
+            )
+        if named["interaction"] == "ti":
+            inferred["interaction"] = "ti"
+    _check_same(inferred, checkpoint, settings)
+    options = {name: named[name] for name in ("masking",) if name in named}
+    return DRL.from_upstream(state, interaction=inferred["interaction"], **options)
+
+
+def _check_same(found: Mapping[str, Any], checkpoint: Path, settings: Settings) -> None:
+    """Check that a checkpoint's options are those that the configuration names."""
+    keys = [name for name in OF_MODEL if name in found and name in settings.named]
+    if found["interaction"] != "wti" or settings.named.get("interaction", "wti") != "wti":
+        keys = [name for name in keys if name != "wti_arch"]
+    other = {name: settings.named[name] for name in keys if settings.named[name] != found[name]}
+    if other:
+        differences = "; ".join(f"{name} {found[name]!r} there and {value!r} here" for name, value in other.items())
+        remedy = " ".join(f"--set {name}={'null' if found[name] is None else found[name]}" for name in other)
+        raise ValueError(
+            f"checkpoint {checkpoint} and {settings.source} must name one model, got {differences}; take the "
+            f"checkpoint's row, or add {remedy}"
+        )
 
 
 def untrained(config: RunConfig) -> str | None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from ..console import metrics_table, print_line, print_machine, print_split, print_unreadable, progress
+from ..console import metrics_table, print_cut, print_line, print_machine, print_split, print_unreadable, progress
 from ..data.datasets import load_split
 from ..data.split import Split
 from ..engine.processes import Processes, processes
@@ -99,6 +99,8 @@ def train(
             torch.manual_seed(settings.seed)
             # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
             model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
+            for split in splits.values():
+                print_cut(console, split.captions, tokenizer, model.words(settings.words), "--set max_words=N")
             data = Data(splits["train"], splits["val"], tokenizer, strict)
             stop = stack.enter_context(_stop_on_signal(console))
             watcher = _Watcher(console)

@@ -25,6 +25,10 @@ Tokenizer: TypeAlias = Callable[..., Tensor]
 Batch: TypeAlias = dict[str, Tensor]
 
 
+# Captions tokenized at a time where they are only counted.
+COUNTED = 4096
+
+
 class Unreadable(NamedTuple):
     """A video that cannot be decoded."""
 
@@ -48,6 +52,15 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> T
             f"tokenizer must give ids of shape {(len(captions), max_words)}, got {describe(ids)}; use open_clip's"
         )
     return ids.to(torch.int64)
+
+
+def count_cut(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> int:
+    """Count the captions that have more than ``max_words`` tokens, start and end included."""
+    cut = 0
+    for start in range(0, len(captions), COUNTED):
+        ids = tokenizer(list(captions[start : start + COUNTED]), context_length=max_words + 1)
+        cut += int((ids[:, max_words:] != 0).sum())
+    return cut
 
 
 class VideoCaptions(Dataset):

@@ -12,7 +12,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 
-from ..console import metrics_table, print_line, print_machine, progress, served_by
+from ..console import metrics_table, print_cut, print_line, print_machine, progress, served_by
 from ..data.feature_cache import FeatureCache
 from ..data.folder import read_captions
 from ..data.split import Split
@@ -23,7 +23,6 @@ from ..metrics import DIRECTIONS, ranks
 from ..model.clip import load_clip
 from ..model.drl import DRL
 
-MAX_WORDS = 32
 SHOWN = 30
 NO_WEIGHTS = (
     "Random weights: the scores below mean nothing. They show that decoding, towers and interaction run on your "
@@ -31,8 +30,12 @@ NO_WEIGHTS = (
 )
 
 
-def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Console) -> dict[str, Tensor]:
+def run_folder(
+    folder: Path, clip_name: str, pretrained: str | None, console: Console, *, max_words: int = 32
+) -> dict[str, Tensor]:
     """Score the folder's captions against its videos, print metrics and top matches, return similarities by layer.
+
+    Captions are cut to ``max_words`` tokens, start and end included.
 
     Raises:
         ValueError: no captions file, no usable video, an unknown model or weights that cannot be loaded.
@@ -59,6 +62,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
         videos=tuple(folder / name for name in names),
         names=tuple(names),
     )
+    print_cut(console, split.captions, tokenizer, models["TI"].words(max_words), "--max-words N")
     found = {}
     # The second model finds the first one's frame features and decodes nothing.
     with tempfile.TemporaryDirectory(prefix="drl_fast_demo_") as cache, progress(console) as bars:
@@ -69,7 +73,7 @@ def run_folder(folder: Path, clip_name: str, pretrained: str | None, console: Co
                 split,
                 tokenizer,
                 sampling,
-                max_words=MAX_WORDS,
+                max_words=max_words,
                 cache=FeatureCache(cache),
                 on_progress=partial(_show, bars, task),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from .. import validation
 from ..data.datasets import DATASETS
 from ..data.video import Sampling
 from ..model.clip import build_clip
-from ..model.config import Config
+from ..model.config import Config, Inputs
 from ..model.drl import DRL
 from .precision import PRECISIONS
 
@@ -69,7 +70,8 @@ class RunConfig:
         weight_decay: of matrices; biases, norms and the temperature have none.
         warmup: fraction of the steps in which the rate rises, before it falls along half a cosine.
         clip_grad: largest norm of a step's gradient.
-        precision: ``"bf16"`` runs the towers under autocast, ``"fp32"`` does not. Losses are float32 in both.
+        precision: of training: ``"bf16"`` runs the towers under autocast, ``"fp32"`` does not. Losses are float32 in
+            both, and evaluations run in float32.
         chunk: gradient caching (GradCache): pairs encoded per chunk and process; 0 = off. It bounds memory, keeps
             negatives and gradients, and runs the towers' forward twice. The default is the data set's own.
         skip_same_video: do not use captions of one video as negatives of each other (the paper does).
@@ -162,30 +164,37 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
         ValueError: a missing file, bad YAML, an unknown key (the nearest is named), a value of another type or out of
             range, or no data set or two.
     """
-    path, text = _text(Path(path))
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} must be YAML, got {error}") from error
+    return RunConfig(**read_values(path, overrides, dataset))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = (), dataset: str | None = None) -> dict[str, Any]:
+    """Read the fields that a YAML file and options name, as :func:`read_config` does, without the other defaults.
+
+    Raises:
+        ValueError: as :func:`read_config`, but for values out of range.
+    """
+    name, text = _text(Path(path))
+    values = parse_yaml(text, name)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must map names to values, got {type(values).__name__}; for instance batch: 64")
+        raise ValueError(f"{name} must map names to values, got {type(values).__name__}; for instance batch: 64")
+    return merge(values, name, overrides, dataset)
+
+
+def merge(values: dict[str, Any], path: str, overrides: Sequence[str], dataset: str | None) -> dict[str, Any]:
+    """Check the fields ``values``, read from ``path``, and add those of options, as :func:`read_values` does."""
     pairs = [override.partition("=") for override in overrides]
     for override, (key, equals, _) in zip(overrides, pairs, strict=True):
         if not equals or not key.strip():
             raise ValueError(f"set must be key=value, got {override!r}; for instance --set batch=64")
     # Names first: a wrong name's value says nothing.
     _check_names(values, path)
-    _check_names([key.strip() for key, _, _ in pairs], "set")
+    _check_names([key.strip() for key, _, _ in pairs], "--set")
     checked = {name: _typed(name, value, path) for name, value in values.items()}
     for override, (key, _, text) in zip(overrides, pairs, strict=True):
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"set must be key=value in YAML, got {override!r}") from error
-        checked[key.strip()] = _typed(key.strip(), value, "set")
+        checked[key.strip()] = _typed(key.strip(), parse_yaml(text, f"the value in --set {override}"), "set")
     named = checked.setdefault("dataset", dataset)
     if named is None:
-        raise ValueError(f"dataset must be named, {path} does not; add --dataset with one of {', '.join(DATASETS)}")
+        raise ValueError(f"no data set given, and {path} names none; add --dataset with one of {', '.join(DATASETS)}")
     if dataset not in (None, named):
         raise ValueError(
             f"dataset must be the configuration's own, {named}, got {dataset}; leave --dataset out, or change the "
@@ -193,7 +202,23 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
         )
     if named in DATASETS:
         checked.setdefault("chunk", DATASETS[named].chunk)
-    return RunConfig(**checked)
+    return checked
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML without aliases, which can expand a short file to any size.
+
+    Raises:
+        ValueError: text that is no YAML, has an alias, or is nested too deeply; ``source`` is named.
+    """
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError(f"{source} must be YAML without aliases (*name), got one; write the value out")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} must be YAML, got {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source} must be YAML of names and values, got lists or maps nested too deeply") from error
 
 
 def _text(path: Path) -> tuple[str, str]:
@@ -222,7 +247,7 @@ def _check_names(names: Iterable[Any], source: str) -> None:
     for name in names:
         if name not in known:
             nearest = ALIASES.get(str(name).lower()) or difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-            raise ValueError(f"{source} must hold known names, got {name!r}; nearest: {nearest}")
+            raise ValueError(f"unknown key {name!r} in {source}; did you mean {nearest}?")
 
 
 def _typed(name: str, value: Any, source: str) -> Any:
@@ -234,12 +259,12 @@ def _typed(name: str, value: Any, source: str) -> Any:
     if float in kinds and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
     allowed = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
-    raise ValueError(f"{source}: {name} must be {allowed}, got {value!r}")
+    raise ValueError(f"{source}: {name} must be {allowed}, got {reprlib.repr(value)}")
 
 
 def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, Callable[..., Tensor]]:
@@ -256,5 +281,7 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     model.clip_name = config.clip
     if load_weights and config.init_from is not None:
         model.load_weights(config.init_from)
+    sampling = config.sampling(model.picture_size[0])
+    model.inputs = Inputs(config.words, sampling.rate, sampling.max_frames, sampling.seconds)
     # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
     return model, open_clip.get_tokenizer(config.clip)

@@ -53,6 +53,10 @@ class Evaluation:
     """See :func:`drl_fast.metrics.retrieval_metrics`."""
     unreadable: list[Unreadable]
     """Videos that could not be decoded: name and reason."""
+    captions: list[str]
+    """Of the rows."""
+    names: list[str]
+    """Of the columns' videos."""
 
     def with_intervals(self) -> dict[str, dict[str, float]]:
         """Return the metrics with R@1's 95 % interval (``R1_low``, ``R1_high``) and the number of ``candidates``."""
@@ -104,7 +108,7 @@ def evaluate(
     group = None if process_group is None else Group(process_group)
     context = autocast_for(precision, device_of(model).type)
     report = on_progress or (lambda stage, done, total: None)
-    words = min(max_words, model.clip.positional_embedding.shape[0])
+    words = model.words(max_words)
 
     with _scoring(model):
         with agree(group, "evaluate") as agreement:
@@ -135,7 +139,8 @@ def evaluate(
         texts = encode_texts(model, tokenize(tokenizer, captions, words), context, group, partial(report, "texts"))
         with context():
             sim = _score(model, texts, videos, block, group, partial(report, "scores"))
-    return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable)
+    names = [split.names[i] for i in columns.tolist()]
+    return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable, captions, names)
 
 
 def _check(split: Split, block: int, precision: str) -> None:

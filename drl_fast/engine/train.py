@@ -314,7 +314,6 @@ class Run:
             self.sampling,
             max_words=self.config.words,
             workers=self.config.workers,
-            precision=self.config.precision,
             strict=self.data.strict,
             process_group=self.processes.group,
             on_progress=self.watcher.evaluating if first else None,

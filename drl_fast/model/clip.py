@@ -238,8 +238,8 @@ def uses_quick_gelu(clip: open_clip.CLIP) -> bool:
 
 def has_openai_heads(clip: open_clip.CLIP) -> bool:
     """Return whether all attention heads are 64 wide, OpenAI's width; a state dict does not say."""
-    towers = (clip.transformer, getattr(clip.visual, "transformer", None))
-    return None not in towers and all(
+    towers = [tower for tower in (clip.transformer, getattr(clip.visual, "transformer", None)) if tower is not None]
+    return len(towers) == 2 and all(
         tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in towers
     )
 

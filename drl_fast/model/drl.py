@@ -313,6 +313,10 @@ class DRL(nn.Module):
         size = self.clip.visual.image_size
         return size if isinstance(size, tuple) else (size, size)
 
+    def words(self, max_words: int) -> int:
+        """Return ``max_words``, or the CLIP's context, in tokens, where that is less."""
+        return min(max_words, self.clip.positional_embedding.shape[0])
+
     @property
     def logit_scale(self) -> Tensor:
         """The factor itself (exp taken), at most 100.

@@ -65,7 +65,7 @@ def test_without_the_extra(package: str) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(
-        rf"error {package}(\.\w+)* is missing; the command line needs: pip install 'drl-fast\[cli\]'\n", done.stderr
+        rf"error: {package}(\.\w+)* is missing; the command line needs: pip install 'drl-fast\[cli\]'\n", done.stderr
     )
 
 
@@ -82,7 +82,7 @@ def test_interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.delitem(sys.modules, "drl_fast.cli.commands")
     monkeypatch.setattr(sys, "meta_path", [Interrupt, *sys.meta_path])
     assert run(monkeypatch, "--version") == 130
-    assert capsys.readouterr().err == "error stopped by Ctrl-C\n"
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
 
 
 def test_no_such_name() -> None:

@@ -123,6 +123,9 @@ def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_c
     ):
         assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
     assert "skipped" not in result.stdout
+    assert "are cut there" not in result.stdout
+    cut_short = demo("--videos", folder, "--clip", tiny_clip, "--max-words", 5)
+    assert "16 of 16 captions are longer than 5 tokens and are cut there; --max-words N keeps more" in cut_short.flat
     # Once more into the same folder would mix two runs.
     again = demo(*TINY, "--steps", 1, "--keep", folder, "--out", tmp_path)
     assert again.exit_code == 1
@@ -163,7 +166,7 @@ def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> Non
     (tmp_path / "empty.mp4").write_bytes(b"")
     result = demo("--videos", caption(tmp_path, {"empty.mp4": "a", "gone.mp4": "b"}), "--clip", tiny_clip)
     assert result.exit_code == 1
-    assert "error split must hold at least one readable video, got 2 unreadable of 2: empty.mp4: " in result.stderr
+    assert "error: split must hold at least one readable video, got 2 unreadable of 2: empty.mp4: " in result.stderr
     assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, not found; check the path" in result.stderr
 
 
@@ -201,36 +204,36 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     [
         (
             ["--pretrained", "openai"],
-            "error pretrained goes with videos, got pretrained='openai' alone; add --videos DIR",
+            "error: pretrained goes with videos, got pretrained='openai' alone; add --videos DIR",
         ),
-        (["--videos", "nowhere"], "error videos folder not found: nowhere; put captions.csv"),
-        (["--videos", "."], "error . must hold one of captions.csv and captions.jsonl, got neither"),
+        (["--videos", "nowhere"], "error: videos folder not found: nowhere; put captions.csv"),
+        (["--videos", "."], "error: . must hold one of captions.csv and captions.jsonl, got neither"),
         (
             ["--videos", "ok", "--clip", "ViT-B/32"],
-            "error clip must be a model name that open_clip knows, got 'ViT-B/32'",
+            "error: clip must be a model name that open_clip knows, got 'ViT-B/32'",
         ),
         (["--videos", "ok", "--pretrained", "opnai"], "a tag of ViT-B-32, got 'opnai'; nearest: openai"),
         (
             ["--videos", "ok", "--pretrained", "w.pt"],
-            "error pretrained must be a tag or a weight file, file not found: w.pt",
+            "error: pretrained must be a tag or a weight file, file not found: w.pt",
         ),
-        (["--clip", "ViT-B-32"], "error clip goes with videos, got clip='ViT-B-32' alone; add --videos DIR"),
+        (["--clip", "ViT-B-32"], "error: clip goes with videos, got clip='ViT-B-32' alone; add --videos DIR"),
         (
             ["--videos", "ok", "--held-out", "8"],
-            "error held-out goes without videos, got held-out='8' beside them; drop one of them",
+            "error: held-out goes without videos, got held-out='8' beside them; drop one of them",
         ),
-        (["--videos", "ok", "--keep", "k"], "error keep goes without videos, got keep='k' beside them; drop one"),
-        (["--videos", "ok", "--out", "demo_out"], "error out goes without videos, got out='demo_out' beside them"),
+        (["--videos", "ok", "--keep", "k"], "error: keep goes without videos, got keep='k' beside them; drop one"),
+        (["--videos", "ok", "--out", "demo_out"], "error: out goes without videos, got out='demo_out' beside them"),
         (["--clips", "4000", "--held-out", "400"], "held-out together must be at most 4320, the different captions"),
         (
             ["--clips", "6"],
-            "error clips must be a multiple of 4, the arrangements of one caption's words, and at least",
+            "error: clips must be a multiple of 4, the arrangements of one caption's words, and at least",
         ),
         (["--clips", "0"], "at least 4, got 0; take 4"),
         (["--held-out", "4"], "at least 8, got 4; take 8"),
-        (["--out", "a_file"], "error out must be a folder, got the file a_file; name another"),
+        (["--out", "a_file"], "error: out must be a folder, got the file a_file; name another"),
         (["--out", "a_file/below"], "check that the path can be read and written"),
-        (["--keep", "a_file"], "error keep must be a new or an empty folder, got a_file; name another"),
+        (["--keep", "a_file"], "error: keep must be a new or an empty folder, got a_file; name another"),
         (["--keep", "a_file/below"], "check that the path can be read and written"),
         (["--videos", "ok", "--pretrained", "[/b].pt"], "file not found: [/b].pt"),
     ],
@@ -261,7 +264,7 @@ def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "run_shapes", missing)
     result = demo()
     assert result.exit_code == 1
-    assert "error av is missing; this needs: pip install 'drl-fast[train]'" in result.stderr
+    assert "error: av is missing; this needs: pip install 'drl-fast[train]'" in result.stderr
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -273,7 +276,7 @@ def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
             1,
             "check that the path can be read and written and that the disk has",
         ),
-        (KeyboardInterrupt(), 130, "error stopped by Ctrl-C; no file is left half written\n"),
+        (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C; no file is left half written\n"),
     ],
 )
 def test_clips_that_are_not_all_written(
@@ -314,7 +317,7 @@ def test_ctrl_c_while_training(demo: Demo, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(comparison, "train", stopped)
     result = demo(*TINY, "--keep", tmp_path / "kept", "--out", tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr == "error stopped by Ctrl-C; no file is left half written\n"
+    assert result.stderr == "error: stopped by Ctrl-C; no file is left half written\n"
     assert not list((tmp_path / "out").iterdir())
     assert len(list((tmp_path / "kept").glob("*.mp4"))) == 16
     assert (tmp_path / "kept" / "captions.csv").exists()

@@ -13,12 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from drl_fast.cli import app
 from drl_fast.data.datasets import load_split
+from drl_fast.data.video import Sampling
 from drl_fast.engine import evaluate as evaluation
 from drl_fast.engine import features
 from drl_fast.engine.config import build_model, read_config
@@ -152,6 +154,99 @@ def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tm
     assert found[0]["model"]["temporal"] == "seqTransf"
 
 
+def test_the_configuration_decides_what_a_public_file_does_not_say(
+    drl_eval: Eval, videos: Path, config: Path, tmp_path: Path
+) -> None:
+    """DP and TI have no weights, so a file of either may be scored as both; only the named one is right."""
+    model = DRL(small_clip(), interaction="ti", temporal=None)
+    torch.save(model.to_upstream(), tmp_path / "ti.bin")
+    common = ["--checkpoint", tmp_path / "ti.bin", "--videos", videos, "--out", tmp_path / "e.json"]
+    common += ["--save-scores", tmp_path / "s.npy", "--config", config]
+    sims = {}
+    for name in ("ti", "dp"):
+        result = drl_eval(*common, "--set", f"interaction={name}")
+        assert result.exit_code == 0, result.output
+        assert f"interaction {name}" in result.flat
+        sims[name] = np.load(tmp_path / "s.npy")
+    split = load_split("folder", "test", videos=videos, annotations=videos)
+    settings = read_config(config)
+    truth = evaluate(model, split, model.tokenizer(), settings.sampling(64), max_words=16)
+    assert np.array_equal(sims["ti"], truth.sim.numpy())
+    assert not np.allclose(sims["dp"], sims["ti"])
+    result = drl_eval(*common)
+    assert result.exit_code == 1
+    assert "interaction must be named" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_checkpoint_of_another_model_than_the_configuration_names(
+    kind: str, drl_eval: Eval, videos: Path, tmp_path: Path
+) -> None:
+    model = DRL(small_clip(), interaction="wti", temporal=None)
+    checkpoint = tmp_path / "wti.bin"
+    if kind == "file":
+        torch.save(model.to_upstream(), checkpoint)
+    else:
+        model.save_pretrained(checkpoint)
+    data = ["--checkpoint", checkpoint, "--dataset", "folder", "--videos", videos, "--set", "workers=0"]
+    result = drl_eval(*data, "--config", "ti")
+    assert result.exit_code == 1
+    assert "interaction 'wti' there and 'ti' here; temporal None there and 'seqTransf' here" in result.stderr
+    result = drl_eval(*data, "--config", "wti")
+    assert result.exit_code == 1
+    assert (
+        "temporal None there and 'seqTransf' here; take the checkpoint's row, or add --set temporal=null"
+        in result.stderr
+    )
+    assert drl_eval(*data, "--config", "wti", "--set", "temporal=null").exit_code == 0
+
+
+def test_the_best_model_of_a_run_needs_nothing_else(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    """``best/`` alone, in another place: rate, frames and words are its own."""
+    model, tokenizer = build_model(read_config(config, ["interaction=ti", "temporal=null"]))
+    model.save_pretrained(tmp_path / "moved")
+    result = drl_eval(
+        *["--checkpoint", tmp_path / "moved", "--dataset", "folder", "--videos", videos],
+        *["--set", "workers=0", "--save-scores", tmp_path / "s.npy", "--out", tmp_path / "e.json"],
+    )
+    assert result.exit_code == 0, result.output
+    assert "frames: 8 per second, at most 3 per video" in result.flat
+    again = DRL.from_pretrained(tmp_path / "moved")
+    split = load_split("folder", "test", videos=videos, annotations=videos)
+    assert again.inputs is not None
+    sampling = Sampling(again.inputs.rate, again.inputs.max_frames, again.picture_size[0], again.inputs.seconds)
+    truth = evaluate(model, split, tokenizer, sampling, max_words=again.inputs.max_words)
+    assert np.array_equal(np.load(tmp_path / "s.npy"), truth.sim.numpy())
+    report = read(tmp_path / "e.json")
+    assert report["config"]["interaction"] == "ti"
+    assert report["scores"]["captions"] == truth.captions
+    assert report["scores"]["videos"] == [f"clip{i}.mp4" for i in (0, 1, 2, 3, 5)]
+
+
+def test_scores_are_in_float32_unless_asked(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    common = ["--config", config, "--videos", videos, "--set", "interaction=ti"]
+    config.write_text(CONFIG.replace("precision: fp32", "precision: bf16"))
+    sims = {}
+    for name, options in {"default": [], "fp32": ["--precision", "fp32"], "bf16": ["--precision", "bf16"]}.items():
+        out = tmp_path / f"{name}.json"
+        assert drl_eval(*common, *options, "--save-scores", tmp_path / f"{name}.npy", "--out", out).exit_code == 0
+        sims[name] = np.load(tmp_path / f"{name}.npy")
+        assert read(out)["precision"] == ("bf16" if name == "bf16" else "fp32")
+    assert sims["default"].dtype == np.float32
+    assert sims["default"].shape == (10, 5)
+    assert np.array_equal(sims["default"], sims["fp32"])
+    assert not np.array_equal(sims["default"], sims["bf16"])
+
+
+def test_captions_that_are_cut_are_counted(drl_eval: Eval, videos: Path, config: Path) -> None:
+    """With start and end, all six of "number 0 of [six]" and one of the others have 8 tokens; none has more."""
+    for words, expected in ((8, None), (7, "7 of 12")):
+        result = drl_eval("--config", config, "--videos", videos, "--set", f"max_words={words}")
+        assert result.exit_code == 0
+        found = re.search(r"(\d+ of \d+) captions are longer than (\d+) tokens and are cut there; --set", result.flat)
+        assert (found and found[1]) == expected, result.flat
+
+
 def test_a_named_clip_comes_back_with_its_tokenizer(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
     settings = read_config(config, ["interaction=dp", "temporal=null"])
     model, _ = build_model(settings)
@@ -205,7 +300,7 @@ def test_strict(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> N
     options = ["--config", config, "--videos", videos, "--annotations", tmp_path]
     result = drl_eval(*options, "--strict")
     assert result.exit_code == 1
-    assert "error split must hold readable videos alone, as strict asks, got 1 unreadable of 2: clip4" in result.stderr
+    assert "error: split must hold readable videos alone, as strict asks, got 1 unreadable of 2: clip4" in result.stderr
     assert drl_eval(*options).exit_code == 0
 
 
@@ -214,7 +309,7 @@ def test_options_reach_the_evaluation(
 ) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **options: seen.update(options) or evaluate(*_, **options))
-    result = drl_eval("--config", config, "--videos", videos, "--set", "precision=bf16", "--block", 3)
+    result = drl_eval("--config", config, "--videos", videos, "--precision", "bf16", "--block", 3)
     assert result.exit_code == 0
     assert "bf16 on cpu" in result.flat
     told = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
@@ -230,13 +325,16 @@ def test_options_reach_the_evaluation(
         (["--config", "CONFIG", "--videos", "TMP/no"], "TMP/no"),
         (["--config", "CONFIG", "--set", "dataset=msvd", "--videos", "VIDEOS"], "annotations must name a folder"),
         (["--config", "CONFIG", "--dataset", "msvd"], "dataset must be the configuration's own, folder, got msvd"),
-        (["--config", "wti", "--videos", "VIDEOS"], "dataset must be named, wti does not; add --dataset"),
+        (["--config", "wti", "--videos", "VIDEOS"], "no data set given, and wti names none; add --dataset"),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--split", "tets"], "split must be one of"),
         (["--config", "CONFIG", "--set", "block"], "set must be key=value, got 'block'"),
         (
-            ["--config", "CONFIG", "--checkpoint", "TMP", "--set", "interaction=dp"],
-            "set must leave the model as the checkpoint has it, got interaction=dp",
+            ["--config", "CONFIG", "--checkpoint", "TMP", "--set", "clip=ViT-B-32"],
+            "set must leave clip as the checkpoint has it, got clip=ViT-B-32",
         ),
+        (["--config", "CONFIG", "--set", "precision=bf16"], "got precision=bf16; use --precision"),
+        (["--config", "CONFIG", "--precision", "fp16"], "precision must be one of"),
+        (["--config", "CONFIG", "--videos", "VIDEOS", "--save-scores", "TMP"], "save-scores must be a file, got TMP"),
         (
             ["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP"],
             "as a run of drl-fast train does after its first epoch; found neither",
@@ -263,7 +361,7 @@ def test_mistakes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, op
 
     result = drl_eval(*map(put, options))
     assert result.exit_code == 1
-    assert result.stderr.startswith("error ")
+    assert result.stderr.startswith("error: ")
     assert put(words) in result.stderr
 
 

@@ -53,6 +53,7 @@ def test_a_run_from_config_to_best_model(folder: Path, tmp_path: Path) -> None:
     told = words(done.output)
     assert "folder, train: 18 captions of 12 videos" in told
     assert "epoch 1: text to video R@1" in told
+    assert "tokens and are cut there" not in told
     assert f"drl-fast eval --checkpoint {out} scores it on the test part" in told
     assert (out / "best/model.safetensors").exists()
     again = train(*config, small=SMALL + RUN)
@@ -76,6 +77,14 @@ def test_a_dry_run_of_every_interaction(row: str) -> None:
     assert "folder, val: 16 captions of 16 videos" in words(done.output)
 
 
+def test_captions_that_are_cut_are_counted() -> None:
+    done = train("--config", "ti", "--dataset", "msrvtt", "--dry-run", small=[*SMALL, "max_words=5"])
+    assert done.exit_code == 0, done.output
+    assert (
+        words(done.output).count("16 of 16 captions are longer than 5 tokens and are cut there; --set max_words=N") == 2
+    )
+
+
 def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
     small = [option for option in SMALL if not option.startswith(("max_", "temporal"))] + ["clip=drl-small"]
     done = train("--config", "ti", "--dataset", "didemo", "--dry-run", small=small)
@@ -92,13 +101,16 @@ def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
         (["--config", "wti", "--dataset", "msrvtt"], "videos must name a folder, got none; pass --videos"),
         (["--config", "wti", "--dataset", "msrvtt", "--videos", "x"], "annotations must name a folder, got none"),
         (["--config", "wti", "--dataset", "folder", "--videos", "no_such_folder"], "no_such_folder"),
-        (["--config", "wti"], "dataset must be named, wti does not; add --dataset with one of msrvtt, "),
+        (["--config", "wti"], "no data set given, and wti names none; add --dataset with one of msrvtt, "),
         (
             ["--config", "wti", "--dataset", "msrvtt", "--set", "dataset=msvd"],
             "the configuration's own, msvd, got msrvtt",
         ),
         (["--config", "msrvtt_wti"], "write --config wti --dataset msrvtt"),
-        (["--config", "wti", "--dataset", "msrvtt", "--set", "learning_rate=1"], "got 'learning_rate'; nearest: lr"),
+        (
+            ["--config", "wti", "--dataset", "msrvtt", "--set", "learning_rate=1"],
+            "unknown key 'learning_rate' in --set; did you mean lr?",
+        ),
     ],
 )
 def test_what_is_missing_is_told(arguments: list[str], expected: str) -> None:

@@ -64,7 +64,7 @@ def test_values_are_read_and_overridden(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("dataset: msrvt", "dataset must be .* got 'msrvt'"),
-        ("dataset: folder\nbatchsize: 4", "must hold known names, got 'batchsize'; nearest: batch"),
+        ("dataset: folder\nbatchsize: 4", "unknown key 'batchsize' in .*run.yaml; did you mean batch\\?"),
         ("dataset: folder\nbatch: many", "batch must be int, got 'many'"),
         ("dataset: folder\nbatch: 4.5", "batch must be int, got 4.5"),
         ("dataset: folder\nbatch: true", "batch must be int, got True"),
@@ -85,11 +85,14 @@ def test_values_are_read_and_overridden(tmp_path: Path) -> None:
         ("dataset: folder\ninteraction: ti\ncdcr: 3", "cdcr must be 0, 1 or 2 with interaction='ti', got 3"),
         ("dataset: folder\nmasking: dlr", "masking must be .* got 'dlr'"),
         ("dataset: folder\ninteraction: dp\nmasking: none", "masking must be 'drl' with interaction='dp'"),
-        ("batch: many\nbatchsize: 4", "must hold known names, got 'batchsize'"),
-        ("batch: 4", "dataset must be named, .*run.yaml does not; add --dataset with one of msrvtt"),
+        ("batch: many\nbatchsize: 4", "unknown key 'batchsize'"),
+        ("batch: 4", "no data set given, and .*run.yaml names none; add --dataset with one of msrvtt"),
         ("- a\n- b", "must map names to values, got list"),
         ("", "must map names to values, got NoneType"),
         ("a: [1", "must be YAML, got"),
+        ("dataset: folder\nlr: " + "9" * 400, "lr must be float, got 999"),
+        ("dataset: " + "[" * 5000, "nested too deeply"),
+        ("dataset: folder\nlr: &a [x]\nclip_lr: [*a, *a]", r"must be YAML without aliases \(\*name\)"),
     ],
 )
 def test_wrong_configurations_are_told(tmp_path: Path, text: str, words: str) -> None:
@@ -102,12 +105,12 @@ def test_wrong_configurations_are_told(tmp_path: Path, text: str, words: str) ->
     [
         ("batch", "set must be key=value, got 'batch'"),
         ("=4", "set must be key=value"),
-        ("batch=[1", "set must be key=value in YAML"),
-        ("bath=4", "must hold known names, got 'bath'; nearest: batch"),
-        ("learning_rate=1", "must hold known names, got 'learning_rate'; nearest: lr$"),
-        ("batch_size=[1", "must hold known names, got 'batch_size'; nearest: batch$"),
-        ("num_epochs=1", "nearest: epochs$"),
-        ("num_frames=8", "nearest: max_frames$"),
+        ("batch=[1", r"the value in --set batch=\[1 must be YAML, got while parsing a flow sequence"),
+        ("bath=4", r"unknown key 'bath' in --set; did you mean batch\?"),
+        ("learning_rate=1", r"unknown key 'learning_rate' in --set; did you mean lr\?$"),
+        ("batch_size=[1", r"unknown key 'batch_size' in --set; did you mean batch\?$"),
+        ("num_epochs=1", r"did you mean epochs\?$"),
+        ("num_frames=8", r"did you mean max_frames\?$"),
     ],
 )
 def test_wrong_overrides_are_told(tmp_path: Path, override: str, words: str) -> None:
