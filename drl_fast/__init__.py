@@ -7,8 +7,12 @@
 torch.Size([4, 6])
 """
 
-from . import functional, metrics, modules
-from .functional import (
+from . import interrupts
+
+interrupts.end_at_once()  # before torch is loaded, where this process is the command line
+
+from . import functional, metrics, modules  # noqa: E402
+from .functional import (  # noqa: E402
     Matches,
     cdcr_loss,
     cross_correlation_loss,
@@ -17,7 +21,7 @@ from .functional import (
     token_contrastive_loss,
     token_interaction,
 )
-from .modules import DP, HI, MLP, TI, WTI, XTI
+from .modules import DP, HI, MLP, TI, WTI, XTI  # noqa: E402
 
 __version__ = "0.1.0"
 

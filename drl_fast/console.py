@@ -23,10 +23,10 @@ from rich.progress import (
 from rich.table import Table
 
 from . import __version__
-from .data.loading import count_cut
 from .data.split import Split
 from .metrics import DIRECTIONS
 from .ops import dispatch
+from .validation import printable
 
 if TYPE_CHECKING:
     from .data.loading import Tokenizer, Unreadable
@@ -54,8 +54,8 @@ def print_machine(console: Console) -> None:
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
-    """Print text as it stands: no markup, no colours for numbers, no line breaks."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print text without markup, colours for numbers or line breaks; names and captions cannot command the terminal."""
+    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_split(console: Console, split: Split) -> None:
@@ -68,6 +68,8 @@ def print_split(console: Console, split: Split) -> None:
 
 def print_cut(console: Console, captions: Sequence[str], tokenizer: Tokenizer, max_words: int, option: str) -> None:
     """Print how many captions are longer than ``max_words`` tokens, and the option that changes it, if any are."""
+    from .data.loading import count_cut  # loads PyAV, which the extra `cli` lacks
+
     cut = count_cut(tokenizer, captions, max_words)
     if cut:
         print_line(

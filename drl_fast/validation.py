@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import re
 import reprlib
 import warnings
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from .numerics import accumulation_dtype
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASKINGS = ("drl", "exclude", "none")
+# Control characters but tab and line feed, marks that reverse the order of what follows, halves of surrogate pairs.
+UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
 
 def describe(value: object) -> str:
@@ -27,6 +30,11 @@ def describe(value: object) -> str:
         return f"{type(value).__name__} of {len(value)}"
     # Shortened: nobody wants to read a whole array.
     return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())}"
+
+
+def printable(text: str) -> str:
+    """Escape what could command a terminal or hide text: control characters, changes of direction, broken Unicode."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def tensor(name: str, value: object) -> Tensor:

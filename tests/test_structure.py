@@ -38,7 +38,14 @@ LAYERS = [
     ["drl_fast.ops"],
     ["drl_fast.distributed"],
     ["drl_fast.validation"],
-    ["drl_fast.kernels", "drl_fast._C", "drl_fast.numerics", "drl_fast.autocast", "drl_fast.atomic_write"],
+    [
+        "drl_fast.kernels",
+        "drl_fast._C",
+        "drl_fast.numerics",
+        "drl_fast.autocast",
+        "drl_fast.atomic_write",
+        "drl_fast.interrupts",
+    ],
 ]
 ORACLE = "drl_fast.reference"
 # Loaded when a user first asks the package for it: it needs open_clip.

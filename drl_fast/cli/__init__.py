@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Any
+
+from .. import interrupts
 
 
 def main() -> None:
     """Run ``drl-fast``: the entry point of the script and of ``python -m drl_fast.cli``."""
     try:
         from .commands import run
+
+        _escape_what_the_terminal_cannot_show()
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("drl_fast"):
             raise
@@ -18,7 +23,17 @@ def main() -> None:
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    run()
+    interrupts.raise_interrupts()
+    try:
+        run()
+    finally:
+        interrupts.end_at_once()
+
+
+def _escape_what_the_terminal_cannot_show() -> None:
+    """Print escapes such as \\xe9 where the terminal's encoding, ASCII for example, has no such character."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # stderr does so by itself
 
 
 def __getattr__(name: str) -> Any:

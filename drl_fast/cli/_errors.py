@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..validation import printable
+
 # What shells report for a command that Ctrl-C ended.
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -43,5 +45,7 @@ def report_errors(extra: str) -> Iterator[None]:
 
 def _exit(message: str, status: int = 1) -> typer.Exit:
     # File names may hold brackets, which rich would read as markup.
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"[bold red]error:[/bold red] {escape(printable(message))}", highlight=False, soft_wrap=True
+    )
     return typer.Exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from .video import Sampling
 # Bytes that are hashed at a time.
 CHUNK = 2**20
 # Bump it when decoding, resizing or the file format changes: older features are then no longer found.
-FORMAT = "drl-fast-features-1"
+FORMAT = "drl-fast-features-2"
 ENTRY, DIGEST = "features", "blake2b"
 
 
@@ -42,6 +43,8 @@ class FeatureCache:
 
     def _content(self, path: Path) -> str:
         try:
+            if path.exists() and not path.is_file():  # opening a named pipe would wait for its writer
+                raise OSError(errno.EINVAL, "not a regular file")
             with path.open("rb") as file:
                 found = os.fstat(file.fileno())
                 state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -69,7 +72,8 @@ class FeatureCache:
             return None
         # safetensors checks sizes only.
         features, digest = found.get(ENTRY), found.get(DIGEST)
-        return features if features is not None and digest is not None and digest.equal(_digest(features)) else None
+        whole = features is not None and digest is not None and digest.equal(_digest(features))
+        return features if whole else None
 
     def put(self, key: str, features: Tensor) -> None:
         """Store ``features`` under ``key``, atomically.
@@ -91,9 +95,10 @@ class FeatureCache:
 
 
 def _digest(features: Tensor) -> Tensor:
-    """Hash the features' bytes: (20,) uint8."""
+    """Hash the features' dtype, shape and bytes: (20,) uint8."""
     data = features.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return torch.tensor(list(_blake2b(data).digest()), dtype=torch.uint8)
+    found = _blake2b(f"{features.dtype} {tuple(features.shape)} ".encode() + data).digest()
+    return torch.tensor(list(found), dtype=torch.uint8)
 
 
 def _blake2b(data: bytes = b"") -> hashlib.blake2b:

@@ -144,6 +144,8 @@ def thin(count: int, limit: int) -> list[int]:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
+        if path.exists():
+            raise ValueError(f"{path} must be a video file, got a folder, pipe or device; name a regular file")
         near = sorted(p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*"))[:1]
         raise ValueError(f"{path} must be a video file, not found; {f'is it {near[0]}?' if near else 'check the path'}")
     if path.stat().st_size == 0:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from ..console import metrics_table, print_cut, print_line, print_machine, progress, served_by
 from ..data.feature_cache import FeatureCache
-from ..data.folder import read_captions
-from ..data.split import Split
+from ..data.folder import Caption, read_captions
+from ..data.split import Split, some
 from ..data.video import Sampling
-from ..data.video_files import VIDEO_SUFFIXES
+from ..data.video_files import VideoFiles
 from ..engine.evaluate import Evaluation, evaluate
 from ..metrics import DIRECTIONS, ranks
 from ..model.clip import load_clip
 from ..model.drl import DRL
+from ..validation import printable
 
 SHOWN = 30
 NO_WEIGHTS = (
@@ -49,25 +50,13 @@ def run_folder(
     print_machine(console)
     print_line(console, f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}")
 
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(caption.video for caption in captions))}
-    names = list(numbers)
-    unnamed = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES and p.name not in names)
-    if unnamed:
-        print_line(console, f"no caption names: {', '.join(unnamed)}")
-    split = Split(
-        dataset="folder",
-        part="test",
-        captions=tuple(caption.text for caption in captions),
-        owner=tuple(numbers[caption.video] for caption in captions),
-        videos=tuple(folder / name for name in names),
-        names=tuple(names),
-    )
+    split = _split(folder, captions, console)
     print_cut(console, split.captions, tokenizer, models["TI"].words(max_words), "--max-words N")
     found = {}
     # The second model finds the first one's frame features and decodes nothing.
     with tempfile.TemporaryDirectory(prefix="drl_fast_demo_") as cache, progress(console) as bars:
         for name, model in models.items():
-            task = bars.add_task(f"decode, encode, score by {name}", total=len(names), note="")
+            task = bars.add_task(f"decode, encode, score by {name}", total=len(split.videos), note="")
             found[name] = evaluate(
                 model,
                 split,
@@ -77,9 +66,8 @@ def run_folder(
                 cache=FeatureCache(cache),
                 on_progress=partial(_show, bars, task),
             )
-    skipped = {video.name: video.reason for video in found["DP"].unreadable}
-    for reason in skipped.values():
-        print_line(console, f"skipped: {reason}", "yellow")
+    for video in found["DP"].unreadable:
+        print_line(console, f"skipped: {video.reason}", "yellow")
     if pretrained is None:
         console.print(f"[bold yellow]{NO_WEIGHTS}[/bold yellow]")
     metrics = {
@@ -94,9 +82,38 @@ def run_folder(
         f"TI: every word's best frame and every frame's best word, unweighted (by {served_by()}). DP: end token "
         "against mean frame, as in CLIP. Neither has parameters; WTI's two weight networks would need training."
     )
-    texts = [caption.text for caption in captions if caption.video not in skipped]
-    console.print(_top_matches(found["DP"], texts, [name for name in names if name not in skipped]))
+    console.print(_top_matches(found["DP"]))
     return {name: evaluation.sim for name, evaluation in found.items()}
+
+
+def _split(folder: Path, captions: list[Caption], console: Console) -> Split:
+    """Find each caption's video in the folder, by the rules of training; print what has no caption or no file."""
+    files = VideoFiles(folder)
+    found = {name: files.find(name) for name in dict.fromkeys(caption.video for caption in captions)}
+    for name in [name for name, path in found.items() if path is None]:
+        print_line(
+            console, f"skipped: {folder / name} must be a video file in the folder, not found; check the path", "yellow"
+        )
+    paths = {name: path for name, path in found.items() if path is not None}
+    if not paths:
+        raise ValueError(
+            f"{folder} must hold the videos that its captions name ({some(list(found))}), got none of them"
+        )
+    unnamed = sorted(str(path.relative_to(folder)) for path in set(files.videos) - set(paths.values()))
+    if unnamed:
+        print_line(console, f"no caption names: {', '.join(unnamed)}")
+    # One file under two spellings is one video.
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(paths.values()))}
+    names = {path: name for name, path in reversed(paths.items())}
+    kept = [caption for caption in captions if caption.video in paths]
+    return Split(
+        dataset="folder",
+        part="test",
+        captions=tuple(caption.text for caption in kept),
+        owner=tuple(numbers[paths[caption.video]] for caption in kept),
+        videos=tuple(numbers),
+        names=tuple(names[path] for path in numbers),
+    )
 
 
 def _show(bars: Progress, task: TaskID, stage: str, done: int, total: int) -> None:
@@ -104,8 +121,9 @@ def _show(bars: Progress, task: TaskID, stage: str, done: int, total: int) -> No
         bars.update(task, completed=done)
 
 
-def _top_matches(found: Evaluation, texts: list[str], names: list[str]) -> Table:
-    """Each caption's best video by DP, and the rank of its own."""
+def _top_matches(found: Evaluation) -> Table:
+    """Make a table of each caption's best video by DP, and the rank of its own."""
+    texts, names = found.captions, found.names
     title = "Top match per caption (DP)" + (f", the first {SHOWN} of {len(texts)}" if len(texts) > SHOWN else "")
     table = Table(title=title, title_justify="left")
     for name in ("caption", "top match", "cosine", "its own video's rank"):
@@ -114,6 +132,10 @@ def _top_matches(found: Evaluation, texts: list[str], names: list[str]) -> Table
     for row, text in enumerate(texts[:SHOWN]):
         best = int(found.sim[row].argmax())
         place = f"{rank[row]} of {len(names)}"
-        # rich takes the brackets in file names and captions for its markup.
-        table.add_row(escape(text), escape(names[best]), f"{float(found.sim[row, best]):.3f}", place)
+        table.add_row(_cell(text), _cell(names[best]), f"{float(found.sim[row, best]):.3f}", place)
     return table
+
+
+def _cell(text: str) -> str:
+    # rich takes brackets for markup, and a terminal obeys escape sequences.
+    return escape(printable(text))

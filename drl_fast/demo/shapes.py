@@ -24,17 +24,18 @@ from ..data.moving_shapes import ARRANGEMENTS, MOST, Clip
 from ..data.split import Split
 from ..data.video import read_video
 from ..engine.in_memory import Pairs
+from ..filmstrip import plot_matches
 from ..metrics import ranks
 from ..model.drl import DRL
 from ..model.small import LAYERS
-from .choices import choice_tables
+from .choices import choose, tables
 from .comparison import CDCR, RECIPE, ROWS, SAMPLING, Row, as_json, compare, draw, findings, table, tokenizer
 
 INTERVALS = (
     "Brackets: 95 % bootstrap interval of R@1 over the held-out clips, four clips of the same words drawn as one. It "
     "shows how another draw of clips would differ, not another training: each row is one training from one seed."
 )
-NUMBERS = "comparison.json"
+NUMBERS, MATCHES = "comparison.json", "matches.png"
 
 
 def run_shapes(
@@ -84,7 +85,7 @@ def run_shapes(
     console.print("\n".join(findings(rows)), "\n", highlight=False)
     for path in draw(rows, batch, out):
         print_line(console, f"plot: {path}")
-    _print_choices(model, made[clips], decoded[0], rows[-1], console)
+    _show_choices(model, made[clips], decoded[0], rows[-1], console, out / MATCHES)
     seconds = time.perf_counter() - start
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     options = {"clips": clips, "steps": steps, "seed": seed}
@@ -152,7 +153,8 @@ def _decode(split: Split, bars: Progress) -> tuple[Tensor, Tensor]:
     return torch.stack([frames for frames, _ in decoded]), torch.stack([mask for _, mask in decoded])
 
 
-def _print_choices(model: DRL, clip: Clip, frames: Tensor, row: Row, console: Console) -> None:
+def _show_choices(model: DRL, clip: Clip, frames: Tensor, row: Row, console: Console, path: Path) -> None:
+    """Print and draw which frame each word of one caption chose."""
     rank = int(ranks(row.sim[:1], torch.zeros(1, dtype=torch.int64)))
     console.print(
         f'\nThe first held-out clip, "{clip.caption}" (by {CDCR} its caption finds it at rank {rank}). Weight: a '
@@ -163,5 +165,8 @@ def _print_choices(model: DRL, clip: Clip, frames: Tensor, row: Row, console: Co
     for frame in range(len(frames)):
         first, second = clip.travelled(frame * round(moving_shapes.FPS / SAMPLING.rate))
         seen.append(f"{first:.0f} {clip.first.direction}, {second:.0f} {clip.second.direction}")
-    for made in choice_tables(model, clip.caption, frames, tokenizer(), seen):
+    found = choose(model, clip.caption, frames, tokenizer())
+    for made in tables(found, seen):
         console.print(made)
+    plot_matches(frames, found.words, found.frame_of_word, found.word_weights, path)
+    print_line(console, f"plot: {path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import zipfile
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from ..atomic_write import write_atomically
 from ..model.drl import DRL
 from .config import RunConfig
 
-FORMAT = "drl-fast run 1"
+FORMAT = "drl-fast run 2"
+PARTS = {"format": str, "model": dict, "optimizer": dict, "progress": dict, "config": dict, "data": str}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # A resumed run may change these: they change rounding at most.
 FREE = ("videos", "annotations", "workers", "checkpoint_every", "chunk", "parallel")
@@ -75,6 +78,11 @@ def read(path: Path, config: RunConfig, data: str) -> dict[str, Any]:
             data.
     """
     try:
+        # torch writes a CRC of every tensor and does not check it.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
@@ -83,6 +91,9 @@ def read(path: Path, config: RunConfig, data: str) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of drl-fast train ({FORMAT}), got another file")
+    wrong = [name for name, kind in PARTS.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} must be a whole checkpoint, got one without a valid {wrong[0]}; start a new run")
     require_same(config, state["config"], path)
     if state["data"] != data:
         raise ValueError(
@@ -114,6 +125,24 @@ def require_same(config: RunConfig, then: dict[str, Any], path: Path) -> None:
 
 
 def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer) -> Progress:
-    """Load a state that :func:`read` returned into model and optimizer."""
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL)
-    return Progress(**state["progress"])
+    """Load a state that :func:`read` returned into model and optimizer.
+
+    Raises:
+        ValueError: entries that do not fit them.
+    """
+    try:
+        # torch ignores missing entries.
+        different = model.state_dict().keys() ^ state["model"].keys()
+        if different:
+            raise KeyError(min(different))
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL
+        )
+        progress = Progress(**state["progress"])
+        progress.best()
+    except Exception as error:  # torch raises whatever the first wrong entry leads to
+        reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+        raise ValueError(
+            f"the checkpoint must hold the state of this model and optimizer, got another ({reason}); start a new run"
+        ) from error
+    return progress

@@ -162,7 +162,7 @@ def _stream(
     for first in range(0, len(videos), WINDOW):
         window = videos[first : first + WINDOW]
         keys = [_key(cache, video, sampling, encoder) for video in window]
-        known = [None if key is None else cache.get(key) for key in keys]
+        known = [None if key is None else _known(cache, key, model, sampling) for key in keys]
         unknown = [video for video, found in zip(window, known, strict=True) if found is None]
         new = _encode(model, video_loader(unknown, sampling, workers=workers) if unknown else (), autocast)
         try:
@@ -173,6 +173,14 @@ def _stream(
                 yield features
         finally:
             new.close()
+
+
+def _known(cache: FeatureCache, key: str, model: DRL, sampling: Sampling) -> Tensor | None:
+    """Return an entry's features, or None if there is none of this model's form."""
+    found = cache.get(key)
+    if found is None or found.dim() != 2 or found.shape[1] != model.dim or not found.is_floating_point():
+        return None
+    return found if 1 <= len(found) <= sampling.max_frames else None
 
 
 def _key(cache: FeatureCache, video: Path, sampling: Sampling, encoder: str) -> str | None:

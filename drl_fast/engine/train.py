@@ -20,6 +20,7 @@ from typing import Protocol
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -29,6 +30,7 @@ from ..data.split import Split
 from ..distributed.group import Group, agree
 from ..model.drl import DRL
 from ..model.pretrained import BEST
+from ..validation import printable
 from . import checkpoint, plots, sanity_checks, schedule
 from .checkpoint import Progress
 from .config import RunConfig, read_config
@@ -38,7 +40,7 @@ from .logs import LOG, Logs, read_log, write_evaluations
 from .processes import Processes
 from .step import take_step
 
-LAST, CONFIG, UNREADABLE = "last.pt", "config.yaml", "unreadable.txt"
+LAST, CONFIG, UNREADABLE, LOCK = "last.pt", "config.yaml", "unreadable.txt", ".lock"
 
 
 class Watcher(Protocol):
@@ -83,6 +85,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        self._lock = FileLock(self.folder / LOCK)
         config = self.config
         # All processes would have to call a sharded model equally often. Evaluation uses a whole copy instead, which is
         # on the device only while it runs.
@@ -103,8 +106,11 @@ class Run:
     def open_folder(self, resume: bool) -> None:
         """Make the run's folder, or continue from the checkpoint in it.
 
+        No other training can open the folder until this one ends, in whatever way.
+
         Raises:
-            ValueError: a folder that holds a run, without ``resume``; a checkpoint of another run.
+            ValueError: a folder that holds a run, without ``resume``; a checkpoint of another run; a folder in which
+                another training runs.
         """
         last = self.folder / LAST
         # All processes look before the first one writes.
@@ -114,11 +120,20 @@ class Run:
                 f"out must be a new folder, got {self.folder}, which holds a run; add --resume to go on with it, or "
                 "name another"
             )
+        busy = False
         if self.processes.first:
             self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                busy = True
+        if self.processes.any(busy):  # this waits for the folder, too
+            raise ValueError(
+                f"out must be a folder of one training at a time, got {self.folder}, where another one runs"
+            )
+        if self.processes.first:
             for folder in (self.folder, self.folder / BEST):
                 remove_parts(folder)
-        self.processes.wait()  # for the folder
         if last.exists():
             state = checkpoint.read(last, self.config, self.data.fingerprint)
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
@@ -188,6 +203,7 @@ class Run:
         finally:
             if logs is not None:
                 logs.close()
+            self._lock.release()
 
     def _warn(self, text: str | None) -> None:
         if text is not None:
@@ -295,10 +311,12 @@ class Run:
         for video in unreadable:
             if self.data.strict:
                 raise ValueError(f"{video.name} cannot be read, and --strict wants all of them: {video.reason}")
-            if video.name not in named:
-                named.add(video.name)
+            # One line a video, whatever its name holds.
+            name = " ".join(printable(video.name).split())
+            if name not in named:
+                named.add(name)
                 with (self.folder / UNREADABLE).open("a", encoding="utf-8") as file:
-                    file.write(f"{video.name}\t{video.reason}\n")
+                    file.write(f"{name}\t{' '.join(printable(video.reason).split())}\n")
                 self.watcher.unreadable(video)
 
     def _evaluate(self, epoch: int, logs: Logs | None) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,15 @@ import typer
 import drl_fast
 from drl_fast.cli import main
 from drl_fast.cli.commands import WIDEST_HELP, app
+
+# What pip installs as the command ``drl-fast``.
+SCRIPT = "import sys; sys.argv[0] = '/bin/drl-fast'; from drl_fast.cli import main; main()"
+
+
+def listen() -> None:
+    """Handle Ctrl-C as in a terminal; a job in the background inherits that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 COMMANDS = [row.name or getattr(row.callback, "__name__", "") for row in app.registered_commands]
 
@@ -83,6 +96,39 @@ def test_interrupt_while_starting(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(sys, "meta_path", [Interrupt, *sys.meta_path])
     assert run(monkeypatch, "--version") == 130
     assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("command", [["-m", "drl_fast.cli", "doctor"], ["-c", SCRIPT, "eval", "--config", "wti"]])
+def test_ctrl_c_at_any_moment_of_the_start(command: list[str]) -> None:
+    """No traceback, whatever is being imported; at the first moments Python itself may not be up yet."""
+    for moment in range(8):
+        with subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+        ) as process:
+            time.sleep(0.15 + 0.3 * moment)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        assert "Traceback" not in errors, errors
+        assert process.returncode in (-signal.SIGINT, 130, 1, 0)
+
+
+def test_a_library_import_leaves_the_signal_alone() -> None:
+    code = "import signal, drl_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=listen, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_an_ascii_terminal_gets_escapes(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    video = tmp_path / "caf\xe9"
+    for words in (["demo", "--videos", str(video)], ["train", "--config", str(video)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "drl_fast.cli", *words], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert r"caf\xe9" in done.stderr
 
 
 def test_no_such_name() -> None:

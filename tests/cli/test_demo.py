@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -89,14 +90,14 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "…" not in table
     # Paths and the running progress are not folded.
     assert max(len(line) for line in table.splitlines() if not line.startswith(("plot:", "numbers:"))) <= 80
-    names = ["comparison.json", "loss.png", "recall.png"]
+    names = ["comparison.json", "loss.png", "matches.png", "recall.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     numbers = json.loads((tmp_path / "out/comparison.json").read_text())
     assert [row["name"] for row in numbers["rows"]] == list(ROWS)
     for row in numbers["rows"]:
         assert re.search(rf"^ *{re.escape(row['name'])} +{row['metrics']['t2v']['R1']:.1f} ", table, re.MULTILINE)
     assert all(sentence in result.flat for sentence in numbers["findings"])
-    for name in ("loss.png", "recall.png"):
+    for name in ("loss.png", "matches.png", "recall.png"):
         assert f"plot: {tmp_path / 'out' / name}" in result.stdout
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 500
@@ -151,7 +152,8 @@ def test_unreadable_videos_are_named_and_skipped(demo: Demo, tmp_path: Path, tin
     assert result.exit_code == 0, result.output
     skipped = [line for line in result.stdout.splitlines() if line.startswith("skipped")]
     assert len(skipped) == len(broken)
-    for name, line in zip(broken, skipped, strict=True):
+    # What has no file comes first.
+    for name, line in zip((*broken[4:], *broken[:4]), skipped, strict=True):
         assert line.startswith(f"skipped: {folder / name} must ")
         assert any(how in line for how in ("; re-encode it", "; check the path", "; fetch it again"))
     assert "no caption names: quiet.mp4" in result.flat
@@ -162,12 +164,60 @@ def test_unreadable_videos_are_named_and_skipped(demo: Demo, tmp_path: Path, tin
     assert "Random weights" not in result.flat
 
 
+def test_escape_sequences_are_not_obeyed(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
+    """Of captions, of file names, and in errors."""
+    folder = fill(tmp_path / "videos")
+    write_video(folder / "bold\x1b[1m.mp4", noise(3))
+    (folder / "bad\x1b]0;title\x07.mp4").write_bytes(b"no video")
+    caption(folder, {"bold\x1b[1m.mp4": "clear \x1b[2J \u202e screen", "bad\x1b]0;title\x07.mp4": "a"})
+    result = demo("--videos", folder, "--clip", tiny_clip)
+    assert result.exit_code == 0, result.output
+    assert "\x1b[2J" not in result.output
+    assert "\x1b[1m" not in result.output
+    assert "\x1b]0" not in result.output
+    assert r"clear \x1b[2J \u202e screen" in result.flat
+    assert r"bold\x1b[1m.mp4" in result.flat
+    assert "skipped: " in result.stdout
+    failed = demo("--videos", tmp_path / "no\x1b[2J")
+    assert r"no\x1b[2J" in failed.stderr
+    assert "\x1b[2J" not in failed.stderr
+
+
+@pytest.mark.parametrize("name", ["../secret.mp4", "/etc/secret.mp4", "OUTSIDE", "a/../../secret.mp4"])
+def test_names_do_not_lead_out_of_the_folder(demo: Demo, tmp_path: Path, tiny_clip: str, name: str) -> None:
+    folder = fill(tmp_path / "videos")
+    write_video(tmp_path / "secret.mp4", noise(3))
+    caption(folder, {name.replace("OUTSIDE", str(tmp_path / "secret.mp4")): "a"})
+    result = demo("--videos", folder, "--clip", tiny_clip)
+    assert result.exit_code == 0, result.output
+    assert "secret.mp4 must be a video file in the folder, not found" in result.flat
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes")
+def test_a_pipe_among_the_videos(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
+    folder = fill(tmp_path / "videos")
+    os.mkfifo(folder / "pipe.mp4")
+    caption(folder, {"pipe.mp4": "a"})
+    result = demo("--videos", folder, "--clip", tiny_clip)
+    assert result.exit_code == 0, result.output
+    assert "pipe.mp4 must be a video file, got a folder, pipe or device" in result.flat
+
+
+def test_one_file_under_two_names_is_one_video(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
+    folder = fill(tmp_path / "videos")
+    before = demo("--videos", folder, "--clip", tiny_clip).flat
+    count = int(re.search(r"captions against (\d+) videos", before)[1])  # type: ignore[index]
+    write_video(folder / "x.mp4", noise(3))
+    caption(folder, {"x.mp4": "one", "x": "two", "./x.mp4": "three", str(folder / "x.mp4"): "four"})
+    assert f"captions against {count + 1} videos" in demo("--videos", folder, "--clip", tiny_clip).flat
+
+
 def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
     (tmp_path / "empty.mp4").write_bytes(b"")
     result = demo("--videos", caption(tmp_path, {"empty.mp4": "a", "gone.mp4": "b"}), "--clip", tiny_clip)
     assert result.exit_code == 1
-    assert "error: split must hold at least one readable video, got 2 unreadable of 2: empty.mp4: " in result.stderr
-    assert f"gone.mp4: {tmp_path / 'gone.mp4'} must be a video file, not found; check the path" in result.stderr
+    assert "error: split must hold at least one readable video, got 1 unreadable of 1: empty.mp4: " in result.stderr
+    assert f"skipped: {tmp_path / 'gone.mp4'} must be a video file in the folder, not found; check" in result.stdout
 
 
 def test_similarities_are_the_models(

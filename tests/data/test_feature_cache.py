@@ -40,6 +40,23 @@ def test_round_trip(cache: FeatureCache, dtype: torch.dtype, shape: tuple[int, .
     assert everything(cache) == [cache.folder / "ab" / f"{KEY}.safetensors"]
 
 
+def test_an_entry_of_another_shape_is_damaged(cache: FeatureCache) -> None:
+    """Its bytes are right, its header is not."""
+    cache.put(KEY, torch.arange(6.0).reshape(2, 3))
+    path = everything(cache)[0]
+    content = path.read_bytes()
+    assert content.count(b"[2,3]") == 1
+    path.write_bytes(content.replace(b"[2,3]", b"[3,2]"))
+    assert cache.get(KEY) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes")
+def test_a_pipe_is_refused_at_once(cache: FeatureCache, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"pipe\.mp4 must be a readable video, got: not a regular file"):
+        cache.key(tmp_path / "pipe.mp4", Sampling(), "encoder")
+
+
 def test_special_values_and_strides(cache: FeatureCache) -> None:
     features = torch.tensor([[torch.nan, torch.inf], [-0.0, 1.0]], requires_grad=True).T
     cache.put(KEY, features)

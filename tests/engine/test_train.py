@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,7 +46,17 @@ def losses(out: Path) -> list[dict[str, str]]:
 
 def test_what_a_run_leaves(folder: Path, whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
-    assert names == {"config.yaml", LAST, BEST, "evaluations.json", "log.csv", "tensorboard", "loss.png", "recall.png"}
+    assert names == {
+        ".lock",
+        "config.yaml",
+        LAST,
+        BEST,
+        "evaluations.json",
+        "log.csv",
+        "tensorboard",
+        "loss.png",
+        "recall.png",
+    }
     rows = losses(whole)
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert [int(row["epoch"]) for row in rows] == [1] * 4 + [2] * 4
@@ -113,7 +126,7 @@ def test_steps_beyond_the_checkpoint_are_taken_back(folder: Path, whole: Path, t
     (out / f".{LAST}.123.part").write_bytes(kept[:1000])
     opened(configured(folder), out, resume=True)[0].train()
     assert losses(out) == losses(whole)
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.part"))
 
 
 def test_it_learns(folder: Path, tmp_path: Path) -> None:
@@ -191,10 +204,94 @@ def test_a_damaged_checkpoint_is_named(folder: Path, whole: Path, tmp_path: Path
         opened(configured(folder), tmp_path / "run", resume=True)
 
 
+def test_a_flipped_bit_is_noticed(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """At 100 random places: the checkpoint is refused, or every tensor in it is the one that was written."""
+    path = tmp_path / LAST
+    content = (whole / LAST).read_bytes()
+    run, _ = opened(configured(folder), whole, resume=True)
+    data = run.data.fingerprint
+    good = checkpoint.read(whole / LAST, run.config, data)
+    accepted, random = 0, np.random.default_rng(0)
+    for place in random.integers(0, len(content), 100):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(flipped)
+        with contextlib.suppress(ValueError):
+            found = checkpoint.read(path, run.config, data)
+            accepted += 1
+            for name, x in good["model"].items():
+                assert torch.equal(found["model"][name], x), (place, name)
+    assert accepted < 10
+
+
+@pytest.mark.parametrize("part", ["config", "data", "progress", "model", "optimizer"])
+@pytest.mark.parametrize("value", [None, "missing"])
+def test_a_checkpoint_without_a_part(part: str, value: None, folder: Path, whole: Path, tmp_path: Path) -> None:
+    state = torch.load(whole / LAST, weights_only=True)
+    state.pop(part) if value == "missing" else state.update({part: value})
+    shutil.copytree(whole, tmp_path / "run")
+    torch.save(state, tmp_path / "run" / LAST)
+    with pytest.raises(ValueError, match=rf"{LAST} must be a whole checkpoint, got one without a valid {part}"):
+        opened(configured(folder), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["model"].pop("clip.text_projection"),
+        lambda state: state["model"].update({"clip.text_projection": torch.zeros(2)}),
+        lambda state: state["model"].update({"clip.text_projection": 5}),
+        lambda state: state["optimizer"].pop("param_groups"),
+        lambda state: state["optimizer"].update(state=3),
+        lambda state: state["progress"].update(pace=3),
+        lambda state: state["progress"].update(evaluations={1: {}}),
+    ],
+)
+def test_a_checkpoint_whose_entries_do_not_fit(change: Any, folder: Path, whole: Path, tmp_path: Path) -> None:
+    state = torch.load(whole / LAST, weights_only=True)
+    change(state)
+    shutil.copytree(whole, tmp_path / "run")
+    torch.save(state, tmp_path / "run" / LAST)
+    with pytest.raises(ValueError, match="the checkpoint must hold the state of this model and optimizer"):
+        opened(configured(folder), tmp_path / "run", resume=True)
+
+
+def test_two_trainings_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
+    first, _ = opened(configured(folder), tmp_path / "run", stop=after(1))
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"holds a run|a folder of one training at a time, got .*another one runs"):
+            opened(configured(folder), tmp_path / "run", resume=resume)
+    first.train()
+    second, _ = opened(configured(folder), tmp_path / "run", resume=True)
+    assert second.progress.step == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX names")
+def test_names_that_are_not_unicode_never_end_a_run(folder: Path, tmp_path: Path) -> None:
+    """A video whose file name is Latin-1, and one whose name would move the cursor; neither can be read."""
+    videos = tmp_path / "videos"
+    shutil.copytree(folder, videos)
+    names = ["caf\udce9.mp4", "up\x1b[2J.mp4", "two\nlines\t.mp4"]
+    lines = []
+    for name in names:
+        (videos / name).write_bytes(b"no video")
+        lines.append(json.dumps({"video": name, "caption": "a film"}))
+    table = (videos / "captions.csv").read_text().splitlines()[1:]
+    for video, caption in (line.split(",") for line in table):
+        lines.append(json.dumps({"video": video, "caption": caption}))
+    (videos / "captions.csv").unlink()
+    (videos / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    run, notes = opened(configured(videos, epochs=1), tmp_path / "run")
+    assert run.train()
+    assert sorted(notes.names) == sorted(names)
+    listed = (tmp_path / "run" / UNREADABLE).read_text(encoding="utf-8").splitlines()
+    assert {line.partition("\t")[0] for line in listed} == {"caf\\udce9.mp4", "up\\x1b[2J.mp4", "two lines .mp4"}
+
+
 def test_another_file_is_no_checkpoint(folder: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     torch.save({"weights": torch.ones(2)}, tmp_path / "run" / LAST)
-    with pytest.raises(ValueError, match=r"must be a checkpoint of drl-fast train \(drl-fast run 1\), got another"):
+    with pytest.raises(ValueError, match=r"must be a checkpoint of drl-fast train \(drl-fast run 2\), got another"):
         opened(configured(folder), tmp_path / "run", resume=True)
 
 
@@ -225,7 +322,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
         ):
             run.train()
     assert (out / LAST).read_bytes() == kept
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.part"))
     assert opened(configured(folder), out, resume=True)[0].train()
 
 
@@ -301,7 +398,7 @@ def test_a_full_disk_under_the_plots_is_told(
         with pytest.raises(OSError, match=r"the plots in .*run could not be written: No space left on device; make"):
             run.train()
     assert not (out / "loss.png").exists()
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*.part"))
     assert opened(configured(folder), out, resume=True)[0].train()
     assert losses(out) == losses(whole)
     assert (out / "evaluations.json").read_text() == (whole / "evaluations.json").read_text()
