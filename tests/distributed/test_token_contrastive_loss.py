@@ -239,7 +239,7 @@ def test_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
     assert last["own error"].startswith("ValueError: logit_scale must be positive and finite, got -1.0")
     assert "failed on rank 2: TypeError: text must be a torch.Tensor" in first["not a tensor"]
     assert "failed on rank 2: ValueError: video must have as many rows as text" in first["shapes"]
-    assert "failed on rank 2: ValueError: process_group must serve text's device meta" in first["device"]
+    assert "failed on rank 2: ValueError: process_group must support text's device meta" in first["device"]
     assert "gloo for cpu tensors" in last["device"]
     for name, words in {
         "D": "D must be the same on all ranks of the group, got 8 on ranks 0, 1 and 5 on rank 2",
