@@ -103,7 +103,7 @@ def test_hi_starts_with_equal_levels_and_ends_in_any_of_them() -> None:
 
 
 def test_hi_says_what_it_is() -> None:
-    assert "reading" in drl_fast.HI.__doc__
+    assert "our interpretation" in drl_fast.HI.__doc__
     for paper in ("2104.08860", "2207.07285", "2003.00392", "2203.07111"):
         assert paper in drl_fast.HI.__doc__
     assert "masking='exclude'" in repr(drl_fast.HI(DIM, masking="exclude"))
