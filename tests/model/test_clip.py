@@ -1,4 +1,4 @@
-"""Models by name: what loads, and what is said about names, tags, files and builds that do not."""
+"""CLIP models by name: loading, and errors about names, tags, files and unsupported models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from drl_fast.model.weight_files import SIZES_IN_STATE
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub's own switch and an empty cache: a fetch fails at once instead of after its retries."""
+    """Set the hub offline with an empty cache, so that downloads fail without retries."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
 def weights(name: str) -> dict[str, Tensor]:
-    """Of a model whose random numbers nobody else draws."""
+    """Return random weights with a seed that no other test uses."""
     torch.manual_seed(99)
     return load_clip(name)[0].state_dict()
 
@@ -205,7 +205,7 @@ def test_missing_file(path: str) -> None:
     ],
 )
 def test_weights_that_cannot_be_fetched(name: str, end: str) -> None:
-    """Where to get them, and under which name they load: a file does not say which activation it wants."""
+    """The error says where to get them, and the model name with the right activation, which a file does not contain."""
     with pytest.raises(ValueError, match=f"weights 'openai' of {name} could not be fetched") as caught:
         load_clip(name, "openai")
     message = str(caught.value)

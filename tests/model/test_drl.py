@@ -1,4 +1,4 @@
-"""The whole model against the public code's: recorded state dicts, features, logits, losses and gradients."""
+"""The whole model against the public code: recorded state dicts, features, logits, losses and gradients."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_loss_and_gradients(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[st
         assert float((grad - recorded).abs().max()) <= 3e-4 * float(recorded.abs().max())
 
 
-def test_padding_is_left_out_unless_asked_for() -> None:
-    """In the recorded batch every similarity of a pair is negative, so the public code's padding wins all of them."""
+def test_cdcr_ignores_padding_by_default() -> None:
+    """In the recorded batch all similarities are negative, so in the public code padding wins every match."""
     arrays, meta = load(GOLDEN / "model_wti_seqtransf.npz")
     state, inputs = part(arrays, "state."), batch(arrays)
     upstream = drl_fast.DRL.from_upstream(state, **meta)(inputs)
@@ -103,7 +103,7 @@ def test_padding_is_left_out_unless_asked_for() -> None:
 
 
 def test_fresh_modules_start_as_upstream_does(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
-    """Blocks and positions from CLIP; what upstream draws at random, from the same distribution."""
+    """Blocks and positions come from CLIP; random weights have the same distribution as upstream's."""
     _, arrays, meta = case
     options = {checkpoint.OPTIONS.get(k, k): v for k, v in meta.items() if k not in ("patch", "image_size")}
     options["temporal"] = None if options["temporal"] == "None" else options["temporal"]
@@ -129,7 +129,7 @@ def test_round_trips(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_what_the_entries_say_needs_no_options() -> None:
+def test_options_are_inferred_from_the_checkpoint() -> None:
     arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
     state = {f"module.{k}": v for k, v in part(arrays, "state.").items()}
     model = drl_fast.DRL.from_upstream({"model_state_dict": state})
@@ -137,7 +137,7 @@ def test_what_the_entries_say_needs_no_options() -> None:
 
 
 def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
-    """CLIP and, with seqTransf, positions and blocks: no weight heads."""
+    """It has CLIP and, with seqTransf, positions and blocks, but no weight heads."""
     arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
     state = {k: v for k, v in part(arrays, "state.").items() if "weight_fc" not in k}
     assert drl_fast.DRL.from_upstream(state).config == Config("dp", "seqTransf", cdcr_padding="competes")
@@ -320,7 +320,7 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
     assert len(list(tmp_path.iterdir())) == 2
 
 
-# What a model says to its inputs ---------------------------------------------------------------------------------
+# Inputs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +328,8 @@ def small() -> drl_fast.DRL:
     return small_model(32, 16, seed=0)[0].eval()
 
 
-def test_captions_by_length_are_the_captions(small: drl_fast.DRL) -> None:
-    """Groups of one length each, in any order: the same tokens as in one pass."""
+def test_captions_grouped_by_length_give_the_same_tokens(small: drl_fast.DRL) -> None:
+    """The text tower runs on groups of equal length."""
     ids = torch.zeros(9, 16, dtype=torch.int64)
     for row, end in enumerate((3, 15, 1, 8, 7, 9, 3, 12, 0)):
         ids[row, : end + 1] = torch.arange(1, end + 2)
@@ -398,8 +398,8 @@ def test_every_interaction_trains(small: drl_fast.DRL, interaction: str, tempora
     assert owned["info_nce"] < losses["info_nce"]
 
 
-def test_a_clip_whose_form_would_be_lost_is_not_saved(tmp_path: Path) -> None:
-    """Built again from its weights alone it would have other heads, and score otherwise without a word."""
+def test_a_clip_that_cannot_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
+    """Rebuilt from its weights alone it would have another number of heads, and silently other scores."""
     model, _ = small_model(32, 16, seed=0)
     with pytest.raises(ValueError, match="clip must have an open_clip name, or heads 64 wide and QuickGELU"):
         model.save_pretrained(tmp_path / "model")
