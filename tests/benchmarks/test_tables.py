@@ -1,4 +1,4 @@
-"""Tables in the pages are those of the committed results."""
+"""The tables in the pages match the committed results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEASURED = [
 ]
 
 
-def test_pages_show_what_the_results_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_match_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -54,7 +54,7 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     result = harness.load(path)
     assert result["machine"]["cpu"]
     assert set(result["versions"]) >= {"torch", "python", "drl_fast", "commit"}
-    # A + marks a working tree that nobody else can have.
+    # A + marks uncommitted changes, which others could not reproduce.
     assert not result["versions"]["commit"].endswith("+")
     assert result["command"].startswith("python benchmarks/")
     for what in ("time", "memory") if path.stem != "model" else ():
@@ -63,7 +63,7 @@ def test_results_say_where_they_come_from(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
 def test_never_slower_than_eager(path: Path) -> None:
-    """In what was measured and committed; nothing is timed here."""
+    """In the committed results; nothing is timed here."""
     for record in harness.load(path)["time"]:
         times = record["results"]
         if "eager" in times:
@@ -72,7 +72,7 @@ def test_never_slower_than_eager(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/contrastive.json")), ids=lambda p: p.parent.name)
-def test_the_contrastive_loss_costs_what_it_may(path: Path) -> None:
+def test_limits_of_the_contrastive_loss(path: Path) -> None:
     result = harness.load(path)
     for record in result["time"]:
         assert record["against"]["eager"]["median"] <= 1.35, record["shape"]
@@ -83,11 +83,11 @@ def test_the_contrastive_loss_costs_what_it_may(path: Path) -> None:
         if row["contestant"] == "fused" and row["shape"]["dim"] == 128
     }
     assert used[4096] <= 300
-    assert used[4096] < 2.2 * used[2048], "memory is to grow linearly"
+    assert used[4096] < 2.2 * used[2048], "memory must grow linearly"
 
 
 @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/cdcr.json")), ids=lambda p: p.parent.name)
-def test_cross_correlation_costs_what_it_may(path: Path) -> None:
+def test_limits_of_the_cross_correlation_loss(path: Path) -> None:
     (record,) = (r for r in harness.load(path)["time"] if r["mode"] == "rows")
     assert record["results"]["full"]["ratio"]["median"] <= 1.6
     assert record["results"]["diagonal"]["ratio"]["median"] <= 0.6
@@ -170,7 +170,7 @@ def test_an_evaluation_fills_its_row(evaluations: Path) -> None:
     [{"dataset": "msvd"}, {"part": "val"}, {"texts": 999}, {"checkpoint": None}, {"untrained": "all of it"}],
     ids=lambda other: next(iter(other)),
 )
-def test_another_evaluation_is_refused(evaluations: Path, other: dict[str, Any]) -> None:
+def test_another_evaluation_is_an_error(evaluations: Path, other: dict[str, Any]) -> None:
     (evaluations / "wti.json").write_text(json.dumps({**EVALUATION, **other}))
     expected = r"must be what drl-fast eval wrote for WTI \+ seqTransf on MSR-VTT's 1,000 test pairs"
     with pytest.raises(ValueError, match=expected):

@@ -1,4 +1,4 @@
-"""``drl-fast eval`` as a user runs it: every kind of checkpoint, what is left out, mistakes that end in one line."""
+"""``drl-fast eval``: every kind of checkpoint, videos that are left out, and one-line errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def drl_eval(command: Eval) -> Eval:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clips, one of them broken, and a caption of a seventh that is not there; two captions a clip."""
+    """Write six clips with two captions each, one of them broken, and a caption of a missing video."""
     folder = tmp_path_factory.mktemp("videos [mine]")
     lines = ["video,caption"]
     for number in range(6):
@@ -120,13 +120,13 @@ def test_no_second_table_unless_asked_for(drl_eval: Eval, videos: Path, config: 
 
 
 def small_clip(name: str = "drl-small") -> torch.nn.Module:
-    """A CLIP that OpenAI's layout can hold: attention heads of its width, QuickGELU."""
+    """Build a CLIP of OpenAI's form: heads of width 64, QuickGELU."""
     torch.manual_seed(3)
     return clip_from_state_dict(build_clip(name).state_dict())
 
 
 def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
-    """A run folder, what save_pretrained writes and the public code's file hold one model here."""
+    """A run folder, a folder of save_pretrained and a public checkpoint of the same model give equal results."""
     model = DRL(small_clip(), interaction="wti", temporal="seqTransf")
     run = tmp_path / "run"
     model.save_pretrained(run / "best")
@@ -268,7 +268,7 @@ def test_a_named_clip_comes_back_with_its_tokenizer(drl_eval: Eval, videos: Path
         (["interaction=ti", "temporal=null"], None),
     ],
 )
-def test_what_clip_does_not_bring(
+def test_parts_without_pretrained_weights_are_named(
     drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, overrides: list[str], words: str | None
 ) -> None:
     weights = tmp_path / "clip.pt"
@@ -312,8 +312,8 @@ def test_options_reach_the_evaluation(
     result = drl_eval("--config", config, "--videos", videos, "--precision", "bf16", "--block", 3)
     assert result.exit_code == 0
     assert "bf16 on cpu" in result.flat
-    told = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
-    assert told == {"precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False}
+    passed = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
+    assert passed == {"precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False}
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_full_disk_leaves_the_old_result(
 ) -> None:
     out = tmp_path / "out" / "eval.json"
     out.parent.mkdir()
-    out.write_text("of before")
+    out.write_text("before")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -381,7 +381,7 @@ def test_a_full_disk_leaves_the_old_result(
     assert result.exit_code == 1
     assert f"the result could not be written to {out}, got: No space left on device" in result.stderr
     assert "text to video" in result.stdout
-    assert [path.read_text() for path in out.parent.iterdir()] == ["of before"]
+    assert [path.read_text() for path in out.parent.iterdir()] == ["before"]
 
 
 def test_ctrl_c(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def test_ctrl_c(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monk
 
 
 def test_two_processes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
-    """As torchrun starts them: the first alone prints and writes, and finds what one process does."""
+    """With torchrun only the first process prints and writes, and the results are those of one process."""
     options = ["--config", config, "--videos", videos, "--set", "interaction=dp", "--out"]
     assert drl_eval(*options, tmp_path / "one.json").exit_code == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

@@ -1,4 +1,4 @@
-"""What the decorrelation losses say to arguments that they cannot serve."""
+"""Bad arguments of the decorrelation losses."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_cross_correlation(changes: dict[str, Any], error: type[Exception], mess
 
 
 def test_two_tokens_are_enough() -> None:
-    """In one pair, the others being empty."""
+    """Also if they are in one pair and all other pairs are empty."""
     frames = torch.zeros(4, 5)
     frames[:, 3:] = 1
     assert cdcr(text_mask=two_words(), video_mask=frames).isfinite()
@@ -107,7 +107,7 @@ def test_two_tokens_are_enough() -> None:
 
 
 def test_weights_of_a_layer() -> None:
-    """WTI gives the weights that the losses take beside its tokens."""
+    """``WTI.weights`` returns the weights that the losses take."""
     layer = drl_fast.WTI(8, arch=1)
     text, video = torch.randn(4, 3, 8), torch.randn(4, 5, 8)
     weights = layer.weights(text, video, two_words())

@@ -42,7 +42,7 @@ State = dict[str, Tensor]
 
 
 def batches() -> list[dict[str, Tensor]]:
-    """Make one batch per step, ``DISTINCT`` in turn: captions of 3 to 12 tokens, videos of 2 to 5 frames, two with gaps.
+    """Make a batch per step, ``DISTINCT`` in turn: captions of 3 to 12 tokens, videos of 2 to 5 frames, two with holes.
 
     They only use numpy's uniform numbers, which do not depend on torch's version.
     """
