@@ -27,14 +27,31 @@ def test_pages_match_the_results(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_page_has_marked_tables() -> None:
-    """Of a page no table stands twice, and those that show results have marks at all."""
+    """No page has a table twice, and pages that show results have marked tables."""
     found = {}
     for page in tables.PAGES:
         text = (harness.ROOT / page).read_text(encoding="utf-8")
         found[page] = [(mark["name"], mark["file"]) for mark in tables.MARK.finditer(text)]
         assert len(found[page]) == len(set(found[page])) == text.count("<!-- table "), page
-    for page in ("README.md", "docs/performance.md", "docs/gpu.md", "docs/distributed.md"):
+    for page in ("README.md", "docs/performance.md", "docs/distributed.md"):
         assert found[page], page
+
+
+def test_the_gpu_page_matches_the_static_report() -> None:
+    """The rows are in the JSON only; the page states their largest registers and shared memory, and no spills."""
+    path = harness.RESULTS / "static" / "kernels.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert {row["arch"] for row in report} == {"sm_80", "sm_90", "sm_100"}
+    assert not [row for row in report if row["spill_bytes"] or row["serialised"]]
+    registers = max(row["registers"] for row in report)
+    shared = max(row["shared_bytes"] for row in report) / 1024
+    page = " ".join((harness.ROOT / "docs/gpu.md").read_text(encoding="utf-8").split())
+    assert f"The largest numbers are {registers} registers and {shared:.0f} KB of shared memory." in page
+    assert str(path.relative_to(harness.ROOT)) in page
+    # One row per form in the report's own table, for every architecture.
+    rows = tables.static(report).rows
+    assert len(rows) == 45
+    assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100"}
 
 
 def test_an_edited_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
