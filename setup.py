@@ -34,7 +34,7 @@ class OptionalBuild(BuildExtension):
         except Exception as error:
             if os.environ.get("DRL_FAST_REQUIRE_EXTENSION") == "1":
                 raise
-            # Remove an earlier build: an editable install would load it beside newer Python code.
+            # Remove an earlier build: an editable install would load it with newer Python code.
             for stale in (ROOT / "drl_fast").glob("_C*.so"):
                 stale.unlink()
             print(f"drl-fast: the C++ extension was not built ({error}).")

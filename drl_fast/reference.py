@@ -1,4 +1,4 @@
-"""The reference: every public function in plain, dense PyTorch, written to be read beside the paper.
+"""The reference: every public function in plain, dense PyTorch, easy to compare with the paper.
 
 Tests and benchmarks compare against it; the rest of the library never imports it. It is slow and its memory is not
 bounded: :func:`token_interaction` builds the A x B x Nt x Nv tensor that the library avoids. Gradients come from

@@ -2,7 +2,7 @@
 
     slot s of row r   <-  the s-th real token x of the row, unchanged; masked tokens are never read
     scale             =   1 / |x|  (float32; 0 where |x| <= 1e-12 or overflows; 1 without normalisation)
-    weight            =   the token's weight; NaN where the token holds a NaN or Inf, whose slot is then zero
+    weight            =   the token's weight; NaN if the token holds a NaN or Inf; its slot is then zero
     grad x            =   scale (G - u <u, G>),  u = scale x,  G the gradient of the unit token
 
 All rows of words (text) share one array of slots. A row has a multiple of ``grain`` slots or, with length classes, the

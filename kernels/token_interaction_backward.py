@@ -1,4 +1,4 @@
-"""Backward kernels of the token interaction: gradients of the unit tokens, from the matches alone.
+"""Backward kernels of the token interaction: gradients of the unit tokens, computed from the matches.
 
     C[a,i,b,f] = g[a,b] (w_ai [word i of a chose frame f of b] + w_bf [frame f of b chose word i of a]) / 2
     G_ai = sum_bf C[a,i,b,f] v_bf / |v_bf|        G_bf = sum_ai C[a,i,b,f] t_ai / |t_ai|

@@ -49,7 +49,7 @@ def similarities(batch: int) -> int:
 
 
 def contrastive_kept(batch: int) -> int:
-    """Return the bytes beside the inputs: their gradients, and per block the videos' gradient and packed videos."""
+    """Return the bytes besides the inputs: their gradients, and per block the videos' gradient and packed videos."""
     return 4 * batch * (WORDS + 3 * FRAMES) * (CHANNELS + 1)
 
 

@@ -57,7 +57,7 @@ def test_ties_go_to_the_earlier_column() -> None:
 
 
 def test_ties_counted_as_the_public_code_does() -> None:
-    """By hand: the first text ties with one other video and adds ranks 1 and 2; the second and third have rank 1."""
+    """The first text ties with one other video and counts ranks 1 and 2; the second and third have rank 1."""
     sim = torch.tensor([[0.5, 0.5, 0.1], [0.2, 0.9, 0.1], [0.3, 0.2, 0.8]])
     assert retrieval_metrics(sim)["t2v"]["R1"] == 100
     public = retrieval_metrics(sim, ties="public")
@@ -68,8 +68,8 @@ def test_ties_counted_as_the_public_code_does() -> None:
     assert (flat["R1"], flat["MnR"]) == (25, 2.5)
 
 
-def test_public_ties_against_its_own_counting() -> None:
-    """numpy's form of the public ``compute_metrics``, on scores that tie often."""
+def test_public_ties_against_the_public_formula() -> None:
+    """The public ``compute_metrics`` in numpy, on scores that tie often."""
     sim = np.random.default_rng(0).integers(0, 4, (30, 30)).astype(np.float32)
     for key, scores in (("t2v", sim), ("v2t", sim.T)):
         places = np.where(np.sort(-scores, axis=1) == -np.diag(scores)[:, None])[1]
@@ -80,8 +80,8 @@ def test_public_ties_against_its_own_counting() -> None:
         assert got["MdR"] == np.median(places) + 1
 
 
-def test_public_ties_with_several_captions_a_video() -> None:
-    """From text to video the public code then gives every text one rank."""
+def test_public_ties_with_several_captions_per_video() -> None:
+    """Then the public code gives every text one rank in text-to-video retrieval."""
     owner = torch.tensor([0, 0, 1])
     got = retrieval_metrics(torch.zeros(3, 2), owner, ties="public")
     assert got["t2v"] == retrieval_metrics(torch.zeros(3, 2), owner)["t2v"]

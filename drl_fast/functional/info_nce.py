@@ -49,7 +49,7 @@ def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Te
             raise ValueError(f"logit_scale must be a scalar, got shape {tuple(logit_scale.shape)}")
         if logit_scale.is_complex():
             raise TypeError(f"logit_scale must be real, got {logit_scale.dtype}")
-        # torch accepts a 0-dim CPU tensor beside tensors of every device.
+        # torch can multiply tensors of every device by a 0-dim CPU tensor.
         if logit_scale.device not in (device, torch.device("cpu")):
             raise ValueError(
                 f"logit_scale must be on the device of what it scales, {device}, or the CPU, got {logit_scale.device}; "

@@ -259,7 +259,7 @@ def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]
     """Return the same from each term's C (D, D); d loss / d C is (D, D)."""
     pull, wide = cross.sum(0), statistics_dtype(cross.device)
     away = pull.diagonal().to(wide) - 1
-    # Sum off-diagonal squares separately: in a trained model they are tiny beside the diagonal's.
+    # Sum off-diagonal squares separately: in a trained model they are far smaller than the diagonal's.
     pull.diagonal().zero_()
     off = torch.linalg.vector_norm(pull, dim=1).to(wide).square().sum()
     value = options.alpha_on * away.square().sum() + options.alpha_off * off

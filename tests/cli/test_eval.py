@@ -154,10 +154,10 @@ def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tm
     assert found[0]["model"]["temporal"] == "seqTransf"
 
 
-def test_the_configuration_decides_what_a_public_file_does_not_say(
+def test_the_configuration_names_the_interaction_of_a_public_file(
     drl_eval: Eval, videos: Path, config: Path, tmp_path: Path
 ) -> None:
-    """DP and TI have no weights, so a file of either may be scored as both; only the named one is right."""
+    """DP and TI have no weights, so a public file fits both; the configuration chooses."""
     model = DRL(small_clip(), interaction="ti", temporal=None)
     torch.save(model.to_upstream(), tmp_path / "ti.bin")
     common = ["--checkpoint", tmp_path / "ti.bin", "--videos", videos, "--out", tmp_path / "e.json"]
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_model_than_the_configuration_names(
 
 
 def test_the_best_model_of_a_run_needs_nothing_else(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
-    """``best/`` alone, in another place: rate, frames and words are its own."""
+    """``best/`` contains rate, frames and words, so it works without the rest of the run."""
     model, tokenizer = build_model(read_config(config, ["interaction=ti", "temporal=null"]))
     model.save_pretrained(tmp_path / "moved")
     result = drl_eval(
@@ -223,7 +223,7 @@ def test_the_best_model_of_a_run_needs_nothing_else(drl_eval: Eval, videos: Path
     assert report["scores"]["videos"] == [f"clip{i}.mp4" for i in (0, 1, 2, 3, 5)]
 
 
-def test_scores_are_in_float32_unless_asked(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+def test_scores_are_in_float32_by_default(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
     common = ["--config", config, "--videos", videos, "--set", "interaction=ti"]
     config.write_text(CONFIG.replace("precision: fp32", "precision: bf16"))
     sims = {}
@@ -238,8 +238,8 @@ def test_scores_are_in_float32_unless_asked(drl_eval: Eval, videos: Path, config
     assert not np.array_equal(sims["default"], sims["bf16"])
 
 
-def test_captions_that_are_cut_are_counted(drl_eval: Eval, videos: Path, config: Path) -> None:
-    """With start and end, all six of "number 0 of [six]" and one of the others have 8 tokens; none has more."""
+def test_truncated_captions_are_counted(drl_eval: Eval, videos: Path, config: Path) -> None:
+    """With start and end, the six captions "number 0 of [six]" and one other have 8 tokens, and none has more."""
     for words, expected in ((8, None), (7, "7 of 12")):
         result = drl_eval("--config", config, "--videos", videos, "--set", f"max_words={words}")
         assert result.exit_code == 0

@@ -328,7 +328,7 @@ def test_a_batch_without_a_readable_video_raises(folder: Path, tmp_path: Path) -
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """The checkpoint before stays and is finite; a continuation stops at the same step."""
+    """The previous checkpoint is kept and finite; a resumed run stops at the same step."""
     config = configured(folder, lr=1e30, clip_lr=1e30, checkpoint_every=1)
     for resume in (False, True):
         run, notes = opened(config, tmp_path / "run", resume=resume)

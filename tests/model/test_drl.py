@@ -200,7 +200,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_errors_about_files_do_not_repeat_torchs_advice(tmp_path: Path) -> None:
-    """torch advises weights_only=False, which runs whatever code the file holds."""
+    """torch suggests weights_only=False, which would run code from the file."""
     torch.save({"arguments": argparse.Namespace(lr=1)}, tmp_path / "run.bin")
     with pytest.raises(ValueError, match=r"holds Python objects \(argparse\.Namespace\)") as caught:
         drl_fast.DRL.from_upstream(tmp_path / "run.bin")
@@ -215,7 +215,7 @@ def test_models_from_files_are_in_evaluation_mode(tmp_path: Path) -> None:
         assert not any(module.training for module in read.modules())
 
 
-def test_a_saved_model_says_how_its_inputs_are_prepared(tmp_path: Path) -> None:
+def test_a_saved_model_describes_its_inputs(tmp_path: Path) -> None:
     model = drl_fast.DRL("drl-small", interaction="ti", temporal=None)
     assert model.inputs is None
     model.inputs = Inputs(max_words=16, rate=2.0, max_frames=5, seconds=30.0)
@@ -249,8 +249,8 @@ def test_similarity_returns_matches(interaction: str) -> None:
     ],
     ids=["OpenAI's residual network", "timm"],
 )
-def test_other_image_towers_beside_clips_text_tower(vision: dict[str, Any]) -> None:
-    """They give one vector a frame too."""
+def test_other_image_towers_with_clips_text_tower(vision: dict[str, Any]) -> None:
+    """They also return one vector per frame."""
     clip = open_clip.CLIP(64, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(width=64, heads=1, layers=1))
     model = drl_fast.DRL(clip, interaction="dp", temporal=None).eval()
     frames = torch.zeros(2, 3, 3, *model.picture_size, dtype=torch.uint8)
@@ -259,7 +259,7 @@ def test_other_image_towers_beside_clips_text_tower(vision: dict[str, Any]) -> N
 
 
 def test_malformed_folders_end_in_a_value_error(tmp_path: Path) -> None:
-    """Each names the file or the folder; nothing is fetched, whatever the folder's ``clip`` says."""
+    """The error names the file or the folder, and nothing is downloaded."""
     drl_fast.DRL("drl-small", temporal=None).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     with safetensors.safe_open(path, "pt") as file:
@@ -399,7 +399,7 @@ def test_every_interaction_trains(small: drl_fast.DRL, interaction: str, tempora
 
 
 def test_a_clip_that_cannot_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
-    """Rebuilt from its weights alone it would have another number of heads, and silently other scores."""
+    """Rebuilt from its weights it would have another number of heads, and silently other scores."""
     model, _ = small_model(32, 16, seed=0)
     with pytest.raises(ValueError, match="clip must have an open_clip name, or heads 64 wide and QuickGELU"):
         model.save_pretrained(tmp_path / "model")

@@ -32,7 +32,7 @@ def module(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def plain(module: nn.Module, video: Tensor, mask: Tensor) -> Tensor:
-    """Apply the module to each video's real frames alone; leave masked frames unchanged."""
+    """Apply the module to each video's real frames only; leave masked frames unchanged."""
     p = dict(module.named_parameters())
     out = []
     for frames, real in zip(video, mask.bool(), strict=True):
