@@ -1,9 +1,9 @@
-# `make demo` and `make test` need nothing set up before: Python 3.11, gcc and make are enough.
+# `make demo` and `make test` set up everything themselves. They need Python 3.11, gcc and make.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
-# Where there is a compiler it must succeed: pip shows nothing of a build that the package can do without.
+# The extension is optional, so pip hides a failed build. If there is a compiler, make a failed build an error.
 BUILD := $(if $(shell command -v "$${CXX:-c++}"),DRL_FAST_REQUIRE_EXTENSION=1)
 
 .PHONY: setup demo test lint bench gpu wheel fuzz clean help rebuild
@@ -13,32 +13,32 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with pinned packages and this project, editable; rebuilds when csrc/ changes
 
-# pip takes a half-written package for an installed one: a .venv that was cut off is made from nothing.
+# pip takes a half-written package for an installed one, so recreate .venv if an earlier install was interrupted.
 .venv/.packages: constraints.txt
 	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
-	@echo "drl-fast: installing torch and what else is pinned into .venv (5.8 GB), then compiling: some minutes, once"
+	@echo "drl-fast: installing the pinned packages into .venv (5.8 GB), then compiling; this takes some minutes, once"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r constraints.txt
 	@touch $@
 
-# An extension that is missing although it could be built is built.
+# Rebuild if the extension is missing although there is a compiler.
 ifeq ($(if $(BUILD),$(wildcard drl_fast/_C*.so),none),)
 $(STAMP): rebuild
 endif
 
 $(STAMP): .venv/.packages $(SOURCES)
 	@$(BUILD) $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || \
-	  { echo "drl-fast: the install failed, see above; CXX=none make setup goes without the C++ extension"; exit 1; }
+	  { echo "drl-fast: the install failed, see above; CXX=none make setup installs without the C++ extension"; exit 1; }
 	@touch $@
 
-# Threads that spin for long while they wait cost a demo beside other work several times its time.
-demo: setup ## train every interaction on generated clips and compare them; VIDEOS=dir [PRETRAINED= CLIP=] scores your own
+# Make idle OpenMP threads sleep soon: if they spin, other work on the machine slows the demo several times.
+demo: setup ## train every interaction on generated clips and compare them; VIDEOS=dir [PRETRAINED= CLIP=] for your own videos
 	@GOMP_SPINCOUNT=20000 $(BIN)/drl-fast demo $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(PRETRAINED),--pretrained '$(PRETRAINED)') $(if $(CLIP),--clip '$(CLIP)')
 
-test: setup ## all tests, one process a core; TESTS=path picks some
+test: setup ## all tests, one process per core, at most 4; TESTS=path selects some
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup $(TESTS)
 
-# clang-tidy reads setup.py's language version and the headers of PyTorch and Python; -isystem keeps it from checking them.
+# The same language version and macros as in setup.py. -isystem keeps clang-tidy from checking PyTorch's and Python's headers.
 TIDY_FLAGS = -std=c++20 -Wall -Wextra -Wcomma -DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000 \
   $(shell $(BIN)/python -c 'import sysconfig; from torch.utils.cpp_extension import include_paths; \
   print(*(f"-isystem {path}" for path in [*include_paths(), sysconfig.get_path("include")]))')
@@ -51,29 +51,29 @@ lint: setup ## ruff and mypy, clang-format and clang-tidy
 	@printf '%s\n' csrc/*.cpp | xargs -P 4 -I {} $(BIN)/clang-tidy --quiet {} -- $(TIDY_FLAGS)
 
 SIZE := $(if $(QUICK),--quick)$(if $(FULL),--full)
-# Peers are measured where this machine can have them, and listed as not installed where it cannot.
+# Other libraries to compare with. If one cannot be installed here, the benchmark lists it as not installed.
 .venv/.peers: .venv/.packages benchmarks/peers.txt
 	@for peer in $$(cat benchmarks/peers.txt); do \
 	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --only-binary :all: $$peer || \
-	  echo "no $$peer for this machine; the benchmark goes without it"; done
+	  echo "$$peer cannot be installed here; the benchmark leaves it out"; done
 	@touch $@
 
-bench: setup .venv/.peers ## the benchmarks' tables, JSON and plots; QUICK=1 a minute each, FULL=1 the whole grids
+bench: setup .venv/.peers ## run the benchmarks; QUICK=1: a minute each, FULL=1: the whole grids
 	$(BIN)/python benchmarks/bench_wti.py $(SIZE)
 	$(BIN)/python benchmarks/bench_contrastive.py $(SIZE)
 	$(BIN)/python benchmarks/bench_cdcr.py $(SIZE)
 	$(BIN)/python benchmarks/bench_model.py $(SIZE)
 
-gpu: setup ## on a machine with a CUDA GPU: the kernels' tests at real sizes, then a benchmark; QUICK=1 or FULL=1
+gpu: setup ## on a CUDA GPU: test the kernels at real sizes, then run a benchmark; QUICK=1 or FULL=1
 	$(BIN)/drl-fast doctor
 	$(BIN)/python -m pytest tests/kernels/test_gpu.py tests/ops tests/functional tests/cli -k "cuda or gpu"
 	$(BIN)/python benchmarks/bench_wti.py --device cuda $(SIZE)
 
-fuzz: setup ## the long random run
+fuzz: setup ## run the long random tests
 	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py tests/engine/test_kill.py \
 	  tests/kernels/test_static_report.py -s
 
-wheel: setup ## one cp310-abi3 wheel and an sdist under dist/
+wheel: setup ## build a cp310-abi3 wheel and an sdist in dist/
 	DRL_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation --outdir dist .
 
 clean: ## remove everything that was built

@@ -1,8 +1,8 @@
-"""The C++ extension; everything else is in pyproject.toml.
+"""Build the C++ extension; everything else is in pyproject.toml.
 
-Built on PyTorch's stable ABI and Python's limited API: one wheel serves every torch >= 2.10 and Python >= 3.10.
-Optional: without a compiler the package installs all the same and runs on chunked PyTorch. With
-DRL_FAST_REQUIRE_EXTENSION=1 (the Makefile sets it where there is a compiler) a failed build is an error.
+The extension uses PyTorch's stable ABI and Python's limited API, so one wheel serves torch >= 2.10 and Python >= 3.10.
+It is optional: without a compiler the package is installed without it and runs on chunked PyTorch. With
+DRL_FAST_REQUIRE_EXTENSION=1, which the Makefile sets if there is a compiler, a failed build is an error.
 """
 
 import os
@@ -18,7 +18,7 @@ PYTHON_3_10 = "0x030a0000"
 
 
 class LimitedApiWheel(bdist_wheel):
-    """Tag the wheel cp310-abi3: it is not tied to the Python that built it."""
+    """Tag the wheel cp310-abi3, because it works with every Python from 3.10 on."""
 
     def finalize_options(self) -> None:
         self.py_limited_api = "cp310"
@@ -26,7 +26,7 @@ class LimitedApiWheel(bdist_wheel):
 
 
 class OptionalBuild(BuildExtension):
-    """A failed build leaves a working package behind, and says what is missing."""
+    """Install the package without the extension if the build fails, and print why."""
 
     def run(self) -> None:
         try:
@@ -34,7 +34,7 @@ class OptionalBuild(BuildExtension):
         except Exception as error:
             if os.environ.get("DRL_FAST_REQUIRE_EXTENSION") == "1":
                 raise
-            # An editable install would go on with what an earlier build left here, older than the Python beside it.
+            # Remove an earlier build: an editable install would load it with newer Python code.
             for stale in (ROOT / "drl_fast").glob("_C*.so"):
                 stale.unlink()
             print(f"drl-fast: the C++ extension was not built ({error}).")

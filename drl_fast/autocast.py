@@ -1,4 +1,4 @@
-"""torch's autocast, on devices that have none as well."""
+"""torch's autocast, also for device types that do not support it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def available(device: str) -> bool:
-    """Say whether torch has an autocast for this device type at all; without one, asking if it is on raises."""
-    # torch.compile of torch 2.11 cannot trace the question; of what it compiles for, only meta has none.
+    """Say whether torch has autocast for this device type; otherwise ``is_autocast_enabled`` raises."""
+    # torch.compile cannot trace is_autocast_available (torch 2.11). Among its device types only meta has no autocast.
     return device != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device)
 
 
 def cast(x: Tensor) -> Tensor:
-    """Cast to the active autocast dtype, by torch's own rule: float64 and inactive devices are left alone."""
+    """Cast to the active autocast dtype; as in torch, float64 and devices without autocast stay unchanged."""
     device = x.device.type
     if x.dtype == torch.float64 or not is_on(device):
         return x
@@ -25,16 +25,17 @@ def cast(x: Tensor) -> Tensor:
 
 
 def is_on(device: str) -> bool:
+    """Say whether autocast is active for this device type."""
     return available(device) and torch.is_autocast_enabled(device)
 
 
 def off(device: str) -> AbstractContextManager[object]:
-    """Compute in the dtypes that tensors have: inside autocast a product would silently run in half precision."""
+    """Disable autocast in a ``with`` block, so that products run in their inputs' dtype and not in half precision."""
     return torch.autocast(device, enabled=False) if available(device) else nullcontext()
 
 
 def same(device: str) -> Callable[[], AbstractContextManager[object]]:
-    """Make contexts like the present one: a backward pass, which runs outside, computes in the same dtypes by them."""
+    """Return a factory of contexts with the present autocast state, for a backward pass, which runs outside of it."""
     if not available(device):
         return nullcontext
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

@@ -1,8 +1,8 @@
-"""The oracle: every public function in plain, dense PyTorch, to be read beside the paper and compared against.
+"""The reference: every public function in plain, dense PyTorch, easy to compare with the paper.
 
-Nothing here is fast or bounded in memory: :func:`token_interaction` builds the A x B x Nt x Nv tensor that the library
-exists to avoid. Product code never imports this module; tests and benchmarks do. Gradients come from autograd, and
-everything also runs in float64.
+Tests and benchmarks compare against it; the rest of the library never imports it. It is slow and its memory is not
+bounded: :func:`token_interaction` builds the A x B x Nt x Nv tensor that the library avoids. Gradients come from
+autograd, second derivatives included, and everything also runs in float64.
 
 Source: Wang et al., "Disentangled Representation Learning for Text-Video Retrieval", arXiv 2203.07111, section 3.2.
 """
@@ -27,23 +27,23 @@ def unit(tokens: Tensor) -> Tensor:
 
 
 def real_mask(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    """A boolean (rows, tokens) mask, all real where none is given."""
+    """Return a boolean (rows, tokens) mask; None means that all tokens are real."""
     if mask is None:
         return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     return mask != 0
 
 
 def uniform_weight(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / (number of real tokens) on real tokens; a row without any has weights 0."""
+    """Weight real tokens by 1 / (number of real tokens) and others by 0; a row without real tokens gets only 0."""
     count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
     return mask.to(dtype) / count
 
 
 def best_match(similarity: Tensor, competes: Tensor, zero: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Maximum of ``similarity`` over ``dim`` among the tokens that compete, and the first one that has it.
+    """Return the maximum of ``similarity`` over ``dim`` among the tokens that compete, and its first index.
 
-    Where ``zero`` holds, a masked token's similarity of 0 is one of the candidates; a maximum over nothing is 0. In
-    both cases the index is -1.
+    If ``zero`` holds, a masked token's similarity of 0 competes too. If that 0 wins, or if no token competes, the
+    maximum is 0 and the index is -1.
     """
     best, index = similarity.masked_fill(~competes, -torch.inf).max(dim)
     nobody = (zero & (best < 0)) | ~competes.any(dim).expand_as(best)
@@ -63,7 +63,7 @@ def token_interaction(
     bidirectional: bool = True,
     return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
-    """Weighted token-wise interaction, logits (A, B); arguments as in :func:`drl_fast.functional.token_interaction`."""
+    """Compute the token interaction's logits (A, B); see :func:`drl_fast.functional.token_interaction`."""
     t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
     dtype = torch.promote_types(text.dtype, torch.float32)
     wt = uniform_weight(t_real, dtype) if text_weight is None else text_weight.to(dtype)
@@ -71,7 +71,7 @@ def token_interaction(
     if masking == "none":
         t_real, v_real = torch.ones_like(t_real), torch.ones_like(v_real)
 
-    # Masked tokens are never read: whatever stands there, NaN included, is replaced before any arithmetic.
+    # Masked tokens may hold anything, NaN included: replace them before any arithmetic.
     t = torch.where(t_real[..., None], text, 0).to(dtype)
     v = torch.where(v_real[..., None], video, 0).to(dtype)
     if normalize:
@@ -83,13 +83,13 @@ def token_interaction(
     zero_t = drl & (~t_real).any(-1)[:, None, None]
     m_t, frame = best_match(similarity, v_real[None, :, None, :], zero_v, dim=3)
     m_v, word = best_match(similarity, t_real[:, None, :, None], zero_t, dim=2)
-    # A masked token's own maximum is 0 whatever its weight, and it chooses nobody.
+    # A masked token's own maximum is 0 whatever its weight, and it chooses no token.
     m_t, frame = torch.where(t_real[:, None, :], m_t, 0), torch.where(t_real[:, None, :], frame, -1)
     m_v, word = torch.where(v_real[None, :, :], m_v, 0), torch.where(v_real[None, :, :], word, -1)
     by_text = torch.einsum("abi,ai->ab", m_t, torch.where(t_real, wt, 0))
     by_video = torch.einsum("abj,bj->ab", m_v, torch.where(v_real, wv, 0))
     logits = (by_text + by_video) / 2 if bidirectional else by_text
-    # A pair with an empty side scores 0, infinite weights on the other side or not.
+    # A pair with an empty side scores 0, even if the other side has infinite weights.
     logits = torch.where(t_real.any(-1)[:, None] & v_real.any(-1)[None, :], logits, 0)
     return (logits, (frame, word if bidirectional else None)) if return_matches else logits
 
@@ -103,7 +103,7 @@ def maxsim(
     query_weight: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """ColBERT's late interaction (Khattab & Zaharia 2020, section 3.3), logits (A, B)."""
+    """Compute ColBERT's late interaction (Khattab & Zaharia 2020, section 3.3): logits (A, B)."""
     if query_weight is None:
         query_weight = torch.ones(query.shape[:2], dtype=query.dtype, device=query.device)
     scores = token_interaction(
@@ -124,7 +124,7 @@ def maxsim(
 def dot_product(
     text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
 ) -> Tensor:
-    """DP: last real token against the mean-pooled frames (CLIP4Clip), logits (A, B)."""
+    """Score the last real token against the mean-pooled frames (DP, CLIP4Clip): logits (A, B)."""
     t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
     dtype = torch.promote_types(text.dtype, torch.float32)
     t = torch.where(t_real[..., None], text, 0).to(dtype)
@@ -136,15 +136,15 @@ def dot_product(
 
 
 def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
-    """Mean of the row-wise and column-wise cross-entropies with the diagonal as targets."""
+    """Average the row-wise and column-wise cross-entropies with the diagonal as targets."""
     scaled = logits * logit_scale
     target = torch.arange(len(scaled), device=scaled.device)
     return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
 
 
 def standardize(x: Tensor) -> Tensor:
-    """Each channel of x (N, D) minus its mean, over its unbiased standard deviation; 0 where it is constant."""
-    # Seen from the first row a constant channel is 0 to the last bit.
+    """Standardise each channel of x (N, D) with its mean and unbiased deviation; a constant channel becomes 0."""
+    # Subtract the first row: a constant channel is then exactly 0, without rounding.
     x = x - x[:1].detach()
     std = x.detach().std(0)
     constant = std <= 1e-12
@@ -153,13 +153,13 @@ def standardize(x: Tensor) -> Tensor:
 
 
 def cross_correlation(x: Tensor, y: Tensor, weight: Tensor | None, divisor: Tensor | float) -> Tensor:
-    """(D, D) of standardised rows."""
+    """Compute the weighted cross-correlation (D, D) of rows x, y (N, D) after standardising them."""
     x, y = standardize(x), standardize(y)
     return (x if weight is None else x * weight[:, None]).T @ y / divisor
 
 
 def decorrelation(correlation: Tensor, alpha_on: float, alpha_off: float) -> Tensor:
-    """Squared distances of C's diagonal from 1 and of all else from 0, weighted."""
+    """Sum the squared distances of C's diagonal from 1 and of all other entries from 0, weighted by the alphas."""
     diagonal = correlation.diagonal()
     off = correlation - torch.diag(diagonal)
     return alpha_on * (diagonal - 1).square().sum() + alpha_off * off.square().sum()
@@ -175,7 +175,7 @@ def cross_correlation_loss(
     divisor: float | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """Barlow Twins' loss (arXiv 2103.03230) of rows x, y (N, D)."""
+    """Compute Barlow Twins' loss (arXiv 2103.03230) of rows x, y (N, D). ``process_group`` is ignored."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
     c = cross_correlation(x.to(dtype), y.to(dtype), weight, len(x) if divisor is None else divisor)
@@ -194,7 +194,7 @@ def cdcr_loss(
     alpha_off: float,
     process_group: Any = None,
 ) -> Tensor:
-    """CDCR of B pairs (arXiv 2203.07111, section 3.3)."""
+    """Compute CDCR of B pairs (arXiv 2203.07111, section 3.3). ``process_group`` is ignored."""
     t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
     paired = t_real.any(-1) & v_real.any(-1)
     t_real, v_real = t_real & paired[:, None], v_real & paired[:, None]
@@ -225,7 +225,7 @@ def token_contrastive_loss(
     owner: Tensor | None = None,
     process_group: object = None,
 ) -> Tensor:
-    """InfoNCE of the interaction, through all its logits. ``process_group`` is ignored: the batch is what is given."""
+    """Compute InfoNCE of the token interaction from all its logits. ``process_group`` is ignored."""
     logits = token_interaction(
         text, video, text_weight, video_weight, text_mask, video_mask, normalize=normalize, masking=masking
     )

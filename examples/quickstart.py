@@ -1,10 +1,10 @@
-"""From a folder of videos with captions to ranked answers, in plain PyTorch.
+"""Train a model on a folder of videos with captions and search it, in plain PyTorch.
 
-    python examples/quickstart.py                     # generated clips, a toy CLIP, a minute on two cores
-    python examples/quickstart.py --videos my_videos  # your own, with captions.csv (video,caption) beside them
+    python examples/quickstart.py                     # generated clips and a tiny CLIP, one minute on two CPU cores
+    python examples/quickstart.py --videos my_videos  # your own folder, which also holds captions.csv (video,caption)
 
-The model is DRL with WTI and CDCR. For your own videos give it CLIP's weights, CLIP("ViT-B-32", pretrained="openai"),
-and a recipe with patience: drl-fast train has the paper's.
+The model is DRL with WTI and CDCR. It starts from random weights; for useful results on your own videos start from
+CLIP's, DRL("ViT-B-32", pretrained="openai"), and train longer. `drl-fast train` has the paper's recipe.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ CLIP, WORDS = "drl-small", 32
 
 
 def generate(folder: Path, count: int) -> None:
-    """``count`` clips of moving shapes and their captions: the first four fifths to train on, the rest to search."""
+    """Write ``count`` clips of moving shapes and their captions; four fifths are for training, the rest for testing."""
     searched = count // 5
     splits = ["train"] * (count - searched) + ["test"] * searched
     moving_shapes.write_folder(moving_shapes.make_clips(count, seed=0), folder, splits)
 
 
 def run(folder: Path, epochs: int) -> float:
-    """Train on the folder's captions, evaluate on its test part; text-to-video R@1 in percent."""
+    """Train on the folder's training part, evaluate on its test part, return text-to-video R@1 in percent."""
     torch.manual_seed(0)
     model = drl_fast.DRL(CLIP, temporal="seqTransf", interaction="wti", cdcr=3)
     tokenizer = open_clip.get_tokenizer(CLIP)

@@ -1,16 +1,16 @@
-"""Train a small WTI on two processes, with the negatives of both, and get the loss curve of one process.
+"""Train a small model on two processes, each with the negatives of both. The loss curve equals a single process's.
 
     torchrun --standalone --nproc-per-node 2 examples/torchrun_2proc.py
     python examples/torchrun_2proc.py --single
 
-Two linear towers and WTI's two weight heads learn to match generated captions and clips: a pair shares a few concepts,
-each a word in the one and a frame in the other, among words and frames that mean nothing. Every process draws the same
-batch and keeps its own part of it, the first process more than the second. DistributedDataParallel averages gradients
-over processes, which is what ``token_contrastive_loss(process_group=...)`` scales them for: towers, heads and
-temperature take the one process's steps. ``--out FILE`` writes the curve as JSON.
+Two linear towers and WTI's two weight heads learn to match generated captions and clips. A caption and its clip share a
+few concepts, one per word and frame; all other words and frames are noise. Every process draws the same batch and keeps
+its own part, the first process a larger one. ``token_contrastive_loss(process_group=...)`` scales gradients so that
+DistributedDataParallel's mean over processes is the gradient of the whole batch. ``--out FILE`` writes the curve as
+JSON.
 
-In float64: in float32 the curves are equal to 1e-5 for some 20 steps, until rounding has changed a best match somewhere
-and training goes on from there, as it does between any two orders of one sum.
+The example runs in float64. In float32 the curves agree to 1e-5 for about 20 steps; then rounding changes a best match
+and they drift apart.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 import drl_fast
 
 WORDS, FRAMES, CONCEPTS, CHANNELS = 8, 6, 64, 32
-# Words and frames of a pair that mean something.
+# Words, and frames, of a pair that are not noise.
 SHARED = 3
 
 
 class TwoTowers(nn.Module):
-    """Tokens and token weights of captions and clips, and the temperature as the factor of the logits."""
+    """Compute tokens and token weights of captions and clips, and the logit scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TwoTowers(nn.Module):
 
 
 def batch(step: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """Captions (pairs, WORDS, CONCEPTS) and clips (pairs, FRAMES, CONCEPTS), the same in every process."""
+    """Draw captions (pairs, WORDS, CONCEPTS) and clips (pairs, FRAMES, CONCEPTS), the same in every process."""
     generator = torch.Generator().manual_seed(step)
     shapes = [(pairs, tokens, CONCEPTS) for tokens in (WORDS, FRAMES)]
     sides = [torch.randn(shape, generator=generator, dtype=torch.float64) / 4 for shape in shapes]
@@ -63,7 +63,7 @@ def batch(step: int, pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def part(pairs: int) -> slice:
-    """This process's rows: all of them alone; of two processes the first takes five in eight."""
+    """Return this process's rows. Without a group these are all; of two processes the first takes five eighths."""
     if not dist.is_initialized():
         return slice(0, pairs)
     edges = [round(pairs * (rank / dist.get_world_size()) ** 0.68) for rank in range(dist.get_world_size() + 1)]
@@ -71,6 +71,7 @@ def part(pairs: int) -> slice:
 
 
 def train(steps: int, pairs: int) -> list[float]:
+    """Train and return the loss of every step."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     model: nn.Module = TwoTowers()
@@ -92,10 +93,10 @@ def train(steps: int, pairs: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--single", action="store_true", help="the same batches in this process alone")
+    parser.add_argument("--single", action="store_true", help="train on the same batches in one process")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=64, help="pairs a batch, over all processes")
-    parser.add_argument("--out", type=Path, help="write the curve here, as a JSON list")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs per batch, over all processes")
+    parser.add_argument("--out", type=Path, help="write the loss curve to this file, as a JSON list")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.pairs < 1:
         parser.error(f"--steps and --pairs must be positive, got {arguments.steps} and {arguments.pairs}")
@@ -111,7 +112,7 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps(curve))
     if not arguments.single:
-        # DistributedDataParallel lives in a cycle and holds the group, whose threads would outlive the interpreter.
+        # DistributedDataParallel is part of a reference cycle and keeps the group and its threads alive.
         gc.collect()
         dist.destroy_process_group()
 

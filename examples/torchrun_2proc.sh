@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Two processes on this machine, each with half of every batch and negatives of both: replicas, then shards (FSDP), on
-# generated clips. For GPUs, several machines or your data: add torchrun's options and drop --dry-run.
+# Try drl-fast train on two processes of this machine, first with DDP, then with FSDP, on generated clips. Each process
+# has half of every batch and the negatives of both. For several machines or your own data add torchrun's and drl-fast
+# train's options and remove --dry-run.
 #
 #   examples/torchrun_2proc.sh [ROW DATASET] [more options of drl-fast train]
 #

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A row of the MSR-VTT ablation: train, keep the best model by R@1, score it on the 1k-A test part.
+# Train one row of the MSR-VTT ablation, keep the best model by R@1, and evaluate it on the 1k-A test part.
 #
 #   VIDEOS=/data/msrvtt/videos ANNOTATIONS=/data/msrvtt ROW=wti_cdcr GPUS=8 examples/train_msrvtt.sh
 #
 # ROW is dp, dp_seqtransf, hi, mlp, xti, xti_seqtransf, ti, wti, dp_cdcr, ti_cdcr or wti_cdcr; GPUS is the number of
-# processes (default 1). Run it again after an interruption: it continues. Further arguments go to drl-fast train, such
+# processes (default 1). After an interruption run it again: it resumes. Further arguments go to drl-fast train, such
 # as --set batch=256 or --dry-run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,8 +1,8 @@
 """Forward kernels of CDCR: partners, channel statistics, and the correlation of standardised channels.
 
     partner of i  = argmax over the real tokens j of the pair's other side of <x_i, y_j>         unit tokens, lowest j
-    mean_d, scatter_d = of channel d over all anchors, and over all partners
-    x~_d          = ((x_d - mean_d) - rest_d) / std_d            the mean in two float32 parts, so that none is lost
+    mean_d, scatter_d = mean and sum of squared deviations of channel d, over all anchors and over all partners
+    x~_d          = ((x_d - mean_d) - rest_d) / std_d            the mean in two float32 parts, to keep all digits
     C_de          = sum over anchors of w x~_d y~_e              alpha_off = 0: only its diagonal, O(N D)
     sums_d        = sum over anchors of w x~_d, and of w y~_d
 
@@ -12,11 +12,11 @@
       | i ~> partner's ROWS x BD  the anchors   |   0    | pair 1 |    |  chose which token, with zeros between pairs
       +----+-------------------+                +----------------------+
 
-On chip: a tile of anchors and one of their partners, gathered as they are read; sums of a part of the anchors in
-float64. No atomics: parts are written and added up in a fixed order. Norms (float32, one a token) are found first.
-Bytes: every pass reads each token once as an anchor and once per anchor that chose it: 2 N D itemsize. FLOP: about ten
-a channel and anchor, and 2 Nt Nv D a pair and direction for the partners. The full form writes and reads product rows,
-8 min(Nt, Nv) D bytes a pair and term, and multiplies them in torch.mm: 2 min(Nt, Nv) D^2 FLOP.
+On chip: a tile of anchors and a tile of their partners, gathered while loading; sums over a part of the anchors in
+float64. No atomics: parts are written and added up in a fixed order. An earlier kernel computes the norms (one float32
+per token). Bytes: every pass reads each token once as an anchor and once per anchor that chose it: 2 N D itemsize.
+FLOP: about ten per channel and anchor, and 2 Nt Nv D per pair and direction for the partners. The full form writes and
+reads product rows, 8 min(Nt, Nv) D bytes per pair and term, and multiplies them in torch.mm: 2 min(Nt, Nv) D^2 FLOP.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ from .cdcr_tokens import (
 )
 from .packing import strided
 
-# Sums over anchors have at most this many parts: enough programs for a GPU, little to add up.
+# Sums over anchors have at most this many parts: enough programs to fill a GPU, and few parts to add up.
 MOST_PARTS = 256
-# With four warps one form of it spills.
+# cdcr_product_rows spills registers with four warps in one of its forms.
 PRODUCT_ROWS = {**OPTIONS, "num_warps": 8}
-# The full form multiplies blocks of pairs, whose rows take this much memory a tensor.
+# The full form multiplies blocks of pairs; the product rows of a block take at most this many bytes per tensor.
 BLOCK_BYTES = 1 << 26
 NOBODY = tl.constexpr(1 << 30)
 
 
 @triton.jit
 def _anchors(index, tile, rows, tokens, ROWS: tl.constexpr):
-    """Return places, pairs, positions and partners of a tile of anchors, and which of them exist."""
+    """Return flat indices, pairs, positions and partners of a tile of anchors, and which of them exist."""
     at = (tl.zeros((ROWS,), tl.int64) + tile) * ROWS + tl.arange(0, ROWS)
     partner = tl.load(index + at, mask=at < rows, other=-1).to(tl.int64)
     return at, at // tokens, at % tokens, tl.maximum(partner, 0), partner >= 0
@@ -67,7 +67,7 @@ def _anchors(index, tile, rows, tokens, ROWS: tl.constexpr):
 
 @triton.jit
 def cdcr_partners(own, other, own_mask, other_mask, index, pairs, dim, TILE: tl.constexpr):
-    """Find the best match of TILE.own tokens of TILE.pairs pairs among the other side's."""
+    """Find the best match of TILE.own tokens of TILE.pairs pairs among the other side's tokens."""
     OWN: tl.constexpr = TILE.own
     OTHER: tl.constexpr = TILE.other
     M: tl.constexpr = TILE.pairs * OWN
@@ -102,7 +102,7 @@ def cdcr_partners(own, other, own_mask, other_mask, index, pairs, dim, TILE: tl.
         if own.inverse is not None:
             s *= tl.load(own.inverse + pair * own.tokens + token, mask=real, other=0.0)[:, None]
             s *= tl.load(other.inverse + a_pair * other.tokens + a_token, mask=there, other=0.0)[None, :]
-        # A NaN beats everything.
+        # NaN counts as the maximum.
         s = tl.where(s != s, float("inf"), s)
         candidate = (pair[:, None] == a_pair[None, :]) & real[:, None] & there[None, :]
         here = tl.max(tl.where(candidate, s, float("-inf")), 1)
@@ -115,8 +115,8 @@ def cdcr_partners(own, other, own_mask, other_mask, index, pairs, dim, TILE: tl.
 
 @triton.jit
 def _merge(x, there, here, before, mean, scatter):
-    """Update mean and scatter with one more tile (Chan et al.); the tile's own come from two passes over it."""
-    # Relative to one of its values: a constant channel leaves exactly nothing, not even rounding.
+    """Update mean and scatter with one more tile (Chan et al.), whose own mean and scatter take two passes over it."""
+    # Subtract one of the tile's values first: a constant channel then becomes exactly 0, without rounding.
     pivot = tl.where(here > 0, tl.max(tl.where(there[:, None], x, float("-inf")), 0), 0.0)
     away = tl.where(there[:, None], x - pivot[None, :], 0.0)
     shift = tl.sum(away, 0) / tl.maximum(here, 1).to(tl.float32)
@@ -129,7 +129,7 @@ def _merge(x, there, here, before, mean, scatter):
 
 @triton.jit
 def cdcr_moments(own, other, index, count, partial, rows, dim, parts, tiles, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Find number, mean and scatter of the anchors of one part and of their partners, BD channels."""
+    """Compute number, mean and scatter of the anchors of one part and of their partners, for BD channels."""
     blocks = tl.cdiv(dim, BD)
     part = tl.program_id(0) // blocks
     d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
@@ -169,7 +169,7 @@ def cdcr_correlate(
     ROWS: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Sum C's diagonal and both sums over the anchors of one part, BD channels; store their product rows if wanted."""
+    """Compute C's diagonal and both sums over the anchors of one part, for BD channels; store product rows if asked."""
     dim = channels.dim
     blocks = tl.cdiv(dim, BD)
     part = tl.program_id(0) // blocks
@@ -219,7 +219,7 @@ def cdcr_product_rows(own, other, choices, channels, weighted, partners, pairs, 
 def statistics(
     text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, normalize: bool, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return partners (B, Nt) and (B, Nv) int16, -1 where there is no anchor; mean and scatter (roles, D) float64."""
+    """Return partners (B, Nt) and (B, Nv) int16, -1 without an anchor, and mean and scatter (roles, D) float64."""
     masks = (text_mask, video_mask)
     sides = [unit_tokens(x, mask, normalize) for x, mask in zip((text, video), masks, strict=True)]
     index = [_partners(sides[s], sides[1 - s], masks[s], masks[1 - s]) for s in (0, 1)]
@@ -239,7 +239,7 @@ def _partners(own: UnitTokens, other: UnitTokens, own_mask: Tensor | None, other
 
 
 def _moments(own: UnitTokens, other: UnitTokens, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Find mean and scatter (2, D) of the anchors and of their partners."""
+    """Compute mean and scatter (2, D) of the anchors and of their partners."""
     pairs, n, dim = own.shape
     parts, tiles = _split(pairs * n)
     block = channel_block(dim)
@@ -255,7 +255,7 @@ def _moments(own: UnitTokens, other: UnitTokens, index: Tensor) -> tuple[Tensor,
 
 
 def _split(rows: int) -> tuple[int, int]:
-    """Choose the number of parts, and the tiles of ROWS in each, from the number of anchors only: bits repeat."""
+    """Choose the number of parts and the tiles per part, from the number of anchors only, so that results repeat."""
     tiles = triton.cdiv(rows, ROWS)
     each = max(1, triton.cdiv(tiles, MOST_PARTS))
     return max(1, triton.cdiv(tiles, each)), each
@@ -310,12 +310,12 @@ def correlate(term: Term, channels: Channels, rows: tuple[Tensor | None, Tensor 
 
 
 def short_side(found: list[Term]) -> int:
-    """Name the side whose tokens have product rows in the full form: anchors of one term, partners of the other."""
+    """Return the side with fewer tokens, 0 (text) or 1 (video): in the full form its tokens have the product rows."""
     return int(found[0].partners.tokens < found[0].anchors.tokens)
 
 
 def product_rows(found: list[Term], channels: Channels) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield by blocks of pairs: C = weighted^T partners, both (terms, rows, D) float32, and the sums (terms, 3, D)."""
+    """Yield blocks of pairs with C's factors ``weighted``, ``partners`` (terms, rows, D) and the sums (terms, 3, D)."""
     short = short_side(found)
     pairs, slots, dim = (found[0].anchors, found[0].partners)[short].shape
     step = max(1, BLOCK_BYTES // (4 * len(found) * slots * dim))

@@ -1,18 +1,19 @@
 """Backward kernel of CDCR: gradients of the raw tokens and of the anchors' weights.
 
     to_x~ = w A y~,  to_y~ = A^T (w x~)          A = d loss / d C: a diagonal, or (D, D) by torch.mm on product rows
-    grad x_d = (to_x~_d - offset_d - x~_d along_d) / std_d       through the channel's mean and deviation; y likewise
-    G_p = grad x (if p is an anchor) + sum over the anchors that chose p of grad y,  where y is p's own token
+    grad x_d = (to_x~_d - offset_d - x~_d along_d) / std_d       also through mean and deviation; the same for y
+    G_p = grad x (if p is an anchor) + sum over the anchors that chose p of grad y,  y being token p itself
     grad w = sum_d x~_d (A y~)_d
     grad raw = (G - u <u, G>) / |x|,  u the unit token
 
             D in blocks of BD, twice
-          +------+------+------+          A program owns PAIRS OWN tokens of one side. First pass: <u, G> and grad w.
-    OWN   | G_p  | ...  |      |          Second pass: G again, and the gradient. Without norms one pass is enough.
-          +------+------+------+          Anchors that chose p: cdcr_tokens.sum_of_choosers.
+          +------+------+------+          A program owns PAIRS OWN tokens of one side. The first pass computes <u, G>
+    OWN   | G_p  | ...  |      |          and grad w, the second the gradient. Without norms one pass is enough.
+          +------+------+------+          Sums over the anchors that chose p: cdcr_tokens.sum_of_choosers.
 
-On chip: G, u and what is added to it, one block of channels. No atomics: each program writes its own tokens' gradients.
-Bytes a pass: own tokens, those that chose them, and gathered partners; written once. FLOP: 2 OWN OTHER a channel.
+On chip: G, u and one addend, for one block of channels. No atomics: each program writes its own tokens' gradients.
+Bytes read per pass: own tokens, tokens that chose them, and partners. Gradients are written once. FLOP: 2 OWN OTHER per
+channel.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from .cdcr_tokens import (
     terms,
 )
 
-# The widest kernel here: twice the warps, and few enough registers for two programs a multiprocessor.
+# This kernel holds the most values: use eight warps, and limit registers so that a multiprocessor runs two programs.
 GRADIENT = {**OPTIONS, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
 
 
 @triton.jit
 def _through_statistics(to_x, x, count, channels, role, d):
-    """Turn the gradient of standardised channels into that of unit tokens; ``count``: how often each token counts."""
+    """Turn the gradient of standardised channels into that of unit tokens; a token counts ``count`` times."""
     table, roles, dim = channels.table, channels.roles, channels.dim
     inverse_std = tl.load(table + (roles + role) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
     offset = tl.load(table + (2 * roles + role) * dim + d, mask=d < dim, other=0.0).to(tl.float32)
@@ -110,8 +111,8 @@ def cdcr_gradient(
 ):
     """Compute the gradients of TILE.own tokens of TILE.pairs pairs: anchors of one term, partners of another, or both.
 
-    ``own_choices`` is None where they are no anchors, ``other_choices`` where they are no partners; ``to_weighted`` and
-    ``to_partners`` (d loss / d product rows) are None in the diagonal form.
+    ``own_choices`` is None if the tokens are not anchors, ``other_choices`` if they are not partners. ``to_weighted``
+    and ``to_partners`` (d loss / d product rows) are None in the diagonal form.
     """
     M: tl.constexpr = TILE.pairs * TILE.own
     BD: tl.constexpr = TILE.channels
@@ -197,7 +198,7 @@ def gradient(
     pull: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of both features, contiguous, their dtype, and of both weights, float32; (0, Nv) if none."""
+    """Return gradients of both features (their dtype, contiguous) and both weights (float32; (0, Nv) if None)."""
     statistics, pull = channel_statistics(channels), pull.contiguous()
     found = terms(text, video, (text_weight, video_weight), (video_index, text_index), normalize)
     features = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (text, video)]
@@ -222,7 +223,7 @@ def _side_gradients(
     features: list[Tensor],
     weights: list[Tensor],
 ) -> None:
-    """Fill both sides' gradients; ``back``: d loss / d product rows (terms, rows, D), of anchors and of partners."""
+    """Fill both sides' gradients; ``back`` is d loss / d product rows (terms, rows, D) of anchors and of partners."""
     sides = (found[0].anchors, found[0].partners)
     for s, grad in enumerate(features):
         own, other = sides[s], sides[1 - s]

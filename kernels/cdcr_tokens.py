@@ -1,20 +1,20 @@
-"""What CDCR's kernels share: unit tokens, standardised channels, who chose which token, and norms.
+"""Shared parts of CDCR's kernels: norms, unit tokens, standardised channels, and sums over matches.
 
     u = x / |x|                           float32; 0 where |x| <= 1e-12
     u~_d = ((u_d - mean_d) - rest_d) / std_d                 mean and rest: a float64 mean in two float32 parts
-    chose[p, a] = 1 where anchor a has partner p             within a pair only: zeros between pairs
-    Z_p = sum_a chose[p, a] w_a u~_a                         a product on chip instead of atomic additions
+    chose[p, a] = 1 if anchor a has partner p                within a pair only: zeros between pairs
+    Z_p = sum_a chose[p, a] w_a u~_a                         a matrix product instead of atomic additions
 
                  PAIRS OTHER anchors a
-               +-------+-------+             A side's tokens are tiled flat (ROWS of all pairs' together) or, where two
-    PAIRS OWN  | 0 1 0 | . . . | pair 0      sides meet, by pairs: PAIRS pairs side by side with room for OWN tokens of
-    tokens p   | . . . | 1 0 0 | pair 1      one side and OTHER of the other; long rows in chunks. So a row of one token
-               +-------+-------+             shares a tile with 15 more pairs.
+               +-------+-------+             Kernels of one side tile its tokens flat: ROWS tokens of all pairs. Kernels
+    PAIRS OWN  | 0 1 0 | . . . | pair 0      of two sides tile by pairs: PAIRS pairs side by side with OWN slots for one
+    tokens p   | . . . | 1 0 0 | pair 1      side and OTHER for the other; longer rows take several chunks. Short rows
+               +-------+-------+             share a tile: 16 pairs of one token each.
 
-On chip: one tile of tokens, at most CHANNELS wide. Bytes: each token once for its norm, D itemsize. FLOP: 2 D a token
-for the norm, 2 OWN OTHER a channel and tile for Z.
+On chip: one tile of tokens, at most CHANNELS wide. Bytes: each token once for its norm, D itemsize. FLOP: 2 D per token
+for the norm, 2 OWN OTHER per channel and tile for Z.
 
-Multiplications and additions are never fused: a channel must round the same way in every pass, or a constant channel
+Multiplications and additions are not fused: a channel must round the same way in every pass, or a constant channel
 would not cancel exactly.
 """
 
@@ -29,21 +29,21 @@ from torch import Tensor
 
 from .packing import TINY, Strided, strided
 
-# Tokens x channels that a program holds.
+# Tokens and channels of a tile.
 ROWS = 32
 CHANNELS = 128
-# Channels beside a product on chip, or a step of one.
+# Channels of a tile, or of one step, in kernels with a matrix product.
 DEPTH = 64
-# The smallest side of a product on chip, and the largest that is used.
+# The smallest and the largest side of a matrix product.
 LEAST, MOST = 16, 32
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 class UnitTokens(NamedTuple):
-    """One side's tokens and their norms, also as a kernel's argument."""
+    """One side's tokens and their norms; also passed to kernels."""
 
     features: Strided  # (B, N, D)
-    inverse: Tensor | None  # (B, N) float32, 1 / norm; None where tokens are not normalised
+    inverse: Tensor | None  # (B, N) float32, 1 / norm; None without normalisation
     tokens: int  # N
 
     @property
@@ -56,23 +56,23 @@ class UnitTokens(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Who chose which partner, as a kernel's argument."""
+    """The partner of each anchor; passed to kernels."""
 
     index: Tensor  # (B, Na) int16, -1 where there is no anchor
     weight: Tensor  # (B, Na) float32
-    role: int  # of the anchors in Channels; their partners' is the next
+    role: int  # the anchors' role in Channels; their partners' role is the next
 
 
 class Channels(NamedTuple):
-    """Statistics of the channels, as a kernel's argument."""
+    """Statistics of the channels; passed to kernels."""
 
-    table: Tensor  # (rows, roles, D) float64: mean, 1 / std, and for the gradient offset and along
+    table: Tensor  # (kinds, roles, D) float64: mean, 1 / std, and for the gradient offset and along
     roles: int
     dim: int
 
 
 class PairTile(NamedTuple):
-    """The tokens of a program where two sides meet, and the channels of a step."""
+    """A tile of a kernel of two sides: pairs, slots per pair of each side, and channels per step."""
 
     pairs: int
     own: int
@@ -100,7 +100,7 @@ class Term(NamedTuple):
 
 @triton.jit
 def read_tokens(x, pair, position, there, d, dim):
-    """Read channels d of tokens (rows, BD), float32; zeros where there is none."""
+    """Read channels d of tokens, (rows, BD) float32; zeros for tokens that are not there."""
     at = (pair * x.strides[0] + position.to(tl.int64) * x.strides[1])[:, None]
     at = at + d.to(tl.int64)[None, :] * x.strides[2]
     return tl.load(x.data + at, mask=there[:, None] & (d < dim)[None, :], other=0.0).to(tl.float32)
@@ -108,7 +108,7 @@ def read_tokens(x, pair, position, there, d, dim):
 
 @triton.jit
 def read_units(side, pair, position, there, d, dim):
-    """Read channels d of unit tokens (rows, BD), float32; zeros where there is none."""
+    """Read channels d of unit tokens, (rows, BD) float32; zeros for tokens that are not there."""
     x = read_tokens(side.features, pair, position, there, d, dim)
     if side.inverse is not None:
         x *= tl.load(side.inverse + pair * side.tokens + position, mask=there, other=0.0)[:, None]
@@ -117,7 +117,7 @@ def read_units(side, pair, position, there, d, dim):
 
 @triton.jit
 def standardize(x, there, channels, role, d):
-    """Return x~ (rows, BD) of unit tokens; zeros where there is none."""
+    """Return x~ (rows, BD) of unit tokens; zeros for tokens that are not there."""
     wide = tl.load(channels.table + role * channels.dim + d, mask=d < channels.dim, other=0.0)
     mean = wide.to(tl.float32)
     rest = (wide - mean.to(tl.float64)).to(tl.float32)
@@ -128,7 +128,7 @@ def standardize(x, there, channels, role, d):
 
 @triton.jit
 def choosers(index, position, pair, first, chunk, pairs, tokens, TILE: tl.constexpr):
-    """Find which of a chunk of the other side's anchors chose which of our tokens: (rows, PAIRS OTHER) bool."""
+    """Find which anchors, in a chunk of the other side, chose which own token: (rows, PAIRS OTHER) bool."""
     a = tl.arange(0, TILE.pairs * TILE.other)
     of_pair = (first + a // TILE.other).to(tl.int64)
     at = chunk * TILE.other + a % TILE.other
@@ -139,7 +139,7 @@ def choosers(index, position, pair, first, chunk, pairs, tokens, TILE: tl.conste
 
 @triton.jit
 def count_choosers(index, position, pair, first, pairs, tokens, TILE: tl.constexpr):
-    """Count the anchors that chose each of our tokens, float32."""
+    """Count the anchors that chose each own token, float32."""
     count = tl.zeros((position.shape[0],), tl.float32)
     for chunk in tl.range(0, tl.cdiv(tokens, TILE.other)):
         hit, _, _, _ = choosers(index, position, pair, first, chunk, pairs, tokens, TILE)
@@ -149,7 +149,7 @@ def count_choosers(index, position, pair, first, pairs, tokens, TILE: tl.constex
 
 @triton.jit
 def sum_of_choosers(other, choices, channels, rows, position, pair, first, d, pairs, TILE: tl.constexpr):
-    """Sum w x~ over the anchors that chose each of our tokens, (rows, BD); or their ``rows``, if there are any."""
+    """Sum w x~ over the anchors that chose each own token, (rows, BD); or sum their ``rows``, if given."""
     total = tl.zeros((position.shape[0], d.shape[0]), tl.float32)
     for chunk in tl.range(0, tl.cdiv(other.tokens, TILE.other)):
         hit, of_pair, at, there = choosers(choices.index, position, pair, first, chunk, pairs, other.tokens, TILE)
@@ -167,7 +167,7 @@ def sum_of_choosers(other, choices, channels, rows, position, pair, first, d, pa
 
 @triton.jit
 def cdcr_norms(features, mask, inverse, rows, tokens, dim, ROWS: tl.constexpr, BD: tl.constexpr):
-    """Compute 1 / |x| of ROWS tokens; 0 for a zero token, and where there is none."""
+    """Compute 1 / |x| of ROWS tokens; 0 for zero and for masked tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     there = row < rows
@@ -184,7 +184,7 @@ def cdcr_norms(features, mask, inverse, rows, tokens, dim, ROWS: tl.constexpr, B
 
 
 def unit_tokens(features: Tensor, mask: Tensor | None, normalize: bool) -> UnitTokens:
-    """Find the norms of one side's real tokens."""
+    """Compute the norms of one side's real tokens."""
     pairs, tokens, dim = features.shape
     if not normalize:
         return UnitTokens(strided(features), None, tokens)
@@ -206,7 +206,7 @@ def unit_tokens(features: Tensor, mask: Tensor | None, normalize: bool) -> UnitT
 def terms(
     text: Tensor, video: Tensor, weights: tuple[Tensor | None, ...], indices: tuple[Tensor, ...], normalize: bool
 ) -> list[Term]:
-    """Return the terms that have weights; an index says which tokens are real."""
+    """Return the terms that have weights. Tokens with an index >= 0 are real."""
     indices = tuple(index.contiguous() for index in indices)
     sides = [
         unit_tokens(x, index >= 0 if normalize else None, normalize)
@@ -220,16 +220,17 @@ def terms(
 
 
 def channel_statistics(table: Tensor) -> Channels:
-    """Take the operator's statistics (rows, roles, D) as the kernels' argument."""
+    """Wrap the operator's statistics (kinds, roles, D) for the kernels."""
     return Channels(table.contiguous(), table.shape[1], table.shape[2])
 
 
 def channel_block(dim: int, most: int = CHANNELS) -> int:
+    """Choose the channels of a tile."""
     return min(most, max(LEAST, triton.next_power_of_2(dim)))
 
 
 def pair_tile(own: int, other: int, most: int, dim: int) -> PairTile:
-    """Choose the pairs of a program and the room for each side's tokens: every side of a product is at least LEAST."""
+    """Choose the pairs of a tile and the slots of each side, so that every side of a product is at least LEAST."""
     own, other = (min(most, triton.next_power_of_2(n)) for n in (own, other))
     pairs = max(1, LEAST // max(own, other))
     return PairTile(pairs, max(own, LEAST // pairs), max(other, LEAST // pairs), channel_block(dim, DEPTH))

@@ -1,18 +1,19 @@
-"""Pack real tokens into dense slots, and unpack the slots' gradients into the padded rows.
+"""Pack real tokens into dense slots, and unpack gradients of slots into the padded rows.
 
     slot s of row r   <-  the s-th real token x of the row, unchanged; masked tokens are never read
     scale             =   1 / |x|  (float32; 0 where |x| <= 1e-12 or overflows; 1 without normalisation)
-    weight            =   the token's weight; NaN where the token holds a NaN or Inf, whose slot is then zero
+    weight            =   the token's weight; NaN if the token holds a NaN or Inf; its slot is then zero
     grad x            =   scale (G - u <u, G>),  u = scale x,  G the gradient of the unit token
 
 All rows of words (text) share one array of slots. A row has a multiple of ``grain`` slots or, with length classes, the
-smallest of 16, 32, 64, 128 that holds it; rows of one class are neighbours. Frames (video) have the same number of
-slots in every row. Their companions (scale, weight, position) are frame-major: a tile of videos reads neighbours.
+smallest of 16, 32, 64, 128 slots that holds it; rows of one class are adjacent. Frames (video) have the same number of
+slots in every row. Their companion arrays (scale, weight, position) are frame-major, so that a tile of videos reads
+adjacent values.
 
         words   | r0 w0 w1 w2 . | r1 w0 . . . | r2 ...          '.' is a copy of the row's first token (``copies``, for
         frames  | r0 f0 f1 f2 | r1 f0 . . | ...                 maxima), or zero with position -2 (for gradients)
 
-Tile: a few slots of one row x all D channels, on chip. Bytes: D itemsize read and written a slot. FLOP: 2 D a slot.
+Tile: a few slots of one row x all D channels, on chip. Per slot: D itemsize bytes read and written, 2 D FLOP.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A class below 16 words would waste less on short captions, but costs one more launch and doubles the chunk tables.
+# A length class of 8 would waste less on short captions, but costs one more launch and doubles the chunk tables.
 GRAIN = 16
 LONGEST_CLASS = 128
-# Zeroed slots behind the last word. No kernel reads further beyond it.
+# Zeroed slots after the last word. No kernel reads beyond them.
 TAIL = 128
 NORM_EPS = 1e-12
-NOWHERE = tl.constexpr(1 << 30)  # the position of a slot in a row that has no token to copy
-PADDING = tl.constexpr(-2)  # the position of a slot that is zero
-# The same for the kernels, which read only constexpr globals.
+NOWHERE = tl.constexpr(1 << 30)  # position of a slot in a row without a token to copy
+PADDING = tl.constexpr(-2)  # position of a zero slot
+# The same values for the kernels, which can only read constexpr globals.
 CHUNK, TAIL_SLOTS, TINY = tl.constexpr(GRAIN), tl.constexpr(TAIL), tl.constexpr(NORM_EPS)
 
 
 class Strided(NamedTuple):
-    """A tensor as a kernel's argument."""
+    """A tensor and its strides; passed to kernels."""
 
     data: Tensor
     strides: tuple[int, ...]
 
 
 class Side(NamedTuple):
-    """One side of the interaction as the caller gave it."""
+    """One side of the interaction, not packed."""
 
     features: Tensor  # (rows, N, D), any strides
     weight: Tensor | None  # (rows, N)
@@ -52,29 +53,29 @@ class Side(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """One side in slots, also as a kernel's argument. Companions: words (slots,), frames (N, rows allocated)."""
+    """One side in slots; also passed to kernels. Companion arrays are (slots,) or, for frames, (N, allocated)."""
 
     features: Tensor  # words (slots, D'), frames (rows allocated, N D'); D' is D padded with zeros
     scale: Tensor
     weight: Tensor
-    position: Tensor  # int32, the token's place in the padded row
+    position: Tensor  # int32, the token's index in the padded row
     length: Tensor  # int32, real tokens of each row; words have one more row, the tail
     start: Tensor | None  # words: (2, rows + 1) int32, first slot and number of slots; the last column is the tail
     order: Tensor | None  # words by length class: the rows in slot order
-    class_begin: Tensor | None  # words by length class: where each class begins in ``order``, and where the last ends
+    class_begin: Tensor | None  # words by length class: start of each class in ``order``, and the end of the last
     chunk_row: Tensor | None  # words: the row of each GRAIN slots, -1 in the tail
     rows: int
     tokens: int  # N
-    allocated: int  # the last size of a companion
+    allocated: int  # last dimension of a companion array
     dim: int  # D'
-    most_slots: int  # of a row
+    most_slots: int  # the most slots of a row
 
 
 @triton.jit
 def row_layout(
     mask, length, slots, real, rows, tokens, CLASSES: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Count one row's real tokens, find its number of slots, and list the places of its real tokens."""
+    """Count one row's real tokens, choose its number of slots, and list the indices of its real tokens."""
     row = tl.program_id(0)
     count = tl.where(row < rows, tokens, 0)
     if mask is not None:
@@ -105,7 +106,7 @@ def pack_slots(
     NORMALIZE: tl.constexpr,
     COPIES: tl.constexpr,
 ):
-    """Fill SLOTS slots of one row at a time."""
+    """Fill the slots of one row, SLOTS at a time."""
     FRAMES: tl.constexpr = packed.start is None
     row = (tl.program_id(0) // blocks).to(tl.int64)
     count = tl.load(packed.length + row)
@@ -164,7 +165,7 @@ def unpack_gradient(
     SLOTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """Turn the gradients of SLOTS unit tokens of a row into those of the raw features, in their padded places."""
+    """Turn the gradients of SLOTS unit tokens of a row into those of the raw features, in the padded row."""
     FRAMES: tl.constexpr = packed.start is None
     row = (tl.program_id(0) // blocks).to(tl.int64)
     s = tl.program_id(0) % blocks * SLOTS + tl.arange(0, SLOTS)
@@ -186,7 +187,7 @@ def unpack_gradient(
 
 @triton.jit
 def unpack_weight_gradient(partial, out, packed, parts, part_stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """Add up the partial sums of one row's tokens in a fixed order; ADD: to what is in their padded places already."""
+    """Sum the partial sums of one row's tokens in a fixed order into the padded row; ADD: to its present values."""
     FRAMES: tl.constexpr = packed.start is None
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK)
@@ -204,29 +205,29 @@ def unpack_weight_gradient(partial, out, packed, parts, part_stride, BLOCK: tl.c
 
 
 def strided(x: Tensor | None) -> Strided | None:
-    """Pass a tensor of any strides to a kernel; a bool tensor as bytes."""
+    """Wrap a tensor of any strides for a kernel; a bool tensor becomes uint8."""
     if x is None:
         return None
     return Strided(x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride())
 
 
 def length_class(tokens: int) -> int:
-    """The smallest class of 16, 32, 64, 128 slots that holds so many words; 128 beyond that."""
+    """Return the smallest class of 16, 32, 64, 128 slots that holds ``tokens`` words; 128 if none does."""
     return min(LONGEST_CLASS, max(GRAIN, triton.next_power_of_2(tokens)))
 
 
 def length_classes(tokens: int) -> list[int]:
-    """Every class that a row of up to ``tokens`` words may fall into."""
+    """List the classes of rows of up to ``tokens`` words."""
     return [c for c in (16, 32, 64, 128) if c <= length_class(tokens)]
 
 
 def index_dtype(tokens: int) -> torch.dtype:
-    """The dtype of matches that name one of ``tokens`` tokens or none."""
+    """Return the dtype of matches: it must hold the index of each of ``tokens`` tokens, and "none"."""
     return torch.uint8 if tokens <= 255 else torch.int16
 
 
 def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: bool, copies: bool) -> PackedRows:
-    """Pack text: by length class, or in the rows' own order with a multiple of ``grain`` slots each."""
+    """Pack text by length class, or in row order with a multiple of ``grain`` slots per row."""
     rows, tokens, dim = side.features.shape
     most = length_class(tokens) if classes else triton.cdiv(tokens, grain) * grain
     allocated = rows * most + TAIL
@@ -274,7 +275,7 @@ def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: b
 
 
 def pack_frames(side: Side, step: int, block: int, normalize: bool, *, copies: bool) -> PackedRows:
-    """Pack video: N slots a row, rows padded to whole blocks of ``block``."""
+    """Pack video with N slots per row, padded to whole blocks of ``block`` rows."""
     rows, tokens, dim = side.features.shape
     allocated = triton.cdiv(rows, block) * block
     d = triton.cdiv(dim, step) * step
@@ -333,14 +334,14 @@ def _fill(side: Side, packed: PackedRows, real: Tensor | None, normalize: bool, 
 
 
 def _tile(packed: PackedRows, slots: int) -> tuple[int, dict[str, int]]:
-    """Choose the programs a row and their shape: about 32 values a thread."""
+    """Choose the programs per row and their shape, for about 32 values per thread."""
     channels = triton.next_power_of_2(packed.dim)
     size = min(max(1, 4096 // channels), triton.next_power_of_2(slots))
     return triton.cdiv(slots, size), {"CHANNELS": channels, "SLOTS": size, "num_warps": 4 if channels <= 4096 else 8}
 
 
 def unpack(grad: Tensor, side: Side, packed: PackedRows, factor: Tensor, normalize: bool, out: Tensor) -> None:
-    """Write the raw features' gradient to the real tokens' places in ``out``, given that of the slots' unit tokens."""
+    """Turn the gradient of the slots' unit tokens into that of the raw features, in the real tokens of ``out``."""
     blocks, tile = _tile(packed, packed.tokens)
     unpack_gradient[(packed.rows * blocks,)](
         grad,
@@ -357,7 +358,7 @@ def unpack(grad: Tensor, side: Side, packed: PackedRows, factor: Tensor, normali
 
 
 def unpack_weight(partial: Tensor, packed: PackedRows, out: Tensor, *, add: bool) -> None:
-    """Add up (parts, companions) partial sums of the weights' gradients into the real tokens' places of ``out``."""
+    """Sum the weights' partial gradients (parts, companions) into the real tokens of ``out``."""
     block = triton.next_power_of_2(packed.tokens)
     unpack_weight_gradient[(packed.rows,)](
         partial, out, packed, partial.shape[0], partial.stride(0), BLOCK=block, ADD=add

@@ -1,7 +1,7 @@
 """Forward kernel of the token interaction: scores, matches, or the weights' gradients, from one tile of similarities.
 
     S[b,f,a,i]  = <v_bf, t_ai> / (|v_bf| |t_ai|)          raw tokens on the tensor cores, norms applied afterwards
-    m_t[a,i,b]  = max_f S      m_v[a,f,b] = max_i S       (and 0, where a masked token's similarity competes)
+    m_t[a,i,b]  = max_f S      m_v[a,f,b] = max_i S       (and 0, if a masked token's similarity competes)
     logits[a,b] = (sum_i w_ai m_t[a,i,b] + sum_f w_bf m_v[a,f,b]) / 2
     matches     = the two argmaxes, lowest index first, as positions in the padded rows
     grad w_ai   = sum_b g[a,b] m_t[a,i,b] / 2,  grad w_bf = sum_a g[a,b] m_v[a,f,b] / 2
@@ -10,19 +10,20 @@ Tile: BM videos (one frame of each at a time) x BN words = BN / SLOTS captions o
 words and loops over the frames; K = D in steps of BK.
 
         BN words of BN/SLOTS captions          on chip: the running m_t (and its frame) of the whole tile,
-      +---------+---------+---------+          the partial sum of m_v for each (video, caption), nothing else.
-   BM |  frame f of BM videos  . t  |  for f   A caption's words lie in one thread's registers and in 4 neighbouring
-      +---------+---------+---------+          threads, so the maximum over words needs no shared memory.
+      +---------+---------+---------+          and the partial sum of m_v for each (video, caption).
+   BM |  frame f of BM videos  . t  |  for f   A caption's words lie in the registers of 4 adjacent threads, so the
+      +---------+---------+---------+          maximum over words needs no shared memory.
 
 FLOP per tile and frame: 2 BM BN D. Bytes read: (BM + BN) D itemsize. Bytes written per tile: 4 BM BN/SLOTS; in training
 also BM BN, and BM BN/SLOTS per frame.
 
-Slots beyond a row's real tokens hold copies of its first real token (packing.py). A copy never changes a maximum and,
-being later, never wins a tie, so the loop needs no mask.
+Slots beyond a row's real tokens hold copies of its first real token (packing.py). A copy does not change a maximum and,
+because it comes later, does not win a tie. So the loop needs no mask.
 
-KEYED (16-bit unit tokens, |S| < 2): S + 6 lies in (4, 8), where a float32 is fixed point with step 2^-21. Shifted left
-by 8, with 255 - index in the low byte, an unsigned maximum gives the value and its lowest index at once. Index 255 is
-"none", the masked 0. A NaN never gets here: the weights carry it (packing.py). Otherwise value and index are separate.
+KEYED (16-bit unit tokens, |S| < 2): S + 6 lies in (4, 8), where a float32 is fixed point with step 2^-21. Shift its
+bits left by 8 and put 255 - index in the low byte: an unsigned maximum then gives the value and its lowest index at
+once. Index 255 is "none", the masked 0. NaN cannot occur here: the weights carry it (packing.py). In the other forms
+value and index are separate.
 """
 
 from __future__ import annotations
@@ -44,30 +45,30 @@ MATCHES = tl.constexpr(1)
 WEIGHTS = tl.constexpr(2)
 
 OFFSET = tl.constexpr(6.0)
-EXPONENT = tl.constexpr(0x40000000)  # the bits of a float in [4, 8) that the shift pushes out
-ZERO_KEY = tl.constexpr(0xC0000000)  # the key of value 0 that names no token
-NOBODY = tl.constexpr(255)  # no slot, in a key; x ^ 255 is 255 - x
-LARGE = packing.NOWHERE  # no slot, where value and slot are separate
+EXPONENT = tl.constexpr(0x40000000)  # the bits of a float in [4, 8) that the shift drops
+ZERO_KEY = tl.constexpr(0xC0000000)  # the key of value 0 without a token
+NOBODY = tl.constexpr(255)  # "no slot" in a key; x ^ 255 is 255 - x
+LARGE = packing.NOWHERE  # "no slot" in the other forms
 
 
 class Form(NamedTuple):
-    """What is fixed when the forward kernel is compiled, beside the tile."""
+    """Compile-time constants of the forward kernel, in addition to the tile."""
 
-    slots: int  # of a caption
+    slots: int  # slots per caption
     dim: int  # D'
     both: bool  # both directions
-    mode: int
+    mode: int  # SCORES, MATCHES or WEIGHTS
     keyed: bool
     precision: str  # of the product: "ieee" or "tf32"
-    none: int  # the index that names no token
-    long: bool  # captions of more than one tile
-    add: bool  # to the logits of the other direction
+    none: int  # the index of "none chosen"
+    long: bool  # captions may take several tiles
+    add: bool  # add to the logits of the other direction
     text_holes: bool  # a word's slot may differ from its position
-    video_holes: bool
+    video_holes: bool  # the same for frames
 
 
 class Outputs(NamedTuple):
-    """Where a sweep writes, also as the kernel's argument; strides in the caller's layout."""
+    """The output tensors of a sweep; also passed to the kernel."""
 
     logits: Tensor
     logits_strides: tuple[int, int]  # caption, row
@@ -77,7 +78,7 @@ class Outputs(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Partial sums of the weights' gradients, also as the kernel's argument."""
+    """Partial sums of the weights' gradients; also passed to the kernel."""
 
     by_word: Tensor  # (blocks of rows, word slots)
     by_frame: Tensor | None  # (tiles of words, N, rows)
@@ -90,7 +91,7 @@ def _key_value(key):
 
 @triton.jit
 def _over_words(s, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """Return value and slot of the maximum over words of s (BM, captions, SLOTS); floor (captions,): a 0 competes."""
+    """Return value and slot of the maximum over words of s (BM, captions, SLOTS); floor (captions,): 0 competes."""
     slot = tl.arange(0, s.shape[2])[None, None, :]
     if KEYED and MODE == MATCHES:
         key = (s.to(tl.uint32, bitcast=True) << 8) + (slot ^ NOBODY).to(tl.uint32)
@@ -113,7 +114,7 @@ def _over_words(s, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
 
 @triton.jit
 def _start(BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """Start the running maximum over frames, and its frame where that is separate."""
+    """Start the running maximum over frames, and its frame."""
     frame = tl.full((BM, BN), LARGE, tl.int32)
     if KEYED and MODE == MATCHES:
         best = tl.zeros((BM, BN), tl.uint32)
@@ -126,7 +127,7 @@ def _start(BM: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, KEYED: tl.con
 
 @triton.jit
 def _over_frames(best, frame, s, position, MODE: tl.constexpr, KEYED: tl.constexpr):
-    """Compare with one more frame, whose position in the padded row is (1, 1) or (BM, 1)."""
+    """Update the maximum with one more frame; ``position`` (1, 1) or (BM, 1) is its index in the padded row."""
     if KEYED and MODE == MATCHES:
         best = tl.maximum(best, (s.to(tl.uint32, bitcast=True) << 8) + (position ^ NOBODY).to(tl.uint32))
     elif KEYED:
@@ -157,7 +158,7 @@ def _finish(best, frame, floor, MODE: tl.constexpr, KEYED: tl.constexpr):
 @triton.jit
 def _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE: tl.constexpr, FORM: tl.constexpr):
     """Compute S of frame f of BM videos with BN words; plus OFFSET if keyed."""
-    # Named, because Triton 3.6 takes no field of a constexpr inside a tuple.
+    # Triton 3.6 does not accept a field of a constexpr inside a tuple: bind it to a name.
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     acc = tl.zeros((BM, BN), tl.float32)
@@ -174,7 +175,7 @@ def _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE: t
             v = tl.load(v_rows + k)
             t = tl.load(t_rows + k)
         acc = tl.dot(v, t.T, acc, input_precision=FORM.precision)
-    # Loaded for each frame: kept over the loop, the words' norms would cost 32 registers a thread.
+    # Load the words' norms for each frame: keeping them over the loop would cost 32 registers per thread.
     r = acc * tl.load(frames.scale + (f * frames.allocated + (b0 + tl.arange(0, BM))))[:, None]
     scale = tl.broadcast_to(tl.load(words.scale + c0 + tl.arange(0, BN))[None, :], BM, BN)
     return tl.fma(r, scale, tl.full((BM, BN), OFFSET, tl.float32)) if FORM.keyed else r * scale
@@ -182,7 +183,7 @@ def _frame_similarity(words, frames, word_tiles, frame_tiles, b0, c0, f, TILE: t
 
 @triton.jit
 def _store_choices(slot, words, out, at, c0, mask, FORM: tl.constexpr):
-    """Store which word each video's frame chose: slots (BM, captions) become places in the padded captions."""
+    """Store which word each video's frame chose: turn slots (BM, captions) into indices into the padded captions."""
     found = slot < (NOBODY if FORM.keyed else LARGE)
     if FORM.text_holes:
         of_slot = c0 + tl.arange(0, slot.shape[1])[None, :] * FORM.slots + slot
@@ -193,7 +194,7 @@ def _store_choices(slot, words, out, at, c0, mask, FORM: tl.constexpr):
 
 @triton.jit
 def _of_words(x, SLOTS: tl.constexpr):
-    """Repeat (captions,) for each of a caption's slots: (captions SLOTS,)."""
+    """Repeat (captions,) for each slot of a caption: (captions SLOTS,)."""
     return tl.reshape(tl.broadcast_to(x[:, None], x.shape[0], SLOTS), (x.shape[0] * SLOTS,))
 
 
@@ -210,7 +211,7 @@ def _take_frame(
         chosen = tl.load(out.text_index + at, mask=mask, other=NOBODY) != NOBODY
         tl.store(partials.by_frame + nth_frame + b, tl.sum(tl.where(chosen, value * g, 0.0), axis=1))
     elif FORM.mode != WEIGHTS:
-        # One direction: the weight is 0, or NaN where the frame holds one.
+        # With one direction the weight is 0, or NaN if the frame holds a NaN.
         weight = tl.load(frames.weight + of_frame)[:, None]
         total += value * weight if FORM.both else weight
     if FORM.mode == MATCHES and FORM.both:
@@ -230,7 +231,7 @@ def _take_words(value, frame, total, g, here, mask, at, words, out, partials, bl
         chosen = tl.load(out.index + at, mask=mask, other=FORM.none) != FORM.none
         share = tl.reshape(tl.broadcast_to(g[:, :, None], BM, CAPTIONS, SLOTS), (BM, BN))
         partial = partials.by_word + block.to(tl.int64) * words.allocated + c0 + column
-        # Columns beyond the last caption belong to another class.
+        # Columns beyond the last caption belong to the next length class.
         tl.store(partial, tl.sum(tl.where(chosen, value * share, 0.0), axis=0), mask=_of_words(here, SLOTS))
     else:
         weights = tl.reshape(tl.load(words.weight + c0 + column), (1, CAPTIONS, SLOTS))
@@ -266,7 +267,7 @@ def interaction_forward(
     b = b0 + tl.arange(0, BM)
     first, end = tile * (BN // SLOTS), words.rows
     if SORTED:
-        # The grid has room for every caption in this class; only the device knows how many there are.
+        # The grid is large enough for all captions to be in this class; only the device knows how many are.
         first += tl.load(words.class_begin + group)
         end = tl.load(words.class_begin + group + 1)
         if first >= end:
@@ -283,7 +284,7 @@ def interaction_forward(
     total = tl.zeros((BM, BN // SLOTS), tl.float32)
     for chunk in tl.range(0, tl.cdiv(tl.max(t_length, 0), BN) if FORM.long else 1):
         c0 = t0 + chunk * BN
-        column = tl.arange(0, BN)  # added last: offsets from one address cost no registers
+        column = tl.arange(0, BN)  # added to addresses last: constant offsets cost no registers
         best, frame = _start(BM, BN, FORM.mode, FORM.keyed)
         for f in tl.range(0, tl.max(v_length, 0), flatten=True):
             of_frame = f * frames.allocated + b
@@ -330,7 +331,7 @@ def interaction_forward(
             FORM,
         )
     if FORM.mode != WEIGHTS:
-        # A pair with an empty side scores 0, whatever the other side's weights are.
+        # A pair with an empty side scores 0, even if the other side has infinite weights.
         total = tl.where((t_length > 0)[None, :] & (v_length > 0)[:, None], total * factor, 0.0)
         if FORM.add:
             total += tl.load(out.logits + pair, mask=inside, other=0.0)
@@ -342,7 +343,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits (A, B) float32 and, if kept, matches (A, Nt, B) and (A, Nv, B): uint8, or int16 beyond 255 tokens.
 
-    A video without weights: one direction, not halved.
+    If the video has no weights, compute only the text's direction, not halved.
     """
     both = video.weight is not None
     a, nt, _ = text.features.shape
@@ -357,8 +358,8 @@ def forward(
     if nt <= LONGEST_CLASS or not both:
         sweep(text, video, out, mode, both, normalize, zero_competes, 0.5 if both else 1.0)
         return logits, video_index, text_index
-    # Captions of more than one tile: a frame's maximum would have to wait for the caption's next tile, so each
-    # direction has a sweep of its own.
+    # Captions take several tiles here, and a frame's maximum over words would need all of them. So run one sweep per
+    # direction; the second one swaps the sides.
     sweep(text, video, out, mode, False, normalize, zero_competes, 0.5)
     out = Outputs(logits, (1, b), text_index, (1, b, nv * b), text_index)
     sweep(video, text, out, mode, False, normalize, zero_competes, 0.5, add=True)
@@ -376,9 +377,9 @@ def sweep(
     factor: float,
     add: bool = False,
 ) -> tuple[PackedRows, PackedRows, Partials | None]:
-    """Launch the kernel over every caption and row: once, or once a length class where a mask gives lengths.
+    """Launch the kernel for all captions and rows, once or, with a mask, once per length class.
 
-    Returns both sides in slots and, of WEIGHTS, the partial sums.
+    Return both sides in slots and, in mode WEIGHTS, the partial sums.
     """
     a, nt, _ = words.features.shape
     b, nv, _ = frames.features.shape
@@ -392,7 +393,7 @@ def sweep(
     block = tiles[packing.length_class(nt)].m
     grain = LONGEST_CLASS if long else packing.GRAIN
     w = packing.pack_words(words, step, normalize, grain=grain, classes=not long, copies=True)
-    # One direction needs nothing of the frames' weights but their NaN.
+    # With one direction packing only marks NaN frames in the frames' weights.
     frames = frames if both else frames._replace(weight=None)
     f = packing.pack_frames(frames, step, block, normalize, copies=True)
     blocks = triton.cdiv(b, block)
@@ -437,7 +438,7 @@ def sweep(
 
 
 def _index(like: Side, shape: tuple[int, ...], length: int, mask: Tensor | None) -> Tensor:
-    """Allocate matches. Where tokens may be masked, fill them with "none": the kernel writes only real tokens."""
+    """Allocate matches. With a mask, fill them with "none", because the kernel writes only real tokens."""
     dtype = packing.index_dtype(length)
     if mask is None:
         return like.features.new_empty(shape, dtype=dtype)

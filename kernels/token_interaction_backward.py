@@ -1,24 +1,25 @@
-"""Backward kernels of the token interaction: gradients of the unit tokens, from the matches only.
+"""Backward kernels of the token interaction: gradients of the unit tokens, computed from the matches.
 
     C[a,i,b,f] = g[a,b] (w_ai [word i of a chose frame f of b] + w_bf [frame f of b chose word i of a]) / 2
     G_ai = sum_bf C[a,i,b,f] v_bf / |v_bf|        G_bf = sum_ai C[a,i,b,f] t_ai / |t_ai|
     packing.unpack then turns the gradient G of a unit token into that of the raw token
 
-C is sparse (one entry per word and video, one per frame and caption), but gathers starve a GPU. So a tile of C is built
-on chip and multiplied on the tensor cores. No atomics: each program owns its part of G and adds in a fixed order.
+C is sparse (one entry per word and video, one per frame and caption), but gathering tokens by match would be bound by
+memory. So a program builds a tile of C on chip and multiplies it on the tensor cores. No atomics: each program owns its
+part of G and adds in a fixed order.
 
-      transposed:   G^T (D x words) += v^T (D x videos)  C (videos x words)     one frame of BK videos a step
-                    G^T (D x videos) += t^T (D x words)  C (words x videos)     BK words a step, one frame a program
+      transposed:   G^T (D x words) += v^T (D x videos)  C (videos x words)     one frame of BK videos per step
+                    G^T (D x videos) += t^T (D x words)  C (words x videos)     BK words per step, one frame per program
 
-On chip: the accumulator and one tile of C. C is always the right operand: it goes through shared memory once and is
-never a register operand, so ptxas does not serialise the products, and no product's result feeds another product.
-FLOP a step: 2 BM BN BK. Bytes a step: BM BK itemsize of tokens, BK BN of the words' choices, 5 BK BN / 16 of g and the
-frames' choices.
+On chip: the accumulator and one tile of C. C is always the right operand, which is read from shared memory: a register
+operand would make ptxas serialise the products. No product's result feeds another product.
+Per step: 2 BM BN BK FLOP; BM BK itemsize bytes of tokens, BK BN of the words' matches, 5 BK BN / 16 of g and the
+frames' matches.
 
-Words come in chunks of GRAIN slots, each of one caption, so that values of a pair are loaded once a chunk.
+Words come in chunks of GRAIN slots of one caption, so that values of a pair are loaded once per chunk.
 
-The launcher loops over blocks of text rows. It takes a block's matches from the kept ones, or finds them again with the
-forward's kernel. Nothing else differs, so the bits do not either. G_bf grows from block to block in float32.
+The launcher loops over blocks of text rows. A block's matches are kept ones, or the forward kernel finds them again;
+the gradients have the same bits in both cases. G_bf accumulates from block to block in float32.
 """
 
 from __future__ import annotations
@@ -50,19 +51,20 @@ from .packing import (
 from .token_interaction import WEIGHTS, Outputs, forward, sweep
 from .tuning import Tile
 
-# Bytes of matches in a block of text rows. Large, because each block packs its text and ends with a pass over all video
-# gradients. Small beside the memory of a training step: batches up to 2,400 at 32 words x 12 frames are one block.
+# Bytes of matches in a block of text rows. Each block costs a pass over all video gradients, so there should be few;
+# but a block must be small beside the memory of a training step. Batches up to 2,400 with 32 words and 12 frames are
+# one block.
 BLOCK_BYTES = 256 << 20
-# Rows in a block are a multiple of this: a block's part of any tensor is then aligned to 16 bytes, as the whole is.
+# A block has a multiple of this many rows, so that its part of every tensor is aligned to 16 bytes.
 BLOCK_ROWS = 16
 
 
 class Pairs(NamedTuple):
-    """What a kernel reads of the pairs of a block of text rows."""
+    """Values of the pairs of a block of text rows; passed to kernels."""
 
     grad_logits: Tensor  # (rows, B) float32
     video_index: Tensor
-    text_index: Tensor | None  # None: one direction
+    text_index: Tensor | None  # None with one direction
     boost: Tensor
     factor: float
 
@@ -99,7 +101,7 @@ def interaction_backward_text(
     scale_all = tl.load(pairs.boost) * pairs.factor
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
-    # One loop, not two: the values that an outer loop keeps for an inner one need registers that are not there.
+    # One loop over videos and frames instead of two: values that an outer loop keeps for an inner one would spill.
     most = tl.load(most_frames)
     for step in tl.range(0, tl.cdiv(frames.rows, BK) * most):
         b0 = step // most * BK
@@ -142,7 +144,7 @@ def interaction_backward_video(
     PRECISION: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Compute TILE.m channels of the gradients of one frame of TILE.n videos; ADD: to those of earlier blocks."""
+    """Compute TILE.m channels of the gradients of one frame of TILE.n videos; ADD: add to those of earlier blocks."""
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     BK: tl.constexpr = TILE.k
@@ -162,7 +164,7 @@ def interaction_backward_video(
     channel = d0 + tl.arange(0, BM)
     acc = tl.zeros((BM, BN), tl.float32)
     if ADD:
-        # Now, not at the end, where the computed tile is in the registers as well.
+        # Load them first: at the end the computed tile would need registers at the same time.
         earlier = grad + (b[None, :].to(tl.int64) * frames.tokens + f) * D + channel[:, None]
         acc = tl.load(earlier, mask=(channel < D)[:, None], other=0.0)
     for t0 in tl.range(0, tl.load(words.start + words.rows), BK):
@@ -203,10 +205,10 @@ class Block(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all blocks need."""
+    """Values that all blocks share."""
 
     video: Side
-    frames: PackedRows | None  # where gradients of features are wanted
+    frames: PackedRows | None  # None if no gradients of features are wanted
     grad_frames: Tensor | None  # (rows_allocated, N D') float32, the sum over blocks so far
     boost: Tensor
     normalize: bool
@@ -226,9 +228,9 @@ def backward(
     zero_competes: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Compute the gradients of both features (their dtype) and both weights (float32); empty where not asked for.
+    """Compute the gradients of both features (their dtype) and both weights (float32); empty if not asked for.
 
-    Empty matches were not kept: each block of text rows finds its own again.
+    If the matches are empty, the forward pass did not keep them, and each block of text rows finds its own again.
     """
     both = video.weight is not None
     grads = _outputs(text, video, (*output_mask[:3], output_mask[3] and both))
@@ -252,18 +254,18 @@ def backward(
         else:
             matches = forward(part, video, normalize, zero_competes, True)[1:]
         _block_gradients(Block(rows, part, grad_logits[rows], *matches), shared, grads)
-        del matches  # frees them before the next block finds its own
+        del matches  # free them before the next block finds its own
     if len(grads[1]):
         unpack(grad_frames, video, frames, 1 / boost, normalize, grads[1])
     return grads
 
 
 def _outputs(text: Side, video: Side, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Allocate the gradients; zeros where no kernel writes: masked tokens, and both sides if one is empty."""
+    """Allocate the gradients. Fill them with zeros if kernels do not write all: with a mask, or if a side is empty."""
     written = len(text.features) > 0 and len(video.features) > 0
     grads = []
     for i, (side, want) in enumerate(zip((text, video, text, video), wanted, strict=True)):
-        # Contiguous whatever the features' strides: the operator's fake promises that.
+        # Contiguous, as the operator's fake implementation says, even if the features are not.
         new = torch.empty if side.mask is None and written else torch.zeros
         shape, dtype = (side.features.shape, side.features.dtype) if i < 2 else (side.features.shape[:2], torch.float32)
         grads.append(new(shape if want else (0,), dtype=dtype, device=side.features.device))
@@ -271,7 +273,7 @@ def _outputs(text: Side, video: Side, wanted: Sequence[bool]) -> tuple[Tensor, .
 
 
 def _rows_of_a_block(text: Side, video: Side) -> int:
-    """Choose the text rows of a block by shapes only, so that it does not depend on whether matches were kept."""
+    """Choose the text rows of a block from shapes only, so that it does not depend on whether matches were kept."""
     nt, (b, nv, _) = text.features.shape[1], video.features.shape
     a_pair = nt * index_dtype(nv).itemsize
     if video.weight is not None:
@@ -290,7 +292,7 @@ def _block_gradients(block: Block, shared: Shared, grads: tuple[Tensor, ...]) ->
             del grad
         if of_video:
             add_video_gradient(words, block, shared)
-        del words  # weight_gradients needs other slots and packs again
+        del words  # free it: weight_gradients packs the text again, into other slots
     if any(of_weights):
         weight_gradients(block, shared.video, shared.normalize, grads[2], grads[3])
 
@@ -298,9 +300,9 @@ def _block_gradients(block: Block, shared: Shared, grads: tuple[Tensor, ...]) ->
 def weight_gradients(block: Block, video: Side, normalize: bool, of_text: Tensor, of_video: Tensor) -> None:
     """Write a block's rows of the text weights' gradient (A, Nt), and add its share to the video's (B, Nv); float32.
 
-    The maxima are found again, which costs one product: kept from the forward they would take two to four times the
-    matches' memory. Where a match names no token, the maximum was the masked 0. No atomics: partial sums, then one sum
-    in a fixed order. An empty gradient is not asked for.
+    The forward kernel finds the maxima again, which costs one product; keeping them would take two to four times the
+    matches' memory. A match without a token means that the maximum was the masked 0. No atomics: partial sums are added
+    up in a fixed order. An empty output means that its gradient is not wanted.
     """
     text, b, nt = block.text, video.features.shape[0], block.text.features.shape[1]
     nv, both, add = video.features.shape[1], video.weight is not None, block.rows.start > 0
@@ -328,7 +330,7 @@ def text_gradient(words: PackedRows, block: Block, shared: Shared) -> Tensor:
     """Compute the gradients (slots, D') float32 of a block's unit words, times the boost."""
     tile, frames = _tile("text", block.text), shared.frames
     grad = torch.empty(words.features.shape, dtype=torch.float32, device=shared.boost.device)
-    # The tail only serves reads beyond the last word; it has no gradient.
+    # The tail after the last word has no gradient.
     tiles = triton.cdiv(len(grad) - TAIL, tile.n)
     interaction_backward_text[(tiles * triton.cdiv(words.dim, tile.m),)](
         words,
@@ -374,10 +376,10 @@ def _descriptor(tokens: Tensor, tile: Tile) -> TensorDescriptor | None:
 
 
 def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Tensor:
-    """Choose a power of two that brings the largest coefficient near float16's upper end; 1 for other dtypes.
+    """Choose a power of two that scales the largest coefficient close to float16's maximum; 1 for other dtypes.
 
-    Gradients of a mean over many pairs are too small for float16. All blocks share the factor, so that they add up. It
-    is computed on the device: no synchronisation.
+    Gradients of a mean over many pairs are too small for float16. All blocks share the factor, so that they can be
+    added. It is computed on the device, without synchronisation.
     """
     if text.features.dtype != torch.float16:
         return torch.ones((), dtype=torch.float32, device=grad_logits.device)
@@ -388,7 +390,7 @@ def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Ten
 
 
 def _peaks(side: Side, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Find the largest weight and the largest 1 / |x| of one side's real tokens."""
+    """Return the largest weight and the largest 1 / |x| of one side's real tokens."""
     zero = torch.zeros((), dtype=torch.float32, device=side.features.device)
     real = torch.ones_like(zero, dtype=torch.bool) if side.mask is None else side.mask
     weight = zero

@@ -1,11 +1,11 @@
-"""Tile shapes by architecture, kernel and shape class. They are chosen ahead of time; training tries nothing out.
+"""Tile shapes by architecture, kernel and shape class. They are fixed; nothing is tuned at run time.
 
 ``source`` says where an entry comes from. "static": chosen from the static report (benchmarks/static_report.py: no
-spills, tensor cores not serialised, shared memory within the chip's) and not measured. "measured": timed by
-benchmarks/tune.py on the GPU that it names. A score's bits depend on the entry, so training and inference share it, and
-the choice does not depend on the batch size.
+spills, tensor cores not serialised, shared memory within the GPU's) and not measured. "measured": timed by
+benchmarks/tune.py on the GPU that it names. A score's bits depend on the entry, so training and inference use the same
+one, and the choice does not depend on the batch size.
 
-Architectures: "sm_80" also serves 8.6, 8.9 and 12.x, whose shared memory is 99 KB.
+Architectures: "sm_80" also serves compute capability 8.6, 8.9 and 12.x, which have 99 KB of shared memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Channels are padded with zeros to a multiple of this, which every tile's k divides.
+# Channels are padded with zeros to a multiple of STEP; every tile's k divides it.
 STEP = 64
 
 
 class Tile(NamedTuple):
-    """One launch: ``m`` videos (or channels) x ``n`` words x ``k`` a step. Also a constant of the kernel."""
+    """A tile of ``m`` videos (or channels) x ``n`` words, ``k`` per step; also a constexpr of the kernel."""
 
     m: int
     n: int
@@ -31,8 +31,8 @@ class Tile(NamedTuple):
     source: str = "static"
 
 
-# Forward, by how the maxima are kept: "keyed" (16-bit unit tokens), "exact" (16-bit raw tokens, or beyond 255 tokens),
-# "tf32" and "fp32" (float32 tokens). n grows to the length class where that is larger.
+# Forward, by the form of the maxima: "keyed" (16-bit unit tokens), "exact" (16-bit raw tokens, or over 255 tokens),
+# "tf32" and "fp32" (float32 tokens). n grows to the length class if that is larger.
 AMPERE_FORWARD = {
     "keyed": Tile(64, 128, 64, 8, 3, False),
     "exact": Tile(64, 64, 64, 8, 3, False),
@@ -49,12 +49,12 @@ FORWARD = {
     "sm_80": AMPERE_FORWARD,
     "sm_90": HOPPER_FORWARD,
     "sm_100": dict(HOPPER_FORWARD),
-    # Triton's interpreter: small, so that small problems have several tiles and ragged edges.
+    # Triton's interpreter, for tests: small tiles, so that small problems have several tiles and partly filled ones.
     "interpreter": dict.fromkeys(HOPPER_FORWARD, Tile(32, 64, 64, 1, 1, False)),
 }
 
 SIDES = ("text", "video")
-# Backward: m channels x n words (gradient of the text) or videos (of the video), k of the other side a step.
+# Backward: m channels x n words (text gradient) or videos (video gradient), k of the other side per step.
 AMPERE_BACKWARD = {
     "text": {
         "half": Tile(128, 64, 64, 8, 2, False),
@@ -88,7 +88,7 @@ BACKWARD = {
 
 
 def architecture(device: torch.device) -> str:
-    """Return the tables' key of a device. CPU tensors reach the kernels only in Triton's interpreter."""
+    """Return the tables' key for a device. CPU tensors reach the kernels only in Triton's interpreter."""
     if device.type == "cpu":
         return "interpreter"
     major, _ = torch.cuda.get_device_capability(device)
@@ -96,7 +96,7 @@ def architecture(device: torch.device) -> str:
 
 
 def product(dtype: torch.dtype) -> str:
-    """Return how a product of this dtype is computed: "half", or for float32 what torch's own setting allows."""
+    """Return the precision of products of this dtype: "half", or "tf32" or "fp32" as torch's setting says."""
     if dtype != torch.float32:
         return "half"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
@@ -110,11 +110,11 @@ def forward_tile(arch: str, kind: str, slots: int) -> Tile:
 def backward_tile(arch: str, side: str, precision: str, dim: int, *, add: bool = False) -> Tile:
     tile = BACKWARD[arch][side][precision]
     if add:
-        # Starting from the earlier blocks' sum needs more registers than four warps have.
+        # Adding to the earlier blocks' sum needs more registers than four warps have.
         tile = tile._replace(warps=8)
     return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:
-    # Fusing a * b + c is the default of Triton 3.9, and no longer of 3.10.
+    # Set explicitly: Triton's default differs between versions (on in 3.9, off in 3.10).
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}

@@ -2,8 +2,8 @@
 
 import warnings
 
-# pytest turns the warning about a missing extension into an error. The suite must run without it all the same;
-# tests/test_fallback.py looks at the warning itself.
+# pytest turns the warning about a missing extension into an error, but the suite must run without the extension.
+# tests/test_fallback.py tests the warning itself.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", RuntimeWarning)
     import drl_fast  # noqa: F401

@@ -1,4 +1,4 @@
-"""Small media files for tests, written with PyAV."""
+"""Write small media files for tests with PyAV."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ RED, GREEN, BLUE = (220, 30, 30), (30, 190, 40), (40, 50, 220)
 
 
 def solid(colour: Sequence[int], height: int = 64, width: int = 64) -> np.ndarray:
-    """One picture of one colour."""
+    """Make a picture of one colour."""
     return np.full((height, width, 3), colour, dtype=np.uint8)
 
 
 def greys(count: int) -> list[np.ndarray]:
-    """Pictures that tell their own number: frame i is grey(i) all over."""
+    """Make pictures whose colour is their number: frame i is grey(i)."""
     return [solid((grey(i),) * 3) for i in range(count)]
 
 
@@ -27,14 +27,14 @@ def grey(number: int) -> int:
 
 
 def noise(count: int) -> list[np.ndarray]:
-    """Pictures that do not compress, so that a file has bytes to lose."""
+    """Make pictures that do not compress, so that a truncated file loses some of them."""
     return list(np.random.default_rng(0).integers(0, 255, (count, 64, 64, 3), dtype=np.uint8))
 
 
 def write_video(
     path: Path, pictures: Sequence[np.ndarray], rate: int = 8, title: str = "", index_first: bool = False
 ) -> Path:
-    """H.264 of RGB pictures; ``index_first`` as files for the web have it."""
+    """Encode RGB pictures as H.264; ``index_first`` puts the index first, as in files for the web."""
     options = {"movflags": "faststart"} if index_first else {}
     with av.open(str(path), "w", options=options) as container:
         if title:
@@ -49,7 +49,7 @@ def write_video(
 
 
 def write_audio(path: Path, cover: np.ndarray | None = None) -> Path:
-    """A second of silence in mp4, with or without a cover picture."""
+    """Write one second of silence as mp4, with or without a cover picture."""
     with av.open(str(path), "w", format="mp4") as container:
         sound = container.add_stream("aac", rate=16000)
         if cover is not None:
@@ -67,14 +67,14 @@ def write_audio(path: Path, cover: np.ndarray | None = None) -> Path:
 
 
 def cut(path: Path, share: float) -> Path:
-    """Keep only the first ``share`` of a file's bytes, as a broken download does."""
+    """Keep only the first ``share`` of a file's bytes, as in an incomplete download."""
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     return path
 
 
 def lay_down(path: Path) -> Path:
-    """Say in the mp4's track header that pictures are to be turned a quarter clockwise, as phones do."""
+    """Set the rotation in the mp4's track header to 90 degrees clockwise, as phones do."""
     one, minus_one = "00010000", "ffff0000"
     upright = bytes.fromhex(one + "00000000" * 3 + one)
     turned = bytes.fromhex("00000000" + one + "00000000" + minus_one + "00000000")

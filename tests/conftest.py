@@ -1,4 +1,4 @@
-"""What every test shares: the implementations as a fixture, and a torch that is left as it was found."""
+"""Fixtures of all tests: the implementations, and torch's global state, which every test restores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One process a core: threads of one would take the others' cores, and spin. Before torch reads it.
+    # With one process per core, more threads would only compete for cores. Set it before torch reads it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -26,13 +26,13 @@ def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
 
 @pytest.fixture(params=["cpp", "chunked"])
 def cpu_impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    """For what is promised, or can be measured, on the CPU alone."""
+    """Run the test once for each CPU implementation, for properties that only these have."""
     with use(request.param) as row:
         yield row
 
 
 class use:
-    """Put one implementation in charge of its device; skip where it is absent, fail where it must not be."""
+    """Make one implementation serve its device; skip if it is missing, or fail if CI requires it."""
 
     def __init__(self, name: str) -> None:
         self.row = IMPLEMENTATIONS[name]
@@ -40,7 +40,7 @@ class use:
     def __enter__(self) -> Implementation:
         reason = self.row.missing()
         if reason is not None and must_exist(self.row.name):
-            pytest.fail(f"{self.row.name} is missing where CI is set: {reason}")
+            pytest.fail(f"{self.row.name} is missing, and CI requires it: {reason}")
         if reason is not None:
             pytest.skip(reason)
         self.scope = self.row.install()
@@ -62,15 +62,15 @@ def _leave_torch_alone() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> None:
-    """For many small steps: waiting threads spin, and on a busy machine that costs minutes."""
+    """Use one thread. In many small steps, idle threads spin and cost minutes on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The name of a model that open_clip then knows: one narrow layer a tower, 32 x 32 pixels, 16 words.
+    """Register a tiny model in open_clip and return its name: one narrow layer per tower, 32 x 32 pixels, 16 words.
 
-    Two relatives that the package does not serve are known as well: ``<name>-custom`` and ``<name>-last``.
+    Also register two variants that drl_fast does not support: ``<name>-custom`` and ``<name>-last``.
     """
     open_clip = pytest.importorskip("open_clip")
     name = "drl-fast-tiny"

@@ -1,8 +1,8 @@
-"""The implementations that one set of cases runs through, by the public functions alone.
+"""The implementations of the operators. Tests run their cases through each, by the public functions.
 
-Each row says on which device its tensors live, how to make it serve them, and why it may be absent. Triton's
-interpreter must be chosen before the kernels are imported, so its row is there only where TRITON_INTERPRET=1 is set,
-and alone: tests/kernels/test_interpreter.py starts such a process.
+A row has the device of its tensors, how to make the implementation serve them, and why it may be missing. Triton's
+interpreter must be chosen before the kernels are imported. With TRITON_INTERPRET=1 its row is the only one;
+tests/kernels/test_interpreter.py starts such a process.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Implementation:
 
 @contextmanager
 def on_cpu(operators: dict[str, Callable]) -> Iterator[None]:
-    """Let these serve CPU tensors for a while, in front of the C++ extension."""
-    # Scoped: the registration is taken back at the end, and the extension's kernel stands again.
+    """Replace the C++ extension's operators for CPU tensors in a ``with`` block."""
+    # At the end of the scope the registration is undone, and the extension serves again.
     with torch.library._scoped_library("drl_fast", "IMPL") as library:
         for name, function in operators.items():
             library.impl(name, function, "CPU", allow_override=True)
@@ -72,5 +72,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def must_exist(name: str) -> bool:
-    """Where CI builds the extension, its absence is a failure and not a reason to skip."""
+    """Say whether a missing implementation is a failure: CI builds the extension, so there it is."""
     return name == "cpp" and os.environ.get("CI", "").lower() in ("1", "true")

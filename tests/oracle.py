@@ -1,7 +1,7 @@
-"""Problems, their truth in float64, and the rule by which an implementation is judged.
+"""Random problems, their float64 results, and the error rule for an implementation.
 
-The rule is cut-cross-entropy's: the error against the float64 oracle may be at most twice that of plain PyTorch run
-in the same dtype, plus a stated atol (relative to the largest true entry).
+The rule is cut-cross-entropy's: the error against the float64 reference may be at most twice that of plain PyTorch run
+in the same dtype, plus a stated atol relative to the largest true entry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import drl_fast
 from drl_fast import reference
 
 ATOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-# Two candidates nearer than this may change places under float32 rounding.
+# Rounding in float32 may swap two candidates that are closer than this.
 NEAR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
 LEAVES = ("text", "video", "text_weight", "video_weight")
 TENSORS = (*LEAVES, "text_mask", "video_mask")
@@ -43,7 +43,7 @@ class Problem:
         return tuple(getattr(self, name) for name in TENSORS)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        """The same problem with every tensor changed."""
+        """Return the problem with ``change`` applied to every tensor."""
         return replace(self, **{n: None if (x := getattr(self, n)) is None else change(x) for n in TENSORS})
 
     def double(self) -> Problem:
@@ -73,7 +73,7 @@ def make_mask(kind: str | None, rows: int, length: int, dtype: torch.dtype = tor
 
 
 def make_weight(kind: str | torch.dtype | None, rows: int, length: int) -> Tensor | None:
-    """None (uniform), or a dtype: weights of both signs, of no particular sum, on masked tokens as well."""
+    """Return None (uniform), or random weights of a dtype: both signs, any sum, also on masked tokens."""
     return None if kind is None else (torch.randn(rows, length, dtype=torch.float64) / length).to(kind)
 
 
@@ -88,7 +88,7 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """A random problem of shape (A, Nt, B, Nv)."""
+    """Draw a random problem of shape (A, Nt, B, Nv)."""
     a, nt, b, nv = shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,7 +105,7 @@ def make(
 
 
 def run(function: Callable[..., Tensor], problem: Problem, probe: Tensor | None = None) -> Result:
-    """Call ``function`` and differentiate; the caller's strides and dtypes are kept."""
+    """Call ``function`` and differentiate, with the problem's own strides and dtypes."""
     leaves = {n: getattr(problem, n) for n in LEAVES if getattr(problem, n) is not None}
     leaves = {n: x.detach().requires_grad_() for n, x in leaves.items()}
     logits = function(*replace(problem, **leaves).args(), **problem.options)
@@ -127,7 +127,7 @@ def plain(
     masking: str = "drl",
     bidirectional: bool = True,
 ) -> Tensor:
-    """What users replace: dense PyTorch in the features' own dtype, half precision included."""
+    """Compute the logits as user code does: dense PyTorch in the features' own dtype, also in half precision."""
     dtype = text.dtype
     t_real, v_real = reference.real_mask(text_mask, text), reference.real_mask(video_mask, video)
     wt = reference.uniform_weight(t_real, dtype) if text_weight is None else text_weight.to(dtype)
@@ -149,16 +149,16 @@ def plain(
 
 @dataclass
 class Choices:
-    """Who chose whom in float64: values, and how far the runner-up is behind."""
+    """The matches in float64, and the distance between the best and the second-best candidate."""
 
     video_index: Tensor  # (A, B, Nt), -1 where no real token was chosen
     text_index: Tensor  # (A, B, Nv)
-    video_gap: Tensor  # distance between the best and the second candidate, inf where there is only one
+    video_gap: Tensor  # distance between the best and the second candidate, inf with only one candidate
     text_gap: Tensor
 
 
 def choices(problem: Problem) -> Choices:
-    """Matches by the book, lowest index first, from float64 similarities."""
+    """Find the matches from float64 similarities; the lowest index wins ties."""
     p = problem.double()
     t_real, v_real = reference.real_mask(p.text_mask, p.text), reference.real_mask(p.video_mask, p.video)
     if p.options.get("masking") == "none":
@@ -188,7 +188,7 @@ def _choose(s: Tensor, competes: Tensor, zero: Tensor, chooses: Tensor) -> tuple
 
 
 def probe_for(problem: Problem) -> Tensor:
-    """Random upstream gradients; 0 for pairs in which rounding may pick another match, whose gradient then jumps."""
+    """Draw upstream gradients. They are 0 for pairs in which rounding may change a match, and so the gradient."""
     found, near = choices(problem), NEAR[problem.text.dtype]
     close = (found.video_gap < near).any(-1)
     if problem.options.get("bidirectional", True):
@@ -203,9 +203,9 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def judge(problem: Problem, device: str = "cpu", *, probe: Tensor | None = None, floor: float = 0.0) -> Result:
-    """Compare ``drl_fast.token_interaction`` with the oracle by the rule above; returns what it computed.
+    """Compare ``drl_fast.token_interaction`` with the reference by the rule above, and return its result.
 
-    ``floor`` is the size below which a true gradient counts as nothing but rounding.
+    A true gradient below ``floor`` counts as rounding.
     """
     probe = probe_for(problem) if probe is None else probe
     ours = run(drl_fast.token_interaction, problem.map(lambda x: x if x.device.type == device else x.to(device)), probe)

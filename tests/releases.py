@@ -1,4 +1,4 @@
-"""Tiny annotation files in the form that each data set's public release has."""
+"""Write tiny annotation files in the format of each data set's public release."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
 
 
 def videos(folder: Path, *names: str) -> Path:
-    """A folder of files that are never opened here."""
+    """Write files with the videos' names; tests never decode them."""
     for name in names:
         (folder / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "videos" / name).write_bytes(b"video")
@@ -38,7 +38,7 @@ def videos(folder: Path, *names: str) -> Path:
 
 
 def pairs(split: Split) -> list[tuple[str, str]]:
-    """Captions with their videos' names."""
+    """Return (video name, caption) of every caption."""
     assert len(split.captions) == len(split.owner)
     assert len(split.videos) == len(split.names)
     return [(split.names[owner], text) for owner, text in zip(split.owner, split.captions, strict=True)]
@@ -88,14 +88,14 @@ VATEX = {
 
 
 def vatex(folder: Path) -> None:
-    """HGR's captions, with lists of ids."""
+    """Write captions in HGR's format, with lists of ids."""
     write_json(folder / "ref_captions.json", VATEX)
     for part, name in zip(("train", "val", "test"), VATEX, strict=True):
         write_lines(folder / f"{part}_list.txt", [name])
 
 
 def vatex_release(folder: Path) -> None:
-    """The release's captions, with HGR's arrays of ids."""
+    """Write captions in the release's format, with HGR's arrays of ids."""
     entries = [{"videoID": name, "enCap": texts, "chCap": ["鼓"]} for name, texts in VATEX.items()]
     write_json(folder / "vatex_training_v1.0.json", entries[:1])
     write_json(folder / "vatex_validation_v1.0.json", entries[1:])

@@ -1,4 +1,4 @@
-"""Files are whole or not there, with the mode of any new file."""
+"""Files are written completely or not at all, with the mode of any new file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drl_fast.atomic_write import write_atomically
 
 @pytest.fixture
 def small_files_only() -> Iterator[None]:
-    """A limit of 4 KB on files stands for a full disk."""
+    """Limit files to 4 KB, to simulate a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     yield

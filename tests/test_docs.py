@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: each path exists, each layer has a row. CITATION.cff names this version."""
+"""docs/architecture.md: each path exists, and each layer has a row. CITATION.cff has this version."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def section(title: str) -> str:
 
 
 def rows(title: str) -> list[list[str]]:
-    """Cells of a section's table, without its heading."""
+    """Return the cells of a section's table, without its heading."""
     lines = [line for line in section(title).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
@@ -47,7 +47,7 @@ def test_every_layer_and_function_has_a_row() -> None:
 
 
 def test_a_kernel_row_names_a_file_for_every_backend() -> None:
-    """Two hops: from the layer's row to the file."""
+    """A row leads from a layer to the files of its kernels."""
     kernels = [row for row in rows("Which kernel serves this layer") if "csrc/" in " ".join(row)]
     assert len(kernels) >= 4
     for _, functional, operator, cpp, triton, chunked in kernels:

@@ -1,4 +1,4 @@
-"""The code of README and the how-to pages is true: Python runs, diffs apply and keep scores, options exist.
+"""The code of README and the how-to pages: Python runs, diffs apply and keep scores, options exist.
 
 The blocks of one page run in order in one namespace, as a reader would type them.
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").exists():
     pytest.skip("no source tree beside the tests", allow_module_level=True)
 PAGES = ("README.md", "docs/drop_in.md", "docs/recipes.md", "docs/troubleshooting.md")
-# 1e-5 of scores that are cosines; the hosts sum in another order.
+# Scores are cosines, and the hosts sum them in another order.
 SAME = 1e-5
 
 
@@ -42,7 +42,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert names["drl_fast"].__name__ == "drl_fast"
 
 
-def test_the_readmes_shapes_are_those_it_says() -> None:
+def test_the_readmes_shapes() -> None:
     names = _run("README.md", blocks("README.md", "python"))
     assert names["logits"].shape == (8, 8)
     assert names["matches"].video_index.shape == (8, 8, 32)
@@ -57,7 +57,7 @@ def _run(page: str, found: list[str]) -> dict[str, Any]:
 
 
 def _trained_run(folder: Path) -> None:
-    """What the page's train command leaves, with weights that nobody trained: pages are about calls, not scores."""
+    """Save what the page's train command would, with random weights: the page's calls do not depend on scores."""
     import drl_fast
 
     drl_fast.DRL("drl-small", interaction="wti").save_pretrained(folder)
@@ -65,14 +65,14 @@ def _trained_run(folder: Path) -> None:
 
 # --- diffs -----------------------------------------------------------------------------------------------------------
 def sides(diff: str) -> tuple[str, str]:
-    """The code before and after a diff."""
+    """Return the code before and after a diff."""
     lines = diff.splitlines()
     assert all(line == "" or line[0] in " +-" for line in lines)
     return tuple("\n".join(line[1:] for line in lines if line[:1] != drop) for drop in "+-")  # type: ignore[return-value]
 
 
 def hosts() -> dict[str, tuple[str, str]]:
-    """Every diff's two sides, by the name of the class in it."""
+    """Return both sides of every diff, by the name of its class."""
     found = {}
     for page in ("README.md", "docs/drop_in.md"):
         for diff in blocks(page, "diff"):
@@ -93,7 +93,7 @@ def load(code: str, name: str) -> type[nn.Module]:
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """The host before and after its diff, with equal weights where both have them."""
+    """Build the host before and after its diff, with equal weights."""
     before, after = (load(code, name)(dim=DIM) for code in HOSTS[name])
     missing, unexpected = after.load_state_dict(before.state_dict(), strict=False)
     assert unexpected == []
@@ -102,7 +102,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def batch(*, padded: bool = True) -> list[Tensor]:
-    """Tokens of texts and videos, and both masks, which the hosts hold as integers."""
+    """Draw tokens of texts and videos and both masks, as integers."""
     lengths = torch.randint(2, WORDS, (BATCH, 1)), torch.randint(2, FRAMES, (BATCH, 1))
     masks = [(torch.arange(n) < length).long() for n, length in zip((WORDS, FRAMES), lengths, strict=True)]
     if not padded:
@@ -110,7 +110,7 @@ def batch(*, padded: bool = True) -> list[Tensor]:
     return [torch.randn(BATCH, WORDS, DIM), torch.randn(BATCH, FRAMES, DIM), *masks]
 
 
-# How the scores of a host are had, and what its masks' type is.
+# How to compute a host's scores, and the dtype of its masks.
 SCORES: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
     "DRL": (lambda host, *tokens: host.wti_interaction(*tokens)[0], torch.float32),
     "Cap4Video": (lambda host, *tokens: host.eval().wti_interaction(*tokens), torch.float32),
@@ -158,9 +158,9 @@ def test_clip4clips_own_scores_are_those_of_dp() -> None:
 
 @pytest.mark.parametrize("name", ["Retrieval", "DRL", "CLIP4Clip"])
 def test_a_training_step(name: str) -> None:
-    """Loss and gradients agree where the arithmetic is the same: CLIP4Clip's is not."""
+    """Loss and gradients agree, except for CLIP4Clip, whose diff changes the interaction."""
     before, after = pair(name)
-    # Padding wins no match in an unpadded batch, and so CDCR is the public code's as well.
+    # Without padding, CDCR equals the public code's, in which padding can win a match.
     tokens = batch(padded=name != "DRL")
     masks = [mask.float() for mask in tokens[2:]] if name == "DRL" else tokens[2:]
     losses = [host(*tokens[:2], *masks) for host in (before, after)]
@@ -191,7 +191,7 @@ def test_gradients_reach_the_weights_of_the_host(name: str) -> None:
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 def commands(page: str) -> list[list[str]]:
-    """Words of every call of drl-fast, also those behind torchrun."""
+    """Return the arguments of every call of drl-fast, also of those by torchrun."""
     found = []
     for block in blocks(page, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
@@ -254,7 +254,7 @@ def test_keys_of_the_migration_table_exist() -> None:
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/api.md"])
 def test_headings_that_links_name_exist(page: str) -> None:
-    """That the linked files exist is tests/test_readme.py's business."""
+    """tests/test_readme.py checks that the linked files exist."""
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     for name, heading in re.findall(r"\]\(([^):#]*)#([^):]+)\)", text):
         path = (ROOT / page).parent / name if name else ROOT / page

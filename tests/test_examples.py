@@ -1,4 +1,4 @@
-"""The examples run as they stand, in small. (examples/torchrun_2proc.py: tests/distributed/test_example.py.)"""
+"""The examples run at small sizes. (For examples/torchrun_2proc.py see tests/distributed/test_example.py.)"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = ["clip=drl-small", "pretrained=null", "temporal=null", "max_frames=3", "
 
 
 def run(*command: str, **environment: str) -> str:
-    """Standard output of an example."""
+    """Run an example and return its standard output."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
@@ -42,7 +42,7 @@ def test_quickstart_with_fewer_captions_than_a_batch() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_train_msrvtt(tmp_path: Path) -> None:
-    """On files of MSR-VTT's own form."""
+    """On files in MSR-VTT's format."""
     sentences = []
     for i in range(8):
         clips.write_video(tmp_path / f"video{i}.mp4", [clips.solid((30 * i, 90, 200 - 20 * i))] * 3, rate=2)

@@ -1,6 +1,6 @@
-"""Without its extension the package works all the same, on chunked PyTorch, and says so once.
+"""Without its extension the package works on chunked PyTorch and warns once.
 
-Each case is a copy of the source tree, imported in a process of its own.
+Each case imports a copy of the source tree in its own process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ print(json.dumps({
 
 
 def step() -> list[list[float]]:
-    """Logits and gradients of one small problem with holes, as numbers."""
+    """Compute logits and gradients of a small problem with holes in its masks, as lists."""
     generator = torch.Generator().manual_seed(0)
     text, video = (torch.randn(rows, n, 20, generator=generator, requires_grad=True) for rows, n in ((5, 7), (6, 4)))
     masks = [torch.rand(x.shape[:2], generator=generator) < 0.7 for x in (text, video)]
@@ -51,7 +51,7 @@ def step() -> list[list[float]]:
 
 
 def run(tree: Path) -> dict:
-    """What the script saw in a tree that holds ``drl_fast``; the tests come from here."""
+    """Run the script with ``drl_fast`` from ``tree`` and the tests from here; return its result."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -68,7 +68,7 @@ def run(tree: Path) -> dict:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The package's sources alone."""
+    """Copy the package's sources, without the extension."""
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "drl_fast", ignore=ignored)
     return tmp_path
@@ -78,7 +78,7 @@ def tree(tmp_path: Path) -> Path:
     ("extension", "reason"), [(None, "No module named 'drl_fast._C'"), (b"not a library", "_C.abi3.so: ")]
 )
 def test_works_without_the_extension(tree: Path, extension: bytes | None, reason: str) -> None:
-    """Whether it was never built, or is there and cannot be loaded."""
+    """Whether it was never built, or cannot be loaded."""
     if extension is not None:
         (tree / "drl_fast" / "_C.abi3.so").write_bytes(extension)
     found = run(tree)
@@ -96,7 +96,7 @@ def test_works_without_the_extension(tree: Path, extension: bytes | None, reason
 
 
 def test_no_warning_with_the_extension(tree: Path) -> None:
-    """The same tree with what was built: nothing to say."""
+    """The same tree with the extension."""
     built = list(PACKAGE.glob("_C*"))
     if not built:
         pytest.skip("no extension was built")

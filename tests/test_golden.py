@@ -1,6 +1,6 @@
-"""The layers against recorded numbers of the public codes (tests/golden/README.md says whose).
+"""The layers against recorded results of public code (see tests/golden/README.md).
 
-Every file in the folders is found and run, so a further case needs no further line here.
+Every file in the folders is a case, so a new file needs no change here.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @dataclass
 class Case:
-    """One recorded call: a layer, its inputs, and what is to come out."""
+    """One recorded call: a layer, its inputs and its result."""
 
     arrays: dict[str, Tensor]
     layer: nn.Module
-    plain: Callable[..., Tensor]  # the public code's way, in the inputs' dtype
+    plain: Callable[..., Tensor]  # the public code's formula, in the inputs' dtype
     logits: Tensor
     masks: tuple[Tensor | None, Tensor | None]
     scale: float = 1.0
 
     def run(self, dtype: torch.dtype, device: str = "cpu", plain: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits, and the leaves by name for gradients."""
+        """Return logits and the leaves by name, for gradients."""
         self.layer.to(device=device, dtype=dtype)
         leaves = {n: self.arrays[n].to(device, dtype).requires_grad_() for n in ("text", "video")}
         masks = [None if m is None else m.to(device) for m in self.masks]
@@ -62,13 +62,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def heads_from(arrays: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The parameters of one weight head, without its name."""
+    """Return the parameters of one weight head, with its name removed."""
     prefix = f"param.{name}."
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
 
 def plain_pair(layer: nn.Module, text: Tensor, video: Tensor, *masks: Tensor | None, **options: bool) -> Tensor:
-    """WTI and TI as the public codes write them: dense, in one dtype from end to end."""
+    """Compute WTI and TI as public code does: dense, in one dtype."""
     t_mask, v_mask = (reference.real_mask(m, x) for m, x in zip(masks, (text, video), strict=True))
     if isinstance(layer, drl_fast.WTI):
         raw = layer.weight_input == "raw"
@@ -129,7 +129,7 @@ def test_public_code(impl: Implementation, drl: tuple[Case, dict], dtype: torch.
     log_scale = case.arrays["param.clip.logit_scale"].to(impl.device, dtype).requires_grad_()
     check("train_logits", logits * log_scale.exp(), case.arrays["train_logits"], for_logits)
     loss = drl_fast.info_nce(logits, log_scale.exp())
-    # A loss is a sum of differences of logits of size `s`: that is what it is accurate relative to.
+    # The loss is a difference of logits, so its error is relative to their size.
     allowed = for_logits * max(1.0, float(case.arrays["train_logits"].abs().max()))
     assert loss.item() == pytest.approx(float(case.arrays["info_nce"]), abs=allowed)
     if meta["cdcr"] != 0:
@@ -137,7 +137,7 @@ def test_public_code(impl: Implementation, drl: tuple[Case, dict], dtype: torch.
         assert decorrelation.item() == pytest.approx(float(case.arrays["cdcr_loss"]), rel=1e-4)
         total = loss + meta["cdcr_lambda"] * decorrelation
         assert total.item() == pytest.approx(float(case.arrays["loss"]), abs=allowed)
-        loss = loss + 0.1 * decorrelation  # what the recorded gradients are of
+        loss = loss + 0.1 * decorrelation  # the recorded gradients are of this sum
     loss.backward()
     check("grad of logit_scale", log_scale.grad, case.arrays["grad.clip.logit_scale"], for_grads)
     check_grads(leaves, {name: case.arrays[f"grad.{name}"] for name in leaves}, for_grads)
@@ -179,7 +179,7 @@ def dropin_case(path: Path) -> tuple[Case, dict]:
         assert knobs["weights"] == "mask", f"no layer for weights = {knobs['weights']}"
         layer = drl_fast.TI(**options)
     masks = [arrays.get(f"{side}_mask") if knobs[f"{side}_mask"] else None for side in ("text", "video")]
-    # Where the other code has no finite answer, ours is 0.
+    # For rows without real tokens the other code returns NaN and ours 0.
     logits = arrays["logits"].nan_to_num(0.0) if knobs["empty_row"] == "nan" else arrays["logits"]
     return Case(arrays, layer, plain_pair, logits, tuple(masks), knobs["scale"]), meta
 
@@ -187,7 +187,7 @@ def dropin_case(path: Path) -> tuple[Case, dict]:
 def dropin_wti(arrays: dict[str, Tensor], knobs: dict, options: dict) -> nn.Module:
     dim = arrays["text"].shape[2]
     layer = drl_fast.WTI(dim, weight_input=knobs["weight_input"], **options)
-    # head_sizes: the width before, between and after the linear layers; a host's heads may differ from one another.
+    # head_sizes: the widths before, between and after the linear layers. The two heads may differ.
     for side in ("text", "video") if knobs["bidirectional"] else ("text",):
         sizes = knobs["head_sizes"][knobs[f"{side}_head"]]
         head = weight_head(sizes[0], sizes[1], len(sizes) - 1).double()
@@ -202,7 +202,7 @@ def dropin(request: pytest.FixtureRequest) -> tuple[Case, dict]:
 
 
 def recorded_gradient(case: Case, knobs: dict, name: str) -> Tensor:
-    """A parameter's gradient is filed under the host's own name for the head."""
+    """Return a parameter's recorded gradient, which is stored under the host's name for the head."""
     head, _, rest = name.partition(".")
     own = {"text_weight_fc": knobs.get("text_head", head), "video_weight_fc": knobs.get("video_head", head)}.get(
         head, head
@@ -228,14 +228,14 @@ def test_dropin_in_half_precision(impl: Implementation, dropin: tuple[Case, dict
     )
 
 
-# Judgement -------------------------------------------------------------------------------------------------------
+# Comparison ------------------------------------------------------------------------------------------------------
 
 
 def scale_of(name: str, recorded: dict[str, Tensor]) -> float:
-    """The largest entry of a gradient, of the whole head for its parameters.
+    """Return the largest entry of a gradient; for a head's parameters, of the whole head's gradients.
 
-    A head's last bias shifts all scores of a row alike, which softmax takes back: its true gradient is 0 and says
-    nothing about the size of rounding.
+    A head's last bias adds the same number to all scores of a row, which softmax cancels. Its true gradient is 0, so it
+    cannot serve as the scale of rounding errors.
     """
     head = name.partition(".")[0]
     return max(float(x.abs().max()) for n, x in recorded.items() if n.partition(".")[0] == head)
@@ -248,7 +248,7 @@ def check_grads(leaves: dict[str, Tensor], recorded: dict[str, Tensor], toleranc
 
 def check(name: str, ours: Tensor, recorded: Tensor, tolerance: float, scale: float | None = None) -> None:
     scale = float(recorded.abs().max()) if scale is None else scale
-    # Where every gradient is 0 (a softmax over one token), only rounding at the size of the inputs is left.
+    # If every true gradient is 0 (a softmax over one token), compare with the size of the inputs.
     found = error(ours, recorded) / max(scale, 1e-4)
     assert found <= tolerance, f"{name}: {found:.3g} of the largest entry, {tolerance:.3g} allowed"
 
@@ -261,7 +261,7 @@ def compare_half(
     with_grads: bool = True,
     knobs: dict | None = None,
 ) -> None:
-    """Our error is at most twice that of the public code's formula run in the same dtype."""
+    """Check that our error is at most twice that of the public code's formula in the same dtype."""
     errors = []
     for plain in (False, True):
         logits, leaves = case.run(dtype, "cpu" if plain else device, plain)

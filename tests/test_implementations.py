@@ -1,4 +1,4 @@
-"""The conformance suite's own footing: a row really computes with the implementation that it names."""
+"""The fixture ``impl``: a row computes with the implementation that it names."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ def test_ci_does_not_skip_the_extension(monkeypatch: pytest.MonkeyPatch) -> None
     assert not must_exist("cpp")
 
 
-def test_implementation_is_named_truthfully() -> None:
+def test_implementation_names() -> None:
     assert dispatch.implementation("cpu") == ("chunked" if dispatch.EXTENSION_ERROR else "cpp")
     assert dispatch.implementation("meta") == "chunked"

@@ -1,6 +1,7 @@
-"""A training step's memory grows as what it keeps: a byte a token and pair, and in the other losses the batch.
+"""The peak memory of a training step grows as documented.
 
-Each row runs in a process of its own, whose high-water mark of resident memory is set back before each step.
+The interaction keeps one byte per token and pair; the losses grow linearly with the batch. Each row runs in its own
+process, which resets its peak of resident memory before each step.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from tests.conftest import use
 from tests.implementations import IMPLEMENTATIONS
 
 WORDS, FRAMES, CHANNELS = 32, 12, 32
-# Chunked PyTorch takes its time.
+# Chunked PyTorch is slower, so its batches are smaller.
 BATCHES = {"cpp": (512, 1024), "chunked": (256, 512)}
 MIB = 2**20
-# Blocks of similarities are of one fixed size whatever the batch; packed tokens and their gradients, thread stacks and
-# the matrix library's own buffers come on top.
+# Memory that does not grow with the batch: blocks of similarities, packed tokens and their gradients, thread stacks and
+# the matrix library's buffers.
 BUFFERS = 40 * MIB
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc to read memory from")
 
 
 def kept(batch: int) -> int:
-    """Bytes that a step must hold beside its inputs: matches, logits and the gradients of features and weights."""
+    """Return the bytes that a step must keep: matches, logits and the gradients of features and weights."""
     tokens = WORDS + FRAMES
     return batch * batch * (tokens + 4) + 4 * batch * tokens * (CHANNELS + 1)
 
 
 def similarities(batch: int) -> int:
-    """Bytes of the dense form's one tensor."""
+    """Return the bytes of the dense code's similarities."""
     return 4 * batch * batch * WORDS * FRAMES
 
 
 def contrastive_kept(batch: int) -> int:
-    """Bytes beside the inputs: their gradients, a block's gradient of the videos and the videos packed anew."""
+    """Return the bytes besides the inputs: their gradients, and per block the videos' gradient and packed videos."""
     return 4 * batch * (WORDS + 3 * FRAMES) * (CHANNELS + 1)
 
 
@@ -83,13 +84,13 @@ WIDTHS = {"full": 512, "diagonal": 4096}
 
 
 def step(batch: int, loss: str) -> int:
-    """Run one forward and backward; bytes at its peak beyond what was there before it."""
+    """Run one forward and backward pass; return the peak memory minus the memory before it, in bytes."""
     width = WIDTHS.get(loss, CHANNELS)
     text = torch.randn(batch, WORDS, width, requires_grad=True)
     video = torch.randn(batch, FRAMES, width, requires_grad=True)
     weights = [torch.rand(x.shape[:2], requires_grad=True) for x in (text, video)]
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # pages that are only used again would not show
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise reused pages would not count
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     LOSSES[loss](text, video, *weights).backward()
@@ -101,7 +102,7 @@ def status(field: str) -> int:
 
 
 def measured_again(test: Callable[..., None]) -> Callable[..., None]:
-    """Resident memory is the system's to give and take: what holds must show in one of three measurements."""
+    """Repeat the test up to three times, because the system also changes resident memory. One pass is enough."""
 
     @wraps(test)
     def run(*arguments: Any, **options: Any) -> None:
@@ -114,9 +115,9 @@ def measured_again(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def peaks(name: str, loss: str, batches: tuple[int, int]) -> dict[int, int]:
-    """Bytes at the peak of a step, by batch."""
+    """Return the peak memory of a step in bytes, by batch."""
     with use(name):
-        pass  # skips, or fails, where it is absent
+        pass  # skips or fails if it is missing
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.test_memory", name, loss, *map(str, batches)],
         capture_output=True,
@@ -136,7 +137,7 @@ def test_a_step_keeps_a_byte_a_token_and_pair(name: str) -> None:
     for batch in (small, large):
         assert kept(batch) / 2 < peak[batch] < kept(batch) + BUFFERS, peak
     assert kept(large) + BUFFERS < similarities(large) / 6
-    # What does not grow cancels here: wider matches, or one more tensor of pairs and tokens, would show.
+    # The difference cancels constant memory. Wider matches, or one more tensor of pairs and tokens, would exceed it.
     assert peak[large] - peak[small] < 1.3 * (kept(large) - kept(small)) + 12 * MIB, peak
 
 
@@ -155,11 +156,11 @@ def test_the_contrastive_loss_grows_with_the_batch_alone() -> None:
 @pytest.mark.parametrize("form", ["full", "diagonal"])
 @measured_again
 def test_decorrelation_holds_little_beside_its_gradients(name: str, form: str) -> None:
-    """The public code's N x D x D would be 1.6 GB here; with alpha_off = 0 even D x D, 64 MB, is never made."""
+    """The public code's N x D x D would take 1.6 GB here; with alpha_off = 0 not even D x D, 64 MB, is allocated."""
     batch = {"full": 48, "diagonal": 8}[form]
     gradients = 4 * batch * (WORDS + FRAMES) * (WIDTHS[form] + 1)
     peak = peaks(name, form, (batch, batch))[batch]
-    # Chunked PyTorch makes some ten temporaries of a chunk's tokens, here of all of them.
+    # Chunked PyTorch allocates about ten temporaries per chunk, and here one chunk holds all tokens.
     beside = {"cpp": 16 * MIB, "chunked": 16 * MIB + 12 * gradients}[name]
     assert gradients / 2 < peak < gradients + beside + (8 * WIDTHS[form] ** 2 * 4 if form == "full" else 0), peak
     assert form == "full" or name == "chunked" or peak < 4 * WIDTHS[form] ** 2 / 2
@@ -168,17 +169,17 @@ def test_decorrelation_holds_little_beside_its_gradients(name: str, form: str) -
 @pytest.mark.parametrize(("layer", "small", "large"), [("xti", 24, 48), ("mlp", 512, 1024)])
 @measured_again
 def test_networks_over_pairs_hold_one_block_at_a_time(layer: str, small: int, large: int) -> None:
-    """The dense form keeps some 20 tensors of the sequence for each of XTI's four blocks, and MLP's hidden layer."""
+    """Dense code keeps about 20 tensors of the sequence per block of XTI, and the hidden layer of MLP."""
     peak = peaks("cpp", layer, (small, large))
     dense = {"xti": 4 * 20 * 4 * (FRAMES + 1) * CHANNELS, "mlp": 4 * CHANNELS}[layer] * large**2
     assert peak[large] < dense / 3, peak
-    # What grows is the logits and what the loss makes of them; a checkpoint's graph for each block would show.
+    # Only logits and the loss's temporaries grow. One checkpoint graph per block would exceed this.
     assert peak[large] - peak[small] < 6 * 4 * large**2 + 4 * MIB, peak
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # waiting threads spin, which takes minutes on a busy machine
+    torch.set_num_threads(1)  # idle threads spin and cost minutes on a busy machine
     with IMPLEMENTATIONS[sys.argv[1]].install():
         sizes = [int(x) for x in sys.argv[3:]]
-        step(sizes[0], sys.argv[2])  # what is made once for all steps
+        step(sizes[0], sys.argv[2])  # warm-up: allocate what all steps share
         print(json.dumps([step(batch, sys.argv[2]) for batch in sizes]))

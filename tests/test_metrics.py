@@ -1,4 +1,4 @@
-"""Retrieval metrics: the public code's recorded numbers, the tie rule, several captions a video, bad input."""
+"""Retrieval metrics: the public code's recorded numbers, ties, several captions per video, bad input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_several_captions_golden(direction: str) -> None:
     owner = torch.from_numpy(GOLDEN["multi_owner"])
     got = retrieval_metrics(torch.from_numpy(GOLDEN["multi_sim"]), owner)[direction]
     for ours, theirs in NAMES.items():
-        # The public code keeps percentages in float32.
+        # The public code computes percentages in float32.
         assert got[ours] == pytest.approx(float(GOLDEN[f"multi_{direction}_{theirs}"]), rel=1e-6)
 
 
@@ -48,7 +48,7 @@ def test_ranks_by_hand() -> None:
 
 
 def test_ties_go_to_the_earlier_column() -> None:
-    """A stable descending sort: a model that scores everything alike gets chance, not 100 %."""
+    """A stable descending sort: a model with equal scores gets chance, not 100 %."""
     got = retrieval_metrics(torch.zeros(10, 10))
     for direction in ("t2v", "v2t"):
         assert got[direction]["R1"] == 10
@@ -57,7 +57,7 @@ def test_ties_go_to_the_earlier_column() -> None:
 
 
 def test_ties_counted_as_the_public_code_does() -> None:
-    """By hand: the first text ties with one other video and adds ranks 1 and 2; the second and third have rank 1."""
+    """The first text ties with one other video and counts ranks 1 and 2; the second and third have rank 1."""
     sim = torch.tensor([[0.5, 0.5, 0.1], [0.2, 0.9, 0.1], [0.3, 0.2, 0.8]])
     assert retrieval_metrics(sim)["t2v"]["R1"] == 100
     public = retrieval_metrics(sim, ties="public")
@@ -68,8 +68,8 @@ def test_ties_counted_as_the_public_code_does() -> None:
     assert (flat["R1"], flat["MnR"]) == (25, 2.5)
 
 
-def test_public_ties_against_its_own_counting() -> None:
-    """numpy's form of the public ``compute_metrics``, on scores that tie often."""
+def test_public_ties_against_the_public_formula() -> None:
+    """The public ``compute_metrics`` in numpy, on scores that tie often."""
     sim = np.random.default_rng(0).integers(0, 4, (30, 30)).astype(np.float32)
     for key, scores in (("t2v", sim), ("v2t", sim.T)):
         places = np.where(np.sort(-scores, axis=1) == -np.diag(scores)[:, None])[1]
@@ -80,8 +80,8 @@ def test_public_ties_against_its_own_counting() -> None:
         assert got["MdR"] == np.median(places) + 1
 
 
-def test_public_ties_with_several_captions_a_video() -> None:
-    """From text to video the public code then gives every text one rank."""
+def test_public_ties_with_several_captions_per_video() -> None:
+    """Then the public code gives every text one rank in text-to-video retrieval."""
     owner = torch.tensor([0, 0, 1])
     got = retrieval_metrics(torch.zeros(3, 2), owner, ties="public")
     assert got["t2v"] == retrieval_metrics(torch.zeros(3, 2), owner)["t2v"]
@@ -133,7 +133,7 @@ def test_bad_input(sim: object, owner: object, error: type[Exception], message: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.cfloat], ids=str)
-def test_similarities_of_another_kind(dtype: torch.dtype) -> None:
+def test_similarities_of_another_dtype(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=rf"sim must be floating point, got {dtype}.*sim\.float\(\)"):
         retrieval_metrics(torch.eye(3).to(dtype))
 
@@ -144,17 +144,17 @@ def test_owner_of_any_integer_type() -> None:
         assert retrieval_metrics(torch.eye(3), torch.arange(3).to(dtype)) == want
 
 
-# How sure a recall is --------------------------------------------------------------------------------------------
+# Confidence intervals --------------------------------------------------------------------------------------------
 
 
 def hits(right: int, count: int) -> torch.Tensor:
-    """(count, count) similarities of which the first ``right`` rows are won by the diagonal."""
+    """Make (count, count) similarities whose diagonal wins the first ``right`` rows."""
     sim = torch.eye(count)
     sim[right:] = 1 - sim[right:]
     return sim
 
 
-def test_interval_that_has_no_choice() -> None:
+def test_interval_of_all_or_no_hits() -> None:
     assert recall_interval(torch.eye(30)) == (100, 100)
     assert recall_interval(1 - torch.eye(30)) == (0, 0)
     assert recall_interval(torch.ones(1, 1)) == (100, 100)
@@ -179,7 +179,7 @@ def test_level_and_seed() -> None:
 
 
 def test_ties_as_in_the_metrics() -> None:
-    """A model that scores everything alike is right once, for the first column."""
+    """A model with equal scores is right once, for the first column."""
     sim = torch.zeros(20, 20)
     low, high = recall_interval(sim)
     assert low <= retrieval_metrics(sim)["t2v"]["R1"] <= high
@@ -187,7 +187,7 @@ def test_ties_as_in_the_metrics() -> None:
 
 
 def test_interval_of_several_captions() -> None:
-    """Videos are drawn with all their captions: with one wrong caption each of ten, every draw has the same recall."""
+    """Videos are drawn with all their captions: if 1 caption of 10 is wrong in each, every draw has the same recall."""
     owner = torch.arange(20).repeat_interleave(10)
     sim = torch.eye(20)[owner]
     sim[::10] = 1 - sim[::10]
@@ -201,7 +201,7 @@ def test_interval_of_several_captions() -> None:
 
 
 def test_dual_softmax_by_hand() -> None:
-    """A video that draws every text loses those that have another."""
+    """Dual softmax lowers the scores of a video that matches every text."""
     sim = torch.tensor([[0.60, 0.50, 0.10], [0.62, 0.61, 0.10], [0.59, 0.10, 0.58]])
     assert retrieval_metrics(sim)["t2v"]["R1"] == pytest.approx(100 / 3)
     weights = torch.exp(100 * sim) / torch.exp(100 * sim).sum(0)
@@ -225,11 +225,11 @@ def test_dual_softmax_of_negative_scores_keeps_their_order() -> None:
 def test_query_bank_by_hand() -> None:
     sim = torch.tensor([[0.50, 0.49, 0.10], [0.80, 0.10, 0.00], [0.10, 0.20, 0.21]])
     owner = torch.tensor([1, 0, 2])
-    # The bank's texts all choose video 0: it is scored down, by log-sum-exp over the bank.
+    # The bank's texts all choose video 0, so its scores are divided by the sum of exponentials over the bank.
     bank = torch.tensor([[0.60, 0.10, 0.00], [0.70, 0.20, 0.10]])
     normalised = torch.exp(20 * sim) / torch.exp(20 * bank).sum(0)
     expected = normalised.clone()
-    expected[2] = sim[2]  # its best video is nobody's in the bank
+    expected[2] = sim[2]  # no text of the bank chooses its best video
     want = retrieval_metrics(expected, owner)["t2v"]
     found = query_bank_metrics(sim, bank, torch.rand(3, 4), owner)
     assert found["t2v"] == want

@@ -1,4 +1,4 @@
-"""The installed package: metadata that match the code, a bare library, types, one extension, a command."""
+"""The installed package: metadata, dependencies, type annotations, extension and command."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ try:
 except metadata.PackageNotFoundError:
     pytest.skip("drl-fast is not installed", allow_module_level=True)
 PACKAGE = Path(drl_fast.__file__).parent
-# What the extras install, by the names under which it is imported.
+# Import names of the packages that the extras install.
 OPTIONAL = ["PIL", "av", "matplotlib", "open_clip", "psutil", "rich", "safetensors", "tensorboard", "threadpoolctl"]
 OPTIONAL += ["torchvision", "typer", "yaml"]
-# A name that typer gives where a command has none of its own.
+# typer names a command after its function if it has no name.
 COMMANDS = [str(row.name or getattr(row.callback, "__name__", "")) for row in app.registered_commands]
 
 
@@ -44,7 +44,7 @@ def test_extras() -> None:
 
 
 def test_the_bare_library_needs_torch_and_numpy_alone() -> None:
-    """A step of the loss with every optional package missing."""
+    """Compute a loss and its gradient with every optional package missing."""
     code = f"""
 import sys
 for name in {OPTIONAL}:
@@ -85,7 +85,7 @@ def test_kernels_are_shipped_inside() -> None:
 
 
 def test_the_command_is_installed() -> None:
-    # Beside the interpreter, or where a --user install puts it.
+    # Next to the interpreter or, after a --user install, on the PATH.
     command = shutil.which("drl-fast", path=str(Path(sys.executable).parent)) or shutil.which("drl-fast")
     assert command is not None
     done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)

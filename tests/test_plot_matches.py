@@ -1,4 +1,4 @@
-"""plot_matches: what the picture shows, what is written, and what is refused."""
+"""plot_matches: the picture, the file, and bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import drl_fast
 from drl_fast.filmstrip import CHIP_GAP, Word, into_lines
 
 WORDS = ["a", "red", "cross", "moves", "left"]
-# Points: one line of words ends this close above its frame, and the caption stands higher.
+# In points: a frame's words are less than this above it; the caption is higher.
 ONE_LINE = 20
 
 
@@ -30,7 +30,7 @@ def clip(frames: int = 4, height: int = 24, width: int = 32) -> Tensor:
 
 
 def boxes(figure: Figure) -> list[FancyBboxPatch]:
-    """The words' boxes: the caption's first, then those above each frame."""
+    """Return the words' boxes: those of the caption, then those above each frame."""
     return [patch for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
 
 

@@ -1,4 +1,4 @@
-"""README.md and docs/ are true: their links lead somewhere, their make targets and settings exist."""
+"""README.md and docs/: links, make targets and configuration keys exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The structure of the code: imports go down, no circles, no private imports, nothing heavy at import."""
+"""The structure of the code: import directions, no circles, no private imports, a light import."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.py").exists():
     pytest.skip("no source tree beside the tests", allow_module_level=True)
 
-# Each package may import those below it. The package's own names (`from .. import WTI`) are what modules, functional
-# and metrics make public, so they stand above these three and below everything that uses them.
+# Each package may import those below it. The package's own names (`from .. import WTI`) come from modules, functional
+# and metrics, so `drl_fast` is above these three and below everything that uses them.
 LAYERS = [
     ["drl_fast.cli"],
     ["drl_fast.demo"],
@@ -48,10 +48,10 @@ LAYERS = [
     ],
 ]
 ORACLE = "drl_fast.reference"
-# Loaded when a user first asks the package for it: it needs open_clip.
+# Loaded at the first use of drl_fast.DRL, because it needs open_clip.
 LAZY = ("drl_fast", "drl_fast.model.drl")
 FOLDERS = ("drl_fast", "kernels", "csrc", "tests", "benchmarks", "examples")
-# Half a second or more each, or not installed everywhere. (torch.compiler's decorators load torch._dynamo.)
+# Each takes half a second or more to import, or may be missing. (torch.compiler's decorators load torch._dynamo.)
 HEAVY = {
     "PIL",
     "av",
@@ -83,7 +83,7 @@ PUBLIC = {
 
 
 class Arrow(NamedTuple):
-    """One import: who, whom, and where it is written."""
+    """One import: the importing module, the imported module, and the line."""
 
     source: str
     target: str
@@ -91,7 +91,7 @@ class Arrow(NamedTuple):
 
 
 def product_modules() -> dict[str, Path]:
-    """Every module that is shipped, by the name under which it is imported."""
+    """Return every shipped module by its import name."""
     found = {}
     for folder, package in (("drl_fast", "drl_fast"), ("kernels", "drl_fast.kernels")):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -105,7 +105,7 @@ PACKAGES = {module for module, path in MODULES.items() if path.name == "__init__
 
 
 def named(module: str, path: Path, node: ast.AST) -> Iterator[str]:
-    """Full names of what one statement of ``module`` imports."""
+    """Yield the full names that one statement of ``module`` imports."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -121,7 +121,7 @@ def named(module: str, path: Path, node: ast.AST) -> Iterator[str]:
 
 
 def arrows() -> list[Arrow]:
-    """Every import in product code, those inside functions and under TYPE_CHECKING included."""
+    """List every import in product code, also inside functions and under TYPE_CHECKING."""
     found = []
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -135,7 +135,7 @@ def inside(module: str, package: str) -> bool:
 
 
 def layer_of(module: str) -> tuple[int, str]:
-    """Height (0 is the lowest) and name of the layer that ``module`` belongs to."""
+    """Return height (0 is the lowest) and name of the layer of ``module``."""
     for height, names in enumerate(reversed(LAYERS)):
         for name in names:
             if module == name or (name != "drl_fast" and inside(module, name)):
@@ -143,8 +143,8 @@ def layer_of(module: str) -> tuple[int, str]:
     raise AssertionError(f"{module} belongs to no layer: add it to LAYERS")
 
 
-def test_the_graph_is_seen() -> None:
-    """The walker finds the arrows that are known to be there: relative, into a package, by import_module."""
+def test_known_imports_are_found() -> None:
+    """Relative, into a package, and by import_module."""
     pairs = {(arrow.source, arrow.target) for arrow in arrows()}
     assert ("drl_fast.ops.token_interaction", "drl_fast.numerics") in pairs
     assert ("drl_fast.ops.token_interaction", "drl_fast.ops.chunked.token_interaction") in pairs
@@ -167,7 +167,7 @@ def test_imports_go_down() -> None:
 
 
 def test_no_import_circles() -> None:
-    """Inside packages neither; imports for typing and inside functions count."""
+    """Also inside packages; imports for typing and inside functions count."""
     imports: dict[str, set[str]] = {module: set() for module in MODULES}
     for arrow in arrows():
         if arrow.target in MODULES and arrow.target != arrow.source and arrow[:2] != LAZY:
@@ -177,7 +177,7 @@ def test_no_import_circles() -> None:
 
 
 def test_private_modules_stay_in_their_package() -> None:
-    """``drl_fast._C`` excepted: an extension module, which carries the underscore by custom."""
+    """Except ``drl_fast._C``, the extension module."""
     outside = []
     for arrow in arrows():
         package, _, name = arrow.target.rpartition(".")
@@ -197,7 +197,7 @@ def test_the_formatter_formats() -> None:
 
 
 @pytest.mark.parametrize("module", KEPT)
-def test_import_paths_that_users_have_stay(module: str) -> None:
+def test_public_import_paths_exist(module: str) -> None:
     importlib.import_module(module)
 
 
@@ -206,9 +206,9 @@ def test_the_package_lists_every_public_name() -> None:
 
 
 def test_the_oracle_stands_alone() -> None:
-    """Product code that leaned on the oracle, or the other way round, would be tested against itself.
+    """If product code used the reference, or the reference product code, tests would compare code with itself.
 
-    ``drl_fast`` itself may hand it to whoever asks for ``drl_fast.reference``; that it does not load it is seen below.
+    ``drl_fast`` may import it lazily, as ``drl_fast.reference``.
     """
     outside = [arrow for arrow in arrows() if not inside(arrow.source, ORACLE) and arrow.source != "drl_fast"]
     into = [arrow.place for arrow in outside if inside(arrow.target, ORACLE)]
@@ -229,7 +229,7 @@ def test_kernels_know_nothing_of_the_package() -> None:
 
 
 def test_kernels_are_imported_by_their_shipped_name() -> None:
-    """``import kernels`` works in the repository's root and nowhere else."""
+    """``import kernels`` only works in the repository's root."""
     assert [arrow.place for arrow in arrows() if inside(arrow.target, "kernels")] == []
 
 
@@ -239,7 +239,7 @@ def test_no_module_is_called_utils() -> None:
 
 
 def test_one_name_for_one_operator() -> None:
-    """Whoever knows one file of an operator finds the others without a search."""
+    """All files of an operator have its name."""
     missing = []
     for name in ("token_interaction", "cdcr"):
         homes = [f"csrc/{name}.cpp", f"drl_fast/ops/chunked/{name}.py", f"drl_fast/functional/{name}.py"]

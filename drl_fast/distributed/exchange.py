@@ -1,19 +1,19 @@
-"""How every rank's videos reach this rank's texts: in place, gathered, or round a ring.
+"""Bring every rank's videos to this rank's texts: in place, gathered, or round a ring.
 
-    for source, videos in (visit := exchange.start(own, merge, sizes)):     once for the videos of every rank
+    for source, videos in (visit := exchange.start(own, merge, sizes)):     one step per rank
         visit.give(result)                                                  a vector of sizes[source] numbers
-    visit.result()                                                          the ranks' results for this one's videos
+    visit.result()                                                          all ranks' results for this rank's videos
 
-Results return to their videos' owner, merged there or on the way.
+Results return to the rank that owns the videos, and are merged there or on the way.
 
-    one process   one step, nothing is sent
-    gathered      one all-gather of packed videos (kept for the first backward), one all-to-all of results
-                  holds all ranks' videos and results
-    ring          step k: this rank works on the videos of rank - k while those of rank - k - 1 arrive; results follow
-                  their videos and reach the owner after as many steps as there are ranks
-                  holds two ranks' videos and four ranks' results
+    one process   One step; nothing is sent.
+    gathered      One all-gather of packed videos, which the first backward pass uses again, and one all-to-all of
+                  results. A rank holds all ranks' videos and results.
+    ring          In step k this rank works on the videos of rank - k while those of rank - k - 1 arrive. Results follow
+                  their videos and reach the owner after one step per rank. A rank holds two ranks' videos and four
+                  ranks' results.
 
-A rank's videos travel as bytes: owner, weight, features and mask in a row, as far as they are given.
+A rank's videos are sent as bytes: owner (if given), weight, features and mask (if given), one after the other.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from .group import Group
 
-# Limit of the gathered videos, padded to the largest rank's. Results take two to five times as much again.
+# Most bytes of videos to gather, each rank's padded to the largest. Results take two to five times as much.
 GATHER_BYTES = 256 << 20
-# Bytes; a multiple of every dtype's size.
+# Alignment of packed tensors, in bytes: a multiple of every dtype's size.
 ALIGNMENT = 64
 
 
@@ -45,15 +45,15 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 class Shape(NamedTuple):
-    """What another rank needs to unpack one rank's videos."""
+    """The sizes of one rank's videos, which other ranks need to unpack them."""
 
     rows: int
     frames: int
-    masked: bool
+    masked: bool  # whether the rank has a mask
 
 
 def like(own: WeightedTokens, shape: Shape) -> list[tuple[torch.dtype, torch.Size] | None]:
-    """Dtype and shape of each part of a rank's videos, in the order in which they are packed."""
+    """Return dtype and shape of each part of a rank's videos, in packing order; None if absent."""
     rows, frames, masked = shape
     return [
         None if own.owner is None else (own.owner.dtype, torch.Size((rows,))),
@@ -64,10 +64,12 @@ def like(own: WeightedTokens, shape: Shape) -> list[tuple[torch.dtype, torch.Siz
 
 
 def packed_bytes(own: WeightedTokens, shape: Shape) -> int:
+    """Return the packed size of a rank's videos."""
     return sum(_extent(*part) for part in like(own, shape) if part is not None)
 
 
 def pack(own: WeightedTokens, shape: Shape) -> Tensor:
+    """Copy this rank's videos into one uint8 vector."""
     packed = torch.zeros(packed_bytes(own, shape), dtype=torch.uint8, device=own.features.device)
     for part, x in zip(unpack(packed, own, shape), own, strict=True):
         if part is not None and x is not None:
@@ -76,7 +78,7 @@ def pack(own: WeightedTokens, shape: Shape) -> Tensor:
 
 
 def unpack(packed: Tensor, own: WeightedTokens, shape: Shape) -> WeightedTokens:
-    """Views into a rank's packed bytes; ``own`` are videos of the same kind."""
+    """Return views into a rank's packed videos; ``own`` (this rank's) gives the dtypes and D."""
     parts: list[Tensor | None] = []
     start = 0
     for part in like(own, shape):
@@ -97,9 +99,9 @@ def _extent(dtype: torch.dtype, size: torch.Size) -> int:
 
 
 class Exchange:
-    """A group's way to exchange videos, for a forward and its backwards.
+    """The exchange of videos over a group, for a forward pass and its backward passes.
 
-    It holds no tensors that need gradients: every pass is given them.
+    It keeps no tensors that need gradients: every pass receives them as arguments.
     """
 
     def __init__(self, group: Group | None, shapes: list[Shape], *, gathers: bool = True) -> None:
@@ -115,7 +117,7 @@ class Exchange:
         Args:
             own: this rank's videos.
             merge: combines two results for the same videos.
-            sizes: numbers in the result for each rank's videos.
+            sizes: length of the result for each rank's videos.
         """
         if self.group is None:
             return Visit(own)
@@ -131,12 +133,12 @@ class Exchange:
         return x if self.group is None else self.group.add(x)
 
     def packed_videos(self, group: Group, own: WeightedTokens) -> list[Tensor]:
-        """Gather all ranks' packed videos, or take those kept since the forward."""
+        """Gather all ranks' packed videos, or take those kept from the forward pass."""
         packed, self.kept = self.kept, None
         if packed is None:
             sizes = [packed_bytes(own, shape) for shape in self.shapes]
             packed = group.gather(pack(own, self.shapes[self.rank]), sizes)
-            # For the first backward alone: the graph may live on, and be run again, long after it.
+            # Keep them for the first backward pass only: a retained graph must not hold them for long.
             if not self.gathered_before:
                 self.kept, self.gathered_before = packed, True
         return packed
@@ -168,7 +170,7 @@ class Visit:
 
 
 class GroupVisit(Visit):
-    """What both ways over a group share."""
+    """Base of the two exchanges over a group."""
 
     def __init__(self, exchange: Exchange, group: Group, own: WeightedTokens, merge: Merge, sizes: list[int]) -> None:
         super().__init__(own)
@@ -176,7 +178,7 @@ class GroupVisit(Visit):
 
 
 class GatheredVisit(GroupVisit):
-    """All videos at once."""
+    """Gather all ranks' videos before the first step."""
 
     def __iter__(self) -> Iterator[tuple[int, WeightedTokens]]:
         parts = []
@@ -191,7 +193,7 @@ class GatheredVisit(GroupVisit):
 
 
 class RingVisit(GroupVisit):
-    """Two ranks' videos at a time."""
+    """Pass videos round a ring, holding those of two ranks at a time."""
 
     def __iter__(self) -> Iterator[tuple[int, WeightedTokens]]:
         group, shapes = self.group, self.exchange.shapes
@@ -215,7 +217,7 @@ class RingVisit(GroupVisit):
 
 
 def choose_exchange(group: Group | None, videos: WeightedTokens, shapes: list[Shape]) -> Exchange:
-    """Gather if all videos fit ``GATHER_BYTES``, else use the ring; every rank knows all sizes and chooses the same."""
+    """Gather if all videos fit ``GATHER_BYTES``, else use the ring. Every rank knows all sizes and chooses the same."""
     if group is None or group.size == 1:
         return Exchange(None, shapes)
     largest = max(packed_bytes(videos, shape) for shape in shapes)

@@ -1,4 +1,4 @@
-"""Gather all ranks' rows with gradients, for interactions whose loss needs the whole logit matrix."""
+"""Gather all ranks' rows, with gradients, for losses that need the whole logit matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .group import Group
 
 
 def gather_rows(x: Tensor, group: Group, counts: list[int]) -> Tensor:
-    """Concatenate every rank's rows (counts[rank], ...) to (sum of counts, ...).
+    """Concatenate every rank's rows (counts[rank], ...) into (sum of counts, ...).
 
     The backward pass sums each row's gradient over ranks and returns it to its owner. If every rank computes the loss
     of the whole batch, the result is W times too large, and DDP's mean over ranks cancels that.

@@ -1,7 +1,7 @@
-"""What a loss over a process group needs from torch.distributed: agreement first, then rows of differing counts.
+"""Collective operations for losses over a process group: agree on the arguments, then exchange rows.
 
-Nothing here is differentiable: a loss calls it in its own forward and backward, on every rank in the same order. Ranks
-count from 0 within the group.
+Nothing here is differentiable: a loss calls it in its own forward and backward pass, on every rank in the same order.
+Ranks are numbered from 0 within the group.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The header's int64 slots: state, kind of loss, then sizes, then hashes of what must be the same.
+# The header's int64 slots: state, kind of loss, sizes, and hashes of the values that must be the same.
 SIZES, SAME = 8, 16
 HEADER = 2 + SIZES + SAME
 READY, FAILED = 1, 2
-# Bytes of one rank's words on what went wrong, sent only when something did.
+# Bytes of a rank's error text, which is sent only after an error.
 WORDS = 512
 
 
 @dataclass
 class Agreement:
-    """What a rank brings to :func:`agree`, and what it gets back."""
+    """A rank's input to :func:`agree`, and its result."""
 
     sizes: dict[str, int] = field(default_factory=dict)
-    """Numbers that may differ between ranks; the same names on all, at most 8."""
+    """Numbers that may differ between ranks, under the same names on all; at most 8."""
     same: dict[str, object] = field(default_factory=dict)
-    """What must be the same on all ranks, compared by ``repr``; at most 16 entries."""
+    """Values that must be the same on all ranks, compared by ``repr``; at most 16."""
     sizes_by_rank: list[dict[str, int]] = field(default_factory=list)
-    """Every rank's ``sizes``, once the block has ended."""
+    """Every rank's ``sizes``, available after the ``with`` block."""
 
 
 @contextlib.contextmanager
 def agree(group: Group | None, kind: str) -> Iterator[Agreement]:
-    """Exchange what the ranks are about to do, before any of them does it.
+    """Check that all ranks are about to compute the same thing, before any of them starts.
 
-    The block checks this rank's arguments and fills in the :class:`Agreement`. An error in it reaches all ranks, so
-    that none waits for one that has failed. Without a group there is nothing to exchange.
+    The ``with`` block checks this rank's arguments and fills in the :class:`Agreement`. An error in it is sent to all
+    ranks, so that none waits for a rank that has failed. Without a group nothing is exchanged.
 
     Args:
         kind: the loss's name, used in messages and to detect a rank that runs another loss.
 
     Raises:
-        Exception: this rank's own, after the others have heard of it.
+        Exception: this rank's own error, after it was sent to the others.
         RuntimeError: another rank raised; names the rank and its error.
-        ValueError: the ranks differ in what must be the same; the same words on all ranks.
+        ValueError: the ranks differ in a value that must be the same; the message is the same on all ranks.
 
-    A rank that died, never calls, or fails after this is noticed by the group's own timeout alone: 30 minutes for
-    gloo, 10 for NCCL, unless ``timeout=`` of ``init_process_group`` or ``new_group`` says otherwise.
+    If a rank dies, never calls this, or fails afterwards, the others notice it only by the group's timeout: 30 minutes
+    for gloo, 10 for NCCL, unless ``init_process_group`` or ``new_group`` got ``timeout=``.
     """
     mine = Agreement()
     try:
@@ -67,7 +67,7 @@ class Group:
     """One rank's view of a process group.
 
     Raises:
-        TypeError: not a process group of torch.distributed, or this process is not in it.
+        TypeError: not a process group of torch.distributed, or one that this process is not in.
     """
 
     def __init__(self, process_group: object) -> None:
@@ -76,23 +76,23 @@ class Group:
             found = "a group that this process is not in" if outside else type(process_group).__name__
             raise TypeError(
                 f"process_group must be a torch.distributed.ProcessGroup, got {found}; "
-                "pass torch.distributed.group.WORLD after init_process_group, or None for this process alone"
+                "pass torch.distributed.group.WORLD after init_process_group, or None for a single process"
             )
         self._group = process_group
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
 
     def backends(self) -> dict[str, str]:
-        """The backend of each device type that the group serves, as {"cpu": "gloo"}."""
+        """Return the group's backend for each device type, such as {"cpu": "gloo"}."""
         return dict(entry.split(":") for entry in str(dist.get_backend_config(self._group)).split(","))
 
     def require(self, name: str, x: Tensor) -> None:
-        """Raise ValueError where the group cannot serve the device of tensor ``name``."""
+        """Raise ValueError if the group has no backend for the device of tensor ``name``."""
         serves = self.backends()
         if x.device.type not in serves:
             known = ", ".join(f"{backend} for {device} tensors" for device, backend in serves.items())
             raise ValueError(
-                f"process_group must serve {name}'s device {x.device}, got a group of {known}; move the tensors, or "
-                "make a group that serves both with init_process_group(backend='cpu:gloo,cuda:nccl')"
+                f"process_group must support {name}'s device {x.device}, got a group of {known}; move the tensors, or "
+                "support both devices with init_process_group(backend='cpu:gloo,cuda:nccl')"
             )
 
     def exchange_headers(self, kind: str, mine: Agreement) -> list[dict[str, int]]:
@@ -113,15 +113,15 @@ class Group:
         return [dict(zip(mine.sizes, row[2:], strict=False)) for row in found]
 
     def announce_failure(self, kind: str, error: Exception) -> None:
-        """Tell the other ranks, which are in :meth:`exchange_headers`, that this one has raised ``error``."""
+        """Send this rank's error to the other ranks, which are waiting in :meth:`exchange_headers`."""
         header = [FAILED, _hash(kind)]
         self._all(torch.tensor(header + [0] * (HEADER - len(header))))
         self._texts(f"{type(error).__name__}: {error}")
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Every rank's ``x``, by rank: (counts[rank], ...), equal beyond the first dimension.
+        """Gather every rank's ``x`` (counts[rank], ...), in rank order; all other dimensions must be equal.
 
-        Sends one padded block to all: holds size x max(counts) rows.
+        Every rank's rows are padded to the largest count, so memory holds size x max(counts) rows.
         """
         longest = max(counts)
         padded = x.new_zeros((longest, *x.shape[1:]))
@@ -129,7 +129,7 @@ class Group:
         return [row[:count] for row, count in zip(self._all_tensors(padded), counts, strict=True)]
 
     def add(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' ``x`` of one shape, in rank order: the same bits everywhere. Holds three of ``x``."""
+        """Sum all ranks' ``x`` of one shape in rank order: all get the same bits. Memory holds three times ``x``."""
         piece = -(-x.numel() // self.size)
         padded = x.new_zeros(self.size * piece)
         padded[: x.numel()] = x.reshape(-1)
@@ -139,7 +139,7 @@ class Group:
         return torch.cat(self.gather(total, [piece] * self.size))[: x.numel()].view(x.shape)
 
     def return_to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Give part ``j`` (1-dimensional) to rank j, and get what the ranks have for this one, by rank."""
+        """Send part ``j`` (1-dimensional) to rank j; return the parts that this rank receives, in rank order."""
         own = len(parts[self.rank])
         sent = torch.cat(list(parts))
         received = sent.new_empty(self.size * own)
@@ -149,10 +149,10 @@ class Group:
         return list(arrived.to(sent.device).view(self.size, own).unbind())
 
     def send_to_next(self, outgoing: Tensor, incoming: Tensor, tag: int) -> Callable[[], Tensor]:
-        """Start to send to the next rank and to receive from the one before; wait with what is returned.
+        """Start to send to the next rank and to receive from the previous one; return a function that waits.
 
-        ``incoming`` has the size of what comes. Tensors without elements are not sent. Exchanges under way at one time
-        need different tags.
+        ``incoming`` has the size of what arrives. Empty tensors are not sent. Exchanges that run at the same time need
+        different tags.
         """
         sent, arriving = self._wire(outgoing), self._wire(incoming)
         operations = []
@@ -165,7 +165,7 @@ class Group:
         def wait() -> Tensor:
             for work in works:
                 work.wait()
-            # `sent` is named here so that it lives until it has gone.
+            # Refer to `sent` so that it stays alive until it was sent.
             return arriving.to(incoming.device) if sent is not None else incoming
 
         return wait
@@ -175,7 +175,7 @@ class Group:
         return dist.P2POp(how, x, peer, group=self._group, tag=tag)
 
     def _wire(self, x: Tensor) -> Tensor:
-        """``x`` where the group can send it: gloo sends from the CPU alone."""
+        """Copy ``x`` to where the group can send it from: gloo needs the CPU."""
         on_cpu = self.backends().get(x.device.type) == "gloo"
         return (x.cpu() if on_cpu else x).contiguous()
 
@@ -186,7 +186,7 @@ class Group:
         return [row.to(x.device) for row in found]
 
     def _all(self, x: Tensor) -> list[list[int]]:
-        """Every rank's row of numbers, on a device that the group serves whatever this rank's tensors are on."""
+        """Gather a vector of every rank as a list of numbers; move it to a device that the group supports."""
         serves = self.backends()
         device = "cpu" if "cpu" in serves else next(iter(serves))
         return [row.tolist() for row in self._all_tensors(x.to(device))]
@@ -198,7 +198,7 @@ class Group:
 
 
 def _hash(value: object) -> int:
-    # Python's own hash of a string differs from process to process.
+    # Python's hash() of a string differs between processes.
     return zlib.crc32(_show(value).encode())
 
 
@@ -207,7 +207,7 @@ def _show(value: object) -> str:
 
 
 def _by_rank(texts: list[str]) -> str:
-    """Say "512 on ranks 0, 2 and 256 on rank 1"."""
+    """Format texts by rank, such as "512 on ranks 0, 2 and 256 on rank 1"."""
     groups: dict[str, list[str]] = {}
     for rank, text in enumerate(texts):
         groups.setdefault(text, []).append(str(rank))

@@ -1,4 +1,4 @@
-"""One file a public function: it checks its arguments and calls an operator."""
+"""The public functions, one file each: they check their arguments and call an operator."""
 
 from .cdcr import cdcr_loss, cross_correlation_loss
 from .dot_product import dot_product

@@ -1,4 +1,4 @@
-"""Channel decorrelation (CDCR): the loss of a batch of pairs, and the cross-correlation loss that it is made of."""
+"""Channel decorrelation (CDCR) of a batch of pairs, and the cross-correlation loss of paired rows."""
 
 from __future__ import annotations
 
@@ -27,43 +27,46 @@ def cdcr_loss(
     alpha_off: float,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Channel decorrelation of matched tokens: text a belongs to video a.
+    r"""Compute the channel decorrelation loss (CDCR) of matched tokens; text b belongs to video b.
 
-    Every real word is paired with the frame of its own video that it matches best, every real frame with a word
-    alike; all tokens are L2-normalised. With each channel standardised over the batch (unbiased deviation),
+    Every real word is paired with its best match among the frames of its video, and every real frame with its best
+    match among the words; all tokens are L2-normalised. With each channel standardised over the batch (unbiased
+    deviation),
 
     .. math:: C = \tfrac12\Big[\tfrac1B \tilde X^\top \mathrm{diag}(w^t) \tilde X' + \tfrac1B \tilde Y^\top
               \mathrm{diag}(w^v) \tilde Y'\Big], \qquad
               loss = \alpha_{on} \sum_d (C_{dd} - 1)^2 + \alpha_{off} \sum_{d \ne e} C_{de}^2
 
     X are the words and X' their frames, Y the frames and Y' their words. Without weights each term is divided by its
-    number of tokens instead. ``alpha_off=0``, which every published setting uses, never forms the D x D matrix.
-    Gradients flow through standardisation, weights and both partners, not through the choice of partners. A channel
-    whose standard deviation is <= 1e-12, or within rounding of 0, counts as constant: 0 when standardised, no gradient.
+    number of tokens instead of B. ``alpha_off=0``, which every published setting uses, never forms the D x D matrix.
+    Gradients flow through the standardisation, the weights and both tokens of a match, but not through the choice of
+    the match. A channel whose standard deviation is <= 1e-12, or within rounding of 0, counts as constant: it is 0 when
+    standardised and gets no gradient.
 
     Args:
         text: (B, Nt, D) token features, raw; float32, float16, bfloat16 or float64.
         video: (B, Nv, D) frame features of the same dtype and device; row b is text b's video.
-        text_weight: (B, Nt) weights, any float dtype, used as given (WTI: the public code's CDCR 3); None, for both
-            sides together, is the unweighted form (TI: its CDCR 2).
+        text_weight: (B, Nt) weights, any float dtype, used as given (with WTI: the public code's CDCR 3). If both
+            weights are None, the loss is unweighted (with TI: CDCR 2).
         video_weight: (B, Nv), likewise.
         text_mask: (B, Nt), non-zero = real token, any dtype, holes allowed; None: all real. Masked tokens are never
             read.
         video_mask: (B, Nv), likewise. A pair with an empty side is left out; B still counts it.
         alpha_on: weight of the diagonal, >= 0 (published: 0.11 to 0.16; the public code's default is 1.0).
         alpha_off: weight of all other entries, >= 0 (published: 0; the public code's default is 0.06).
-        process_group: a torch.distributed group whose ranks each hold some of the pairs (their numbers may differ, one
-            may have none): every rank returns the whole batch's loss, and gradients are the ranks' number times the
-            single process's, so that DistributedDataParallel's mean over ranks equals it. What must agree, and what
-            happens where a rank fails, is as in :func:`token_contrastive_loss`. Not within ``torch.compile``.
+        process_group: a torch.distributed group whose ranks each hold some of the pairs; their numbers may differ, and
+            a rank may have none. Every rank returns the loss of the whole batch. Gradients are W times those of a
+            single process, for W ranks, so that DistributedDataParallel's mean over ranks equals them.
+            :func:`token_contrastive_loss` says what the ranks must agree on and what happens if one fails. Not within
+            ``torch.compile``.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: numbers of texts and videos differ, B = 0, fewer than 2 words or frames in paired rows (seen from
-            the shapes; from the masks on the CPU only), a negative or NaN alpha, one weight without the other, and
-            what :func:`token_interaction` raises.
+        ValueError: the numbers of texts and videos differ, B = 0, there are fewer than 2 words or frames (masks are
+            checked on the CPU only), an alpha is negative or NaN, one weight is given without the other, or as
+            :func:`token_interaction`.
         TypeError: as :func:`token_interaction`.
 
     Source: arXiv 2203.07111, section 3.3, "Channel Decorrelation Regularization".
@@ -80,7 +83,7 @@ def cdcr_loss(
             )
         if (text_weight is None) != (video_weight is None):
             name, other = ("video_weight", "text_weight") if video_weight is None else ("text_weight", "video_weight")
-            raise ValueError(f"{name} must be given where {other} is, got None; give both (weighted) or neither")
+            raise ValueError(f"{name} must be given together with {other}, got None; give both (weighted) or neither")
         weighted = text_weight is not None
         if text_weight is not None and video_weight is not None:
             text_weight = validation.weight("text_weight", text_weight, sides.text, "B, Nt", "text")
@@ -102,13 +105,13 @@ def cross_correlation_loss(
     divisor: float | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Barlow Twins' loss between paired rows: channels of x and y are to agree with themselves and with no other.
+    r"""Compute Barlow Twins' loss of paired rows: each channel should correlate with itself and with no other.
 
     .. math:: C = \tfrac1{divisor} \tilde x^\top \mathrm{diag}(w) \tilde y, \qquad
               loss = \alpha_{on} \sum_d (C_{dd} - 1)^2 + \alpha_{off} \sum_{d \ne e} C_{de}^2
 
-    with channels standardised over the rows, as in :func:`cdcr_loss`. Rows are used as they are: with pooled,
-    normalised vectors of texts and videos this is CDCR 1, for DP.
+    with channels standardised over the rows, as in :func:`cdcr_loss`. Rows are not normalised: pass the pooled, unit
+    vectors of texts and videos (:meth:`DP.pool`) for CDCR 1.
 
     Args:
         x: (N, D) features; float32, float16, bfloat16 or float64.
@@ -116,15 +119,15 @@ def cross_correlation_loss(
         weight: (N,) weights, any float dtype; None: 1.
         alpha_on: weight of the diagonal, >= 0.
         alpha_off: weight of all other entries, >= 0; 0 never forms the D x D matrix.
-        divisor: what C is divided by, > 0; None: N (over all ranks).
+        divisor: a number > 0 that C is divided by; None: N over all ranks.
         process_group: as in :func:`cdcr_loss`.
 
     Returns:
         A scalar, float32 (float64 for float64 input).
 
     Raises:
-        ValueError: shapes that do not match, N < 2, a negative or NaN alpha, a divisor that is not positive and finite.
-        TypeError: not a tensor, or a dtype that is not served.
+        ValueError: shapes do not match, N < 2, an alpha is negative or NaN, or ``divisor`` is not positive and finite.
+        TypeError: not a tensor, or an unsupported dtype.
 
     Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230, section 2.1; arXiv 2203.07111, section 3.3.
     """
@@ -139,7 +142,7 @@ def cross_correlation_loss(
             raise ValueError(
                 f"y must be (N, D) = {tuple(a.shape)} to pair with x, got {tuple(b.shape)}; row n pairs row n"
             )
-        # To the operators each row is a pair of one token and one token.
+        # The operators take tokens: each row becomes a pair with one token per side.
         sides = validation.check_sides(a[:, None], b[:, None], None, None, ("x", "y"))
         row_weight = None
         if weight is not None:
@@ -170,7 +173,7 @@ def _announce(
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     options: dict[str, float | None],
 ) -> None:
-    """Fill in what the ranks exchange about checked arguments; ``names`` are those of the two sides."""
+    """Fill in what the ranks exchange about the checked arguments; ``names`` are the argument names of both sides."""
     text, video, weight, *_ = inputs
     refuse_forward_mode(inputs, kind)
     if group is not None:
@@ -186,7 +189,7 @@ def _announce(
 
 
 def _rows(name: str, value: object) -> Tensor:
-    """Check one matrix of rows: rank 2 and a dtype we serve."""
+    """Check one matrix of rows (N, D)."""
     x = validation.tensor(name, value)
     if x.dim() != 2:
         raise ValueError(f"{name} must be (N, D), got shape {tuple(x.shape)}; flatten tokens to rows")
@@ -196,7 +199,7 @@ def _rows(name: str, value: object) -> Tensor:
 
 
 def _check_enough(names: tuple[str, str], sizes: list[dict[str, int]]) -> None:
-    """Check that each side has two tokens over all ranks, which a standard deviation needs."""
+    """Check that each side has at least two tokens over all ranks, as a standard deviation needs."""
     for name, tokens in zip(names, ("Nt", "Nv"), strict=True):
         if sum(size["rows"] * size[tokens] for size in sizes) < 2:
             found = ", ".join(f"{size['rows']} x {size[tokens]}" for size in sizes)

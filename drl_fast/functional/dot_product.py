@@ -1,4 +1,4 @@
-"""DP: one dot product of pooled vectors."""
+"""DP: the dot product of pooled vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..validation import check_sides
 def dot_product(
     text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
 ) -> Tensor:
-    """Cosine of a text's end token and a video's mean frame.
+    """Score every text's end token against every video's mean frame by their cosine.
 
     The text vector is the last real token (largest index with a non-zero mask), normalised; the video vector is the
     masked mean of the normalised frames, normalised again. A side without a real token scores 0.
@@ -39,14 +39,14 @@ def dot_product(
 
 
 def pool(text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Unit vectors (A, D) of the end tokens and (B, D) of the mean frames; boolean masks."""
+    """Return unit vectors of the end tokens (A, D) and the mean frames (B, D); masks are boolean."""
     frames = video if video_mask is None else torch.where(video_mask[..., None], video, 0)
     mean_frame = (unit(frames) * uniform_weight(video_mask, video)[..., None]).sum(dim=1)
     return unit(last_real_token(text, text_mask)), unit(mean_frame)
 
 
 def last_real_token(text: Tensor, mask: Tensor | None) -> Tensor:
-    """(A, D): the token with the largest real index; zeros for a row without one."""
+    """Return each row's real token with the largest index, (A, D); zeros for a row without a real token."""
     if mask is None:
         return text[:, -1]
     position = torch.arange(text.shape[1], device=text.device)

@@ -1,4 +1,4 @@
-"""The two-way contrastive loss over a square logit matrix."""
+"""The symmetric contrastive loss of a square logit matrix."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..numerics import accumulation_dtype
 
 
 def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
-    """Mean of the text-to-video and video-to-text cross-entropies, with the positives on the diagonal.
+    """Average the text-to-video and video-to-text cross-entropies, with the positives on the diagonal.
 
     Args:
         logits: (B, B), row a, column b: text a against video b, not scaled by temperature.
-        logit_scale: the factor itself (exp already taken, open_clip's ClipLoss convention): a positive float, or a
-            0-dim tensor that gets a gradient.
+        logit_scale: the factor of the logits, a positive float or a 0-dim tensor that gets a gradient. Pass
+            ``logit_scale.exp()`` (about 100), not CLIP's log-scale parameter.
 
     Returns:
         A scalar, float32 (float64 for float64 input). B = 1 gives 0.
 
     Raises:
-        ValueError: logits not square, B = 0, a float ``logit_scale`` that is not positive and finite.
-        TypeError: logits not a floating-point tensor, or a ``logit_scale`` that is neither number nor tensor.
+        ValueError: the logits are not square, B = 0, or a float ``logit_scale`` is not positive and finite.
+        TypeError: the logits are not a floating-point tensor, or ``logit_scale`` is neither a number nor a tensor.
 
     Source: arXiv 2203.07111, section 3.4; Radford et al., arXiv 2103.00020, figure 3.
     """
@@ -43,18 +43,18 @@ def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
 
 
 def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Tensor:
-    """Accept a positive finite number or a one-element tensor, as a factor that broadcasts over logits."""
+    """Check a positive finite number or a one-element tensor; return a factor that broadcasts over logits."""
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"logit_scale must be a scalar, got shape {tuple(logit_scale.shape)}")
         if logit_scale.is_complex():
             raise TypeError(f"logit_scale must be real, got {logit_scale.dtype}")
-        # torch takes a scalar on the CPU everywhere.
+        # torch can multiply tensors of every device by a 0-dim CPU tensor.
         if logit_scale.device not in (device, torch.device("cpu")):
             raise ValueError(
                 f"logit_scale must be on the device of what it scales, {device}, or the CPU, got {logit_scale.device}; "
                 f"move it with logit_scale.to({str(device)!r})"
             )
         return logit_scale.reshape(())
-    remedy = "pass the factor itself, exp already taken, as a number or a 0-dim tensor"
+    remedy = "pass logit_scale.exp() (about 100), as a number or a 0-dim tensor"
     return validation.positive_number("logit_scale", logit_scale, remedy)

@@ -18,14 +18,14 @@ def maxsim(
     query_weight: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """Sum over query tokens of the maximum over document tokens, for every query against every document.
+    """Score every query against every document: sum over query tokens the best match among document tokens.
 
     Args:
         query: (A, Nt, D) token features; float32, float16, bfloat16 or float64.
         document: (B, Nv, D), the same dtype and device.
         query_mask: (A, Nt), non-zero = real, holes allowed; None: all real. Masked tokens are excluded, never read.
         document_mask: (B, Nv), likewise.
-        query_weight: (A, Nt), any float dtype; None is 1 for every real token.
+        query_weight: (A, Nt), any float dtype; None: 1 for every real token.
         normalize: L2-normalise tokens first.
 
     Returns:

@@ -38,21 +38,22 @@ def token_contrastive_loss(
     Up to a batch of about 1,000 use ``info_nce(wti(...))``: it is faster. Beyond that, this trades about 1.4x time for
     memory that grows linearly with B.
 
-    Blocks of texts are scored against all videos, once in the forward pass and once more in the backward pass. Memory
-    beyond the inputs and their gradients is one block (some 16 MB) and six numbers per training example. Differentiable
-    once in features, weights and ``logit_scale``; a second derivative or forward-mode AD raises.
+    It scores blocks of texts against all videos, once in the forward pass and once more in the backward pass. Memory
+    beyond the inputs and their gradients is one block (about 16 MB) and six numbers per training example. The loss is
+    differentiable once in features, weights and ``logit_scale``; a second derivative or forward-mode AD raises.
 
     With ``process_group`` each of W ranks passes its own pairs, and all get the loss of the whole batch, with the same
-    bits. Pairs, Nt and Nv may differ between ranks, and a rank may have no pair; options and D must be the same.
-    Gradients of features and token weights are W times those of a single process, and those of ``logit_scale`` average
-    to it: DDP's mean over ranks then gives the single process's gradient for encoders, weight heads and
-    ``logit_scale``. If one rank runs the backward pass, all must, on the same multiple of the loss.
+    bits. The number of pairs, Nt and Nv may differ between ranks, and a rank may have no pair; options and D must be
+    the same. Gradients of features and token weights are W times those of a single process, and the mean over ranks of
+    ``logit_scale``'s gradient equals the single process's. DDP's mean over ranks then gives the single process's
+    gradient for encoders, weight heads and ``logit_scale``. If one rank runs the backward pass, all must, on the same
+    multiple of the loss.
 
-    Communication: a header of 26 integers first and one number at the end. Every rank scores its own texts against all
-    videos. Up to 256 MB of videos over all ranks, they are gathered once, their gradients return by one all-to-all in
-    float32, and every rank holds both. Beyond that, videos go round a ring in both passes, each followed by its
-    gradient in float32: a rank holds two ranks' videos and four ranks' gradients. Either way two numbers per pair and
-    rank return with the videos, and two numbers of every pair are gathered.
+    Communication: every rank scores its own texts against all videos. If the videos of all ranks take at most 256 MB,
+    every rank gathers them once and returns their gradients by one all-to-all in float32; it holds both. Otherwise
+    videos travel round a ring in both passes, each followed by its gradient in float32; a rank holds two ranks' videos
+    and four ranks' gradients. In addition the ranks exchange a header of 26 integers, two numbers per pair and rank,
+    two numbers per pair, and one number at the end.
 
     Args:
         text: (B, Nt, D) token features, raw; float32, float16, bfloat16 or float64. Text i belongs to video i.
@@ -61,12 +62,12 @@ def token_contrastive_loss(
         video_weight: (B, Nv), likewise.
         text_mask: (B, Nt), non-zero = real token, any dtype, holes allowed; None: all real.
         video_mask: (B, Nv), likewise.
-        logit_scale: the factor itself (exp already taken, open_clip's ClipLoss convention): a positive float, or a
-            0-dim tensor that gets a gradient.
+        logit_scale: the factor of the logits, a positive float or a 0-dim tensor that gets a gradient. Pass
+            ``logit_scale.exp()`` (about 100), not CLIP's log-scale parameter.
         masking: ``"drl"``, ``"exclude"`` or ``"none"``, as in :func:`token_interaction`.
         normalize: L2-normalise tokens first.
-        owner: (B,) integer ids. Other pairs of the same id (captions of one video) are left out of a text's and a
-            video's negatives, across ranks as well.
+        owner: (B,) integer ids, such as the number of the video. Pairs with the same id are not negatives of each
+            other, also across ranks.
         process_group: a torch.distributed group whose backend serves the tensors' device; None: this process alone.
             ``torch.distributed.group.WORLD`` is None before ``init_process_group``. Not within ``torch.compile``.
 
@@ -74,14 +75,14 @@ def token_contrastive_loss(
         A scalar, float32 (float64 for float64 input), the mean of the two cross-entropies. B = 1 gives 0.
 
     Raises:
-        ValueError: wrong rank, sizes that do not match, text and video of different batch, B = 0, another device, an
-            unknown ``masking``, a float ``logit_scale`` that is not positive and finite.
-        TypeError: not a tensor, a dtype that is not served, ``owner`` not of integers.
+        ValueError: wrong rank, sizes or devices that do not match, different numbers of texts and videos, B = 0, an
+            unknown ``masking``, or a float ``logit_scale`` that is not positive and finite.
+        TypeError: not a tensor, an unsupported dtype, or ``owner`` does not hold integers.
 
-        Over a group: a rank's own error on that rank and RuntimeError with its words on all others; ValueError with the
-        same words on all where they differ in D, dtype, options or what needs gradients, or hold no pair
-        together. A rank that died, never calls or fails while computing shows by the group's timeout alone: 30
-        minutes for gloo, 10 for NCCL, unless ``init_process_group`` or ``new_group`` got ``timeout=timedelta(...)``.
+        Over a group, an error on one rank raises RuntimeError with its message on all others. All ranks raise the same
+        ValueError if they differ in D, dtype, options or which inputs need gradients, or if no rank has a pair. A rank
+        that dies, never calls, or fails while computing is only noticed by the group's timeout: 30 minutes for gloo, 10
+        for NCCL, unless ``init_process_group`` or ``new_group`` got ``timeout=timedelta(...)``.
 
     Source: arXiv 2203.07111, section 3.4; the running log-sum-exp is Milakov & Gimelshein's, arXiv 1805.02867.
     """
@@ -93,8 +94,8 @@ def token_contrastive_loss(
         scale = check_scale(logit_scale, sides.text.device)
         if len(sides.text) != len(sides.video):
             raise ValueError(
-                f"video must have as many rows as text, one video a text: {len(sides.text)}, got {len(sides.video)}; "
-                "repeat a video for each of its captions and say so with owner"
+                f"video must have as many rows as text, {len(sides.text)}, got {len(sides.video)}; "
+                "repeat a video for each of its captions and mark them with owner"
             )
         wt = uniform_weight(sides.text_mask, sides.text) if text_weight is None else text_weight
         wv = uniform_weight(sides.video_mask, sides.video) if video_weight is None else video_weight
@@ -131,24 +132,24 @@ def token_contrastive_loss(
 
 
 def _comparable(scale: float | Tensor) -> object:
-    """What ranks compare of the scale: its number, except on an accelerator, where reading it would synchronise."""
+    """Return what ranks compare of the scale: its value, unless reading it would synchronise with an accelerator."""
     if not isinstance(scale, Tensor):
         return scale
     return f"a tensor of {scale.item()}" if scale.device.type == "cpu" else "a tensor"
 
 
 def _needing_gradients(inputs: dict[str, object]) -> str:
-    """Names of the inputs that need gradients.
+    """Name the inputs that need gradients.
 
-    If they differed, one rank's backward would wait for ranks that have none. A rank with an empty batch must ask for
-    gradients too.
+    They must be the same on all ranks, because a rank's backward pass waits for those of all others. A rank without
+    pairs needs them too.
     """
     names = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
     return (", ".join(names) if torch.is_grad_enabled() else "") or "nothing"
 
 
 def _owner(value: object, text: Tensor) -> Tensor:
-    """Check (B,) ids of the videos that the pairs belong to."""
+    """Check the ids (B,) and return them as int64."""
     owner = validation.tensor("owner", value)
     if tuple(owner.shape) != (len(text),):
         raise ValueError(f"owner must be (B,) = ({len(text)},) to match text, got {tuple(owner.shape)}")

@@ -1,4 +1,4 @@
-"""Weighted token-wise interaction (WTI, TI): logits from tokens and token weights."""
+"""Token-wise interaction (WTI, TI): logits from tokens and token weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops import token_interaction as op
 
 
 class Matches(NamedTuple):
-    """Which token each token chose. Indices are into the padded rows; -1 where no real token was chosen."""
+    """The best match of each token: an index into the padded rows, -1 if no real token was chosen."""
 
     video_index: Tensor
     """(A, B, Nt) int64: the frame of video b that word i of text a chose."""
@@ -40,32 +40,32 @@ def token_interaction(
     .. math:: logits_{ab} = \tfrac12\Big[\sum_i w^t_{ai} \max_j \langle t_{ai}, v_{bj}\rangle
                                        + \sum_j w^v_{bj} \max_i \langle t_{ai}, v_{bj}\rangle\Big]
 
-    The A x B x Nt x Nv similarities never exist in memory. Differentiable once in features and weights; a second
-    derivative or forward-mode AD raises.
+    The A x B x Nt x Nv similarities are never stored. The logits are differentiable once in features and weights; a
+    second derivative or forward-mode AD raises.
 
     Args:
         text: (A, Nt, D) token features, raw; float32, float16, bfloat16 or float64.
         video: (B, Nv, D) frame features of the same dtype and device.
-        text_weight: (A, Nt) weights, any float dtype, used as given; None is uniform over real tokens (TI).
+        text_weight: (A, Nt) weights, any float dtype, used as given; None: uniform over real tokens (TI).
         video_weight: (B, Nv), likewise. Must be None when ``bidirectional=False``.
         text_mask: (A, Nt), non-zero = real token, any dtype, holes allowed; None: all real.
         video_mask: (B, Nv), likewise.
         normalize: L2-normalise tokens first, in float32 (float64 for float64). A token of norm <= 1e-12 maps to 0.
         masking: ``"drl"``: a masked token's similarity is 0 and competes for the maximum, as in the public code;
-            ``"exclude"``: it never takes part; ``"none"``: every token competes and counts with its given weight, and
-            masks only shape uniform weights. Except under ``"none"`` masked features are never read, and a masked
-            token's own maximum is 0 whatever its weight.
-        bidirectional: False keeps the first sum alone, not halved.
+            ``"exclude"``: it never takes part; ``"none"``: every token competes and counts with its weight, and masks
+            only affect uniform weights. Except with ``"none"``, masked features are never read, and a masked token's
+            own maximum is 0 whatever its weight.
+        bidirectional: False: only the first sum, not halved.
         return_matches: also return :class:`Matches`.
 
     Returns:
         (A, B) logits, float32 (float64 for float64 input), not scaled by temperature; with ``return_matches`` a pair
-        ``(logits, Matches)``. A score has the same bits whatever else is in the batch.
+        ``(logits, Matches)``. A pair's score has the same bits whatever else is in the batch.
 
     Raises:
-        ValueError: wrong rank, sizes that do not match, another device, an unknown ``masking``, NaN in a float mask
-            (CPU, eager only).
-        TypeError: not a tensor, or a dtype that is not served.
+        ValueError: wrong rank, sizes or devices that do not match, an unknown ``masking``, or NaN in a float mask
+            (checked on the CPU in eager mode only).
+        TypeError: not a tensor, or an unsupported dtype.
 
     Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction".
     """
@@ -103,7 +103,7 @@ def interact(
     bidirectional: bool,
     return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, Matches]:
-    """Call the operator on checked arguments: :func:`token_interaction` for callers that have checked them already.
+    """Compute :func:`token_interaction` of arguments that the caller has checked.
 
     Matches are kept if the caller wants them or a backward pass will read them.
     """
@@ -134,7 +134,7 @@ def interact(
 
 
 def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:
-    """Raise where an input carries a tangent: without requires_grad the operator would drop it in silence."""
+    """Raise if an input carries a forward-mode tangent: the operator would drop it without an error."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):

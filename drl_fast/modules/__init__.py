@@ -1,6 +1,7 @@
-"""Layers as ``nn.Module``: parameters and nothing else; the arithmetic is in :mod:`drl_fast.functional`.
+"""Layers as ``nn.Module``.
 
-What is made of linear layers all through (XTI, MLP, the temporal modules) has its arithmetic here.
+WTI, TI, HI and DP hold parameters and options; their arithmetic is in :mod:`drl_fast.functional`. XTI, MLP and the
+temporal modules are ordinary networks, whose arithmetic is here.
 """
 
 from .dp import DP

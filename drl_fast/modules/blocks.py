@@ -1,4 +1,4 @@
-"""CLIP's text block outside CLIP: what the temporal transformer and XTI are stacks of, and how they start."""
+"""Transformer blocks of the form of CLIP's text tower, for XTI and the temporal modules, and their initialisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import validation
 
-# The public modules outside CLIP have it; CLIP's own layers have 1e-5.
+# As in the public code's modules outside CLIP; CLIP's own layers use 1e-5.
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
 
@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In half precision eps is 0 and a constant row NaN, unless a device's kernel widens by itself.
+        # In half precision eps rounds to 0 and a constant row becomes NaN, unless the kernel computes in float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         y = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         return y.to(x.dtype)
@@ -39,7 +39,7 @@ class QuickGELU(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with the parameters of ``nn.MultiheadAttention``, batch first.
 
-    Not that class itself: of a row without a real position it makes NaN.
+    ``nn.MultiheadAttention`` itself would return NaN for a row without a real position.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=INIT_STD)
 
     def forward(self, x: Tensor, attends: Tensor | None, queries: int | None = None) -> Tensor:
-        """(R, N, D), attends (R, N) bool with at least one True a row or None -> (R, queries or N, D)."""
+        """Attend: x (R, N, D), attends (R, N) bool with at least one True per row, or None -> (R, queries or N, D)."""
         dim = x.shape[-1]
         weights, biases = self.in_proj_weight.split(dim), self.in_proj_bias.split(dim)
         inputs = (x if queries is None else x[:, :queries], x, x)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and QuickGELU MLP (4 x wider), each with a residual; CLIP's state-dict keys."""
+    """Pre-norm attention and a QuickGELU MLP of width 4 D, each with a residual, under CLIP's state-dict keys."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -83,14 +83,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, masked, not causal.
+    """A stack of blocks with masked, not causal attention.
 
-    ``transformer(x (R, N, D), attends=None, queries=None) -> (R, N, D)``: ``attends`` (R, N) bool says which positions
-    are attended to, at least one a row; with ``queries`` only the first so many positions come out, (R, queries, D),
-    and the last block computes no others.
+    ``transformer(x (R, N, D), attends=None, queries=None) -> (R, N, D)``. ``attends`` (R, N) bool marks the positions
+    that others attend to, at least one per row. With ``queries`` the result is the first ``queries`` positions only,
+    (R, queries, D), and the last block computes no others.
 
     Raises:
-        ValueError: ``dim`` that is no multiple of ``heads``, a size below 1.
+        ValueError: ``dim`` is not a multiple of ``heads``, or a size is below 1.
     """
 
     def __init__(self, dim: int, layers: int, heads: int) -> None:
@@ -109,9 +109,9 @@ class Transformer(nn.Module):
 
 
 def start_new(module: nn.Module) -> None:
-    """Draw Linear and Embedding weights from N(0, 0.02) and set biases to 0, as the public code starts new layers.
+    """Draw Linear and Embedding weights from N(0, 0.02^2) and set biases to 0, as the public code does.
 
-    For ``module.apply``.
+    Pass it to ``module.apply``.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=INIT_STD)
@@ -126,17 +126,17 @@ def copy_from_clip(
     positional_embedding: Tensor,
     blocks: Mapping[str, Tensor],
 ) -> bool:
-    """Start positions and blocks as CLIP's text tower: as many of each as both have; the rest is left as it is.
+    """Copy the first positions and blocks of CLIP's text tower, as many of each as both have.
 
     Args:
         positional_embedding: (P, D), CLIP's text positions.
-        blocks: the state dict of CLIP's text ``transformer.resblocks``: ``0.attn.in_proj_weight`` and so on.
+        blocks: the state dict of CLIP's text ``transformer.resblocks``, with keys such as ``0.attn.in_proj_weight``.
 
     Returns:
-        False, with nothing copied, where CLIP's text tower is of another width than the module.
+        Whether anything was copied. Nothing is if CLIP's text tower has another width than the module.
 
     Raises:
-        ValueError: a block whose keys are not those of CLIP's form.
+        ValueError: a block does not have the keys of CLIP's text blocks.
     """
     validation.tensor("positional_embedding", positional_embedding)
     if positional_embedding.shape[-1] != positions.embedding_dim:

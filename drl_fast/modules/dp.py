@@ -27,5 +27,5 @@ class DP(nn.Module):
     def pool(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The two unit vectors of each row, (A, D) and (B, D): what CDCR 1 decorrelates."""
+        """Return the unit vectors of texts (A, D) and videos (B, D), the input of CDCR 1."""
         return pool(*check_sides(text, video, text_mask, video_mask))

@@ -16,18 +16,19 @@ class HI(nn.Module):
     """Hierarchical interaction: sentence against video, sentence against frames, words against video.
 
     ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)`` logits in float32 (float64
-    for float64 input), a convex combination, with learned coefficients, of
+    for float64 input). A logit is a convex combination, with learned coefficients, of three similarities of unit
+    vectors:
 
-    - sentence-video: the end token and the mean frame, which is :class:`DP`;
-    - sentence-frame: the end token and the frame that is nearest to it;
-    - word-video: a weighted mean over words of the word's similarity to the mean frame, with :class:`WTI`'s weights;
+    - sentence-video: the end token and the mean frame, as in :class:`DP`;
+    - sentence-frame: the end token and the frame nearest to it;
+    - word-video: the words and the mean frame, averaged over the words with :class:`WTI`'s weights.
 
-    all of unit vectors. A side without a real token scores 0.
+    A side without a real token scores 0.
 
-    This is a reading. The paper's table has an HI that its public code does not contain, and no more than the name
-    says what it is. The levels are those of hierarchical matching elsewhere: sentence-video is CLIP4Clip's (Luo et al.,
-    arXiv 2104.08860), sentence-frame and word-video are X-CLIP's (Ma et al., arXiv 2207.07285), and learning from a
-    mixture of levels is HGR's (Chen et al., arXiv 2003.00392). Numbers will not be those of the paper's row.
+    This is our interpretation. The paper lists an HI in its table but does not define it, and its public code does not
+    contain it. The levels follow other work: sentence-video is CLIP4Clip's (Luo et al., arXiv 2104.08860),
+    sentence-frame and word-video are X-CLIP's (Ma et al., arXiv 2207.07285), and the mixture of levels is HGR's (Chen
+    et al., arXiv 2003.00392). Results will differ from the paper's row.
 
     Args:
         dim: D, the width of the tokens.
@@ -35,8 +36,9 @@ class HI(nn.Module):
             ``"exclude"`` or ``"none"``; see :func:`drl_fast.token_interaction`.
 
     Raises:
-        ValueError: an unknown ``masking``, a size below 1; in the call, tokens of another width.
-        TypeError: a size that is no integer; in the call, tokens wider than the parameters (float64 into float32).
+        ValueError: an unknown ``masking``, or a size below 1; in the call, tokens of another width.
+        TypeError: a size is not an integer; in the call, tokens of a wider dtype than the parameters (float64 into
+            float32).
 
     Source: arXiv 2203.07111, table 1, "HI"; and the papers above.
     """
@@ -69,6 +71,6 @@ class HI(nn.Module):
             sentence_frame = interact(sentence, None, None, normalize=True, masking=self.masking, bidirectional=False)
             assert isinstance(sentence_frame, Tensor)
             level = self.level_logits.to(mean_frame.dtype).softmax(dim=0)
-            # Both other levels are linear in the text's side: one product serves them.
+            # The two other levels are linear in the text vector, so one product computes both.
             weighted_words = (weight[..., None].to(words.dtype) * words).sum(dim=1)
             return (level[0] * end_token + level[2] * weighted_words) @ mean_frame.T + level[1] * sentence_frame

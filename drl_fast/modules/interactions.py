@@ -1,4 +1,4 @@
-"""The interactions by name."""
+"""Build an interaction layer from its name."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def build_interaction(name: str, dim: int, **options: Any) -> nn.Module:
 
     Args:
         name: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"`` or ``"wti"``.
-        dim: D, the width of the tokens; the layers without parameters need none.
-        options: the layer's own.
+        dim: D, the width of the tokens; DP and TI ignore it.
+        options: the layer's own options.
 
     Raises:
-        ValueError: an unknown name, a value that the layer refuses.
+        ValueError: an unknown name, or a value that the layer rejects.
         TypeError: an option that the layer does not have.
     """
     validation.option("interaction", name, tuple(INTERACTIONS))

@@ -1,4 +1,4 @@
-"""MLP: a small network judges two global vectors."""
+"""MLP: a small network scores two pooled vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .blocks import start_new
 from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
 
-# Hidden activations of one block where the caller names no chunk: 16 MB in float32.
+# Hidden activations of one block if the caller sets no chunk: 16 MiB in float32.
 CHUNK_ACTIVATIONS = 2**22
 
 
@@ -21,20 +21,20 @@ class MLP(nn.Module):
     """Two-layer network on [end token; mean frame], DP's unit vectors: Linear(2D, D), ReLU, Linear(D, 1).
 
     ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)`` logits in float32 (float64
-    for float64 input). The first layer reads each side once, as a sum of two products; what pairs add to that runs in
-    chunks, and in training is computed again in the backward pass. A side without a real token is a zero vector: its
-    scores are finite, and what the network makes of that.
+    for float64 input). The first layer runs once per text and once per video; only the rest runs per pair, in chunks,
+    which training computes again in the backward pass. A side without a real token counts as a zero vector, and its
+    scores are finite.
 
     Args:
         dim: D, the width of the tokens and of the hidden layer.
-        chunk: pairs at a time; None: as many as make 4 M hidden activations.
+        chunk: pairs computed at a time; None: as many as make 4 M hidden activations.
 
     Raises:
         ValueError: a size below 1; in the call, tokens of another width.
-        TypeError: a size that is no integer; in the call, tokens wider than the parameters (float64 into float32).
+        TypeError: a size is not an integer; in the call, tokens of a wider dtype than the parameters (float64 into
+            float32).
 
-    Source: arXiv 2203.07111, table 1, "MLP". The public code declares it and never calls it, so there are no numbers of
-    its own to compare with.
+    Source: arXiv 2203.07111, table 1, "MLP". The public code declares this layer but never calls it.
     """
 
     def __init__(self, dim: int = 512, *, chunk: int | None = None) -> None:
@@ -70,7 +70,7 @@ class MLP(nn.Module):
         return logits.to(accumulation_dtype(text.dtype))
 
     def _score(self, by_text: Tensor, by_video: Tensor) -> Tensor:
-        """What the first layer makes of each side, (a, D) and (b, D), to (a, b)."""
+        """Compute logits (a, b) from the first layer's outputs of both sides, (a, D) and (b, D)."""
         hidden = torch.relu(by_text[:, None] + by_video[None])
         weight, bias = (x.to(hidden.dtype) for x in (self.similarity_dense.weight, self.similarity_dense.bias))
         return F.linear(hidden, weight, bias).squeeze(-1)

@@ -1,7 +1,7 @@
-"""Every text against every video through a network that takes pairs, in bounded memory.
+"""Run a network that takes pairs on every text and every video, in bounded memory.
 
-One autograd node serves all pairs. torch.utils.checkpoint around each block would keep a graph for each of them: some
-200 kB for XTI, which grows with the number of pairs.
+All pairs share one autograd node. torch.utils.checkpoint around each block would keep one graph per block, about 200 kB
+for XTI, and their number grows with the number of pairs.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .. import autocast
 def score_pairs(
     layer: nn.Module, score: Callable[..., Tensor], text: Tensor, video: tuple[Tensor, ...], pairs: int, *, random: bool
 ) -> Tensor:
-    """Logits (A, B) of ``score``, at most ``pairs`` of them at a time.
+    """Compute the logits (A, B) of ``score`` in blocks of at most ``pairs`` pairs.
 
-    Where they do not fit into one block, a block keeps nothing but its logits and runs again in the backward pass: one
-    block's activations are all that ever exist.
+    With more than one block, each block keeps only its logits and runs again in the backward pass, so that memory holds
+    the activations of one block at a time.
 
     Args:
-        layer: the module whose parameters ``score`` reads, all of them.
-        score: ``score(text rows (a, ...), video rows (b, ...), ...) -> (a, b)``, no wider than ``text``.
+        layer: the module that holds all parameters that ``score`` reads.
+        score: ``score(text rows (a, ...), video rows (b, ...), ...) -> (a, b)``, in a dtype no wider than ``text``'s.
         text: (A, ...).
         video: tensors of B rows each.
-        random: whether ``score`` draws random numbers; the backward pass then draws the same.
+        random: whether ``score`` draws random numbers; the backward pass then draws the same ones.
     """
     columns = min(max(len(video[0]), 1), pairs)
     rows = max(1, pairs // columns)
@@ -48,11 +48,11 @@ def score_pairs(
 
 
 class _Plan(NamedTuple):
-    """What both passes go by."""
+    """What the forward and the backward pass share."""
 
     block: Callable[[list[Tensor], list[Tensor]], Tensor]  # rows of each side, parameters -> (a, b)
-    size: tuple[int, int]
-    sides: int
+    size: tuple[int, int]  # rows and columns of a block
+    sides: int  # tensors of text and video; parameters follow
     random: bool
 
     def slices(self, texts: int, videos: int) -> Iterator[tuple[slice, slice]]:
@@ -63,7 +63,7 @@ class _Plan(NamedTuple):
 
 
 class _Caller(nn.Module):
-    """One of a layer's methods as a module of its own, which ``functional_call`` can call."""
+    """Wrap a method of a layer in a module, because ``functional_call`` only calls modules."""
 
     def __init__(self, layer: nn.Module, score: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -77,10 +77,10 @@ class _Caller(nn.Module):
 def _block(
     layer: nn.Module, score: Callable[..., Tensor], names: list[str]
 ) -> Callable[[list[Tensor], list[Tensor]], Tensor]:
-    """``score`` with given parameters, under the autocast of now.
+    """Return ``score`` as a function of rows and parameters, under the present autocast state.
 
-    By the time of the backward pass that autocast has ended, and the module may hold other parameters: those of
-    ``torch.func.functional_call`` are gone from it.
+    In the backward pass autocast is off again, and the module may hold other parameters: ``torch.func.functional_call``
+    replaces them during the forward pass only.
     """
     caller, same_autocast = _Caller(layer, score), autocast.same(next(layer.parameters()).device.type)
 
@@ -93,7 +93,7 @@ def _block(
 
 
 class _Blocks(torch.autograd.Function):
-    """The logits in blocks; the backward pass computes each block again, with its graph, and differentiates it."""
+    """Compute the logits in blocks; the backward pass computes each block again and differentiates it."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class _Blocks(torch.autograd.Function):
         plan: _Plan = ctx.plan
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
         needed = [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        # In float32 or better: a parameter's gradient has as many terms as there are blocks.
+        # Sum in float32 or better: a parameter's gradient has as many terms as there are blocks.
         sums = {i: torch.zeros_like(tensors[i], dtype=_wide(tensors[i])) for i in needed}
         parameters = [p.detach().requires_grad_(i in sums) for i, p in enumerate(tensors) if i >= plan.sides]
         with _drawing_from(grad.device, ctx.random_state):
@@ -133,7 +133,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _random_state(device: torch.device, new: Tensor | None = None) -> Tensor:
-    """The state of the generator that dropout draws from on this device; sets a new one."""
+    """Return the state of the device's random generator, and set it to ``new`` if given."""
     module = torch if device.type == "cpu" else torch.get_device_module(device)
     which = () if device.type in ("cpu", "mps") else (device,)
     state: Tensor = module.get_rng_state(*which)
@@ -144,7 +144,7 @@ def _random_state(device: torch.device, new: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def _drawing_from(device: torch.device, state: Tensor | None) -> Iterator[None]:
-    """Draw what was drawn from this state on, then go on where the program was."""
+    """Set the random state in a ``with`` block and restore the previous one afterwards; None: do nothing."""
     if state is None:
         yield
         return

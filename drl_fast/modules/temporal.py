@@ -1,4 +1,4 @@
-"""Temporal modules: what frames learn of each other before they meet a text."""
+"""Temporal modules: mix the frames of each video before the interaction."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ class SeqTransf(nn.Module):
     """Temporal transformer: positions and blocks of CLIP's text form over the frames, plus the frames themselves.
 
     ``module(video (B, Nv, D), mask (B, Nv) or None) -> (B, Nv, D)``, in the frames' dtype. Attention is masked, not
-    causal, with ``dim // 64`` heads (at least 1). A masked frame is not read and comes out as it went in.
+    causal, with ``dim // 64`` heads (at least 1). A masked frame is not read and is returned unchanged.
 
     Args:
         dim: D, the width of the frames.
-        layers: blocks.
-        max_positions: the most frames that there are positions for.
+        layers: number of transformer blocks.
+        max_positions: the largest number of frames.
 
     Raises:
-        ValueError: a size below 1, a ``dim`` that its heads do not divide; in the call, frames of another width or more
-            than ``max_positions``, a mask of another shape.
-        TypeError: a size that is no integer, frames wider than the parameters (float64 into float32).
+        ValueError: a size below 1, or a ``dim`` that is not a multiple of its heads; in the call, frames of another
+            width, more than ``max_positions`` frames, or a mask of another shape.
+        TypeError: a size is not an integer; in the call, frames of a wider dtype than the parameters (float64 into
+            float32).
 
     Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3, "sequential type"; arXiv 2203.07111, section 4.1.
     """
@@ -57,7 +58,7 @@ class SeqTransf(nn.Module):
                 "take fewer frames or build it with more positions"
             )
         x = real_frames(video, mask).to(head_dtype(positions, video, "video"))
-        # Kernels differ in what they make of a row that attends to nothing; its output is not used.
+        # Attention kernels disagree on a row without a real position. Let it attend to all; its output is not used.
         attends = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
         out = self.transformer(x + positions.weight[:frames], attends)
         return add_to_real(video, out, mask)
@@ -67,16 +68,17 @@ class SeqLSTM(nn.Module):
     """Temporal LSTM: one layer over each video's real frames, plus the frames themselves.
 
     ``module(video (B, Nv, D), mask (B, Nv) or None) -> (B, Nv, D)``, in the frames' dtype. A masked frame is not read
-    and comes out as it went in; the frames after a hole follow those before it directly.
+    and is returned unchanged; the LSTM skips it.
 
     Args:
         dim: D, the width of the frames.
-        max_positions: rows of ``frame_position_embeddings``, a table that public checkpoints carry beside the LSTM and
-            that nothing reads; None: no table. It takes no gradient.
+        max_positions: rows of ``frame_position_embeddings``, a table that public checkpoints contain but the LSTM does
+            not use; None: no table. It takes no gradient.
 
     Raises:
-        ValueError: a size below 1; in the call, frames of another width, a mask of another shape.
-        TypeError: a size that is no integer, frames wider than the parameters (float64 into float32).
+        ValueError: a size below 1; in the call, frames of another width, or a mask of another shape.
+        TypeError: a size is not an integer; in the call, frames of a wider dtype than the parameters (float64 into
+            float32).
 
     Source: Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3, "sequential type".
     """
@@ -94,7 +96,7 @@ class SeqLSTM(nn.Module):
         return f"dim={self.dim}"
 
     def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> bool:
-        """Start the unread table as CLIP's text positions; the LSTM has nothing to take from CLIP."""
+        """Copy CLIP's text positions into the unused table, if there is one; return whether anything was copied."""
         if not hasattr(self, "frame_position_embeddings"):
             return False
         return copy_from_clip(self.frame_position_embeddings, None, positional_embedding, blocks)
@@ -103,12 +105,12 @@ class SeqLSTM(nn.Module):
         """Mix frames (B, Nv, D) over time; mask (B, Nv), non-zero = real frame. Return the same shape and dtype."""
         mask = check_frames(video, mask, self.dim, type(self).__name__)
         x = real_frames(video, mask).to(head_dtype(self.lstm, video, "video"))
-        if len(video) == 0:  # cuDNN refuses it; a row that is dropped keeps the parameters in the graph
+        if len(video) == 0:  # cuDNN rejects an empty batch; slicing a dummy row keeps the parameters in the graph
             return self(video.new_zeros((1, *video.shape[1:])))[:0] + video
         if mask is None:
             return add_to_real(video, self.lstm(x)[0], None)
-        # Real frames first: the LSTM only looks back, so what follows them changes nothing, and lengths stay on the
-        # device. Packing would fetch them to the host.
+        # Sort real frames to the front. The LSTM only looks back, so the masked frames behind them change nothing.
+        # Packed sequences would copy the lengths to the host, which synchronises.
         order = mask.int().argsort(dim=1, descending=True, stable=True)
         index = order[..., None].expand_as(x)
         out, _ = self.lstm(x.gather(1, index))
@@ -127,12 +129,12 @@ def check_frames(video: Tensor, mask: Tensor | None, dim: int, layer: str) -> Te
 
 
 def real_frames(video: Tensor, mask: Tensor | None) -> Tensor:
-    """The frames, 0 where masked: a NaN there would reach the parameters' gradient, even as 0 * NaN."""
+    """Set masked frames to 0: a NaN there would reach the parameters' gradient as 0 * NaN."""
     return video if mask is None else torch.where(mask[..., None], video, 0)
 
 
 def add_to_real(video: Tensor, out: Tensor, mask: Tensor | None) -> Tensor:
-    """``video + out`` on real frames, ``video`` on masked ones, in the frames' dtype."""
+    """Return ``video + out`` on real frames and ``video`` on masked ones, in the frames' dtype."""
     if mask is not None:
         out = torch.where(mask[..., None], out, 0)
     return (video + out).to(video.dtype)

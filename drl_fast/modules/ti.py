@@ -17,10 +17,11 @@ class TI(nn.Module):
     Args:
         masking: ``"drl"``, ``"exclude"`` or ``"none"``.
         normalize: L2-normalise tokens first.
-        bidirectional: False: the text side's sum alone, not halved.
+        bidirectional: False: only the text side's sum, not halved.
 
     Raises:
         ValueError: an unknown ``masking``.
+        TypeError: an option that must be a bool is not one.
 
     Source: arXiv 2203.07111, section 3.2; Yao et al., "FILIP", arXiv 2111.07783, section 3.1.
     """

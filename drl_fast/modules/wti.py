@@ -14,11 +14,11 @@ from ..numerics import unit
 
 
 class WTI(nn.Module):
-    """Weighted token-wise interaction: a small network reads each token and says how much it counts.
+    """Weighted token-wise interaction: a small network computes the weight of each token.
 
     ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None, *, return_matches=False)`` returns
     (A, B) logits in float32 (float64 for float64 input); see :func:`drl_fast.token_interaction`, also for the errors.
-    The parameters carry the public codes' names, so the entries of a checkpoint load with ``strict=True``.
+    The parameters have the same names as in the public DRL code, so its checkpoint entries load with ``strict=True``.
 
     Args:
         dim: D, the width of the tokens.
@@ -26,13 +26,13 @@ class WTI(nn.Module):
         hidden_dim: width of the hidden layers; None: ``dim``.
         masking: ``"drl"``, ``"exclude"`` or ``"none"``.
         normalize: L2-normalise tokens before the similarity.
-        weight_input: what the weight heads read: ``"raw"`` or ``"normalized"`` tokens (codebases differ).
-        bidirectional: False: the text side's sum alone, not halved, and no ``video_weight_fc``.
+        weight_input: the tokens that the weight heads read: ``"raw"`` or ``"normalized"`` (codebases differ).
+        bidirectional: False: only the text side's sum, not halved, and no ``video_weight_fc``.
 
     Raises:
-        ValueError: ``arch`` outside 1..3, an unknown ``masking`` or ``weight_input``, a size below 1.
-        TypeError: a size that is no integer, an option that is no bool; in the call, tokens wider than the parameters
-            (float64 into a float32 layer), which would lose precision in silence.
+        ValueError: ``arch`` outside 1..3, an unknown ``masking`` or ``weight_input``, or a size below 1.
+        TypeError: a size is not an integer, or an option not a bool; in the call, tokens of a wider dtype than the
+            parameters (float64 into float32), which would lose precision.
 
     Source: arXiv 2203.07111, section 3.2, equations 5-7.
     """
@@ -87,15 +87,15 @@ class WTI(nn.Module):
             video: (B, Nv, D) frame features, raw, of the same dtype and device.
             text_mask: (A, Nt), non-zero = real word, any dtype, holes allowed; None: all real.
             video_mask: (B, Nv), likewise for frames.
-            return_matches: also return which token each token chose.
+            return_matches: also return which token matched each token best.
 
         Returns:
             (A, B) logits, float32 (float64 for float64 input), not scaled by temperature; with ``return_matches`` a
             pair ``(logits, Matches)``.
 
         Raises:
-            ValueError, TypeError: as :func:`drl_fast.token_interaction`; tokens of another width than ``dim``, or wider
-                than the parameters (float64 into a float32 layer).
+            ValueError, TypeError: as :func:`drl_fast.token_interaction`; also for tokens of another width than ``dim``,
+                or of a wider dtype than the parameters (float64 into float32).
         """
         validation.flag("return_matches", return_matches)
         sides = validation.check_sides(text, video, text_mask, video_mask)
@@ -111,10 +111,10 @@ class WTI(nn.Module):
     def weights(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute token weights (A, Nt) and (B, Nv), for the losses that take them beside the tokens.
+        """Compute token weights (A, Nt) and (B, Nv), for losses that take tokens and weights.
 
-        They sum to 1 over a row's real tokens and are 0 elsewhere; float32 or better. The second is None if the layer
-        is not bidirectional. Arguments and errors are those of the call.
+        They sum to 1 over a row's real tokens and are 0 elsewhere, in float32 or float64. The second is None if the
+        layer is not bidirectional. Arguments and errors are those of the call.
         """
         return self._weights(validation.check_sides(text, video, text_mask, video_mask))
 
@@ -128,9 +128,9 @@ class WTI(nn.Module):
 
 
 def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, normalized: bool = False) -> Tensor:
-    """Softmax over a row's real tokens, in float32 or better; a row without one has weights 0."""
+    """Compute the softmax over a row's real tokens, in float32 or better; a row without real tokens gets only 0."""
     if mask is not None:
-        # A NaN at a masked position would reach the head's gradient, even as 0 * NaN.
+        # A NaN at a masked position would reach the head's gradient as 0 * NaN.
         tokens = torch.where(mask[..., None], tokens, 0)
     if normalized:
         tokens = unit(tokens)
@@ -138,7 +138,7 @@ def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, nor
     score = score.to(torch.promote_types(score.dtype, torch.float32))
     if mask is None:
         return score.softmax(dim=-1)
-    # A finite floor: an all-masked row of -inf would make softmax and its gradient NaN.
+    # Fill with a finite number: with -inf, the softmax of an all-masked row and its gradient would be NaN.
     return torch.where(mask, score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(dim=-1), 0)
 
 
@@ -152,8 +152,8 @@ def check_width(layer: nn.Module, text: Tensor) -> None:
 
 
 def head_dtype(head: nn.Module, tokens: Tensor, names: str = "text and video") -> torch.dtype:
-    """The dtype of a head's parameters, which is to hold the tokens without loss."""
-    # A quantised head has no parameters and says itself what it takes.
+    """Return the dtype of a head's parameters; raise TypeError if it cannot hold the tokens without loss."""
+    # A quantised head has no parameters: pass the tokens' own dtype.
     dtype = next((p.dtype for p in head.parameters()), tokens.dtype)
     if torch.promote_types(dtype, tokens.dtype) != dtype and not autocast.is_on(tokens.device.type):
         raise TypeError(
@@ -164,7 +164,7 @@ def head_dtype(head: nn.Module, tokens: Tensor, names: str = "text and video") -
 
 
 def weight_head(dim: int, hidden: int, arch: int) -> nn.Module:
-    """``arch`` linear layers with ReLU between, D -> 1; a bare Linear for one, so that state-dict keys fit."""
+    """Stack ``arch`` linear layers with ReLU between, D -> 1. One alone stays bare, for the public state-dict keys."""
     if arch == 1:
         return nn.Linear(dim, 1)
     widths = [dim] + [hidden] * (arch - 1)

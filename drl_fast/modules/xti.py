@@ -16,7 +16,7 @@ from .blocks import LayerNorm, QuickGELU, Transformer, copy_from_clip, start_new
 from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
 
-# Positions of one block where the caller names no chunk: with 512 channels some 650 MB of activations in training.
+# Positions of one block if the caller sets no chunk: about 650 MB of activations in training with 512 channels.
 CHUNK_POSITIONS = 4096
 
 
@@ -34,26 +34,27 @@ class Pooler(nn.Module):
 
 
 class XTI(nn.Module):
-    """Cross-transformer interaction: every pair's sequence [end token; frames] runs through a transformer of its own.
+    """Cross-transformer interaction: a transformer reads the sequence [end token; frames] of every pair.
 
     ``layer(text (A, Nt, D), video (B, Nv, D), text_mask=None, video_mask=None) -> (A, B)`` logits in float32 (float64
-    for float64 input). Raw features; masked frames get no attention and are never read. The A x B sequences run in
-    chunks, and in training each chunk's activations are computed again in the backward pass, so that memory does not
-    grow with the number of pairs. A text without a real token counts as a zero vector and a video without a real frame
-    leaves the text alone in its sequence: their scores are finite, and what the network makes of that.
+    for float64 input). The features are raw; masked frames get no attention and are never read. The A x B sequences run
+    in chunks, and training computes each chunk's activations again in the backward pass, so memory does not grow with
+    the number of pairs. A text without a real token counts as a zero vector; a video without a real frame leaves only
+    the text in its sequence. Both have finite scores.
 
     Args:
         dim: D, the width of the tokens.
-        layers: blocks of CLIP's text form.
-        heads: attention heads, whatever the width.
-        max_positions: the longest sequence, frames and one.
-        dropout: on the sequence, in training.
-        chunk: pairs at a time; None: as many as make 4096 positions.
+        layers: number of transformer blocks.
+        heads: number of attention heads.
+        max_positions: the longest sequence: one position for the text, the rest for frames.
+        dropout: dropout rate on the input sequence, in training.
+        chunk: pairs computed at a time; None: as many as make 4096 positions.
 
     Raises:
-        ValueError: a size below 1, ``dim`` that is no multiple of ``heads``, ``dropout`` outside [0, 1); in the call,
-            tokens of another width, more frames than there are positions for.
-        TypeError: a size that is no integer; in the call, tokens wider than the parameters (float64 into float32).
+        ValueError: a size below 1, a ``dim`` that is not a multiple of ``heads``, or ``dropout`` outside [0, 1); in the
+            call, tokens of another width, or more frames than ``max_positions - 1``.
+        TypeError: a size is not an integer; in the call, tokens of a wider dtype than the parameters (float64 into
+            float32).
 
     Source: arXiv 2203.07111, table 1, "XTI"; Luo et al., "CLIP4Clip", arXiv 2104.08860, section 3.3, "tight type".
     """
@@ -98,13 +99,13 @@ class XTI(nn.Module):
         if length > self.position_embeddings.num_embeddings:
             most = self.position_embeddings.num_embeddings - 1
             raise ValueError(
-                f"video must have at most {most} frames, the layer's max_positions less the text's, got "
+                f"video must have at most {most} frames, the layer's max_positions minus 1 for the text, got "
                 f"{video.shape[1]}; take fewer frames or build it with XTI(max_positions={length})"
             )
         dtype = head_dtype(self.similarity_dense, text)
         end_token = last_real_token(text, t_mask).to(dtype)
         frames = (video if v_mask is None else torch.where(v_mask[..., None], video, 0)).to(dtype)
-        # Fixed here: the backward pass computes again what this call computed, even after a layer.eval().
+        # Fixed here, so that the backward pass recomputes with the same dropout even after layer.eval().
         dropout = self.dropout if self.training else 0.0
         score = partial(self._score, dropout=dropout)
         sides = (frames,) if v_mask is None else (frames, v_mask)
@@ -113,7 +114,7 @@ class XTI(nn.Module):
         return logits.to(accumulation_dtype(text.dtype))
 
     def _score(self, end_token: Tensor, frames: Tensor, mask: Tensor | None = None, *, dropout: float) -> Tensor:
-        """Rows (a, D), (b, Nv, D), (b, Nv) -> (a, b)."""
+        """Score end tokens (a, D) against frames (b, Nv, D) with mask (b, Nv): logits (a, b)."""
         a, (b, count, dim) = len(end_token), frames.shape
         sequence = torch.cat(
             [end_token[:, None, None].expand(a, b, 1, dim), frames.expand(a, b, count, dim)], dim=2

@@ -1,1 +1,1 @@
-"""One file an operator: its schema, its shapes, its gradient, and which implementation each device gets."""
+"""One file per operator: its schema, output shapes, gradient, and the implementation for each device."""

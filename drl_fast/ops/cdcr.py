@@ -1,15 +1,18 @@
-"""Operators of CDCR, and the loss on top of them with its gradient.
+"""Operators of CDCR, and the loss with its gradient on top of them.
 
-An anchor x is a real token of a pair, its partner y the token of the pair's other side that it matches best; words
-are the anchors of the first term, frames of the second. With channels standardised over all anchors (all partners),
+An anchor x is a real token of a pair. Its partner y is the token of the pair's other side that it matches best. The
+anchors of the first term are words, those of the second are frames. With channels standardised over all anchors, and
+over all partners,
 
     C_de = sum over anchors of weight x~_d y~_e      loss = alpha_on sum_d (C_dd - 1)^2 + alpha_off sum_{d!=e} C_de^2
 
-The forward takes two steps, each a sum over anchors that processes can add up between them: partners, means and
-scatter; then C of each term, its diagonal (alpha_off = 0: O(N D)) or all of it. What is left is small. The backward
-reads tokens and statistics again: nothing of size N x D is held in between.
+The forward pass has two steps, and both are sums over anchors that processes can add up: first partners, means and
+scatter (sums of squared deviations), then each term's C, or only its diagonal if alpha_off = 0, which takes O(N D).
+The backward pass reads the tokens again: nothing of size N x D is kept in between.
 
-Roles, in all (roles, D) tensors: words, their partners, frames, their partners; the last two where there are two terms.
+In all (roles, D) tensors the roles are words, their partners and, with two terms, frames, their partners. The backward
+pass also needs ``offset``, the gradient through the mean, and ``along``, the factor of x~ in the gradient through the
+deviation.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from .chunked import cdcr as chunked
 from .dispatch import LIBRARY
 from .no_double_backward import differentiable_once
 
-# A channel whose deviation is smaller counts as constant: it is 0 when standardised, and gets no gradient.
+# A channel with a smaller standard deviation counts as constant: it becomes 0 and gets no gradient.
 STD_EPS = 1e-12
 
 _TOKENS = "Tensor text, Tensor video, Tensor text_weight, Tensor? video_weight, Tensor video_index, Tensor text_index"
@@ -82,29 +85,30 @@ def _(text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | N
 
 
 def _channels(like: Tensor, rows: int) -> Tensor:
+    """Allocate statistics (rows, D)."""
     return like.new_empty((rows, like.shape[2]), dtype=statistics_dtype(like.device))
 
 
 class Options(NamedTuple):
-    """What of the loss is no tensor."""
+    """The loss's options."""
 
     alpha_on: float
     alpha_off: float
-    divisor: float | None  # C's; None: the number of anchors of each term
+    divisor: float | None  # C is divided by it; None: by the number of anchors of each term
     normalize: bool
-    both: bool  # frames are anchors as well, and C is the mean of the two terms
-    group: Group | None = None  # of processes that hold the other pairs
+    both: bool  # True: frames are anchors as well, and C is the mean of the two terms
+    group: Group | None = None  # the processes that hold the other pairs
 
     @property
     def ranks(self) -> int:
         return 1 if self.group is None else self.group.size
 
     def over_group(self, x: Tensor) -> Tensor:
-        """The sum of every process's x."""
+        """Sum every process's x."""
         return x if self.group is None else self.group.add(x)
 
     def merged(self, count: Tensor, mean: Tensor, scatter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Statistics of all processes' anchors from those of each, by Chan et al.'s update."""
+        """Merge the statistics of all processes' anchors by Chan et al.'s update."""
         if self.group is None:
             return count, mean, scatter
         own = torch.cat([count[:, None], mean, scatter], 1)
@@ -116,9 +120,9 @@ class Options(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the whole batch, over all processes, knows of its channels."""
+    """Statistics of the channels over the whole batch of all processes."""
 
-    anchors: Tensor  # (roles,): how many
+    anchors: Tensor  # (roles,): number of anchors
     mean: Tensor  # (roles, D)
     inverse_std: Tensor  # (roles, D)
 
@@ -132,13 +136,13 @@ def loss(
     video_mask: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """The decorrelation loss of B pairs, a scalar in the dtype of sums; arguments are checked by the caller."""
+    """Compute the decorrelation loss of B pairs, a scalar in the dtype of sums. The caller checks the arguments."""
     value, *_ = _Decorrelation.apply(text, video, text_weight, video_weight, text_mask, video_mask, options)
     return value
 
 
 class _Decorrelation(torch.autograd.Function):
-    """Forward and backward by the operators above."""
+    """The loss, with forward and backward made of the operators above."""
 
     @staticmethod
     def forward(
@@ -206,7 +210,7 @@ def _statistics(
     count, mean, scatter = options.merged(count, mean, scatter)
     _refuse_too_few(count)
     std = (scatter / (count - 1).clamp(min=1)[:, None]).sqrt()
-    # Rounding of the mean is no deviation.
+    # A deviation within the rounding of the mean counts as 0.
     constant = std <= torch.clamp(16 * torch.finfo(std.dtype).eps * mean.abs(), min=STD_EPS)
     # Overflow makes the std infinite, which would zero the channel. Return NaN instead.
     inverse_std = torch.where(constant, 0, 1 / std).masked_fill(std.isinf(), torch.nan)
@@ -214,7 +218,7 @@ def _statistics(
 
 
 def _refuse_too_few(count: Tensor) -> None:
-    """Raise where masks leave a deviation nothing to be of; on another device it would cost a synchronisation."""
+    """Raise if masks leave fewer than 2 anchors; only on the CPU, because elsewhere the check would synchronise."""
     visible = type(count) is Tensor and count.device.type == "cpu" and not torch.compiler.is_compiling()
     if visible and bool((count < 2).any()):
         anchors = " and ".join(str(int(n)) for n in count[::2])
@@ -227,7 +231,7 @@ def _refuse_too_few(count: Tensor) -> None:
 def _scaled_weights(
     text: Tensor, video: Tensor, weights: tuple[Tensor | None, Tensor | None], statistics: Statistics, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """Anchors' weights with C's divisor in them, and the mean's 1/2 where there are two terms."""
+    """Divide the anchors' weights by C's divisor and, with two terms, by 2 for their mean."""
     dtype = accumulation_dtype(text.dtype)
     scaled: list[Tensor | None] = [None, None]
     for term, (side, given) in enumerate(zip((text, video), weights, strict=True)):
@@ -245,17 +249,17 @@ def _weight_scale(count: Tensor, options: Options) -> Tensor:
 
 
 def _pull_diagonal(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """From each term's diagonal of C: the loss, d loss / d C_dd (D,), and each role's sum of its gradient times x~."""
+    """Return, from each diagonal of C, the loss, d loss / d C_dd (D,) and each role's sum of gradient times x~."""
     away = cross.sum(0) - 1
     pull = 2 * options.alpha_on * away
     return options.alpha_on * (away * away).sum(), pull, (pull * cross).repeat_interleave(2, 0)
 
 
 def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from each term's C (D, D); d loss / d C is (D, D)."""
+    """Return the same from each term's C (D, D); d loss / d C is (D, D)."""
     pull, wide = cross.sum(0), statistics_dtype(cross.device)
     away = pull.diagonal().to(wide) - 1
-    # Squared apart from the diagonal: what a trained model leaves of the rest would drown in it.
+    # Sum off-diagonal squares separately: in a trained model they are far smaller than the diagonal's.
     pull.diagonal().zero_()
     off = torch.linalg.vector_norm(pull, dim=1).to(wide).square().sum()
     value = options.alpha_on * away.square().sum() + options.alpha_off * off
@@ -266,7 +270,7 @@ def _pull_full(cross: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _through_statistics(pull: Tensor, sums: Tensor, along: Tensor, count: Tensor) -> Tensor:
-    """(2, roles, D): what every anchor and partner gets through its channels' mean, and through their deviation."""
+    """Compute ``offset`` and ``along``, (2, roles, D): every token's gradient through the channels' statistics."""
     u = sums.to(pull.dtype)
     if pull.dim() == 1:
         offset = torch.stack([pull * u[role ^ 1] for role in range(len(u))])

@@ -1,7 +1,7 @@
-"""The operator library, and the one place that knows which implementation serves a device.
+"""The operator library, and the only place that decides which implementation serves a device.
 
-CPU tensors go to the C++ extension where it is built, CUDA tensors to the Triton kernels where those serve; every other
-device, and what is left of these two, goes to chunked PyTorch.
+CPU tensors use the C++ extension if it is built, CUDA tensors the Triton kernels if they support the tensor. Everything
+else uses chunked PyTorch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIBRARY.define("cpu_capability() -> str")
 
 
 def _load_extension() -> str | None:
-    """Load csrc's kernels; return why they are absent, or None."""
+    """Load the C++ kernels; return None, or why they are missing."""
     try:
         importlib.import_module("drl_fast._C")  # registers the CPU kernels
     except ImportError as error:
@@ -44,12 +44,12 @@ if EXTENSION_ERROR is not None:
     )
 
 
-# The first with bfloat16 on the tensor cores and asynchronous copies.
+# Ampere: the first with bfloat16 tensor cores and asynchronous copies.
 OLDEST_CAPABILITY = (8, 0)
 
 
 def triton_problem(device: torch.device | str) -> str | None:
-    """Why the Triton kernels do not serve tensors on a CUDA device, or None; starts no kernel and imports no Triton."""
+    """Return why the Triton kernels cannot serve a CUDA device, or None; import no Triton and launch no kernel."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     capability = torch.cuda.get_device_capability(device)
@@ -73,18 +73,18 @@ def _triton_works(device: torch.device) -> bool:
 
 
 def triton_serves(x: Tensor) -> bool:
-    """Whether the Triton kernels compute on this tensor; warns once a device where they ought to and cannot."""
+    """Say whether the Triton kernels serve this tensor; warn once per CUDA device that they cannot serve."""
     if x.dtype == torch.float64:
         return False
-    # A CPU tensor comes here in Triton's interpreter alone.
+    # CPU tensors reach this only under Triton's interpreter, in tests.
     return _triton_works(x.device) if x.is_cuda else True
 
 
 def triton_or(chunked: Operator) -> Callable[[Operator], Operator]:
-    """Decorate a function that launches an operator's Triton kernels; ``chunked`` runs where they do not serve.
+    """Decorate a function that launches an operator's Triton kernels, with ``chunked`` as its fallback.
 
-    That is float64, a GPU older than :data:`OLDEST_CAPABILITY`, and an installation without Triton. The first argument
-    decides: it must be one of the operator's tensors.
+    ``chunked`` serves float64, GPUs older than :data:`OLDEST_CAPABILITY`, and installations without Triton. The first
+    argument must be one of the operator's tensors: its device and dtype decide.
     """
 
     def decorate(launch: Operator) -> Operator:
@@ -92,7 +92,7 @@ def triton_or(chunked: Operator) -> Callable[[Operator], Operator]:
         def serve(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
             if not triton_serves(x):
                 return chunked(x, *others)
-            # Triton launches on the current device, and autocast must not touch what the launchers compute.
+            # Triton launches on the current device. The launchers' torch operations must not run under autocast.
             with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), autocast.off(x.device.type):
                 return launch(x, *others)
 
@@ -102,7 +102,7 @@ def triton_or(chunked: Operator) -> Callable[[Operator], Operator]:
 
 
 def implementation(device: str) -> str:
-    """Name what serves tensors on ``device``: ``"cpp"``, ``"triton"`` or ``"chunked"``."""
+    """Name the implementation for tensors on ``device``: ``"cpp"``, ``"triton"`` or ``"chunked"``."""
     if device == "cpu" and EXTENSION_ERROR is None:
         return "cpp"
     if device.startswith("cuda") and torch.cuda.is_available() and triton_problem(device) is None:
@@ -111,5 +111,5 @@ def implementation(device: str) -> str:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set that the C++ kernels use ("avx512", "avx2", "portable"); None without them."""
+    """Name the instruction set of the C++ kernels: "avx512", "avx2" or "portable"; None without the extension."""
     return torch.ops.drl_fast.cpu_capability() if EXTENSION_ERROR is None else None

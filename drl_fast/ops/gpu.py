@@ -1,7 +1,7 @@
-"""Operators on CUDA tensors: what the schema and the Triton launchers do not share.
+"""Adapt the operators' schemas to the Triton launchers.
 
-Each function launches one operator's kernels; :func:`~drl_fast.ops.dispatch.triton_or` sends what they do not serve to
-chunked PyTorch. Kernels are imported at the first call, since importing drl_fast must not import Triton.
+Each function launches one operator's kernels; :func:`~drl_fast.ops.dispatch.triton_or` falls back to chunked PyTorch.
+The kernels are imported in the first call, because importing drl_fast must not import Triton.
 """
 
 from __future__ import annotations

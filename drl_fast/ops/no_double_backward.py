@@ -1,4 +1,4 @@
-"""Gradients that can be taken once."""
+"""Gradients that raise if they are differentiated again."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from torch import Tensor
 def differentiable_once(
     grads: Sequence[Tensor | None], sources: Sequence[object], what: str, instead: str
 ) -> list[Tensor | None]:
-    """The same gradients; where the graph is to live on (``create_graph=True``), differentiating them raises.
+    """Return the gradients; with ``create_graph=True``, make a second differentiation raise.
 
-    ``once_differentiable`` would drop the second derivative's term in silence wherever another path has one.
+    torch's ``once_differentiable`` is not enough: if the loss also depends on the inputs on another path, it would drop
+    this path's term of the second derivative without an error.
 
     Args:
-        grads: what a backward returns.
+        grads: the gradients that a backward returns.
         sources: everything that they depend on.
-        what: whose second derivative is missing, for the message.
-        instead: what has one.
+        what: the function without a second derivative, for the message.
+        instead: the function to use instead, for the message.
+
+    Raises:
+        NotImplementedError: when the returned gradients are differentiated.
     """
     if not torch.is_grad_enabled():
         return list(grads)

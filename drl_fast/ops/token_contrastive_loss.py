@@ -1,21 +1,21 @@
-"""InfoNCE of the token interaction, both directions, without its logit matrix.
+"""InfoNCE of the token interaction in both directions, without the logit matrix.
 
-It has no operator of its own: it runs ``drl_fast::token_interaction`` and its backward in blocks of texts.
+It runs ``drl_fast::token_interaction`` and its backward in blocks of texts.
 
-    x_ab  = s * logits_ab                                       -inf where b is another video of a's owner
+    x_ab  = s * logits_ab                                       -inf if b is another pair of a's owner
     loss  = 1/2B sum_a [ lse_b x_ab - x_aa ]  +  1/2B sum_b [ lse_a x_ab - x_bb ]
     dx_ab = 1/2B [ exp(x_ab - lse_b x_ab) + exp(x_ab - lse_a x_ab) - 2 (a = b) ]
 
-The forward keeps a running maximum and sum of exponentials for every row and column, the backward scores each block
-once more, now with its matches. A log-sum-exp stays in two parts, top and log of the sum, until it is subtracted: their
-sum would lose the digits that tell a well-trained positive's probability from 1.
+The forward pass keeps a running maximum and sum of exponentials for every row and column. The backward pass scores each
+block once more, now with its matches. A log-sum-exp stays in two parts, the maximum and the log of the sum: adding them
+would lose the digits that distinguish a well-trained positive's probability from 1.
 
-Memory beside the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), and in the backward pass the
-gradients in float32. Time: one forward pass more than a training step of ``token_interaction``, and about 15 passes
+Memory in addition to the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), and in the backward pass
+the gradients in float32. Time: one forward pass more than a training step of ``token_interaction``, and about 15 passes
 over a block's logits.
 
-Over a group every rank scores its own texts against the videos of all ranks (distributed/exchange.py). Rows' sums stay
-where they are; columns' sums and videos' gradients return to the rank that owns the videos.
+Over a group every rank scores its own texts against the videos of all ranks (distributed/exchange.py). The sums of rows
+stay on the rank; the sums of columns and the gradients of videos return to the rank that owns the videos.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ..numerics import accumulation_dtype, index_dtype
 from . import token_interaction as op
 from .no_double_backward import differentiable_once
 
-# One block's matches and logits. With 16 MiB a block of 4096 videos and 24 tokens a pair still has 1500 words.
+# Size of one block's matches and logits.
 BLOCK_BYTES = 16 << 20
-# Logits, their exponentials and one temporary live at once.
+# Copies of a block of logits that exist at once: logits, exponentials, temporaries.
 COPIES = 4
-# The operator lays out all videos again for every block, at the cost of some 32 multiply-adds an element: beside 2048
-# words under 2 % of the block's product.
+# The fewest words in a block. The operator packs all videos again for every block, which costs about as much as 32
+# multiply-adds per element: with 2048 words that is under 2 % of the block's product.
 LEAST_WORDS = 2048
 
 
 class Rule(NamedTuple):
-    """How a pair is scored."""
+    """Options of the token interaction."""
 
     normalize: bool
     zero_competes: bool
@@ -66,7 +66,7 @@ def token_contrastive_loss(
 
 
 class Loss(torch.autograd.Function):
-    """Outputs the loss, and for the backward (2, A) and (2, B) parts of this rank's rows' and all columns' sums."""
+    """Return the loss and, for the backward, log-sum-exps in two parts: (2, A) of own rows, (2, B) of all columns."""
 
     @staticmethod
     def forward(
@@ -98,7 +98,7 @@ class Loss(torch.autograd.Function):
         columns = visit.result().view(2, -1)
         rows[1].log_()
         columns = torch.stack((columns[0], columns[1].log()))
-        # top - positive first: it is exact where the positive leads
+        # Subtract the positive from the maximum first: the difference is exact if the positive is the maximum.
         loss = (rows[0] - positive + rows[1]).sum() + (columns[0] - positive + columns[1]).sum()
         return exchange.add(loss) / (2 * sum(exchange.rows)), rows, exchange.gather(columns.T).T
 
@@ -106,7 +106,7 @@ class Loss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         *tensors, ctx.rule, ctx.exchange = inputs
         _, rows, columns = output
-        # The scale may be a number.
+        # save_for_backward takes no numbers.
         ctx.scale = None if isinstance(tensors[4], Tensor) else tensors[4]
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in tensors), rows, columns)
         ctx.mark_non_differentiable(rows, columns)
@@ -146,10 +146,10 @@ def gradients(
     columns: Tensor,
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Compute the gradients of text, video, their weights and the scale; None where not needed.
+    """Compute the gradients of text, video, their weights and the scale; None if not needed.
 
-    Over a group of W ranks they are W times the whole batch's for features and weights, and for the scale W times what
-    this rank's texts give: the mean over ranks is the one process's gradient in all of them.
+    Over a group of W ranks, those of features and weights are W times the whole batch's, and that of the scale is W
+    times the share of this rank's texts. Their mean over ranks is then the gradient of a single process.
     """
     counts = exchange.rows
     columns_of = columns.split(counts, dim=1)
@@ -188,7 +188,7 @@ def gradients(
 
 
 class Sums:
-    """One side's gradients in the dtype of sums, in one vector that can travel; None where not needed."""
+    """One side's gradients in the dtype of sums, as views of one vector that can be sent; None if not needed."""
 
     def __init__(self, side: WeightedTokens, needs: tuple[bool, ...], flat: Tensor | None = None) -> None:
         rows, length, dim = side.features.shape
@@ -210,6 +210,7 @@ class Sums:
 
 
 def score(text: WeightedTokens, video: WeightedTokens, rule: Rule, keep_matches: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits and matches."""
     return op.token_interaction(
         text.features, video.features, text.weight, video.weight, text.mask, video.mask, *rule, keep_matches
     )
@@ -223,7 +224,7 @@ def differentiate(
     rule: Rule,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """Gradients of text, video, text weight, video weight; those not needed may be empty."""
+    """Compute gradients of text, video, text weight and video weight; those not needed may be empty."""
     return torch.ops.drl_fast.token_interaction_backward(
         grad_logits,
         text.features,
@@ -240,7 +241,7 @@ def differentiate(
 
 
 def blocks(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> Iterator[slice]:
-    """Runs of texts of about one size, whose matches and logits against all videos fit ``BLOCK_BYTES``."""
+    """Cut texts into blocks of similar size whose matches and logits against all videos fit ``BLOCK_BYTES``."""
     count, length = text.features.shape[:2]
     others, frames = video.features.shape[:2]
     a_pair = COPIES * text.weight.itemsize
@@ -253,6 +254,7 @@ def blocks(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> Ite
 
 
 def cut(side: WeightedTokens, rows: slice) -> WeightedTokens:
+    """Take some rows of one side."""
     mask, owner = (None if x is None else x[rows] for x in (side.mask, side.owner))
     return WeightedTokens(side.features[rows], side.weight[rows], mask, owner)
 
@@ -260,7 +262,7 @@ def cut(side: WeightedTokens, rows: slice) -> WeightedTokens:
 def scaled(
     logits: Tensor, scale: float | Tensor, text: WeightedTokens, video: WeightedTokens, own: int | None
 ) -> Tensor:
-    """Scaled logits, -inf for other pairs of the same owner; text 0's own video is number ``own``, None: not here."""
+    """Scale logits; -inf for other pairs of one owner. ``own``: the column of text 0's video; None: on another rank."""
     x = logits * scale
     if text.owner is not None and video.owner is not None:
         same = text.owner[:, None] == video.owner
@@ -271,7 +273,7 @@ def scaled(
 
 
 def empty_sums(features: Tensor) -> Tensor:
-    """(2, rows) running maximum and sum of exponentials of nothing; finite, for -inf minus -inf would be NaN."""
+    """Start running maxima and sums of exponentials (2, rows). Finite, because -inf minus -inf would be NaN."""
     dtype = accumulation_dtype(features.dtype)
     state = torch.zeros((2, len(features)), dtype=dtype, device=features.device)
     state[0] = torch.finfo(dtype).min
@@ -279,18 +281,19 @@ def empty_sums(features: Tensor) -> Tensor:
 
 
 def add_logits(state: Tensor, x: Tensor, dim: int) -> None:
-    """Take the logits along ``dim`` into running maxima and sums."""
+    """Update running maxima and sums with the logits along ``dim``."""
     top = torch.maximum(state[0], x.amax(dim))
     state[1] = state[1] * (state[0] - top).exp() + (x - top.unsqueeze(dim)).exp().sum(dim)
     state[0] = top
 
 
 def merge_sums(one: Tensor, other: Tensor) -> Tensor:
-    """Maxima and sums over both of two parts, each (2 * columns,)."""
+    """Merge the maxima and sums of two parts, each (2 * columns,)."""
     (top, total), (other_top, other_total) = one.view(2, -1), other.view(2, -1)
     highest = torch.maximum(top, other_top)
     return torch.cat((highest, total * (top - highest).exp() + other_total * (other_top - highest).exp()))
 
 
 def softmax(x: Tensor, parts: Tensor) -> Tensor:
+    """Compute exp(x - log-sum-exp) from the log-sum-exp's two parts."""
     return (x - parts[0]).sub_(parts[1]).exp_()

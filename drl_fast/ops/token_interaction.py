@@ -1,13 +1,13 @@
 """Operator ``drl_fast::token_interaction`` and its backward.
 
-Forward keeps, in training only, which token each token chose (one byte each up to 255 tokens a row, int16 beyond);
-the backward reads nothing else of the similarities. On CUDA they are kept while they fit a budget; beyond it the
-backward is given none and finds them again, block by block. One schema, one gradient formula; the C++ extension serves
-CPU tensors, the Triton kernels CUDA tensors, chunked PyTorch everything else.
+In training the forward pass keeps the matches: which token each token chose. They take one byte each for up to 255
+tokens per row, else two, and are all that the backward pass needs of the similarities. On CUDA they are kept only up to
+``MATCH_BUDGET``; beyond it the backward pass finds them again, block by block. The C++ extension serves CPU tensors,
+the Triton kernels CUDA tensors, chunked PyTorch everything else.
 
-Matches are laid out with the video last: ``video_index`` (A, Nt, B) holds the frame that word i of text a chose in
-video b, ``text_index`` (A, Nv, B) the word that frame j of video b chose in text a. "None chosen" is the largest value
-of uint8, or -1 in int16. Not kept: both have no elements.
+The matches' last axis is the video: ``video_index`` (A, Nt, B) holds the frame that word i of text a chose in video b,
+``text_index`` (A, Nv, B) the word that frame j of video b chose in text a. "None chosen" is 255 in uint8 and -1 in
+int16. Matches that are not kept are empty tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIBRARY.define(
     "-> (Tensor grad_text, Tensor grad_video, Tensor grad_text_weight, Tensor grad_video_weight)",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
-# A key below CPU's and CUDA's own: any device without a kernel of its own lands here.
+# This dispatch key comes after CPU's and CUDA's: it serves every device without a kernel.
 LIBRARY.impl("token_interaction", chunked.forward, "CompositeExplicitAutograd")
 LIBRARY.impl("token_interaction_backward", chunked.backward, "CompositeExplicitAutograd")
 LIBRARY.impl("token_interaction", gpu.token_interaction, "CUDA")
@@ -43,14 +43,14 @@ LIBRARY.impl("token_interaction_backward", gpu.token_interaction_backward, "CUDA
 
 token_interaction = torch.ops.drl_fast.token_interaction.default
 
-# Bytes of matches that a training step may keep, by device type; a type that is not here keeps all. Finding them again
-# costs one more product, a third to a fifth of the step; keeping them beyond this would make them, and not the features
-# and the towers' activations, what decides the largest batch. 1 GiB is a batch of 4,900 at 32 words x 12 frames.
+# Bytes of matches that a training step may keep, by device type; other types keep all. Finding them again costs one
+# more product, a fifth to a third of the step. Beyond this budget the matches would limit the batch size more than
+# features and activations do. 1 GiB suffices for a batch of 4,900 with 32 words and 12 frames.
 MATCH_BUDGET = {"cuda": 1 << 30}
 
 
 def keeps_matches(text: Tensor, video: Tensor, both: bool) -> bool:
-    """Whether training keeps the matches of ``both`` directions or the first alone; decided by device and shapes."""
+    """Say whether training keeps the matches (of ``both`` directions or the first); device and shapes decide."""
     budget = MATCH_BUDGET.get(text.device.type)
     if budget is None:
         return True
@@ -99,13 +99,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches = inputs
     _, *matches = output
     if not keeps_matches(text, video, video_weight is not None):
-        # Whoever asked for them has them; the graph does not hold them as well.
+        # The caller may have asked for them; the graph still does not keep them.
         matches = [x.new_empty(0) for x in matches]
     elif not keep_matches:
-        raise RuntimeError("drl_fast::token_interaction needs keep_matches=True where gradients are wanted")
+        raise RuntimeError("drl_fast::token_interaction needs keep_matches=True if an input requires gradients")
     ctx.save_for_backward(text, video, text_weight, video_weight, text_mask, video_mask, *matches)
     ctx.normalize, ctx.zero_competes = normalize, zero_competes
-    # Else autograd hands in zeros as the matches' gradient: as many bytes as the matches once more.
+    # Otherwise autograd allocates zeros for the matches' gradients, as large as the matches.
     ctx.set_materialize_grads(False)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and pages. Skipped where the ``bench`` or ``train`` extra is not installed."""
+"""Tests of the benchmarks. They need the extras ``bench`` and ``train``."""
 
 import pytest
 

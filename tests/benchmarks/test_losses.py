@@ -1,4 +1,4 @@
-"""The losses' benchmarks: everyone computes the same thing."""
+"""The losses' benchmarks: all contestants compute the same result."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_contrastive_contestants_compute_the_same_thing() -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
-def test_the_outer_form_is_refused_where_it_cannot_fit() -> None:
+def test_the_outer_form_is_skipped_if_it_cannot_fit() -> None:
     outer = bench_cdcr.COMPARISON.modes["pairs"][-1]
     assert outer.needs(Shape(48)) == pytest.approx(4.8e9, rel=0.02)
     refused = outer.refusal(Shape(1 << 20), "cpu")

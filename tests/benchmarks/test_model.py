@@ -1,4 +1,4 @@
-"""The whole training step's benchmark in small, and that its cut-up step is the model's own."""
+"""The benchmark of a whole training step: a small run, and its divided step against the model's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("form", bench_model.FORMS)
-def test_the_cut_step_is_the_models(form: str) -> None:
+def test_the_divided_step_equals_the_models(form: str) -> None:
     trainer = bench_model.Trainer("small", 8, 2, 3, "cpu")
     trainer.model(trainer.batch)["total"].backward()
     want = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
@@ -32,7 +32,7 @@ def test_the_cut_step_is_the_models(form: str) -> None:
     assert phases == [*towers, other, form, other, form, *towers[::-1], "adam"]
 
 
-def test_a_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     plan = bench_model.Steps("small", {2: 1, 3: 1}, Plan(1, memory={"dense": (Shape(3, 4, 2, 8),)}), 8, 2)
     monkeypatch.setattr(bench_model, "PLANS", {"quick": plan})
     command = ["bench_model.py", "--quick", "--out", str(tmp_path), "--threads", "1", "--note", "a test"]
@@ -54,5 +54,5 @@ def test_a_run_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "loss alone, relative to eager" in shown
 
 
-def test_what_cannot_fit_is_left_out() -> None:
+def test_a_batch_that_cannot_fit_is_left_out() -> None:
     assert not bench_model.fits("ViT-B-32", 1 << 16, "cpu")

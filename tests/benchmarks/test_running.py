@@ -1,4 +1,4 @@
-"""What every benchmark does: it says how long it takes, shows rows, saves whole files, and spares longer results."""
+"""Every benchmark prints its duration, shows rows, saves complete files, and keeps longer results."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_run_shows_saves_and_draws(
     assert {row["status"] for row in result["memory"]} == {"ok"}
 
 
-def test_who_is_measured(tmp_path: Path) -> None:
+def test_the_measured_contestants(tmp_path: Path) -> None:
     def names(module: Any, mode: str, shape: Shape) -> set[str]:
         row = module.COMPARISON.time(mode, shape, TINY_PLANS[module.__name__], "cpu")
         return set(row["results"])
@@ -99,7 +99,7 @@ def test_who_is_measured(tmp_path: Path) -> None:
     assert set(row["against"]) == {"eager", "two_steps"}
 
 
-def test_rows_so_far_outlive_a_run_that_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_saves_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -125,7 +125,7 @@ def finished(folder: Path, size: str) -> Path:
     return run.path
 
 
-def test_a_short_run_spares_the_result_of_a_full_one(tmp_path: Path) -> None:
+def test_a_short_run_does_not_overwrite_a_full_result(tmp_path: Path) -> None:
     full = finished(tmp_path, "full")
     before = full.read_bytes()
     with pytest.raises(SystemExit, match=r"is a full run's result: add --full, or choose another folder with --out"):
@@ -136,7 +136,7 @@ def test_a_short_run_spares_the_result_of_a_full_one(tmp_path: Path) -> None:
     assert finished(tmp_path, "full") == full, "a full run may replace a full one"
 
 
-def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     harness.save({"pi": 3.14159265}, path)
     assert json.loads(path.read_text()) == {"pi": 3.142}

@@ -1,4 +1,4 @@
-"""The byte counts of many GPUs: by hand, against real collectives, and the committed plan."""
+"""The byte counts of many GPUs: by hand, against real processes, and the committed plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = Work(pairs=8, ranks=4, nt=3, nv=2, dim=32, itemsize=4)
 
 
 def test_terms_by_hand() -> None:
-    # 2 pairs a rank: 4 frames of 32 channels in float32, 4 weights, padded to 64
+    # 2 pairs per rank: 4 frames of 32 channels in float32, 4 weights, padded to 64 bytes.
     assert packed(SMALL) == 4 * 32 * 4 + 64
     assert gradients(SMALL) == 4 * (4 * 32 + 4)
     p, g, c = 576, 528, 16
@@ -23,7 +23,7 @@ def test_terms_by_hand() -> None:
     assert sent(SMALL, "ring") == 6 * p + 7 * c + 4 * g
 
 
-def test_a_ring_holds_the_less_the_more_ranks_share() -> None:
+def test_a_ring_holds_less_with_more_ranks() -> None:
     works = [Work(1 << 20, ranks) for ranks in (8, 64, 1024)]
     ring, gathered = ([held(work, way) for work in works] for way in ("ring", "gathered"))
     assert ring[0] > 5 * ring[1] > 20 * ring[2]
@@ -32,8 +32,8 @@ def test_a_ring_holds_the_less_the_more_ranks_share() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts bytes in /proc")
 @pytest.mark.parametrize("kind", [*WAYS, *scaling.CDCR])
-def test_predicted_bytes_are_those_that_a_group_sends(kind: str) -> None:
-    """Headers and scalars are left out of the model: some kilobytes."""
+def test_predicted_bytes_against_a_real_group(kind: str) -> None:
+    """The model leaves out headers and scalars, a few kilobytes."""
     found = scaling.group(Work(64, 2, 16, 8, 128, 4), kind)["sent"]
     assert abs(found["measured"] - found["predicted"]) < 4000, found
     assert found["predicted"] > 10_000
@@ -45,7 +45,7 @@ def test_the_committed_plan_is_the_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts bytes in /proc")
-def test_a_check_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(scaling, "GROUPS", (Work(6, 2, 4, 2, 8, 4),))
     monkeypatch.setattr(scaling, "CDCR", {})
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--check", "--quick", "--out", str(tmp_path), "--threads", "1"])

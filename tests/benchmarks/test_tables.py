@@ -1,4 +1,4 @@
-"""Tables in the pages are those of the committed results."""
+"""The tables in the pages match the committed results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,36 @@ MEASURED = [
 ]
 
 
-def test_pages_show_what_the_results_hold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_match_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_every_page_has_marked_tables() -> None:
-    """Of a page no table stands twice, and those that show results have marks at all."""
+    """No page has a table twice, and pages that show results have marked tables."""
     found = {}
     for page in tables.PAGES:
         text = (harness.ROOT / page).read_text(encoding="utf-8")
         found[page] = [(mark["name"], mark["file"]) for mark in tables.MARK.finditer(text)]
         assert len(found[page]) == len(set(found[page])) == text.count("<!-- table "), page
-    for page in ("README.md", "docs/performance.md", "docs/gpu.md", "docs/distributed.md"):
+    for page in ("README.md", "docs/performance.md", "docs/distributed.md"):
         assert found[page], page
+
+
+def test_the_gpu_page_matches_the_static_report() -> None:
+    """The rows are in the JSON only; the page states their largest registers and shared memory, and no spills."""
+    path = harness.RESULTS / "static" / "kernels.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert {row["arch"] for row in report} == {"sm_80", "sm_90", "sm_100"}
+    assert not [row for row in report if row["spill_bytes"] or row["serialised"]]
+    registers = max(row["registers"] for row in report)
+    shared = max(row["shared_bytes"] for row in report) / 1024
+    page = " ".join((harness.ROOT / "docs/gpu.md").read_text(encoding="utf-8").split())
+    assert f"The largest numbers are {registers} registers and {shared:.0f} KB of shared memory." in page
+    assert str(path.relative_to(harness.ROOT)) in page
+    # One row per form in the report's own table, for every architecture.
+    rows = tables.static(report).rows
+    assert len(rows) == 45
+    assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100"}
 
 
 def test_an_edited_figure_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +71,7 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     result = harness.load(path)
     assert result["machine"]["cpu"]
     assert set(result["versions"]) >= {"torch", "python", "drl_fast", "commit"}
-    # A + marks a working tree that nobody else can have.
+    # A + marks uncommitted changes, which others could not reproduce.
     assert not result["versions"]["commit"].endswith("+")
     assert result["command"].startswith("python benchmarks/")
     for what in ("time", "memory") if path.stem != "model" else ():
@@ -63,7 +80,7 @@ def test_results_say_where_they_come_from(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.parent.name)
 def test_never_slower_than_eager(path: Path) -> None:
-    """In what was measured and committed; nothing is timed here."""
+    """In the committed results; nothing is timed here."""
     for record in harness.load(path)["time"]:
         times = record["results"]
         if "eager" in times:
@@ -72,7 +89,7 @@ def test_never_slower_than_eager(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/contrastive.json")), ids=lambda p: p.parent.name)
-def test_the_contrastive_loss_costs_what_it_may(path: Path) -> None:
+def test_limits_of_the_contrastive_loss(path: Path) -> None:
     result = harness.load(path)
     for record in result["time"]:
         assert record["against"]["eager"]["median"] <= 1.35, record["shape"]
@@ -83,11 +100,11 @@ def test_the_contrastive_loss_costs_what_it_may(path: Path) -> None:
         if row["contestant"] == "fused" and row["shape"]["dim"] == 128
     }
     assert used[4096] <= 300
-    assert used[4096] < 2.2 * used[2048], "memory is to grow linearly"
+    assert used[4096] < 2.2 * used[2048], "memory must grow linearly"
 
 
 @pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*/cdcr.json")), ids=lambda p: p.parent.name)
-def test_cross_correlation_costs_what_it_may(path: Path) -> None:
+def test_limits_of_the_cross_correlation_loss(path: Path) -> None:
     (record,) = (r for r in harness.load(path)["time"] if r["mode"] == "rows")
     assert record["results"]["full"]["ratio"]["median"] <= 1.6
     assert record["results"]["diagonal"]["ratio"]["median"] <= 0.6
@@ -170,7 +187,7 @@ def test_an_evaluation_fills_its_row(evaluations: Path) -> None:
     [{"dataset": "msvd"}, {"part": "val"}, {"texts": 999}, {"checkpoint": None}, {"untrained": "all of it"}],
     ids=lambda other: next(iter(other)),
 )
-def test_another_evaluation_is_refused(evaluations: Path, other: dict[str, Any]) -> None:
+def test_another_evaluation_is_an_error(evaluations: Path, other: dict[str, Any]) -> None:
     (evaluations / "wti.json").write_text(json.dumps({**EVALUATION, **other}))
     expected = r"must be what drl-fast eval wrote for WTI \+ seqTransf on MSR-VTT's 1,000 test pairs"
     with pytest.raises(ValueError, match=expected):

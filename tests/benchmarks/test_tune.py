@@ -1,4 +1,4 @@
-"""Tuning without a GPU: how a winner is chosen, and that its JSON holds entries of kernels/tuning.py's tables."""
+"""Tuning without a GPU: the choice of a tile, and JSON entries of kernels/tuning.py's tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tune
 SLOW, EVEN, UNEVEN = (Tile(size, 64, 64, 8, 2, False) for size in (64, 128, 256))
 
 
-def test_the_best_tile_is_so_over_all_shapes() -> None:
+def test_the_best_tile_is_chosen_over_all_shapes() -> None:
     times = {SLOW: [3.0, 3.0], EVEN: [1.1, 1.1], UNEVEN: [1.0, 2.0]}
     assert tune.best(times) == EVEN
     assert tune.best({SLOW: [3.0, 3.0], UNEVEN: [1.0, 2.0]}) == UNEVEN
@@ -34,7 +34,7 @@ def test_rows_are_entries_of_the_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(table: dict[str, Tile], kind: str, side: str | None, candidates: list[Tile]) -> dict[Tile, list[float]]:
-        assert table[kind] in candidates, "the present entry takes part"
+        assert table[kind] in candidates, "the present entry must be a candidate"
         return {tile: [1e-3 * (1 + i)] for i, tile in enumerate(reversed(candidates))}
 
     machine: dict[str, Any] = {"slug": "some-gpu", "cpu": "some cpu", "gpu": "Some GPU"}

@@ -1,4 +1,4 @@
-"""The interaction's benchmark: everyone computes the same thing, and the arithmetic that figures rest on."""
+"""The interaction's benchmark: all contestants compute the same result, and its arithmetic is right."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_largest_batch_fits_and_the_next_does_not(
     assert len(asked) <= 5, "two points predict a smooth curve"
     assert found["fits"]["mb"] <= budget < found["fails"]["mb"]
     assert 0.96 * want <= found["fits"]["batch"] <= want
-    # The prediction from wrong points is corrected by what is then measured.
+    # Measurements correct a prediction from wrong points.
     skewed = {b: mb * (1.2 if b == 512 else 1) for b, mb in known.items()}
     found = comparison.largest_batch(memory, budget, skewed)
     assert found["fits"]["mb"] <= budget < found["fails"]["mb"]
 
 
-def test_peak_memory_is_that_of_the_call_alone() -> None:
+def test_peak_memory_is_that_of_the_call() -> None:
     held = torch.ones(8 << 20)
     used, _ = harness.peak_bytes(lambda: torch.ones(16 << 20) + 1, "cpu")
     assert 120e6 < used < 150e6, "two tensors of 67 MB"
@@ -68,12 +68,12 @@ def test_max_sims_compute_the_same_thing() -> None:
     for contestant in bench_wti.COMPARISON.modes["maxsim"]:
         if contestant.name == "mm" or contestant.refusal(problem.shape, "cpu"):
             continue
-        # NumKong's first pass is approximate: it may pick another token of nearly the same similarity.
+        # NumKong's first pass is approximate and may choose another token with nearly the same similarity.
         tolerance = 0.5 if contestant.name == "numkong" else 1e-4
         torch.testing.assert_close(contestant.make(problem)(), want, atol=tolerance, rtol=0)
 
 
-def test_real_lengths_are_the_histogram() -> None:
+def test_real_lengths_follow_the_histogram() -> None:
     assert sum(CAPTION_LENGTHS.values()) == 1000
     lengths = caption_lengths(20_000, 32, torch.Generator().manual_seed(0)).float()
     mean = sum(length * count for length, count in CAPTION_LENGTHS.items()) / 1000

@@ -1,4 +1,4 @@
-"""What the commands' tests share."""
+"""Fixtures of the commands' tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drl_fast.cli import app
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run ``drl-fast`` with words; the result's ``flat`` is its output without line breaks and table rules."""
+    """Run ``drl-fast`` with arguments; the result's ``flat`` is its output without line breaks and table lines."""
     # A terminal wide enough that no table is folded.
     monkeypatch.setenv("COLUMNS", "240")
 

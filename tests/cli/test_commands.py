@@ -1,4 +1,4 @@
-"""The entry point: versions, help at every width, and starts that fail in one line."""
+"""The entry point: version, help at every width, and one-line errors at start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMANDS = [row.name or getattr(row.callback, "__name__", "") for row in app.reg
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
-    """Run ``drl-fast`` in this process; return what it exits with."""
+    """Run ``drl-fast`` in this process; return its exit status."""
     monkeypatch.setattr(sys, "argv", ["drl-fast", *words])
     with pytest.raises(SystemExit) as end:
         main()
@@ -63,7 +63,7 @@ def test_help_wraps_between_words(
 
 
 def texts(command: str) -> list[str]:
-    """Help texts of a command and its options, as its author wrote them."""
+    """Return the help texts of a command and its options from the source."""
     if not command:
         return [str(row.short_help) for row in app.registered_commands]
     group: Any = typer.main.get_command(app)
@@ -83,7 +83,7 @@ def test_without_the_extra(package: str) -> None:
 
 
 class Interrupt:
-    """A finder that is interrupted when the commands are imported."""
+    """An import finder that raises KeyboardInterrupt when the commands are imported."""
 
     @staticmethod
     def find_spec(name: str, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""The demo as a user runs it: both forms end to end in small, and every mistake that ends in one line of advice."""
+"""``drl-fast demo``: small runs of both forms, and one-line errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def demo(command: Demo) -> Demo:
 
 
 def fill(folder: Path, count: int = 3) -> Path:
-    """A folder of clips with captions."""
+    """Write a folder of clips with captions."""
     folder.mkdir()
     clips = make_clips(4, seed=0)[:count]
     for number, clip in enumerate(clips):
@@ -88,7 +88,7 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         assert re.search(row, table, re.MULTILINE), f"no row of {name} in:\n{table}"
     assert re.search(r"│ 0 +│ 0 (left|right|up|down), 0 (left|right|up|down) ", result.stdout)
     assert "…" not in table
-    # Paths and the running progress are not folded.
+    # Paths and progress lines are not wrapped.
     assert max(len(line) for line in table.splitlines() if not line.startswith(("plot:", "numbers:"))) <= 80
     names = ["comparison.json", "loss.png", "matches.png", "recall.png"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -127,14 +127,14 @@ def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_c
     assert "are cut there" not in result.stdout
     cut_short = demo("--videos", folder, "--clip", tiny_clip, "--max-words", 5)
     assert "16 of 16 captions are longer than 5 tokens and are cut there; --max-words N keeps more" in cut_short.flat
-    # Once more into the same folder would mix two runs.
+    # A second run into the same folder would mix the clips of both.
     again = demo(*TINY, "--steps", 1, "--keep", folder, "--out", tmp_path)
     assert again.exit_code == 1
     assert f"keep must be a new or an empty folder, got {folder}; name another or empty it" in again.stderr
 
 
 def test_unreadable_videos_are_named_and_skipped(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:
-    """Whatever is wrong with some files, the others are scored, by weights that were saved."""
+    """The other videos are scored, with weights from a file."""
     folder = fill(tmp_path / "videos")
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("no video")
@@ -220,10 +220,10 @@ def test_no_video_is_readable(demo: Demo, tmp_path: Path, tiny_clip: str) -> Non
     assert f"skipped: {tmp_path / 'gone.mp4'} must be a video file in the folder, not found; check" in result.stdout
 
 
-def test_similarities_are_the_models(
+def test_similarities_are_those_of_the_model(
     demo: Demo, tmp_path: Path, tiny_clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several captions a video, in an order of their own: rows are captions, columns videos as first named."""
+    """Rows are captions, columns videos in the order of their first caption; one video has two captions."""
     from rich.console import Console
 
     from drl_fast.data.video import Sampling, read_video
@@ -294,7 +294,7 @@ def test_mistakes(
     """Status 1, and one line on stderr that says what to do."""
 
     def unreachable(*_: object) -> None:
-        raise AssertionError("a mistake was taken for an order")
+        raise AssertionError("the demo started in spite of a mistake")
 
     monkeypatch.setattr(shapes.moving_shapes, "write_clip", unreachable)
     monkeypatch.chdir(tmp_path)
@@ -329,7 +329,7 @@ def test_a_missing_extra(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
         (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C; no file is left half written\n"),
     ],
 )
-def test_clips_that_are_not_all_written(
+def test_a_failure_while_writing_clips(
     demo: Demo,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -338,7 +338,7 @@ def test_clips_that_are_not_all_written(
     status: int,
     message: str,
 ) -> None:
-    """What would stand in the next run's way is gone again."""
+    """The partly written folder is removed, so that the next run can use its name."""
     written = []
 
     def third_fails(clip: Clip, path: Path) -> None:

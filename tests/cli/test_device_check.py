@@ -1,4 +1,4 @@
-"""The doctor's check of values: right implementations pass, and no problem of it has near ties."""
+"""The check of doctor: correct implementations pass, and its problems have no near ties."""
 
 from __future__ import annotations
 

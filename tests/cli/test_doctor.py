@@ -1,4 +1,4 @@
-"""``drl-fast doctor`` passes right kernels and finds wrong ones."""
+"""``drl-fast doctor`` accepts correct kernels and finds wrong ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def doctor() -> Any:
     return CliRunner().invoke(app, ["doctor"])
 
 
-def test_this_machine_is_well() -> None:
+def test_this_machine_passes() -> None:
     result = doctor()
     assert result.exit_code == 0, result.output
     assert "drl-fast doctor" in result.stdout
@@ -90,7 +90,7 @@ def nan(x: Tensor) -> Tensor:
 
 def one_nan(x: Tensor) -> Tensor:
     x = x.clone()
-    x.view(-1)[-1:] = torch.nan  # selects nothing when empty: one direction has no gradient of the video's weights
+    x.view(-1)[-1:] = torch.nan  # selects nothing if empty: with one direction the video's weights have no gradient
     return x
 
 
@@ -117,7 +117,7 @@ def test_a_wrong_kernel_is_found(forward: Callable, backward: Callable) -> None:
 
 @pytest.mark.parametrize(("name", "results"), [("statistics", 4), ("correlation", 2), ("gradient", 4)])
 def test_a_wrong_decorrelation_is_found(name: str, results: int) -> None:
-    """A single wrong result of an operator is enough."""
+    """One wrong result of an operator is enough."""
     right = getattr(chunked_cdcr, name)
     for number in range(results):
 
@@ -131,7 +131,7 @@ def test_a_wrong_decorrelation_is_found(name: str, results: int) -> None:
 
 
 def test_wrong_matches_are_found() -> None:
-    """The logits are right, but the forward reports other tokens as matches."""
+    """The logits are right, but the forward pass returns wrong matches."""
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits, video_index, text_index = chunked.forward(*arguments)
@@ -143,7 +143,7 @@ def test_wrong_matches_are_found() -> None:
     assert WRONG in result.stdout
 
 
-def test_why_there_is_no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_a_missing_extension_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "EXTENSION_ERROR", "/a/[/b]/_C.so: undefined symbol")
     result = doctor()
     assert result.exit_code == 0, result.output

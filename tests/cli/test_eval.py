@@ -1,4 +1,4 @@
-"""``drl-fast eval`` as a user runs it: every kind of checkpoint, what is left out, mistakes that end in one line."""
+"""``drl-fast eval``: every kind of checkpoint, videos that are left out, and one-line errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def drl_eval(command: Eval) -> Eval:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six clips, one of them broken, and a caption of a seventh that is not there; two captions a clip."""
+    """Write six clips with two captions each, one of them broken, and a caption of a missing video."""
     folder = tmp_path_factory.mktemp("videos [mine]")
     lines = ["video,caption"]
     for number in range(6):
@@ -120,13 +120,13 @@ def test_no_second_table_unless_asked_for(drl_eval: Eval, videos: Path, config: 
 
 
 def small_clip(name: str = "drl-small") -> torch.nn.Module:
-    """A CLIP that OpenAI's layout can hold: attention heads of its width, QuickGELU."""
+    """Build a CLIP of OpenAI's form: heads of width 64, QuickGELU."""
     torch.manual_seed(3)
     return clip_from_state_dict(build_clip(name).state_dict())
 
 
 def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
-    """A run folder, what save_pretrained writes and the public code's file hold one model here."""
+    """A run folder, a folder of save_pretrained and a public checkpoint of the same model give equal results."""
     model = DRL(small_clip(), interaction="wti", temporal="seqTransf")
     run = tmp_path / "run"
     model.save_pretrained(run / "best")
@@ -154,10 +154,10 @@ def test_every_kind_of_checkpoint(drl_eval: Eval, videos: Path, config: Path, tm
     assert found[0]["model"]["temporal"] == "seqTransf"
 
 
-def test_the_configuration_decides_what_a_public_file_does_not_say(
+def test_the_configuration_names_the_interaction_of_a_public_file(
     drl_eval: Eval, videos: Path, config: Path, tmp_path: Path
 ) -> None:
-    """DP and TI have no weights, so a file of either may be scored as both; only the named one is right."""
+    """DP and TI have no weights, so a public file fits both; the configuration chooses."""
     model = DRL(small_clip(), interaction="ti", temporal=None)
     torch.save(model.to_upstream(), tmp_path / "ti.bin")
     common = ["--checkpoint", tmp_path / "ti.bin", "--videos", videos, "--out", tmp_path / "e.json"]
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_model_than_the_configuration_names(
 
 
 def test_the_best_model_of_a_run_needs_nothing_else(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
-    """``best/`` alone, in another place: rate, frames and words are its own."""
+    """``best/`` contains rate, frames and words, so it works without the rest of the run."""
     model, tokenizer = build_model(read_config(config, ["interaction=ti", "temporal=null"]))
     model.save_pretrained(tmp_path / "moved")
     result = drl_eval(
@@ -223,7 +223,7 @@ def test_the_best_model_of_a_run_needs_nothing_else(drl_eval: Eval, videos: Path
     assert report["scores"]["videos"] == [f"clip{i}.mp4" for i in (0, 1, 2, 3, 5)]
 
 
-def test_scores_are_in_float32_unless_asked(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+def test_scores_are_in_float32_by_default(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
     common = ["--config", config, "--videos", videos, "--set", "interaction=ti"]
     config.write_text(CONFIG.replace("precision: fp32", "precision: bf16"))
     sims = {}
@@ -238,8 +238,8 @@ def test_scores_are_in_float32_unless_asked(drl_eval: Eval, videos: Path, config
     assert not np.array_equal(sims["default"], sims["bf16"])
 
 
-def test_captions_that_are_cut_are_counted(drl_eval: Eval, videos: Path, config: Path) -> None:
-    """With start and end, all six of "number 0 of [six]" and one of the others have 8 tokens; none has more."""
+def test_truncated_captions_are_counted(drl_eval: Eval, videos: Path, config: Path) -> None:
+    """With start and end, the six captions "number 0 of [six]" and one other have 8 tokens, and none has more."""
     for words, expected in ((8, None), (7, "7 of 12")):
         result = drl_eval("--config", config, "--videos", videos, "--set", f"max_words={words}")
         assert result.exit_code == 0
@@ -268,7 +268,7 @@ def test_a_named_clip_comes_back_with_its_tokenizer(drl_eval: Eval, videos: Path
         (["interaction=ti", "temporal=null"], None),
     ],
 )
-def test_what_clip_does_not_bring(
+def test_parts_without_pretrained_weights_are_named(
     drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, overrides: list[str], words: str | None
 ) -> None:
     weights = tmp_path / "clip.pt"
@@ -312,8 +312,8 @@ def test_options_reach_the_evaluation(
     result = drl_eval("--config", config, "--videos", videos, "--precision", "bf16", "--block", 3)
     assert result.exit_code == 0
     assert "bf16 on cpu" in result.flat
-    told = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
-    assert told == {"precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False}
+    passed = {name: seen[name] for name in ("precision", "block", "workers", "max_words", "cache", "strict")}
+    assert passed == {"precision": "bf16", "block": 3, "workers": 0, "max_words": 16, "cache": None, "strict": False}
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_full_disk_leaves_the_old_result(
 ) -> None:
     out = tmp_path / "out" / "eval.json"
     out.parent.mkdir()
-    out.write_text("of before")
+    out.write_text("before")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -381,7 +381,7 @@ def test_a_full_disk_leaves_the_old_result(
     assert result.exit_code == 1
     assert f"the result could not be written to {out}, got: No space left on device" in result.stderr
     assert "text to video" in result.stdout
-    assert [path.read_text() for path in out.parent.iterdir()] == ["of before"]
+    assert [path.read_text() for path in out.parent.iterdir()] == ["before"]
 
 
 def test_ctrl_c(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def test_ctrl_c(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, monk
 
 
 def test_two_processes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
-    """As torchrun starts them: the first alone prints and writes, and finds what one process does."""
+    """With torchrun only the first process prints and writes, and the results are those of one process."""
     options = ["--config", config, "--videos", videos, "--set", "interaction=dp", "--out"]
     assert drl_eval(*options, tmp_path / "one.json").exit_code == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

@@ -1,4 +1,4 @@
-"""``drl-fast train`` as a user types it."""
+"""``drl-fast train`` from the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train(*arguments: str, small: list[str] = SMALL) -> Result:
 
 
 def words(text: str) -> str:
-    """Without line breaks and frames, which follow the terminal's width."""
+    """Remove line breaks and frames, which depend on the terminal's width."""
     return " ".join(re.sub(r"[│╭╰─╮╯]", " ", text).split())
 
 
@@ -50,11 +50,11 @@ def test_a_run_from_config_to_best_model(folder: Path, tmp_path: Path) -> None:
     config = ["--config", "wti_cdcr", "--dataset", "folder", "--videos", str(folder), "--out", str(out)]
     done = train(*config, small=SMALL + RUN)
     assert done.exit_code == 0, done.output
-    told = words(done.output)
-    assert "folder, train: 18 captions of 12 videos" in told
-    assert "epoch 1: text to video R@1" in told
-    assert "tokens and are cut there" not in told
-    assert f"drl-fast eval --checkpoint {out} scores it on the test part" in told
+    shown = words(done.output)
+    assert "folder, train: 18 captions of 12 videos" in shown
+    assert "epoch 1: text to video R@1" in shown
+    assert "tokens and are cut there" not in shown
+    assert f"drl-fast eval --checkpoint {out} scores it on the test part" in shown
     assert (out / "best/model.safetensors").exists()
     again = train(*config, small=SMALL + RUN)
     assert again.exit_code == 1
@@ -113,7 +113,7 @@ def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
         ),
     ],
 )
-def test_what_is_missing_is_told(arguments: list[str], expected: str) -> None:
+def test_mistakes(arguments: list[str], expected: str) -> None:
     done = train(*arguments)
     assert done.exit_code == 1
     assert expected in words(done.output)
@@ -125,13 +125,13 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_starts_from_another(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new optimizer and schedule from step 0, the source's weights; --resume needs neither option nor source."""
+    """It has the source's weights and a new optimizer from step 0; --resume does not need the source again."""
     monkeypatch.chdir(tmp_path)
     data = ["--dataset", "folder", "--videos", str(folder)]
     still = [*SMALL, "epochs=1", "batch=9", "lr=1e-30", "clip_lr=0", "weight_decay=0"]
     first = train("--config", "wti_cdcr", *data, "--out", "first", small=SMALL + RUN)
     assert first.exit_code == 0, first.output
-    # Steps too small to change a float32: the new run's best model is the one that it started from.
+    # The steps are too small to change a float32, so the new run's best model equals the source.
     second = train("--config", "wti", *data, "--out", "second", "--init-from", "first", small=still)
     assert second.exit_code == 0, second.output
     assert f"weights from {tmp_path / 'first'}, interaction wti" in words(second.output)
@@ -155,8 +155,8 @@ def test_a_run_starts_from_another(folder: Path, tmp_path: Path, monkeypatch: py
     assert f"not found: {tmp_path / 'first'}" in words(restarted.output)
 
 
-def test_a_run_extends_another_in_the_same_way(folder: Path, tmp_path: Path) -> None:
-    """Two runs from one source take the same steps."""
+def test_two_runs_from_one_source_are_equal(folder: Path, tmp_path: Path) -> None:
+    """With the same seed they have the same losses."""
     data = ["--config", "dp", "--dataset", "folder", "--videos", str(folder)]
     train(*data, "--out", str(tmp_path / "first"), small=SMALL + RUN)
     logs = []
@@ -185,7 +185,7 @@ def test_a_run_starts_from_a_public_checkpoint(tmp_path: Path) -> None:
 
 
 def register_quick_gelu(folder: Path) -> None:
-    """Teach open_clip drl-small in OpenAI's form: heads 64 wide, QuickGELU."""
+    """Register drl-small in open_clip in OpenAI's form: heads of width 64, QuickGELU."""
     config = open_clip.get_model_config("drl-small")
     config = {
         **config,
@@ -223,8 +223,8 @@ def test_missing_videos_are_counted_or_refused(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_was_done(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """To all processes of the job, decoding ones too, as terminals and schedulers send it."""
+def test_a_signal_keeps_the_steps_so_far(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The signal goes to all processes of the job, decoding ones too, as from terminals and schedulers."""
     out = tmp_path / "run"
     small = [*SMALL, "clip=drl-small", "epochs=200", "batch=4", "checkpoint_every=1000000", "workers=1"]
     overrides = [word for option in small for word in ("--set", option)]

@@ -1,4 +1,4 @@
-"""Each data set's annotation files to captions and videos, and what is said about broken ones."""
+"""Captions and videos from each data set's annotation files, and errors about broken files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize(("dataset", "part"), EXPECTED)
 def test_parts(tmp_path: Path, dataset: str, part: str) -> None:
-    """Captions in the file's order, videos in the list's, each the file that its name or stem says."""
+    """Captions are in the file's order, videos in the list's; each file has the video's name or stem."""
     RELEASES[dataset](tmp_path)
     split = load_split(dataset, part, videos=videos(tmp_path, *FILES[dataset]), annotations=tmp_path, strict=True)
     assert (split.dataset, split.part) == (dataset, part)
@@ -75,7 +75,7 @@ def test_parts(tmp_path: Path, dataset: str, part: str) -> None:
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_vatex_as_released(tmp_path: Path, part: str) -> None:
-    """The same pairs from the release's files and HGR's arrays."""
+    """The release's files with HGR's arrays give the same pairs."""
     releases.vatex_release(tmp_path)
     split = load_split("vatex", part, videos=videos(tmp_path, *FILES["vatex"]), annotations=tmp_path)
     assert pairs(split) == EXPECTED["vatex", part]
@@ -90,7 +90,7 @@ def test_every_data_set_is_tested() -> None:
 
 @pytest.mark.skipif(not MSRVTT.is_dir(), reason="no MSR-VTT here")
 def test_real_msrvtt(tmp_path: Path) -> None:
-    """1,000 pairs, of which one clip is here."""
+    """The list has 1,000 pairs; one of the clips is here."""
     split = load_split("msrvtt", "test", videos=MSRVTT, annotations=MSRVTT)
     assert pairs(split) == [("video7500", "a soccer team walking out on the field")]
     assert split.videos == (MSRVTT / "video7500.mp4",)
@@ -291,7 +291,7 @@ TEST_CSV = "MSRVTT_JSFUSION_test.csv"
 def test_broken_annotations(
     tmp_path: Path, dataset: str, part: str, spoil: Callable[[Path], object], message: str
 ) -> None:
-    """The file, the entry, what was there, a remedy."""
+    """The error names the file, the entry and its value, and says what to do."""
     RELEASES[dataset](tmp_path)
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -301,7 +301,7 @@ def test_broken_annotations(
 
 
 def test_python_2_pickle(tmp_path: Path) -> None:
-    """Its strings are bytes there."""
+    """Strings of Python 2 are bytes in Python 3."""
     releases.msvd(tmp_path)
     (tmp_path / "raw-captions.pkl").write_bytes(b"(dp0\nS'd_1_2'\np1\n(lp2\n(lp3\nS'a'\naS'Zo\\xc3\\xab'\naas.")
     split = load_split("msvd", "test", videos=videos(tmp_path, "d_1_2.avi"), annotations=tmp_path)
@@ -310,7 +310,7 @@ def test_python_2_pickle(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_python_2_array(tmp_path: Path) -> None:
-    """Bytes, and a length that ends in L."""
+    """Strings are bytes, and the shape in the header ends in L."""
     releases.vatex_release(tmp_path)
     path = tmp_path / "public_split" / "tst_names.npy"
     np.save(path, np.array([b"c_000001_000011"]))
@@ -330,8 +330,8 @@ def test_python_2_array(tmp_path: Path) -> None:
         ("vatex", "test", "ref_captions.json"),
     ],
 )
-def test_what_other_programs_leave(tmp_path: Path, dataset: str, part: str, name: str) -> None:
-    """A byte order mark, Windows' line ends and blank lines pass."""
+def test_traces_of_other_programs(tmp_path: Path, dataset: str, part: str, name: str) -> None:
+    """A byte order mark, Windows line ends and blank lines are accepted."""
     RELEASES[dataset](tmp_path)
     data = (tmp_path / name).read_bytes().replace(b"\r\n", b"\n")
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n\r\n"))
@@ -346,7 +346,7 @@ def test_what_other_programs_leave(tmp_path: Path, dataset: str, part: str, name
         (["x.txt"], "no video file"),
     ],
 )
-def test_nothing_left(tmp_path: Path, files: list[str], there: str) -> None:
+def test_no_listed_video_exists(tmp_path: Path, files: list[str], there: str) -> None:
     releases.msrvtt(tmp_path)
     with pytest.raises(
         ValueError, match=rf"videos must hold the videos that msrvtt's test part lists \(video7, .*{there}; "

@@ -1,4 +1,4 @@
-"""Features kept on disk: found by content, with the same bits, or not at all."""
+"""Features cached on disk: found by content, with the same bits; damaged entries are ignored."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_special_values_and_strides(cache: FeatureCache) -> None:
     assert torch.equal(found.view(torch.int32), features.detach().contiguous().view(torch.int32))
 
 
-def test_another_process_finds_them_and_the_last_one_stays(cache: FeatureCache) -> None:
+def test_another_cache_object_finds_the_last_value(cache: FeatureCache) -> None:
     cache.put(KEY, torch.zeros(3))
     cache.put(KEY, torch.ones(3))
     found = FeatureCache(str(cache.folder)).get(KEY)
@@ -74,7 +74,7 @@ def test_another_process_finds_them_and_the_last_one_stays(cache: FeatureCache) 
 
 
 def test_many_at_once(cache: FeatureCache) -> None:
-    """Whoever is last: whole entries alone, and nothing beside them."""
+    """Concurrent writers leave one complete entry and no other file."""
 
     def work(number: int) -> bool:
         cache.put(KEY, torch.full((64, 64), float(number)))
@@ -86,7 +86,7 @@ def test_many_at_once(cache: FeatureCache) -> None:
     assert len(everything(cache)) == 1
 
 
-def test_key_is_of_the_content(cache: FeatureCache, tmp_path: Path) -> None:
+def test_key_depends_on_the_content(cache: FeatureCache, tmp_path: Path) -> None:
     first, second, other = (tmp_path / name for name in ("a.mp4", "b.avi", "c.mp4"))
     # More than one chunk, different at the very end.
     data = bytes(feature_cache.CHUNK) + b"end"
@@ -102,14 +102,14 @@ def test_key_is_of_the_content(cache: FeatureCache, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Sampling)])
-def test_key_is_of_the_sampling(cache: FeatureCache, tmp_path: Path, name: str) -> None:
+def test_key_depends_on_the_sampling(cache: FeatureCache, tmp_path: Path, name: str) -> None:
     (tmp_path / "a.mp4").write_bytes(b"video")
     other = replace(Sampling(), **{name: 3})
     assert cache.key(tmp_path / "a.mp4", Sampling(), "x") != cache.key(tmp_path / "a.mp4", other, "x")
 
 
 def test_content_is_read_once(cache: FeatureCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again when the file was written to or replaced."""
+    """It is read again only if the file was changed or replaced."""
     path = tmp_path / "a.mp4"
     path.write_bytes(b"video")
     hashed = []
@@ -133,8 +133,8 @@ def test_unreadable_video(cache: FeatureCache, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "text", "moved", "folder"])
-def test_damaged_entries_are_absent(cache: FeatureCache, damage: str) -> None:
-    """And can be put anew, but for a folder in their place."""
+def test_damaged_entries_are_ignored(cache: FeatureCache, damage: str) -> None:
+    """They can be written again, unless a folder has their name."""
     cache.put(KEY, torch.ones(64))
     path = cache.path(KEY)
     data = bytearray(path.read_bytes())
@@ -156,7 +156,7 @@ def test_damaged_entries_are_absent(cache: FeatureCache, damage: str) -> None:
 @pytest.mark.parametrize("step", ["write_bytes", "replace", "mkdir"])
 @pytest.mark.parametrize("held", [False, True])
 def test_full_disk(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, step: str, held: bool) -> None:
-    """One error that says so; no part of the entry stays, and the one before does."""
+    """It raises an error, leaves no part of the entry, and keeps the previous one."""
     if held:
         cache.put(KEY, torch.zeros(4))
     before = everything(cache)
@@ -180,7 +180,7 @@ def test_full_disk(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, step: s
 
 
 def test_folder_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("in the way")
+    (tmp_path / "cache").write_text("a file")
     cache = FeatureCache(tmp_path / "cache")
     assert cache.get(KEY) is None
     with pytest.raises(OSError, match=r"features could not be kept in .*cache, got: Not a directory|File exists"):

@@ -1,4 +1,4 @@
-"""A folder's captions file: both forms, what spreadsheets do to it, and what is said about a broken one."""
+"""A folder's captions file: both formats, traces of spreadsheets, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def as_jsonl(rows: list[Caption]) -> str:
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_both_forms(tmp_path: Path, name: str, content: str, mark: str, newline: str) -> None:
-    """In the file's order, several captions a video; a byte order mark, Windows' line ends and blank lines pass."""
+    """Captions are in the file's order. A byte order mark, Windows line ends and blank lines are accepted."""
     (tmp_path / name).write_bytes((mark + content + "\n").replace("\n", newline).encode())
     assert read_captions(tmp_path) == ROWS
     assert read_captions(str(tmp_path)) == ROWS
@@ -76,7 +76,7 @@ def test_columns_in_any_order_and_spaces_around_values(tmp_path: Path) -> None:
     ],
 )
 def test_broken_file(tmp_path: Path, name: str, content: str, message: str) -> None:
-    """Which file, which caption or line, what was there, and how it ought to be."""
+    """The error names the file, the caption or line, its value, and the expected format."""
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         read_captions(tmp_path)

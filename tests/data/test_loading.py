@@ -1,4 +1,4 @@
-"""Items, batches and videos from worker processes: what comes out, in which order, and what goes wrong."""
+"""Items, batches and videos from worker processes: contents, order and failures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = 8
 
 
 def words(texts: list[str], context_length: int) -> Tensor:
-    """A tokenizer as open_clip's are: start 1, a number a word, end 99, zeros."""
+    """Tokenize like open_clip: start 1, a number per word, end 99, zeros."""
     ids = torch.zeros(len(texts), context_length, dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
         numbers = [1, *[len(word) + 1 for word in text.split()][: context_length - 2], 99]
@@ -41,7 +41,7 @@ def words(texts: list[str], context_length: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    """Four clips of 2, 3, 4 and 5 frames and of four greys, and three files that give no frame."""
+    """Write four grey clips of 2, 3, 4 and 5 frames, and three unreadable files."""
     folder = tmp_path_factory.mktemp("clips")
     paths = [write_video(folder / f"{n}.mp4", [solid((grey(5 * n),) * 3)] * (n + 2)) for n in range(4)]
     paths += [folder / "empty.mp4", folder / "sound.mp4", folder / "cut.mp4"]
@@ -59,7 +59,7 @@ def pairs(split: Split) -> VideoCaptions:
 
 
 def levels(frames: Tensor) -> int:
-    """Which clip of ``split`` these frames are of."""
+    """Return the number of the clip in ``split`` that these frames show."""
     return round((float(frames.double().mean()) - grey(0)) / (grey(5) - grey(0)))
 
 
@@ -89,7 +89,7 @@ def test_unreadable_items_are_named(pairs: VideoCaptions, split: Split) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_in_order(pairs: VideoCaptions, workers: int) -> None:
-    """Those without the unreadable, which are told of; a batch of unreadable ones alone is None."""
+    """Batches leave out unreadable videos and report them; a batch with only unreadable videos is None."""
     batches = [[0, 1, 4], [3], [5, 6], [8, 7, 2, 0], [1, 1]]
     loader = pair_loader(pairs, batches, workers=workers)
     assert len(loader) == len(batches)
@@ -114,7 +114,7 @@ def test_batches_in_order(pairs: VideoCaptions, workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_videos_in_order(split: Split, workers: int) -> None:
-    """Real frames alone."""
+    """Only real frames are returned."""
     order = [2, 4, 0, 3, 1]
     loader = video_loader([split.videos[i] for i in order], SAMPLING, workers=workers)
     got = list(loader)
@@ -133,7 +133,7 @@ def test_nothing_to_load(pairs: VideoCaptions, workers: int) -> None:
     assert list(video_loader([], SAMPLING, workers=workers)) == []
 
 
-def test_the_callers_randomness_is_left_alone(pairs: VideoCaptions) -> None:
+def test_the_callers_random_state_is_unchanged(pairs: VideoCaptions) -> None:
     before = torch.get_rng_state()
     list(pair_loader(pairs, [[0], [1]], workers=0))
     list(pair_loader(pairs, [[0], [1]], workers=1))
@@ -147,7 +147,7 @@ def test_collate_of_nothing() -> None:
 
 
 def test_workers_end_with_the_loop(split: Split) -> None:
-    """Left early, or by an error of a worker, which keeps its own words."""
+    """After an early exit, and after an error in a worker, whose message is kept."""
     items: Iterator = iter(video_loader([split.videos[0]] * 20, SAMPLING, workers=2))
     next(items)
     assert len(multiprocessing.active_children()) == 2
@@ -160,7 +160,7 @@ def test_workers_end_with_the_loop(split: Split) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_killed_worker(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence, when the next item is asked for: no exception out of the blue at the moment of the death."""
+    """The next item raises one error; nothing is raised at the moment of the death."""
     monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     handler = signal.getsignal(signal.SIGCHLD)
     items = iter(video_loader([split.videos[0]] * 200, SAMPLING, workers=2))
@@ -180,7 +180,7 @@ class Broken(torch.utils.data.Dataset):
 
 
 class Worker(torch.utils.data.Dataset):
-    """What it is like in there."""
+    """Return the state of a worker process."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -197,7 +197,7 @@ def test_workers_ignore_interrupts_and_have_one_thread() -> None:
 
 INTERRUPTED = """
 import signal, sys
-# A script that starts the tests in the background makes them ignore Ctrl-C.
+# Started in the background by a shell script, processes ignore Ctrl-C: undo that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from drl_fast.data.loading import video_loader
 from drl_fast.data.video import Sampling
@@ -238,7 +238,7 @@ def test_bad_workers(pairs: VideoCaptions, workers: int) -> None:
 
 @pytest.mark.parametrize("tokenizer", ["words", "open_clip"])
 def test_tokenize_keeps_the_end(tokenizer: str) -> None:
-    """Cut to start, what fits of the words, and the end token; a short one is padded with zeros."""
+    """A long text keeps its start, the words that fit, and the end token; a short one is padded with zeros."""
     encode: Tokenizer = words
     if tokenizer == "open_clip":
         encode = pytest.importorskip("open_clip").SimpleTokenizer()
@@ -254,7 +254,7 @@ def test_tokenize_keeps_the_end(tokenizer: str) -> None:
     assert tokenize(encode, [], 6).shape == (0, 6)
 
 
-def test_tokenize_refuses() -> None:
+def test_tokenize_errors() -> None:
     with pytest.raises(ValueError, match="max_words must be at least 3: start, a word, end; got 2"):
         tokenize(words, ["a"], 2)
     with pytest.raises(TypeError, match="max_words must be a positive integer"):

@@ -1,4 +1,4 @@
-"""Videos as phones, recorders and broken downloads leave them: variable rates, cuts, damage, turned pictures."""
+"""Videos of phones, screen recorders and broken downloads: variable rates, truncation, damage, rotation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ONE, UNIT, SIDE = 1 << 16, 1 << 30, 64
 
 
 def write_at(path: Path, times: list[float], *, codec: str = "libx264") -> Path:
-    """Grey pictures shown at these times in seconds; the grey level is ten times the time."""
+    """Write grey pictures at these times in seconds; the grey level is ten times the time."""
     with av.open(str(path), "w") as container:
         fast = {"deadline": "realtime", "cpu-used": "8"} if codec == "libvpx" else {"preset": "ultrafast"}
         stream = container.add_stream(codec, rate=30, options=fast)
@@ -36,7 +36,7 @@ def write_at(path: Path, times: list[float], *, codec: str = "libx264") -> Path:
 
 
 def seconds_of(path: Path, sampling: Sampling) -> list[float]:
-    """The times that the pictures taken from :func:`write_at`'s file show."""
+    """Return the times of the pictures that are read from :func:`write_at`'s file."""
     frames, mask = read_video(path, sampling)
     return (frames[mask].double().mean(dim=(1, 2, 3)) / 10).tolist()
 
@@ -45,7 +45,7 @@ SLOW_THEN_FAST = [i / 2 for i in range(20)] + [10 + i / 50 for i in range(500)]
 
 
 def jitter() -> list[float]:
-    """20 seconds of a recorder that drops and doubles frames."""
+    """Return 20 seconds of times of a recorder that drops and duplicates frames."""
     gaps = np.random.default_rng(1).choice([0.001, 0.02, 0.03, 0.045], 2000)
     return [0.0, *(float(time) for time in gaps.cumsum() if time < 20)]
 
@@ -67,7 +67,7 @@ def test_a_variable_rate_is_read_by_time(tmp_path: Path, name: str, codec: str, 
 
 
 def test_a_picture_shown_for_long_is_taken_again(tmp_path: Path) -> None:
-    """A slide show: what is on the screen at each second."""
+    """A slide show is sampled by what is on the screen at each second."""
     path = write_at(tmp_path / "slides.mkv", [0, 5, 6, 6.5, 10])
     assert seconds_of(path, Sampling(size=SIDE, max_frames=64)) == pytest.approx(
         [0, 0, 0, 0, 0, 5, 6, 6.5, 6.5, 6.5, 10], abs=0.25
@@ -78,7 +78,7 @@ def test_a_picture_shown_for_long_is_taken_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rate", [0.5, 1, 3, 200])
 @pytest.mark.parametrize("tick", [1e-9, 1e-3])
 def test_a_constant_rate_is_read_by_number(fps: float, rate: float, tick: float) -> None:
-    """Every round(fps / rate)-th frame, as decord users of the field take them; Matroska rounds times to 1 ms."""
+    """Every round(fps / rate)-th frame is taken, as public code does with decord. Matroska rounds times to 1 ms."""
     for count in (1, 2, 30, 311):
         times = [round(number / fps / tick) * tick for number in range(count)]
         stride = max(round(fps / rate), 1)
@@ -87,24 +87,24 @@ def test_a_constant_rate_is_read_by_number(fps: float, rate: float, tick: float)
         assert limited == list(range(0, min(count, int(1.5 * fps) + 1), stride))
 
 
-def test_a_rate_that_is_stated_wrong() -> None:
-    """Browsers' recorders state none, and FFmpeg guesses 1000."""
+def test_a_wrong_frame_rate_in_the_file() -> None:
+    """Recordings of browsers contain no rate, and FFmpeg guesses 1000."""
     times = [number / 25 for number in range(100)]
     assert Sampling().chosen(times, 1000.0) == [0, 25, 50, 75]
 
 
-def test_frames_with_one_stamp_are_taken_by_number() -> None:
+def test_frames_with_equal_timestamps_are_taken_by_number() -> None:
     assert Sampling().chosen([0.0] * 60, 25.0) == [0, 25, 50]
 
 
-def test_stamps_that_jump_by_hours_are_not_believed() -> None:
-    """A 33-bit counter that wraps around jumps by 26 hours."""
+def test_timestamps_that_jump_by_hours_are_ignored() -> None:
+    """A 33-bit counter jumps by 26 hours when it wraps around."""
     times = [*(number / 25 for number in range(50)), *(95_443 + number / 25 for number in range(50, 100))]
     assert Sampling().chosen(times, 25.0) == [0, 25, 50, 75]
     assert Sampling().chosen([0.0, 1e9], 25.0) == [0]
 
 
-# FFmpeg's names of codecs that each container takes.
+# A codec for each container.
 CONTAINERS = {
     "a.mp4": "libx264",
     "a.mov": "libx264",
@@ -117,7 +117,7 @@ CONTAINERS = {
 
 
 def write_noise(path: Path, codec: str, *, count: int = 40, key_frames: int = 10) -> Path:
-    """``count`` pictures at 5 a second that do not compress, with an index in front, so that a cut file still opens."""
+    """Write ``count`` noise pictures at 5 per second, with the index in front, so that a truncated file still opens."""
     options = {"movflags": "faststart"} if path.suffix in {".mp4", ".mov", ".3gp"} else {}
     generator = np.random.default_rng(0)
     with av.open(str(path), "w", options=options) as container:
@@ -132,7 +132,7 @@ def write_noise(path: Path, codec: str, *, count: int = 40, key_frames: int = 10
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_a_cut_download_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_incomplete_download_is_an_error(tmp_path: Path, name: str) -> None:
     path = write_noise(tmp_path / name, CONTAINERS[name])
     whole = path.read_bytes()
     assert read_video(path, Sampling(size=32))[1].sum() == 8
@@ -143,7 +143,7 @@ def test_a_cut_download_is_refused(tmp_path: Path, name: str) -> None:
         assert "fetch it again or leave it out" in str(caught.value) or "re-encode it" in str(caught.value)
 
 
-def test_a_cut_names_what_was_read_and_what_is_stated(tmp_path: Path) -> None:
+def test_the_error_has_the_read_and_the_stated_frames(tmp_path: Path) -> None:
     path = write_noise(tmp_path / "a.mp4", "libx264")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"a\.mp4 must be a whole video, got \d+ of 40 frames; fetch it again"):
@@ -152,7 +152,7 @@ def test_a_cut_names_what_was_read_and_what_is_stated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.mkv"])
 def test_damage_is_named_or_harmless(tmp_path: Path, name: str) -> None:
-    """A hole of 1 KB in the third of four groups of pictures: one rule for every container."""
+    """1 KB of zeros in the third of four groups of pictures: an error only if its frames are used."""
     path = write_noise(tmp_path / name, CONTAINERS[name])
     whole, early = path.read_bytes(), Sampling(size=32, seconds=2)
     expected = read_video(path, early)
@@ -162,14 +162,14 @@ def test_damage_is_named_or_harmless(tmp_path: Path, name: str) -> None:
         ValueError, match=r"must be undamaged where frames are taken, got \d+ damaged or missing of \d+"
     ):
         read_video(path, Sampling(size=32, rate=5, max_frames=40))
-    # Frames of the first two groups are what they were.
+    # Frames of the first two groups are unchanged.
     assert all(torch.equal(a, b) for a, b in zip(read_video(path, early), expected, strict=True))
 
 
 @pytest.mark.parametrize("group", [0, 1, 3])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_a_lost_group_of_pictures_is_named(tmp_path: Path, name: str, group: int) -> None:
-    """Zeros where a download has not arrived: the decoder gives no frame of the group, and no flag either."""
+    """A group of zeros, as in an incomplete download: the decoder returns no frame of it and no error."""
     path = write_noise(tmp_path / name, "libx264")
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
@@ -184,7 +184,7 @@ def test_a_lost_group_of_pictures_is_named(tmp_path: Path, name: str, group: int
 
 
 def corners() -> np.ndarray:
-    """Four colours, so that every turn and mirror image differs."""
+    """Make a picture of four colours, whose rotations and reflections all differ."""
     picture = solid(RED, SIDE, SIDE)
     picture[: SIDE // 2, SIDE // 2 :] = GREEN
     picture[SIDE // 2 :, : SIDE // 2] = BLUE
@@ -208,7 +208,7 @@ MATRICES: dict[str, tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]] 
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_pictures_are_turned_and_mirrored_as_shown(tmp_path: Path, name: str) -> None:
+def test_pictures_are_rotated_and_mirrored_as_in_a_player(tmp_path: Path, name: str) -> None:
     matrix, shown = MATRICES[name]
     path = write_video(tmp_path / "a.mp4", [corners()] * 3)
     data = path.read_bytes()
@@ -220,7 +220,7 @@ def test_pictures_are_turned_and_mirrored_as_shown(tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize(("aspect", "wide"), [(Fraction(2), True), (Fraction(1, 2), False), (Fraction(16, 11), True)])
 def test_pixels_that_are_not_square(tmp_path: Path, aspect: Fraction, wide: bool) -> None:
-    """A circle is stored as an ellipse and comes out round."""
+    """A circle is stored as an ellipse and is round after reading."""
     path, y, x = tmp_path / "a.mkv", *np.mgrid[:96, :96] - 47.5
     circle = solid(WHITE, 96, 96)
     circle[(x * float(aspect)) ** 2 + y**2 < 30**2 * (1 if wide else float(aspect) ** 2)] = (0, 0, 0)
@@ -239,7 +239,7 @@ def test_pixels_that_are_not_square(tmp_path: Path, aspect: Fraction, wide: bool
 
 @pytest.mark.parametrize(("height", "width"), [(97, 63), (63, 97), (65, 65)])
 def test_odd_sizes(tmp_path: Path, height: int, width: int) -> None:
-    """Chroma of an odd size is rounded up by the codec: no green edge, no shift."""
+    """The codec rounds an odd chroma size up, which must not leave a green edge or a shift."""
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=8)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -1,4 +1,4 @@
-"""Decoding: which frames come out, what is in them, and what is said about a file that is no video."""
+"""Decoding: the frames that are taken, their contents, and errors about files that are not videos."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MSRVTT = Path(__file__).resolve().parents[3] / "shared" / "data" / "msrvtt" / "v
 
 
 def numbers(frames: Tensor) -> list[int]:
-    """Which of :func:`greys` each frame is."""
+    """Return the number of each frame in :func:`greys`."""
     level = frames.double().mean(dim=(1, 2, 3))
     return ((level - grey(0)) / (grey(1) - grey(0))).round().int().tolist()
 
@@ -33,7 +33,7 @@ def numbers(frames: Tensor) -> list[int]:
         (20, 8, 1, 12, [0, 8, 16]),
         (20, 8, 4, 12, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
         (9, 8, 3, 12, [0, 3, 6]),  # round(8 / 3) = 3
-        (6, 2, 5, 12, [0, 1, 2, 3, 4, 5]),  # a rate beyond the file's own
+        (6, 2, 5, 12, [0, 1, 2, 3, 4, 5]),  # a rate above the file's
         (20, 8, 4, 4, [0, 6, 12, 18]),
         (20, 8, 8, 6, [0, 3, 7, 11, 15, 19]),
         (20, 8, 8, 1, [0]),
@@ -53,8 +53,8 @@ def test_frames_taken(tmp_path: Path, count: int, fps: int, rate: int, limit: in
 
 @pytest.mark.parametrize("wrong", [-7, -1, 1, 13])
 @pytest.mark.parametrize("limit", [4, 40])
-def test_packets_that_are_no_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int, limit: int) -> None:
-    """Where packets are more or fewer than frames, the frames decide."""
+def test_packets_that_are_not_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int, limit: int) -> None:
+    """If the number of packets differs from that of frames, the frames decide."""
     path = write_video(tmp_path / "a.mp4", greys(20))
     sampling = Sampling(rate=4, max_frames=limit, size=64)
     expected = read_video(path, sampling)
@@ -92,8 +92,8 @@ def test_threads_change_no_frame(tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
-def test_no_more_pictures_are_made_than_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An hour's candidates would not fit in memory."""
+def test_only_frames_that_are_taken_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All candidates of a long video would not fit in memory."""
     made = []
     monkeypatch.setattr("drl_fast.data.video.fit", lambda image, size: made.append(0) or fit(image, size))
     read_video(write_video(tmp_path / "a.mp4", greys(24)), Sampling(rate=8, max_frames=3, size=64))
@@ -113,7 +113,7 @@ def test_thin_keeps_both_ends_and_order() -> None:
 
 @pytest.mark.parametrize("colour", [RED, GREEN, BLUE, (245, 245, 245)])
 def test_colours(tmp_path: Path, colour: tuple[int, int, int]) -> None:
-    """Channels in RGB order, full range; what 4:2:0 and the codec round is small."""
+    """Channels are in RGB order with full range; 4:2:0 and the codec cause small errors."""
     frames, mask = read_video(write_video(tmp_path / "a.mp4", [solid(colour)] * 3), Sampling(rate=8, size=32))
     mean = frames[mask].double().mean(dim=(0, 2, 3))
     assert (mean - torch.tensor(colour)).abs().max() < 6
@@ -121,7 +121,7 @@ def test_colours(tmp_path: Path, colour: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
 def test_centre_crop(tmp_path: Path, shape: tuple[int, int]) -> None:
-    """The middle square of the longer side is kept: blue, with none of the red ends."""
+    """The central square is kept: blue, without the red ends."""
     picture = solid(RED, *shape)
     picture[tuple(slice(side // 2 - 24, side // 2 + 24) for side in shape)] = BLUE
     frames, _ = read_video(write_video(tmp_path / "a.mp4", [picture] * 2), Sampling(rate=8, max_frames=1, size=48))
@@ -130,7 +130,7 @@ def test_centre_crop(tmp_path: Path, shape: tuple[int, int]) -> None:
 
 
 def test_fit_shrinks_the_short_side() -> None:
-    """Two halves stay two halves: the whole height is in the result."""
+    """Both halves are in the result, so the whole height is kept."""
     picture = solid(RED, 100, 300)
     picture[50:] = BLUE
     small = fit(Image.fromarray(picture), 20)
@@ -145,7 +145,7 @@ def test_fit_of_the_right_size_changes_no_pixel() -> None:
 
 
 def test_rotation_is_undone(tmp_path: Path) -> None:
-    """A phone's portrait clip: stored lying, to be turned clockwise, so that its left side comes out on top."""
+    """A phone stores a portrait clip rotated. After a clockwise turn its left side is on top."""
     stored = solid(RED, 64, 64)
     stored[:, :32] = BLUE
     path = lay_down(write_video(tmp_path / "a.mp4", [stored] * 2))
@@ -183,12 +183,12 @@ def truncated(path: Path) -> None:
     cut(write_video(path, noise(24)), 0.5)
 
 
-def truncated_behind_the_index(path: Path) -> None:
+def truncated_after_the_index(path: Path) -> None:
     cut(write_video(path, noise(24), index_first=True), 0.5)
 
 
 def truncated_matroska(path: Path) -> None:
-    """Its index is not needed, so that reading ends without a word where the file does."""
+    """Matroska needs no index, so FFmpeg reads to the end of the file without an error."""
     aside = write_video(path.with_suffix(".mkv"), noise(24))
     cut(aside, 0.5).rename(path)
 
@@ -207,13 +207,13 @@ def unknown_codec(path: Path) -> None:
         (audio, "must hold a video stream"),
         (song, "must hold a video stream"),
         (truncated, "must be a readable video"),
-        (truncated_behind_the_index, "must be a whole video"),
+        (truncated_after_the_index, "must be a whole video"),
         (truncated_matroska, "must be a whole video, got 1."),
         (unknown_codec, "must be a readable video"),
     ],
 )
 def test_no_video(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
-    """One line: the path, what is wrong, and a remedy."""
+    """The error is one line: the path, what is wrong, and what to do."""
     path = tmp_path / "clip [1].mp4"
     make(path)
     with pytest.raises(ValueError) as caught:
@@ -225,7 +225,7 @@ def test_no_video(tmp_path: Path, make: Callable[[Path], None], reason: str) -> 
 
 
 def test_a_name_without_its_suffix(tmp_path: Path) -> None:
-    """As MSR-VTT's own tables have it."""
+    """MSR-VTT's tables contain such names."""
     (tmp_path / "video7.mp4").write_bytes(b"something")
     with pytest.raises(ValueError, match=r"video7 must be a video file, not found; is it video7\.mp4\?"):
         read_video(tmp_path / "video7", Sampling())
@@ -260,7 +260,7 @@ def test_bad_seconds(value: float) -> None:
 
 @pytest.mark.skipif(not MSRVTT.is_file(), reason="no MSR-VTT clip here")
 def test_a_real_clip() -> None:
-    """MSR-VTT's video7500: 50 frames at 3 a second, so every third is taken and 17 are thinned to 12."""
+    """MSR-VTT's video7500 has 50 frames at 3 per second: every third is taken, and these 17 are thinned to 12."""
     frames, mask = read_video(MSRVTT, Sampling())
     assert frames.shape == (12, 3, 224, 224)
     assert mask.all()

@@ -1,4 +1,4 @@
-"""Which file is an id's video."""
+"""Finding the file of a video id."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_absolute_name_must_lie_in_the_folder(tmp_path: Path, inside: bool) -
 
 
 def test_one_file_under_several_spellings_is_one_video(tmp_path: Path) -> None:
-    """Two would tie for each of their captions, and one of the two would always be wrong."""
+    """As two videos they would tie for each caption, and one of them would count as wrong."""
     rows = [["a.mp4", "one"], ["b", "two"], ["a", "three"], ["./a.mp4", "four"]]
     write_csv(tmp_path / "captions.csv", ["video", "caption"], rows)
     folder = videos(tmp_path, "a.mp4", "b.mp4")
@@ -82,8 +82,8 @@ def test_a_data_sets_prefix_may_be_missing_on_either_side(tmp_path: Path, listed
     assert load_split("activitynet", "val", videos=folder, annotations=tmp_path).videos == (folder / file,)
 
 
-def test_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFmpeg reads "concat:a.mp4" as a command to join files."""
+def test_a_colon_is_not_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg would read "concat:a.mp4" as a command to join files."""
     write_video(tmp_path / "concat:a.mp4", greys(3))
     monkeypatch.chdir(tmp_path)
     assert read_video("concat:a.mp4", Sampling(rate=8, size=32))[1].sum() == 3
@@ -91,7 +91,7 @@ def test_a_colon_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("files", [["a.mp4", "a.avi"], ["x/a.mp4", "y/a.mp4"]])
 def test_two_files_for_one_id(tmp_path: Path, files: list[str]) -> None:
-    """Only where the id is asked for."""
+    """It is an error only if the id is used."""
     releases.vatex(tmp_path)
     write_json(tmp_path / "ref_captions.json", {"a": ["one"], "b": ["two"]})
     write_lines(tmp_path / "test_list.txt", ["a"])

@@ -1,4 +1,4 @@
-"""The demo's comparison: one recipe for all rows, intervals over fours, sentences from the numbers, plots."""
+"""The demo's comparison: one recipe for all rows, intervals over groups of four, findings, plots."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CLIPS = 160
 
 
 def row(name: str, found: float, swapped: bool = False, seed: int = 0) -> Row:
-    """A row that finds this share of the clips, whole fours, and else answers with another four's clip.
+    """Make a row that finds this share of the clips, in whole groups of four; other answers are from another group.
 
-    ``swapped``: it answers with the right words in another order instead of what it would find.
+    ``swapped``: it answers with a clip of the right words in another order instead of the right clip.
     """
     fours = torch.randperm(CLIPS // 4, generator=torch.Generator().manual_seed(seed)) < found * CLIPS / 4
     hits = fours.repeat_interleave(4)
@@ -36,7 +36,7 @@ def row(name: str, found: float, swapped: bool = False, seed: int = 0) -> Row:
 
 
 def rows(**found: float) -> list[Row]:
-    """All rows; 0.5 where nothing is said. Names as in ``ROWS``, CDCR for the last."""
+    """Make all rows, with recall 0.5 by default. The last row's key is CDCR."""
     return [row(name, found.get(name.split()[-1], 0.5), seed=number) for number, name in enumerate(ROWS)]
 
 
@@ -45,7 +45,7 @@ def text(*of: Row) -> str:
 
 
 def test_interval_is_over_fours() -> None:
-    """As wide as that of as many clips as there are fours; whole fours are found or not."""
+    """Whole groups of four are found or not, so the interval is that of one clip per group."""
     some = row("DP", 0.5)
     one_of_four = some.sim[::4, ::4]
     for direction in ("t2v", "v2t"):
@@ -55,7 +55,7 @@ def test_interval_is_over_fours() -> None:
 
 
 def test_interval_of_a_direction() -> None:
-    """All captions find their clip and half of the clips do not find their caption."""
+    """All captions find their clip, but one clip does not find its caption."""
     sim = torch.eye(8)
     sim[1, 0], sim[1, 1] = 2.0, 3.0
     lopsided = Row("DP", [1.0], sim)
@@ -64,37 +64,37 @@ def test_interval_of_a_direction() -> None:
     assert low < 100 * 7 / 8 < high
 
 
-def test_what_can_be_told_apart_is() -> None:
-    told = text(*rows(WTI=0.9, CDCR=0.95, TI=0.85))
-    assert "Highest R@1, text to video: WTI + CDCR, 95.0." in told
-    assert "Its interval overlaps TI and WTI: this run does not order them." in told
-    assert "It lies above DP, HI, MLP and XTI." in told
-    assert "WTI against DP: +40.0 points; the intervals are apart." in told
-    assert "WTI + CDCR against WTI: +5.0 points; the intervals overlap, this run does not order them." in told
-    assert "above chance" not in told
+def test_findings_by_intervals() -> None:
+    shown = text(*rows(WTI=0.9, CDCR=0.95, TI=0.85))
+    assert "Highest R@1, text to video: WTI + CDCR, 95.0." in shown
+    assert "Its interval overlaps TI and WTI: this run does not order them." in shown
+    assert "It lies above DP, HI, MLP and XTI." in shown
+    assert "WTI against DP: +40.0 points; the intervals are apart." in shown
+    assert "WTI + CDCR against WTI: +5.0 points; the intervals overlap, this run does not order them." in shown
+    assert "above chance" not in shown
 
 
-def test_the_paper_need_not_be_right() -> None:
-    told = text(*rows(DP=0.95, MLP=0.0, WTI=0.3))
-    assert "Highest R@1, text to video: DP, 95.0." in told
-    assert "Its interval overlaps" not in told
-    assert "WTI against DP: -65.0 points; the intervals are apart." in told
-    assert "Not above chance by their intervals: MLP." in told
+def test_findings_against_the_paper() -> None:
+    shown = text(*rows(DP=0.95, MLP=0.0, WTI=0.3))
+    assert "Highest R@1, text to video: DP, 95.0." in shown
+    assert "Its interval overlaps" not in shown
+    assert "WTI against DP: -65.0 points; the intervals are apart." in shown
+    assert "Not above chance by their intervals: MLP." in shown
 
 
-def test_order_is_told_from_words() -> None:
+def test_word_order_is_reported_separately() -> None:
     some = rows()
     some[0] = row("DP", 0.5, swapped=True)
-    told = text(*some)
+    shown = text(*some)
     assert some[0].recall == 0
-    assert "DP 0 %, HI 100 %" in told
+    assert "DP 0 %, HI 100 %" in shown
     some[1] = row("HI", 0.0)
     assert some[1].arranged() is None
     assert "HI 100 %" not in text(*some)
 
 
 def test_one_recipe_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The towers that DP trained, the same pairs and recipe; each row with its interaction, the last with CDCR."""
+    """All rows start from the towers that DP trained, with the same pairs and recipe; the last has CDCR."""
     seen: list[tuple[DRL, dict[str, Tensor], Pairs, RunConfig, int]] = []
 
     def spy(model: DRL, pairs: Pairs, config: RunConfig, steps: int, together: int) -> list[float]:

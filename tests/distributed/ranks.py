@@ -1,4 +1,4 @@
-"""Several ranks on one machine: gloo over a file, a short timeout, every rank's answer or error brought home."""
+"""Run several ranks on one machine, with gloo over a file and a short timeout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-# Nothing here takes seconds; a hang shows after this long.
+# Exchanges take far less; a hang fails after this time.
 TIMEOUT = timedelta(seconds=60)
 
 
 def on_ranks(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """``function(rank, size, *arguments)`` in ``size`` processes of one group; what they return, by rank."""
+    """Run ``function(rank, size, *arguments)`` in ``size`` processes of one group; return its results by rank."""
     multiprocessing.spawn(_run, (size, function, folder, arguments), nprocs=size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
@@ -33,7 +33,7 @@ def _run(rank: int, size: int, function: Callable[..., Any], folder: Path, argum
 
 
 def error_of(call: Callable[[], object]) -> str:
-    """Type and words of what ``call`` raises; the whole traceback if it is none of the user's errors."""
+    """Return type and message of the error of ``call``; the traceback for unexpected types."""
     try:
         call()
     except (ValueError, TypeError, RuntimeError, FloatingPointError) as error:

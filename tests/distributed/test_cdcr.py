@@ -1,4 +1,4 @@
-"""CDCR over ranks is the one process's, in value and every gradient; what fails on one rank fails on all."""
+"""CDCR over ranks has a single process's value and gradients; an error on one rank raises on all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAVES = ("text", "video", "text_weight", "video_weight")
 
 
 def batch() -> dict[str, Tensor]:
-    """More pairs than any group has; a rank takes its own."""
+    """Draw more pairs than any group has; each rank takes its own rows."""
     generator = torch.Generator().manual_seed(0)
     shapes = {
         "text": (16, WORDS, DIM),
@@ -104,7 +104,7 @@ def test_over_ranks(size: int, tmp_path: Path) -> None:
             assert torch.equal(answer[name]["loss"], answers[0][name]["loss"]), name
             torch.testing.assert_close(answer[name]["loss"], want["loss"], rtol=1e-5, atol=1e-6)
             for leaf in want.keys() - {"loss"}:
-                # DDP takes the mean over ranks, so each has the one process's gradient times their number.
+                # DDP takes the mean over ranks, so gradients are the single process's times the number of ranks.
                 expected = size * want[leaf][own_rows(rank, size)]
                 scale = float(want[leaf].abs().max()) * size
                 torch.testing.assert_close(answer[name][leaf], expected, rtol=0, atol=2e-5 * scale)

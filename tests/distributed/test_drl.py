@@ -1,4 +1,4 @@
-"""DRL over several ranks: the loss of the whole batch, and gradients whose mean over ranks is the one process's."""
+"""DRL over several ranks: the loss of the whole batch; the mean gradient over ranks is a single process's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model_and_tokens(case: dict[str, Any]) -> tuple[drl_fast.DRL, dict[str, Tens
 
 
 def gradients(model: drl_fast.DRL, tokens: dict[str, Tensor], group: object = None) -> dict[str, Tensor]:
-    """Loss and gradients of tokens, of the interaction's parameters and of the temperature."""
+    """Compute the loss and the gradients of tokens, the interaction's parameters and the temperature."""
     tokens = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in tokens.items()}
     losses = model.losses(**tokens, process_group=group)  # type: ignore[arg-type]
     losses["total"].backward()
@@ -68,13 +68,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 
 @pytest.mark.xdist_group("ranks of DRL")
 @pytest.mark.parametrize("name", CASES)
-def test_the_mean_over_ranks_is_the_one_process(name: str, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+def test_the_mean_over_ranks_equals_one_process(name: str, ranks: list[dict[str, dict[str, Tensor]]]) -> None:
     whole = gradients(*model_and_tokens(CASES[name]))
     shares = [rank[name] for rank in ranks]
     for key, expected in whole.items():
         values = [share[key] for share in shares]
         if key in ("text", "video"):
-            # DDP divides what flows into an encoder by the number of ranks.
+            # DDP would divide these by the number of ranks.
             found = torch.cat(values) / len(ROWS)
         elif key in ("total", "info_nce", "cdcr"):
             assert all(torch.equal(value, values[0]) for value in values)
@@ -84,8 +84,8 @@ def test_the_mean_over_ranks_is_the_one_process(name: str, ranks: list[dict[str,
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_owner_is_no_negative(tmp_path: Path) -> None:
-    """A sibling's logit reaches neither value nor gradient: the loss is that of the matrix without it."""
+def test_captions_of_one_owner_are_not_negatives(tmp_path: Path) -> None:
+    """The loss equals that of logits in which pairs of one owner are -inf."""
     model, tokens = model_and_tokens(CASES["dp"])
     logits = model.similarity(*(tokens[name] for name in ("text", "video", "text_mask", "video_mask")))
     siblings = (tokens["owner"][:, None] == tokens["owner"]).fill_diagonal_(False)

@@ -1,4 +1,4 @@
-"""examples/torchrun_2proc.py: two processes take one process's steps."""
+"""examples/torchrun_2proc.py: two processes have the losses of one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_two_processes_have_the_curve_of_one(tmp_path: Path) -> None:
     assert curves[0][-1] < 0.8 * curves[0][0]
 
 
-def test_it_says_how_it_is_started() -> None:
+def test_without_torchrun_it_says_how_to_start_it() -> None:
     done = run(str(EXAMPLE))
     assert done.returncode == 2
     assert "start it with torchrun, as above, or pass --single" in done.stderr

@@ -1,4 +1,4 @@
-"""A group of one process, as `torchrun --nproc-per-node 1` makes it: the one process's numbers, nothing is sent."""
+"""A group of one process, as in `torchrun --nproc-per-node 1`: the same numbers as without a group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def decorrelation(text: Tensor, video: Tensor, group: object) -> Tensor:
 
 @pytest.mark.parametrize("loss", [contrastive, decorrelation])
 def test_one_rank(loss: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "GATHER_BYTES", 0)  # where several ranks would take the ring
+    monkeypatch.setattr(exchange, "GATHER_BYTES", 0)  # several ranks would use the ring
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         found = []

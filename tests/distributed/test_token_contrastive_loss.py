@@ -1,7 +1,7 @@
-"""The contrastive loss over ranks is the one process's, in value and every gradient; an error reaches all ranks.
+"""The contrastive loss over ranks has a single process's value and gradients; an error reaches all ranks.
 
-Starting a process costs seconds: four do everything, in groups of two, three and four whose ranks are not the global
-ones.
+Starting a process takes seconds, so four processes run all cases, in groups of two, three and four. The ranks in a
+group differ from the global ones.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tests.distributed.ranks import error_of, on_ranks
 
 SCALE, DIM, WORDS, FRAMES = 15.0, 8, 6, 4
 WAYS = {"gathered": 1 << 30, "ring": 0}
-# Global ranks of the groups, and the pairs of each of their ranks.
+# Global ranks of each group, and the number of pairs of each rank.
 MEMBERS = {2: [1, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3]}
 ROWS = {2: [5, 9], 3: [4, 0, 7], 4: [3, 6, 1, 5]}
 CASES: dict[str, dict[str, Any]] = {
     "uniform": {},
     "masks, owner and weights": {"masks": True, "owner": True, "weights": True},
-    "excluded, masked on one rank": {"masks": "one", "masking": "exclude", "weights": True},
-    "none, as they are": {"masks": True, "masking": "none", "normalize": False, "owner": True},
+    "exclude, masked on one rank": {"masks": "one", "masking": "exclude", "weights": True},
+    "masking none, not normalised": {"masks": True, "masking": "none", "normalize": False, "owner": True},
     "double": {"dtype": torch.float64, "masks": True, "weights": True},
     "bfloat16": {"dtype": torch.bfloat16, "masks": True},
     "only video_weight": {"weights": True, "wanted": ("video_weight",)},
@@ -39,7 +39,7 @@ LEAVES = ("text", "video", "text_weight", "video_weight", "logit_scale")
 
 
 def share(rank: int, rows: list[int], case: dict[str, Any]) -> dict[str, Any]:
-    """One rank's arguments. Lengths differ between ranks unless the reference must pad them."""
+    """Draw one rank's arguments. Lengths differ between ranks."""
     generator = torch.Generator().manual_seed(rank)
     count, dtype = rows[rank], case.get("dtype", torch.float32)
     words, frames = WORDS - rank % 2, FRAMES - rank % 3
@@ -65,7 +65,7 @@ def share(rank: int, rows: list[int], case: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_logits(shares: list[dict[str, Any]]) -> Tensor:
-    """Every pair's logits in one process: rows of ranks may have other lengths, so block by block."""
+    """Compute all logits in one process, block by block, because ranks have different lengths."""
     from drl_fast import reference
 
     def block(texts: dict[str, Any], videos: dict[str, Any]) -> Tensor:
@@ -80,7 +80,7 @@ def all_logits(shares: list[dict[str, Any]]) -> Tensor:
 
 
 def one_process(rows: list[int], case: dict[str, Any]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """The loss of all ranks' pairs and the gradients of each rank's inputs, in float64 through all logits."""
+    """Compute the loss of all ranks' pairs and the gradients of each rank's inputs, in float64 from all logits."""
     shares = [share(rank, rows, case) for rank in range(len(rows))]
     scale = shares[0]["logit_scale"]
     x = all_logits(shares) * scale.double()
@@ -159,7 +159,7 @@ def test_against_one_process(size: int, ranks: list[dict[str, Any]]) -> None:
 
 
 class Retriever(torch.nn.Module):
-    """Two towers, WTI's heads and a temperature: what DDP averages."""
+    """Two towers, WTI's heads and a temperature, whose gradients DDP averages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def ddp_step(rank: int, group: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def test_ddp_has_the_gradient_of_one_process(ranks: list[dict[str, Any]]) -> None:
-    """Encoders, weight heads and temperature alike: with unequal rows, through a real DDP."""
+    """For encoders, weight heads and temperature, with unequal rows."""
     model = Retriever()
     model(*ddp_data(), None).backward()
     for found in (ranks[member]["ddp"] for member in MEMBERS[2]):
@@ -220,7 +220,7 @@ def disagreements(rank: int, group: Any) -> dict[str, str]:
         "owner": {"owner": torch.zeros(2, dtype=torch.int64)},
         "gradients": {"text": torch.ones(2, 3, DIM, requires_grad=True)},
         "device": {"text": torch.ones(2, 3, DIM, device="meta"), "video": torch.ones(2, 4, DIM, device="meta")},
-        "fine after all that": {},
+        "no error": {},
     }
     found = {}
     for name, change in changes.items():
@@ -239,7 +239,7 @@ def test_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
     assert last["own error"].startswith("ValueError: logit_scale must be positive and finite, got -1.0")
     assert "failed on rank 2: TypeError: text must be a torch.Tensor" in first["not a tensor"]
     assert "failed on rank 2: ValueError: video must have as many rows as text" in first["shapes"]
-    assert "failed on rank 2: ValueError: process_group must serve text's device meta" in first["device"]
+    assert "failed on rank 2: ValueError: process_group must support text's device meta" in first["device"]
     assert "gloo for cpu tensors" in last["device"]
     for name, words in {
         "D": "D must be the same on all ranks of the group, got 8 on ranks 0, 1 and 5 on rank 2",
@@ -254,10 +254,10 @@ def test_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
         with pytest.raises(ValueError, match=words):
             raise ValueError(first[name])
         assert first[name].startswith("ValueError: ")
-    assert first["fine after all that"] == last["fine after all that"] == "no error"
+    assert first["no error"] == last["no error"] == "no error"
     assert "process_group must be a torch.distributed.ProcessGroup, got a group that this" in ranks[1]["outside"]
 
 
-def test_a_group_that_is_none() -> None:
+def test_a_group_of_another_type() -> None:
     with pytest.raises(TypeError, match=r"process_group must be a torch\.distributed\.ProcessGroup, got str"):
         token_contrastive_loss(torch.ones(2, 3, 4), torch.ones(2, 3, 4), logit_scale=1.0, process_group="world")

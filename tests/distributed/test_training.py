@@ -1,4 +1,4 @@
-"""Training over processes, as replicas and as shards: one process's gradients, losses and checkpoints."""
+"""Training with DDP and FSDP: the gradients and losses of a single process, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..engine.test_train import losses
 from .ranks import error_of, on_ranks
 
 WAYS = ("ddp", "fsdp")
-# Where a process takes rows from and up to, of seven: unequal, and none at all.
+# First and last row of each process, of seven: unequal shares, or none.
 SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
 INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti")
 
@@ -32,12 +32,12 @@ def here(rank: int, size: int) -> Processes:
 
 
 def step(processes: Processes, way: str, case: str, shares: tuple[tuple[int, int], ...], chunks: int) -> list[Tensor]:
-    """Loss, norm and every gradient of one step."""
+    """Compute loss, norm and every gradient of one step."""
     model = model_of(CASES[case])
     if processes.rank == 1:
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(1.5)  # the first process's weights count
+                p.mul_(1.5)  # must be overwritten by the first process's weights
     distribute(model, way, processes)
     start, end = shares[processes.rank]
     reduce_after(model, last=False)
@@ -73,7 +73,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tenso
 
 @pytest.mark.xdist_group("ranks that train")
 @pytest.mark.parametrize("case", INTERACTIONS)
-def test_a_step_is_the_one_process(case: str, ranks: list[dict[str, list[Tensor]]]) -> None:
+def test_a_step_equals_one_process(case: str, ranks: list[dict[str, list[Tensor]]]) -> None:
     alone = step(Processes(), "ddp", case, ((0, 7),), 1)
     names = [name for name in ranks[0] if f", {case}, " in name]
     assert len(names) == len(WAYS) * len(SHARES) * (2 if case == "wti" else 1)
@@ -85,11 +85,11 @@ def test_a_step_is_the_one_process(case: str, ranks: list[dict[str, list[Tensor]
 
 
 def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
-    """A run each way, stopped and gone on with; the second half of one goes on the other way."""
+    """Stop and resume a run with DDP, one with FSDP, and one that resumes with the other."""
     steps = []
     for name, (first, second) in {"ddp": WAYS[:1] * 2, "fsdp": WAYS[1:] * 2, "both": WAYS}.items():
         stop: Callable[[], bool] = after(5)
-        # One process's wish to stop is all of them's.
+        # If one process wants to stop, all stop.
         run, _ = opened(
             configured(folder, parallel=first),
             out / name,
@@ -104,7 +104,7 @@ def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
 
 
 def _disagree(rank: int, size: int, folder: Path, out: Path) -> list[str]:
-    """Ranks that see folders of their own: a run that only one can go on with, and a folder that only one has."""
+    """Give each rank its own folder: a run that only one can resume, and a folder that only one has."""
     found = []
     for name in ("one", "none"):
         own = out / name / f"machine{rank}"
@@ -113,7 +113,7 @@ def _disagree(rank: int, size: int, folder: Path, out: Path) -> list[str]:
     return found
 
 
-def test_ranks_that_see_different_folders_are_told(tmp_path: Path) -> None:
+def test_ranks_with_different_folders_raise(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "videos")
     opened(configured(folder), tmp_path / "out/one/machine0", stop=after(2))[0].train()
     first, second = on_ranks(2, _disagree, tmp_path, folder, tmp_path / "out")
@@ -138,8 +138,8 @@ def test_all_ranks_stop_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
             assert words.startswith("FloatingPointError: training stopped at step 2")
 
 
-def test_a_run_is_the_one_process(tmp_path: Path) -> None:
-    """Losses to rounding; evaluations are of models that differ by as little."""
+def test_a_run_equals_one_process(tmp_path: Path) -> None:
+    """Losses are equal except for rounding."""
     folder = make_folder(tmp_path / "videos")
     opened(configured(folder), tmp_path / "one")[0].train()
     expected = [float(row["total"]) for row in losses(tmp_path / "one")]

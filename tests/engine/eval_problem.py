@@ -1,4 +1,4 @@
-"""A split of little videos with several captions each, and models small enough to score it in no time."""
+"""A split of small videos with several captions each, and models that score it quickly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLING = Sampling(rate=8, max_frames=4, size=SIZE)
 
 
 def make_split(folder: Path) -> Split:
-    """Videos of one to five frames, one to three captions each, those of one video not beside each other."""
+    """Write videos of one to five frames with one to three captions each; a video's captions are not adjacent."""
     generator = np.random.default_rng(0)
     names = [f"clip[{number}].mp4" for number in range(VIDEOS)]
     for number, name in enumerate(names):
@@ -40,7 +40,7 @@ def make_split(folder: Path) -> Split:
 
 
 def make_model(**options: Any) -> DRL:
-    """One narrow layer a tower, always of the same random weights."""
+    """Build a model with one narrow layer per tower and the same random weights in every call."""
     torch.manual_seed(0)
     clip = open_clip.CLIP(
         embed_dim=24,
@@ -56,7 +56,7 @@ def tokenizer() -> open_clip.SimpleTokenizer:
 
 @torch.no_grad()
 def plain(model: DRL, split: Split) -> Tensor:
-    """Every frame in memory, everything encoded and scored at once, in float64."""
+    """Encode and score everything at once in float64, with all frames in memory."""
     model = copy.deepcopy(model).double().eval()
     frames, mask = (torch.stack(x) for x in zip(*(read_video(video, SAMPLING) for video in split.videos), strict=True))
     text, text_mask = model.encode_text(tokenizer()(list(split.captions), context_length=WORDS))

@@ -1,4 +1,4 @@
-"""Small training runs: a CLIP of one layer a tower, clips of one colour each, a watcher that takes notes."""
+"""Small training runs: a tiny CLIP, clips of one colour each, and a watcher that records its calls."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CAPTIONS = "a {} picture", "it is all {}"
 
 
 def tower() -> open_clip.CLIP:
-    """A narrow CLIP for pictures of 32 x 32 and 60 tokens, with the four text layers that others start from."""
+    """Build a narrow CLIP for 32 x 32 pictures and 60 token ids, with four text layers to initialise others from."""
     vision = open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
     text = open_clip.CLIPTextCfg(layers=4, width=32, heads=2, context_length=16, vocab_size=60)
     return open_clip.CLIP(32, vision, text)
 
 
 def make_folder(folder: Path, count: int = 12) -> Path:
-    """``count`` clips, two captions each, of every other clip one."""
+    """Write ``count`` clips, alternately with one and two captions."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["video,caption"]
     for i in range(count):
@@ -42,7 +42,7 @@ def make_folder(folder: Path, count: int = 12) -> Path:
 
 
 def configured(folder: Path, **options: Any) -> RunConfig:
-    """Two epochs of four steps, without decoding processes, in float32."""
+    """Return a configuration of two epochs of four steps, in float32 and without decoding processes."""
     usual: dict[str, Any] = {
         "dataset": "folder",
         "videos": str(folder),
@@ -65,7 +65,7 @@ def configured(folder: Path, **options: Any) -> RunConfig:
 
 
 class Notes:
-    """A watcher: what it was told."""
+    """A watcher that records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -104,7 +104,7 @@ def opened(
     strict: bool = False,
     processes: Processes | None = None,
 ) -> tuple[Run, Notes]:
-    """A run whose folder is open, to be trained."""
+    """Return a run that is ready to train, and its watcher."""
     assert config.videos is not None
     assert config.annotations is not None
     parts = [
@@ -120,6 +120,6 @@ def opened(
 
 
 def after(steps: int) -> Callable[[], bool]:
-    """A ``stop`` that says yes when it was asked so often."""
+    """Return a ``stop`` that is true from its ``steps``-th call on."""
     asked = iter(range(1, 1_000_000))
     return lambda: next(asked) >= steps

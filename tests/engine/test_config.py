@@ -1,4 +1,4 @@
-"""Configurations: the repository's own, all of them, and what is said of wrong ones."""
+"""Configurations: all files of the repository, and errors in configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from drl_fast.data.datasets import DATASETS
 from drl_fast.engine.config import ALIASES, RunConfig, read_config
 
-# What the 77 files of before (one per data set and row) said, besides the data set: the row, and the chunk.
+# The values that differ between rows, and the chunk of each data set.
 ROWS = {
     "dp": {"interaction": "dp", "temporal": None},
     "dp_cdcr": {"interaction": "dp", "temporal": "seqTransf", "cdcr": 1, "cdcr_alpha_on": 0.14},
@@ -37,7 +37,7 @@ def test_there_is_one_file_per_row() -> None:
 
 @pytest.mark.parametrize("dataset", CHUNKS)
 @pytest.mark.parametrize("row", ROWS)
-def test_row_and_dataset_give_what_one_file_gave(row: str, dataset: str) -> None:
+def test_row_and_dataset_give_the_configuration(row: str, dataset: str) -> None:
     config = read_config(row, dataset=dataset)
     assert config == RunConfig(dataset, **ROWS[row], chunk=CHUNKS[dataset])
     assert (config.epochs, config.batch, config.lr, config.clip_lr) == (5, 128, 1e-4, 1e-7)
@@ -95,7 +95,7 @@ def test_values_are_read_and_overridden(tmp_path: Path) -> None:
         ("dataset: folder\nlr: &a [x]\nclip_lr: [*a, *a]", r"must be YAML without aliases \(\*name\)"),
     ],
 )
-def test_wrong_configurations_are_told(tmp_path: Path, text: str, words: str) -> None:
+def test_wrong_configurations(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_config(write(tmp_path, text))
 
@@ -113,19 +113,19 @@ def test_wrong_configurations_are_told(tmp_path: Path, text: str, words: str) ->
         ("num_frames=8", r"did you mean max_frames\?$"),
     ],
 )
-def test_wrong_overrides_are_told(tmp_path: Path, override: str, words: str) -> None:
+def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_config(write(tmp_path, "dataset: folder"), [override])
 
 
 @pytest.mark.parametrize("name", ALIASES)
-def test_every_alias_leads_to_a_key_and_is_none(name: str) -> None:
+def test_every_alias_names_a_key(name: str) -> None:
     keys = {field.name for field in dataclasses.fields(RunConfig)}
     assert ALIASES[name] in keys
     assert name not in keys
 
 
-def test_a_row_goes_by_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_config("wti", dataset="msvd").dataset == "msvd"
     assert read_config("wti", ["dataset=msvd"]) == read_config("wti", dataset="msvd")
@@ -146,14 +146,14 @@ def test_a_file_may_name_its_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("old", ["msrvtt_wti_cdcr", "configs/activitynet_dp.yaml"])
-def test_the_names_of_before_are_refused_with_the_new_ones(old: str) -> None:
+def test_an_old_name_is_an_error_with_the_new_one(old: str) -> None:
     dataset, _, row = Path(old).stem.partition("_")
     message = f"config must be a YAML file or a row, got {old}; write --config {row} --dataset {dataset}"
     with pytest.raises(ValueError, match=re.escape(message)):
         read_config(old)
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got .*wit_cdcr.yaml, which is neither; nearest: wti_cdcr, "):
         read_config(tmp_path / "wit_cdcr.yaml")
     with pytest.raises(ValueError, match=r"a row \(dp, .*xti_seqtransf\), got .*0.yaml, which is neither$"):

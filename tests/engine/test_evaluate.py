@@ -1,4 +1,4 @@
-"""Evaluation of a split: the numbers of a plain computation, and the same bits whatever was in the way."""
+"""Evaluation of a split: equal to a plain computation, with the same bits for all chunks, caches and blocks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 @pytest.fixture
 def little_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few rows at a time that ten videos make several chunks, and a last one that is not full."""
+    """Make chunks so small that ten videos need several, the last one not full."""
     monkeypatch.setattr(features, "TEXTS", 4)
     monkeypatch.setattr(features, "VIDEOS", 3)
 
@@ -44,7 +44,7 @@ def run(model: DRL, split: Split, **options: Any) -> Evaluation:
 
 
 def leave_out(split: Split, *numbers: int) -> Split:
-    """The split without some videos and their captions."""
+    """Return the split without some videos and their captions."""
     kept = [i for i in range(len(split.videos)) if i not in numbers]
     pairs = [(text, kept.index(i)) for text, i in zip(split.captions, split.owner, strict=True) if i in kept]
     return dataclasses.replace(
@@ -57,7 +57,7 @@ def leave_out(split: Split, *numbers: int) -> Split:
 
 
 def spoil(split: Split, folder: Path, *numbers: int) -> Split:
-    """The same videos in another folder, some of them broken."""
+    """Copy the videos to another folder and truncate some of them."""
     videos = [Path(shutil.copy(video, folder)) for video in split.videos]
     for number in numbers:
         cut(videos[number], 0.5)
@@ -85,7 +85,7 @@ def test_against_everything_at_once(split: Split, options: dict[str, Any]) -> No
     assert found.sim.dtype == torch.float32
     assert not found.sim.requires_grad
     torch.testing.assert_close(found.sim.double(), truth, rtol=0, atol=2e-6)
-    assert truth.std() > 1e-4, "scores that are all alike compare with anything"
+    assert truth.std() > 1e-4, "the test needs scores that differ"
     assert found.owner.tolist() == list(split.owner)
     assert found.metrics == retrieval_metrics(truth, torch.tensor(split.owner))
     assert found.unreadable == []
@@ -99,7 +99,7 @@ def test_blocks_change_no_bit(split: Split, interaction: str) -> None:
 
 
 def test_token_weights_are_computed_once(split: Split) -> None:
-    """A product's rows may depend on how many there are, so a weight head must not see a block's."""
+    """Matrix products may round differently for other numbers of rows, so blocks must not compute weights."""
     model, seen = make_model(), {"text": 0, "video": 0}
 
     def count(side: str) -> Callable[..., None]:
@@ -108,7 +108,7 @@ def test_token_weights_are_computed_once(split: Split) -> None:
     model.interaction.text_weight_fc.register_forward_hook(count("text"))
     model.interaction.video_weight_fc.register_forward_hook(count("video"))
     run(model, split, block=2)
-    # And one of each in the rehearsal.
+    # Plus one of each in the check before decoding.
     assert seen == {"text": 1 + len(split.captions), "video": 1 + len(split.videos)}
 
 
@@ -207,7 +207,7 @@ def test_every_module_gets_its_mode_back(split: Split) -> None:
         ({}, SAMPLING, 2, "max_words must be at least 3"),
     ],
 )
-def test_what_cannot_work_fails_before_a_video_is_decoded(
+def test_bad_sizes_fail_before_a_video_is_decoded(
     split: Split, monkeypatch: pytest.MonkeyPatch, options: dict, sampling: Sampling, words: int, message: str
 ) -> None:
     monkeypatch.setattr(features, "video_loader", broken)
@@ -226,10 +226,10 @@ def test_bf16_is_near(split: Split) -> None:
     assert not torch.equal(near, exact)
     torch.testing.assert_close(near, exact, rtol=0, atol=2e-2)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(run(model, split).sim, exact), "the caller's autocast is not evaluation's"
+        assert torch.equal(run(model, split).sim, exact), "the caller's autocast must have no effect"
 
 
-def test_frames_go_once_they_are_encoded(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_freed_after_encoding(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = features.video_loader
     alive: list[weakref.ref] = []
     most = 0
@@ -267,7 +267,7 @@ def test_progress(split: Split) -> None:
     ]
 
 
-def test_captions_are_cut_to_the_context(split: Split) -> None:
+def test_captions_are_truncated_to_the_context(split: Split) -> None:
     long = dataclasses.replace(split, captions=tuple(text + " more" * 30 for text in split.captions))
     sims = [evaluate(make_model(), long, tokenizer(), SAMPLING, max_words=words).sim for words in (16, 99)]
     assert torch.equal(*sims)
@@ -312,5 +312,5 @@ def test_chunks_keep_the_order(split: Split) -> None:
     model = make_model(interaction="dp")
     found = run(model, split).sim
     for chunk in (1, 1000):
-        features.TEXTS = features.VIDEOS = chunk  # little_chunks puts them back
+        features.TEXTS = features.VIDEOS = chunk  # little_chunks restores them
         torch.testing.assert_close(run(model, split).sim, found, rtol=1e-5, atol=1e-5)

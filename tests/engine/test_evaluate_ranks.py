@@ -1,4 +1,4 @@
-"""Evaluation on one, two and three processes: one process's bits on every rank, and everyone's errors on every rank."""
+"""Evaluation on one, two and three processes: the same bits on every rank, and errors reach every rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NoRoom(FeatureCache):
 
 
 def scores(split: Split, interaction: str, group: object, **options: Any) -> dict[str, Any]:
-    """What one rank gets, with so few rows at a time that every rank has some and the last turn is not full."""
+    """Evaluate on one rank, with chunks so small that every rank has some and the last is not full."""
     features.TEXTS, features.VIDEOS, features.DECODED = 4, 3, 2
     model, done = make_model(interaction=interaction), []
     found = evaluate(
@@ -78,7 +78,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 
 @pytest.fixture(scope="module")
 def found(split: Split, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Three ranks' answers."""
+    """Return the results of three ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     return on_ranks(3, rank_by_rank, folder, split, folder)
 
@@ -86,7 +86,7 @@ def found(split: Split, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 @pytest.fixture
 def chunks_as_on_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TEXTS", "VIDEOS", "DECODED"):
-        monkeypatch.setattr(features, name, getattr(features, name))  # so that it is set back
+        monkeypatch.setattr(features, name, getattr(features, name))  # restores it after the test
 
 
 @pytest.mark.usefixtures("one_thread", "chunks_as_on_ranks")

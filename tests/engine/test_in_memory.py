@@ -1,4 +1,4 @@
-"""Training: its schedule, its batches, the frames a step sees, and that it learns the same thing twice."""
+"""Training in memory: schedule, batches, sampled frames, and equal results from run to run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(name: str, count: int = 12) -> tuple[DRL, Pairs]:
-    """Videos of one colour each, and a text that names it; two to five real frames."""
+    """Make videos of one colour each with two to five real frames, and captions with the video's number."""
     torch.manual_seed(0)
     model = DRL(open_clip.create_model(name), temporal=None)
     tokenizer = open_clip.get_tokenizer(name)
@@ -40,7 +40,7 @@ def recipe(**options: Any) -> RunConfig:
 
 
 def drawn(count: int, steps: int, batch: int, together: int = 1) -> list[torch.Tensor]:
-    """The rows of each batch: every pair's caption is its number."""
+    """Return the rows of each batch. Every pair's caption is its number."""
     pairs = Pairs(torch.zeros(count, 1), torch.ones(count, 1, dtype=torch.bool), torch.arange(count)[:, None])
     return [found["text_ids"][:, 0] for found in pairs.batches(steps, batch, frames=1, together=together)]
 
@@ -71,7 +71,7 @@ def test_no_pair_twice_in_a_batch(count: int, batch: int) -> None:
         assert set(rows.tolist()) <= set(range(count))
     per_epoch = count // min(batch, count)
     epoch = torch.cat(batches[:per_epoch]).tolist()
-    assert len(set(epoch)) == len(epoch), "a pair came twice before all others came once"
+    assert len(set(epoch)) == len(epoch), "a pair was drawn twice before all others were drawn once"
     assert set(torch.cat(batches).tolist()) == set(range(count))
 
 
@@ -127,7 +127,7 @@ def test_no_weight_decay_on_biases_and_norms(tiny_clip: str) -> None:
 
 
 def repaint(pairs: Pairs) -> Pairs:
-    """Another picture wherever there is no frame."""
+    """Change the pictures of masked frames."""
     return Pairs(torch.where(pairs.mask[:, :, None, None, None], pairs.frames, 0), pairs.mask, pairs.ids)
 
 
@@ -149,11 +149,11 @@ def test_loss_falls_and_two_runs_are_equal(tiny_clip: str) -> None:
     assert run(tiny_clip, steps=3, seed=1)[0] != run(tiny_clip, steps=3)[0]
 
 
-def test_masked_frames_are_not_looked_at(tiny_clip: str) -> None:
+def test_masked_frames_have_no_effect(tiny_clip: str) -> None:
     assert run(tiny_clip, steps=3)[0] == run(tiny_clip, repaint, steps=3)[0]
 
 
-def test_a_step_is_taken_for_every_loss(tiny_clip: str) -> None:
+def test_every_loss_is_one_step(tiny_clip: str) -> None:
     model, pairs = problem(tiny_clip)
     model.eval()
     taken = train(model, pairs, recipe(batch=4), 3)

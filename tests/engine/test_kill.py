@@ -1,4 +1,4 @@
-"""kill -9 at any moment: what is on disk is whole, and the run goes on with the losses it would have had."""
+"""After kill -9 at any moment, files are complete and the run resumes with the losses of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drl_fast.engine.train import LAST
 from .runs import configured, make_folder, opened
 from .test_train import losses
 
-# The long run is of `make fuzz`.
+# `make fuzz` runs the long form.
 POINTS = 20 if os.environ.get("DRL_FAST_FUZZ") else 4
 
 
@@ -27,7 +27,7 @@ def _go_on(folder: Path, out: Path, workers: int) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.ForkServerContext:
-    """Processes that start with everything imported."""
+    """Start processes that have everything imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.engine.runs"])
     return context
@@ -58,7 +58,7 @@ def test_every_kill_can_be_resumed(server: multiprocessing.context.ForkServerCon
         out = tmp_path / f"run{point}"
         workers = point % 2
         killed = started(out, workers)
-        # At a line of the log (the first is its head, 0 comes before there is one), and up to a step's time beyond.
+        # Wait for a line of the log (0: before it exists; 1: its header), then up to the time of a step.
         wait_for(moments.randint(0, 8), out, killed)
         time.sleep(moments.uniform(0, 0.1))
         killed.kill()

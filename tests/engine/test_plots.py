@@ -1,4 +1,4 @@
-"""Plots: whole files, labels with units, the reference of guessing, legends in the order of the curves."""
+"""Plots: complete files, labels with units, a line for chance, legends in the order of the curves."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_plots_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_losses_say_what_they_show() -> None:
-    """A line for each row and one for chance; axes end at the data; the legend goes by the lines' right ends."""
+def test_losses() -> None:
+    """One line per row and one for chance; axes end at the data; the legend is in the order of the lines' ends."""
     losses = {name: [5.0, 4.0, 3.0 + i % 3 + i / 10] for i, name in enumerate(NAMES)}
     axes = loss_plot(losses, 64, "rows").axes[0]
     assert axes.get_xlabel() == "step"
@@ -65,7 +65,7 @@ def test_recalls_of_a_run() -> None:
     assert list(axes.get_lines()[0].get_xdata()) == [1, 2]
     assert list(axes.get_lines()[0].get_ydata()) == [30, 35]
     assert 20 < axes.get_ylim()[0] < 30
-    assert axes.get_lines()[0].get_marker() == "o", "a run of one epoch would show nothing"
+    assert axes.get_lines()[0].get_marker() == "o", "without markers a run of one epoch would show nothing"
 
 
 def test_intervals_of_rows() -> None:

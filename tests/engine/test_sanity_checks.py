@@ -1,4 +1,4 @@
-"""Warnings: each where it is due, and not beside it."""
+"""Warnings: shown when they should be, and only then."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_loss_at_chance(losses: list[float], warns: bool) -> None:
     found = loss_at_chance(losses, 128)
     assert (found is not None) == warns
     assert found is None or f"log(batch) = 4.85, the loss of guessing, for {WINDOW} steps" in found
-    assert loss_at_chance([0.0] * WINDOW, 1) is None, "a pair without a negative"
+    assert loss_at_chance([0.0] * WINDOW, 1) is None, "with batch 1 the loss is always 0"
 
 
 def test_recall_at_chance() -> None:
@@ -52,12 +52,12 @@ def test_recall_at_chance() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_that_learns_nothing_is_warned_of_once(tmp_path: Path) -> None:
-    """Learning rates of almost nothing; a batch that the pairs do not fill; a val part of a few captions."""
+def test_a_run_that_learns_nothing_warns_once(tmp_path: Path) -> None:
+    """Tiny learning rates, fewer pairs than a batch, and few captions in the val part."""
     folder = make_folder(tmp_path / "videos", count=4)
     config = configured(folder, epochs=2 * WINDOW + 20, batch=8, lr=1e-12, clip_lr=0.0, interaction="dp", cdcr=0)
     run, notes = opened(config, tmp_path / "run")
-    run.model.clip.logit_scale.data.fill_(-10.0)  # all logits alike
+    run.model.clip.logit_scale.data.fill_(-10.0)  # all logits nearly equal
     found = {"t2v": {"R1": 50.0, "R1_low": 40.0, "R1_high": 60.0, "candidates": 4}}
     run._evaluate = lambda epoch, logs: run.progress.evaluations.update({epoch: found})  # type: ignore[method-assign]
     assert run.train()
@@ -70,7 +70,7 @@ def test_a_run_that_learns_nothing_is_warned_of_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_that_does_not_beat_chance_is_warned_of(tmp_path: Path) -> None:
+def test_a_run_that_does_not_beat_chance_warns(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "videos")
     run, notes = opened(configured(folder, epochs=1, lr=1e-12, clip_lr=0.0), tmp_path / "run")
     run.train()

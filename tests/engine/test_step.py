@@ -1,4 +1,4 @@
-"""A step in chunks has the whole batch's gradients, whatever interacts and decorrelates."""
+"""A step in chunks has the whole batch's gradients, with every interaction and CDCR."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_chunks_change_no_gradient(name: str, chunks: int) -> None:
 
 
 def test_chunks_are_not_batches_of_their_own() -> None:
-    """Negatives of the whole batch: a pair alone has a loss of 0."""
+    """Negatives come from the whole batch. A single pair has a loss of 0."""
     losses, _ = gradients(model_of({"interaction": "wti"}), chunks=PAIRS)
     batch = batch_of()
     alone = [model_of({"interaction": "wti"})({name: x[i : i + 1] for name, x in batch.items()}) for i in range(PAIRS)]
@@ -88,7 +88,7 @@ def test_towers_see_a_chunk_at_a_time() -> None:
 
 
 def test_bf16_is_autocast() -> None:
-    """Towers in bfloat16, losses in float32, gradients in the parameters' own type, near those of float32."""
+    """Towers run in bfloat16, losses in float32; gradients have the parameters' dtype."""
     batch = {name: x.float() if x.is_floating_point() else x for name, x in batch_of().items()}
     exact, half = model_of(CASES["wti"]).float(), model_of(CASES["wti"]).float()
     expected = add_gradients(exact, batch)
@@ -102,8 +102,8 @@ def test_bf16_is_autocast() -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_a_batch_of_no_pair_has_gradients_of_zero() -> None:
-    """What a process does whose videos cannot be read: every parameter that others give a gradient has one."""
+def test_an_empty_batch_has_gradients_of_zero() -> None:
+    """A process whose videos are all unreadable needs a gradient for every parameter, as other processes have."""
     model = model_of(CASES["wti"])
     text, mask = model.encode_text(torch.zeros(0, 16, dtype=torch.int64))
     video = model.encode_video(torch.zeros(0, 4, 3, 32, 32, dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""A run: what it writes, that it goes on as if it had not stopped, and what it says where it cannot go on."""
+"""Training runs: files, resuming with equal results, and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing stopped, on one thread as the others: more would round otherwise."""
+    """Return the folder of an uninterrupted run, on one thread as in the other runs, for equal rounding."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "run"
     run, _ = opened(configured(folder), out)
@@ -40,11 +40,11 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(out: Path) -> list[dict[str, str]]:
-    """The log without what a clock says."""
+    """Read the log without its times."""
     return [{name: value for name, value in row.items() if name != "seconds"} for row in read_log(out / "log.csv")]
 
 
-def test_what_a_run_leaves(folder: Path, whole: Path) -> None:
+def test_the_files_of_a_run(folder: Path, whole: Path) -> None:
     names = {path.name for path in whole.iterdir()}
     assert names == {
         ".lock",
@@ -67,8 +67,8 @@ def test_what_a_run_leaves(folder: Path, whole: Path) -> None:
     assert any((whole / "tensorboard").iterdir())
 
 
-def test_the_best_model_scores_what_was_noted(folder: Path, whole: Path) -> None:
-    """best/ is the model of the best epoch: evaluated again, it gives that epoch's numbers."""
+def test_the_best_model_has_the_recorded_metrics(folder: Path, whole: Path) -> None:
+    """best/ is the model of the best epoch, so evaluating it again gives that epoch's numbers."""
     from drl_fast.engine.evaluate import evaluate
 
     evaluations = json.loads((whole / "evaluations.json").read_text())
@@ -80,7 +80,7 @@ def test_the_best_model_scores_what_was_noted(folder: Path, whole: Path) -> None
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 7, 8])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Path, whole: Path, tmp_path: Path, steps: int) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, whole: Path, tmp_path: Path, steps: int) -> None:
     run, _ = opened(configured(folder), tmp_path / "run", stop=after(steps))
     assert not run.train()
     assert run.progress.step == steps
@@ -95,8 +95,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(folder: Path, whole: Pa
 
 
 @pytest.mark.parametrize("interaction", ["xti", "dp"])
-def test_dropout_and_pooled_vectors_go_on_too(folder: Path, tmp_path: Path, interaction: str) -> None:
-    """What is drawn at random in a step does not depend on what was drawn before."""
+def test_a_resumed_run_draws_the_same_random_numbers(folder: Path, tmp_path: Path, interaction: str) -> None:
+    """A step's random numbers, such as dropout's, do not depend on those before it."""
     config = configured(folder, interaction=interaction, cdcr=0, epochs=1)
     opened(config, tmp_path / "whole")[0].train()
     opened(config, tmp_path / "run", stop=after(2))[0].train()
@@ -114,8 +114,8 @@ def test_workers_and_chunks_may_change(folder: Path, whole: Path, tmp_path: Path
         assert float(ours["total"]) == pytest.approx(float(theirs["total"]), rel=1e-3)
 
 
-def test_steps_beyond_the_checkpoint_are_taken_back(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """What a kill leaves: a log that is ahead of the checkpoint, its last line cut off, and half a file."""
+def test_steps_after_the_checkpoint_are_discarded(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """A kill may leave a log that is ahead of the checkpoint, a truncated last line, and half a file."""
     out = tmp_path / "run"
     opened(configured(folder), out, stop=after(3))[0].train()
     kept = (out / LAST).read_bytes()
@@ -157,15 +157,15 @@ def test_a_folder_with_a_run_is_not_overwritten(folder: Path, whole: Path) -> No
         ({"batch": 3, "seed": 4}, "batch 4 then and 3 now; seed 0 then and 4 now"),
     ],
 )
-def test_another_configuration_does_not_go_on(folder: Path, whole: Path, changed: dict[str, Any], words: str) -> None:
+def test_another_configuration_cannot_resume(folder: Path, whole: Path, changed: dict[str, Any], words: str) -> None:
     text = (whole / "config.yaml").read_text()
     with pytest.raises(ValueError, match=f"config must be the one that .*{LAST} was trained with, got {words}"):
         opened(configured(folder, **changed), whole, resume=True)
     assert (whole / "config.yaml").read_text() == text
 
 
-def test_another_configuration_does_not_start_over_one_without_a_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """What a kill before the first checkpoint leaves."""
+def test_another_configuration_cannot_resume_without_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint."""
     out = tmp_path / "run"
     opened(configured(folder), out)
     text = (out / "config.yaml").read_text()
@@ -177,8 +177,8 @@ def test_another_configuration_does_not_start_over_one_without_a_checkpoint(fold
     assert opened(configured(folder), out, resume=True)[0].progress.step == 0
 
 
-def test_a_run_older_than_a_field_goes_on(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """A checkpoint that does not know masking was trained with its default."""
+def test_a_run_from_before_a_field_existed_resumes(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """A checkpoint without ``masking`` was trained with its default."""
     shutil.copytree(whole, tmp_path / "run")
     state = torch.load(tmp_path / "run" / LAST, weights_only=True)
     del state["config"]["masking"]
@@ -188,7 +188,7 @@ def test_a_run_older_than_a_field_goes_on(folder: Path, whole: Path, tmp_path: P
         opened(configured(folder, masking="none"), tmp_path / "run", resume=True)
 
 
-def test_other_data_does_not_go_on(folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_other_data_cannot_resume(folder: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "videos")
     (tmp_path / "videos/clip3.mp4").unlink()
     with pytest.raises(ValueError, match=r"dataset must be the one that .* other captions or videos"):
@@ -295,8 +295,8 @@ def test_another_file_is_no_checkpoint(folder: Path, whole: Path, tmp_path: Path
         opened(configured(folder), tmp_path / "run", resume=True)
 
 
-def test_nothing_to_resume_is_a_start(folder: Path, whole: Path, tmp_path: Path) -> None:
-    """So that a script may always say --resume."""
+def test_resume_without_a_run_starts_one(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """So a script can always pass --resume."""
     opened(configured(folder), tmp_path / "run", resume=True)[0].train()
     assert losses(tmp_path / "run") == losses(whole)
 
@@ -361,8 +361,8 @@ def test_unreadable_videos_of_the_val_part_are_named_too(folder: Path, tmp_path:
         opened(configured(videos, epochs=1), tmp_path / "run", resume=True)
 
 
-def test_a_full_disk_under_the_logs_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard's thread fails by itself; the step after it says so, and the checkpoint before it stands."""
+def test_a_full_disk_while_logging(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard fails in its own thread; the next step raises, and the previous checkpoint is intact."""
     run, _ = opened(configured(folder, checkpoint_every=1), tmp_path / "run")
 
     def full(self: object, tag: str, value: float, step: int) -> None:
@@ -382,10 +382,8 @@ def test_a_full_disk_under_the_logs_is_told(folder: Path, tmp_path: Path, monkey
     assert opened(configured(folder, checkpoint_every=1), tmp_path / "run", resume=True)[0].train()
 
 
-def test_a_full_disk_under_the_plots_is_told(
-    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run ends with the reason, and continues as if it had not."""
+def test_a_full_disk_while_plotting(folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends with an error, and resumes with the results of an uninterrupted run."""
 
     def full(self: object, name: str, **_: object) -> None:
         Path(name).write_bytes(b"half")
@@ -416,7 +414,7 @@ def test_the_first_checkpoint_on_a_full_disk(folder: Path, tmp_path: Path, monke
         run.train()
 
 
-def test_a_batch_without_a_video_ends_with_words(folder: Path, tmp_path: Path) -> None:
+def test_a_batch_without_a_readable_video_raises(folder: Path, tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     shutil.copytree(folder, videos)
     for path in videos.glob("*.mp4"):
@@ -427,7 +425,7 @@ def test_a_batch_without_a_video_ends_with_words(folder: Path, tmp_path: Path) -
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(folder: Path, tmp_path: Path) -> None:
-    """The checkpoint before stays and is finite; a continuation stops at the same step."""
+    """The previous checkpoint is kept and finite; a resumed run stops at the same step."""
     config = configured(folder, lr=1e30, clip_lr=1e30, checkpoint_every=1)
     for resume in (False, True):
         run, notes = opened(config, tmp_path / "run", resume=resume)
@@ -440,8 +438,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_checkpoint(folder: P
     assert [row["step"] for row in losses(tmp_path / "run")] == ["1"]
 
 
-def test_captions_of_one_video_are_negatives_unless_asked(folder: Path, tmp_path: Path) -> None:
-    """A batch of all captions, of which six videos have two."""
+def test_skip_same_video(folder: Path, tmp_path: Path) -> None:
+    """The batch has all captions; six videos have two."""
     values = []
     for skip in (False, True):
         config = configured(folder, skip_same_video=skip, batch=64, epochs=1, cdcr=0)

@@ -1,4 +1,4 @@
-"""Bad arguments: one ValueError or TypeError that names the argument, the value, and what to do about it."""
+"""Bad arguments raise a ValueError or TypeError that names the argument, the value, and what to do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def interact(**changes: Any) -> object:
     return drl_fast.token_interaction(**{"text": T, "video": V, **changes})
 
 
-# What is wrong, the error, and a pattern over name, value and remedy.
+# By what is wrong: the changed arguments, the error type, and a pattern of its message.
 INTERACTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text of rank 2": ({"text": T[0]}, ValueError, r"text must be \(A, Nt, D\), got shape \(3, 8\).*unsqueeze"),
     "video of rank 4": ({"video": V[None]}, ValueError, r"video must be \(B, Nv, D\), got shape \(1, 4, 5, 8\)"),
@@ -129,7 +129,7 @@ INTERACTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", INTERACTION)
 def test_token_interaction(impl: Implementation, case: str) -> None:
     if impl.device != "cpu":
-        pytest.skip("checked in Python before any device is reached")
+        pytest.skip("the checks are in Python and do not depend on the device")
     changes, error, message = INTERACTION[case]
     with pytest.raises(error, match=message) as caught:
         interact(**changes)
@@ -142,7 +142,7 @@ def test_token_interaction(impl: Implementation, case: str) -> None:
 def test_layers(case: str, layer: torch.nn.Module) -> None:
     changes, error, message = INTERACTION[case]
     if not set(changes) <= {"text", "video", "text_mask", "video_mask"}:
-        pytest.skip("no argument of a layer")
+        pytest.skip("layers do not have this argument")
     with pytest.raises(error, match=message):
         layer(**{"text": T, "video": V, **changes})
 
@@ -207,19 +207,19 @@ def test_another_width_than_the_layer_was_built_for() -> None:
         drl_fast.WTI()(T, V)
 
 
-def test_a_row_that_no_index_reaches() -> None:
+def test_too_many_tokens_per_row() -> None:
     with pytest.raises(ValueError, match="text must have at most 32767 tokens a row, got 32768; split"):
         interact(text=torch.zeros(1, 32768, 8))
 
 
-def test_fine_as_it_is() -> None:
-    """Nothing above is refused by accident: the same call without the change passes."""
+def test_the_calls_without_the_change_pass() -> None:
+    """The cases above fail because of their change only."""
     interact(text_mask=torch.ones(2, 3), video_mask=torch.zeros(4, 5), text_weight=torch.ones(2, 3).half())
     interact(text=T.to(META), video=V.to(META))
 
 
 @pytest.mark.parametrize("call", [drl_fast.token_interaction, drl_fast.maxsim])
-def test_torch_func_grad_is_refused_in_our_words(call: Any) -> None:
+def test_torch_func_grad_raises(call: Any) -> None:
     with pytest.raises(
         NotImplementedError, match=r"drl_fast: the token interaction does not work under torch\.func\.grad"
     ):

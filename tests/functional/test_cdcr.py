@@ -1,4 +1,4 @@
-"""What the decorrelation losses say to arguments that they cannot serve."""
+"""Bad arguments of the decorrelation losses."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def two_words() -> Tensor:
         ({"text": torch.randn(0, 3, 8), "video": torch.randn(0, 5, 8)}, "text must hold at least 2 tokens"),
         ({"text": torch.randn(1, 1, 8), "video": torch.randn(1, 5, 8)}, "text must hold at least 2 .* = 1 x 1"),
         ({"text": torch.randn(1, 3, 8), "video": torch.randn(1, 1, 8)}, "video must hold at least 2 tokens"),
-        ({"text_weight": torch.rand(4, 3)}, "video_weight must be given where text_weight is"),
-        ({"video_weight": torch.rand(4, 5)}, "text_weight must be given where video_weight is"),
+        ({"text_weight": torch.rand(4, 3)}, "video_weight must be given together with text_weight"),
+        ({"video_weight": torch.rand(4, 5)}, "text_weight must be given together with video_weight"),
         ({"text_weight": torch.rand(4, 4), "video_weight": torch.rand(4, 5)}, r"text_weight must be .* \(4, 3\)"),
         ({"text_mask": torch.ones(4, 2)}, r"text_mask must be .*\(4, 3\)"),
         ({"text_mask": torch.zeros(4, 3)}, "text_mask and video_mask must leave at least 2 .* got 0 and 0"),
@@ -99,7 +99,7 @@ def test_cross_correlation(changes: dict[str, Any], error: type[Exception], mess
 
 
 def test_two_tokens_are_enough() -> None:
-    """In one pair, the others being empty."""
+    """Also if they are in one pair and all other pairs are empty."""
     frames = torch.zeros(4, 5)
     frames[:, 3:] = 1
     assert cdcr(text_mask=two_words(), video_mask=frames).isfinite()
@@ -107,7 +107,7 @@ def test_two_tokens_are_enough() -> None:
 
 
 def test_weights_of_a_layer() -> None:
-    """WTI gives the weights that the losses take beside its tokens."""
+    """``WTI.weights`` returns the weights that the losses take."""
     layer = drl_fast.WTI(8, arch=1)
     text, video = torch.randn(4, 3, 8), torch.randn(4, 5, 8)
     weights = layer.weights(text, video, two_words())

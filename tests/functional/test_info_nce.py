@@ -1,4 +1,4 @@
-"""The two-way contrastive loss."""
+"""The symmetric contrastive loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ColBERT's late interaction: the same operator, one direction, its own defaults."""
+"""ColBERT's late interaction: the token interaction in one direction, with other defaults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASKS = [(None, None), ("prefix", "prefix"), ("holes", "empty"), ("empty", "hole
 
 
 def colbert(query: Tensor, document: Tensor, q_mask: Tensor | None, d_mask: Tensor | None) -> Tensor:
-    """The loop one would write by hand."""
+    """Score with a plain loop."""
     scores = torch.zeros(len(query), len(document), dtype=query.dtype)
     for a, q in enumerate(query):
         for b, d in enumerate(document):
@@ -69,7 +69,7 @@ def test_weights_and_gradients(impl: Implementation, dtype: torch.dtype, weight:
         assert error(got, truth) <= tolerance * float(truth.abs().max())
 
 
-def test_it_is_one_direction_of_the_interaction(impl: Implementation) -> None:
+def test_equals_one_direction_of_the_interaction(impl: Implementation) -> None:
     p = make((7, 5, 6, 9), masks=("holes", "prefix")).map(lambda x: x.to(impl.device))
     ones = torch.ones(7, 5, device=impl.device)
     want = drl_fast.token_interaction(
@@ -86,7 +86,7 @@ def test_it_is_one_direction_of_the_interaction(impl: Implementation) -> None:
     assert torch.equal(drl_fast.maxsim(p.text, p.video, p.text_mask, p.video_mask), want)
 
 
-def test_errors_use_its_own_words() -> None:
+def test_errors_name_query_and_document() -> None:
     q, d = torch.randn(2, 3, 8), torch.randn(4, 5, 8)
     with pytest.raises(ValueError, match="document must have D = 8 channels to match query, got 9"):
         drl_fast.maxsim(q, torch.randn(4, 5, 9))

@@ -1,4 +1,4 @@
-"""The contrastive loss from tokens: InfoNCE of the interaction, and nothing of its size."""
+"""The contrastive loss from tokens: InfoNCE of the token interaction, computed in blocks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CASES: dict[str, dict[str, Any]] = {
     "uniform": {},
     "weights": {"weights": torch.float32},
     "holes": {"masks": ("holes", "prefix"), "weights": torch.float32},
-    "empty rows, excluded": {"masks": ("empty", "empty"), "masking": "exclude"},
-    "none": {"masks": ("holes", "holes"), "masking": "none", "weights": torch.float32},
-    "as they are": {"masks": ("prefix", None), "normalize": False},
+    "empty rows, exclude": {"masks": ("empty", "empty"), "masking": "exclude"},
+    "masking none": {"masks": ("holes", "holes"), "masking": "none", "weights": torch.float32},
+    "not normalised": {"masks": ("prefix", None), "normalize": False},
     "half weights": {"weights": torch.bfloat16, "masks": ("prefix", "prefix"), "mask_dtype": torch.float32},
 }
 HALF = {
@@ -34,7 +34,7 @@ HALF = {
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks, the last of another size."""
+    """Use several blocks, the last of another size."""
     monkeypatch.setattr(ops, "BLOCK_BYTES", 1)
     monkeypatch.setattr(ops, "LEAST_WORDS", 5 * SHAPE[1])
 
@@ -46,7 +46,7 @@ def owners(problem: Problem) -> Tensor:
 def step(
     function: Callable[..., Tensor], problem: Problem, scale: float = SCALE, **options: Any
 ) -> tuple[Tensor, dict]:
-    """The loss and its gradients for features, weights and scale."""
+    """Compute the loss and its gradients with respect to features, weights and scale."""
     leaves = {n: getattr(problem, n).detach().requires_grad_() for n in LEAVES if getattr(problem, n) is not None}
     wide = torch.promote_types(problem.text.dtype, torch.float32)
     factor = torch.tensor(scale, dtype=wide, device=problem.text.device, requires_grad=True)
@@ -57,7 +57,7 @@ def step(
 
 
 def of_all_logits(interaction: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss by way of the logit matrix."""
+    """Make a loss that computes the whole logit matrix."""
 
     def loss(*tensors: Tensor | None, logit_scale: Tensor, **options: Any) -> Tensor:
         return info_nce(interaction(*tensors, **options), logit_scale)
@@ -95,7 +95,7 @@ def test_half_precision(impl: Implementation, case: str) -> None:
         assert_close(name, grad, rival_grads[name], want[name], ATOL[problem.text.dtype], 0.0)
 
 
-def test_blocks_change_nothing_but_rounding(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_only_rounding(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(SHAPE, weights=torch.float32, masks=("holes", "prefix")).map(lambda x: x.to(impl.device))
     loss, grads = step(token_contrastive_loss, problem)
     again, same = step(token_contrastive_loss, problem)
@@ -129,8 +129,8 @@ def test_blocks_are_even_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_confident_positive_keeps_its_gradient() -> None:
-    """Where every positive's probability is all but 1 its gradient is the small rest, not rounding."""
-    # Logits near 1000, where a float32 holds 6e-5, and negatives 10 below.
+    """If every positive's probability is close to 1, its small gradient is accurate."""
+    # Logits are near 1000, where float32 has a resolution of 6e-5, and negatives are 10 lower.
     common = torch.full((6, 1, 1), 0.99**0.5)
     video = torch.cat([common, 0.1 * torch.eye(6)[:, None]], 2)
     problem = Problem(video + 1e-3 * torch.randn(6, 1, 7), video)
@@ -143,7 +143,7 @@ def test_a_confident_positive_keeps_its_gradient() -> None:
 
 
 def test_owners_by_hand() -> None:
-    """Two captions of one video and one of another: each caption has one negative, the videos alike."""
+    """Two captions of one video and one of another: the captions of the first have one negative each."""
     text = torch.eye(3)[:, None]
     video = torch.eye(3)[[0, 0, 2]][:, None]
     loss = token_contrastive_loss(text, video, logit_scale=2.0, owner=torch.tensor([5, 5, -1], dtype=torch.int16))
@@ -177,7 +177,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("wanted", [*LEAVES, "logit_scale"])
-def test_only_what_is_needed_is_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_needed_gradients_are_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(SHAPE, weights=torch.float32)
     _, want = step(token_contrastive_loss, problem)
     asked, kept = [], []
@@ -219,7 +219,7 @@ def test_a_scale_of_another_dtype_and_shape() -> None:
         assert scale.grad.item() == pytest.approx(want["logit_scale"].item(), rel=1e-2)
 
 
-def test_nan_is_seen_and_masked_nan_is_not(impl: Implementation) -> None:
+def test_real_nan_is_kept_and_masked_nan_is_ignored(impl: Implementation) -> None:
     problem = make(SHAPE, masks=("prefix", "prefix"), weights=torch.float32).map(lambda x: x.to(impl.device))
     problem.text_mask[3, -1] = problem.video_mask[20, -1] = False
     clean, want = step(token_contrastive_loss, problem)
@@ -323,7 +323,7 @@ def test_bad_input(case: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_it_is_info_nce_of_the_interaction() -> None:
+def test_equals_info_nce_of_the_interaction() -> None:
     problem = make((60, 16, 60, 8), 32, weights=torch.float32)
     loss, grads = step(token_contrastive_loss, problem, 100.0)
     whole, want = step(of_all_logits(token_interaction), problem, 100.0)

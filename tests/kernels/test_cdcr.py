@@ -1,4 +1,4 @@
-"""CDCR's kernels in cases that small problems do not reach: several blocks of product rows, several parts of a sum."""
+"""CDCR's kernels with several blocks of product rows and several parts of a sum, as in large problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.ops.test_cdcr import FORMS, judge, pairs, rows
 
 @pytest.mark.parametrize("shape", [(40, 5, 3), (40, 3, 5)], ids=str)
 def test_blocks_and_parts(impl: Implementation, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
-    """Against the oracle with a few pairs a block, and with parts of more than one tile."""
+    """Against the reference with few pairs per block, and with parts of more than one tile."""
     if impl.name not in ("interpreter", "cuda"):
         pytest.skip("only the Triton kernels have these sizes")
     from drl_fast.kernels import cdcr
@@ -37,15 +37,15 @@ def test_blocks_and_parts(impl: Implementation, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_equal_bits(impl: Implementation) -> None:
-    """Repeat a run: the order in which programs end changes no sum."""
+    """Sums do not depend on the order in which programs finish."""
     problem = pairs((12, 9, 6), 40, masks="holes", **FORMS["full"]).map(lambda x: x.to(impl.device))
     first, second = (problem.grads(functional) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(grad, second[1][name]) for name, grad in first[1].items())
 
 
-def test_the_first_of_equals_beyond_one_tile(impl: Implementation) -> None:
-    """Zeros tie with everything and a NaN beats everything, at any place in a long row."""
+def test_ties_and_nan_in_long_rows(impl: Implementation) -> None:
+    """The first of equal candidates wins, and the first NaN beats all others, in rows of several tiles."""
     text, video = torch.randn(2, 3, 20), torch.zeros(2, 70, 20)
     real = torch.ones(2, 70, dtype=torch.bool)
     real[:, :2] = False

@@ -1,4 +1,4 @@
-"""Tiles read through tensor descriptors (TMA), as on sm_90 and sm_100, give the same values as through pointers."""
+"""Tiles that are read through tensor descriptors (TMA), as on sm_90 and sm_100."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_values(
     impl: Implementation, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     if impl.name != "interpreter":
-        pytest.skip("only the interpreter can choose how to read")
+        pytest.skip("only the interpreter can use both ways")
     from drl_fast.kernels import tuning
 
     for table in (tuning.FORWARD["interpreter"], *tuning.BACKWARD["interpreter"].values()):

@@ -48,8 +48,8 @@ def test_small_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, norma
         judge(make(shape, 80, dtype, masks=("holes", "empty"), weights=torch.float32, **options), "cuda")
 
 
-def test_tf32_only_where_torch_allows_it() -> None:
-    """float32 results change with the setting, and only with it."""
+def test_tf32_only_if_torch_allows_it() -> None:
+    """float32 products use TF32 only if torch's setting allows it."""
     p = on_gpu(make((64, 32, 64, 12), 512))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -68,7 +68,7 @@ def test_tf32_only_where_torch_allows_it() -> None:
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", REAL, ids=str)
 def test_equal_bits(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Repeat a run, with and without matches, and for a part of the batch."""
+    """From run to run, with and without matches, and for a part of the batch."""
     p = on_gpu(make(shape, 512, dtype, masks=("prefix", "holes"), weights=torch.float32))
     probe = torch.randn(p.pairs)
     first, second = (run(drl_fast.token_interaction, p, probe) for _ in range(2))
@@ -86,7 +86,7 @@ def test_equal_bits(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("masks", [(None, None), ("prefix", "holes")], ids=str)
 def test_cuda_graph(masks: tuple[str, str]) -> None:
-    """Forward and backward replay on new inputs and lengths: the host decided nothing."""
+    """Forward and backward replay on new inputs and lengths, so no decision depends on the host."""
     p = on_gpu(make((64, 32, 48, 12), 512, torch.bfloat16, masks=masks, weights=torch.float32))
     leaves = [x.requires_grad_() for x in p.args()[:4]]
     probe = torch.randn(p.pairs, device="cuda")
@@ -114,7 +114,7 @@ def test_cuda_graph(masks: tuple[str, str]) -> None:
 
 
 def test_an_offset_beyond_32_bits() -> None:
-    """Matches of 4096 x 64 x 12288 bytes: those of the last pairs must be in the right place."""
+    """The matches take 4096 x 64 x 12288 bytes; those of the last pairs must be in the right place."""
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB of GPU memory")
     text = torch.randn(4096, 64, 64, device="cuda", dtype=torch.bfloat16)
@@ -157,7 +157,7 @@ def test_cdcr_has_equal_bits(form: str) -> None:
 
 @pytest.mark.parametrize("form", cdcr.FORMS)
 def test_cdcr_in_a_cuda_graph(form: str) -> None:
-    """Replay on other pairs: the host decided nothing."""
+    """It replays on other pairs, so no decision depends on the host."""
     p, other = (pairs_on_gpu((64, 32, 12), torch.bfloat16, seed, **cdcr.FORMS[form]) for seed in (0, 1))
     inputs = {name: getattr(p, name) for name in (*cdcr.LEAVES, "text_mask", "video_mask")}
 

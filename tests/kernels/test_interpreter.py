@@ -1,8 +1,9 @@
-"""The conformance suite through Triton's interpreter: the kernels' arithmetic, tile by tile, without a GPU.
+"""Run a selection of tests in Triton's interpreter: the kernels' arithmetic, tile by tile, without a GPU.
 
-The interpreter must be chosen before the kernels are imported, so a new process runs it (tests/implementations.py). It
-is slow, so this is a selection: every form of every kernel, every mask rule and edge at least once. Its bfloat16
-products are wrong (Triton 3.9) and float64 never reaches the kernels, so both are left out. To run the whole suite:
+The interpreter must be chosen before the kernels are imported, so it runs in a new process (tests/implementations.py).
+It is slow, so this is a selection: every form of every kernel, every mask rule and edge case at least once. bfloat16 is
+left out because the interpreter's products are wrong (Triton 3.9), float64 because the kernels do not serve it. To run
+all tests:
 TRITON_INTERPRET=1 python -m pytest tests/ops -k "interpreter and not bfloat16 and not float64".
 """
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/ops/test_token_interaction"
 CDCR = "tests/ops/test_cdcr.py"
 ROW = "interpreter"
-# File, test, and the parameters behind the row's name.
+# File, test, and the parameters after the row's name.
 SUITE: list[tuple[str, str, list[str]]] = [
     (
         f"{OPS}.py",
@@ -71,8 +72,8 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ),
     (f"{OPS}_masks.py", "test_masked_weights_count_for_nothing", ["drl"]),
     (f"{OPS}_masks.py", "test_rows_without_a_real_token_score_zero", ["drl", "exclude", "none"]),
-    (f"{OPS}_masks.py", "test_a_bad_real_token_spoils_its_own_scores_alone", ["nan", "inf"]),
-    (f"{OPS}_masks.py", "test_nan_wins_the_maximum_wherever_it_stands", ["4-drl", "1-exclude"]),
+    (f"{OPS}_masks.py", "test_a_bad_real_token_affects_only_its_own_scores", ["nan", "inf"]),
+    (f"{OPS}_masks.py", "test_nan_wins_the_maximum_at_every_position", ["4-drl", "1-exclude"]),
     (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float32", "torch.float16"]),
     (f"{OPS}_masks.py", "test_tiny_norms_that_are_not_zero", ["torch.float32"]),
     (
@@ -83,7 +84,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_matches.py", "test_minus_one_where_no_real_token_was_chosen", ["drl", "exclude"]),
     (f"{OPS}_matches.py", "test_minus_one_where_the_zero_won", []),
     (f"{OPS}_matches.py", "test_a_real_zero_beats_the_masked_zero", []),
-    # Equal tokens need not tie here: numpy's products round by their place in the tile. Zeros tie exactly everywhere.
+    # Equal tokens may not tie here, because numpy's products round differently within a tile. Zeros tie exactly.
     (f"{OPS}_matches.py", "test_zero_tokens_tie_with_everything", []),
     (f"{OPS}_matches.py", "test_matches_do_not_change_scores_or_gradients", []),
     (f"{OPS}_autograd.py", "test_inputs_are_left_as_they_were", []),
@@ -106,8 +107,8 @@ SUITE: list[tuple[str, str, list[str]]] = [
         ],
     ),
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
-    ("tests/kernels/test_recompute.py", "test_small_gradients_of_one_block_beside_large_ones", ["blocks"]),
-    ("tests/kernels/test_recompute.py", "test_the_graph_holds_matches_within_the_budget_alone", ["True"]),
+    ("tests/kernels/test_recompute.py", "test_small_gradients_in_one_block_and_large_ones_in_another", ["blocks"]),
+    ("tests/kernels/test_recompute.py", "test_the_graph_keeps_matches_only_within_the_budget", ["True"]),
     (
         CDCR,
         "test_shapes",
@@ -131,14 +132,14 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (CDCR, "test_rows", ["weighted-2-diagonal", "weighted-65-full", "plain-300-diagonal"]),
     (CDCR, "test_rows_in_half_precision", ["torch.float16"]),
     (CDCR, "test_a_constant_channel_is_left_out", ["diagonal", "full"]),
-    (CDCR, "test_a_nearly_constant_channel_is_not", ["diagonal-1e-06", "full-1e-06"]),
+    (CDCR, "test_a_nearly_constant_channel_is_accurate", ["diagonal-1e-06", "full-1e-06"]),
     (CDCR, "test_masked_tokens_are_never_read", ["nan-diagonal", "inf-full"]),
     (CDCR, "test_a_real_nan_is_not_hidden", []),
     (CDCR, "test_zero_tokens", ["diagonal", "full"]),
     (CDCR, "test_strides", ["diagonal", "full"]),
     ("tests/kernels/test_cdcr.py", "test_blocks_and_parts", ["(40, 5, 3)", "(40, 3, 5)"]),
     ("tests/kernels/test_cdcr.py", "test_equal_bits", []),
-    ("tests/kernels/test_cdcr.py", "test_the_first_of_equals_beyond_one_tile", []),
+    ("tests/kernels/test_cdcr.py", "test_ties_and_nan_in_long_rows", []),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]
 
@@ -153,10 +154,10 @@ def nodes() -> list[str]:
 
 def test_the_suite_passes() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    # numpy warns about NaN, Inf and divisions, which these tests contain on purpose.
+    # These tests contain NaN, Inf and divisions by 0, about which numpy warns.
     command = [sys.executable, "-m", "pytest", "-W", "ignore::RuntimeWarning:triton", "--disable-warnings", *nodes()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    # Every test ran and none was skipped: without the interpreter the suite would prove nothing.
+    # Every test must run: without the interpreter all of them would be skipped.
     summary = done.stdout.strip().splitlines()[-1]
     assert re.match(rf"{len(nodes())} passed\b(?!.*skipped)", summary), summary

@@ -1,4 +1,4 @@
-"""Matches beyond the budget are not kept but found again for each block of text rows, with the same bits."""
+"""Beyond the budget, matches are not kept but found again for each block of text rows, with the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drl_fast.ops import token_interaction as op
 from tests.implementations import Implementation
 from tests.oracle import LEAVES, Problem, judge, make, run
 
-# (A, Nt, B, Nv): 2, 3, 2 and 2 blocks of at most 16 text rows; captions beyond one tile; matches beyond a byte.
+# (A, Nt, B, Nv): 2, 3, 2 and 2 blocks of at most 16 text rows; also captions of several tiles and 2-byte matches.
 SHAPES = [(17, 5, 3, 3), (33, 5, 4, 3), (17, 130, 1, 3), (18, 3, 1, 256)]
 
 
@@ -27,7 +27,7 @@ def recomputing(impl: Implementation) -> Implementation:
 
 @pytest.fixture(params=["one block", "blocks"])
 def blocks(request: pytest.FixtureRequest, impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the blocks of the Triton kernels' backward; chunked PyTorch has its own."""
+    """Run the Triton kernels' backward in one block and in several; chunked PyTorch has its own blocks."""
     if request.param == "blocks":
         if impl.name not in ("cuda", "interpreter"):
             pytest.skip("only the Triton kernels loop over blocks of text rows")
@@ -41,7 +41,7 @@ def budget(monkeypatch: pytest.MonkeyPatch, impl: Implementation, size: int) -> 
 
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, impl: Implementation, p: Problem, probe: Tensor) -> None:
-    """Logits and gradients have the same bits whether matches are kept or found again."""
+    """Check that logits and gradients have the same bits whether matches are kept or found again."""
     budget(monkeypatch, impl, 1 << 30)
     kept = run(drl_fast.token_interaction, p, probe)
     budget(monkeypatch, impl, 0)
@@ -86,10 +86,10 @@ def test_against_the_oracle(
     judge(make(shape, 16, dtype, masks=("holes", None), weights=torch.float32), recomputing.device)
 
 
-def test_small_gradients_of_one_block_beside_large_ones(
+def test_small_gradients_in_one_block_and_large_ones_in_another(
     recomputing: Implementation, blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All blocks use one scale, so that they add up: float16's coefficients are scaled by the largest of all rows."""
+    """All blocks scale their float16 coefficients by the largest of all rows, so that sums over blocks are right."""
     p = make((33, 5, 4, 3), 16, torch.float16, weights=torch.float32)
     probe = torch.randn(p.pairs, dtype=torch.float64)
     probe[:16] *= 1e-7
@@ -99,7 +99,7 @@ def test_small_gradients_of_one_block_beside_large_ones(
 
 
 class Saved:
-    """Count the match entries that the graph holds."""
+    """Count the matches that the graph keeps."""
 
     def __init__(self) -> None:
         self.matches = 0
@@ -118,7 +118,7 @@ def saved() -> Iterator[Saved]:
 
 
 @pytest.mark.parametrize("return_matches", [False, True])
-def test_the_graph_holds_matches_within_the_budget_alone(
+def test_the_graph_keeps_matches_only_within_the_budget(
     recomputing: Implementation, monkeypatch: pytest.MonkeyPatch, saved: Saved, return_matches: bool
 ) -> None:
     p = make((5, 9, 6, 4), masks=("holes", None)).map(lambda x: x.to(recomputing.device))
@@ -142,7 +142,7 @@ def test_cpu_tensors_keep_their_matches() -> None:
 
 @pytest.mark.parametrize(("batch", "kept"), [(4096, True), (5120, False)])
 def test_the_budget_on_cuda(batch: int, kept: bool) -> None:
-    """The choice depends on shapes only: a fake tensor has nothing else."""
+    """The choice depends on shapes only, so fake tensors suffice."""
     with torch._subclasses.FakeTensorMode():
         text, video = (torch.empty(batch, n, 512, device="cuda") for n in (32, 12))
         assert op.keeps_matches(text, video, True) is kept
@@ -158,7 +158,7 @@ def test_matches_within_the_budget_must_be_kept(impl: Implementation) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled(recomputing: Implementation, monkeypatch: pytest.MonkeyPatch, dynamic: bool) -> None:
-    """Graphs on both sides of the budget give the same gradients."""
+    """Graphs below and above the budget give the same gradients."""
     torch._dynamo.reset()
     budget(monkeypatch, recomputing, 5 * 6 * 13)
     compiled = torch.compile(drl_fast.token_interaction, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -1,4 +1,4 @@
-"""When the Triton kernels serve CUDA tensors, what runs where they do not, and what they refuse."""
+"""When the Triton kernels serve CUDA tensors, their fallback, and sizes that they reject."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_what_the_kernels_do_not_serve_is_chunked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """float64 on any GPU, and every dtype on an old GPU, give the fallback's numbers, forward and backward."""
+def test_the_fallback_is_chunked(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Chunked PyTorch serves float64 on any GPU, and every dtype on an old GPU, forward and backward."""
     if dtype != torch.float64:
         monkeypatch.setattr(dispatch, "triton_serves", lambda x: False)
     inputs = arguments(dtype)
@@ -97,7 +97,7 @@ def test_cdcr_falls_back_as_well(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
         assert all(torch.equal(x, y) for x, y in zip(ours, want, strict=True))
 
 
-def test_more_rows_than_32_bits_count() -> None:
+def test_more_slots_than_32_bits_can_index() -> None:
     pytest.importorskip("triton")
     from drl_fast.kernels import packing
 
@@ -117,8 +117,8 @@ def test_length_classes() -> None:
     assert packing.length_classes(77) == [16, 32, 64, 128]
 
 
-def test_importing_the_package_leaves_triton_alone() -> None:
-    """Importing finds Triton but does not import it; the first CUDA tensor does."""
+def test_importing_the_package_does_not_import_the_kernels() -> None:
+    """The first CUDA tensor does."""
     import subprocess
     import sys
 

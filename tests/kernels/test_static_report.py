@@ -1,4 +1,4 @@
-"""Compile the kernels for every architecture that has tiles, and check the result; no GPU needed."""
+"""Compile the kernels for every architecture in the tile tables and check the result, without a GPU."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-# The report takes minutes: one run serves all tests.
+# The report takes minutes, so all tests share one run.
 pytestmark = pytest.mark.xdist_group("static report")
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "benchmarks" / "results" / "static" / "kernels.json"
-# `make fuzz` compiles every kernel for every chip; `make test` compiles some for one chip only.
+# `make fuzz` compiles every kernel for every architecture, `make test` a part.
 WHOLE = bool(os.environ.get("DRL_FAST_FUZZ"))
 QUICK_ARCH = "sm_90"
 ARCHS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
-# sm_80's entries also serve chips with less shared memory (8.6, 8.9, 12.x).
+# sm_80's entries also serve GPUs with less shared memory (8.6, 8.9, 12.x).
 SHARED_SMALL = 101376
 PRODUCTS = ("interaction_forward", "interaction_backward_text", "interaction_backward_video")
-# Its products are too small for anything but mma; it is bound by memory.
+# Its products are so small that it uses mma on every architecture; memory limits it.
 SMALL_PRODUCT = "cdcr_partners"
 CDCR = (
     "cdcr_norms",
@@ -82,12 +82,12 @@ def test_products_run_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
 
 
 def test_products_are_not_serialised(rows: list[dict[str, Any]]) -> None:
-    """ptxas gives no warning when it makes every product wait for the one before."""
+    """ptxas does not warn if it makes every product wait for the previous one."""
     assert [name(row) for row in rows if row["serialised"]] == []
 
 
 def test_no_product_reads_another_from_registers(rows: list[dict[str, Any]]) -> None:
-    """Triton has miscompiled a transposed product that is the operand of the next one."""
+    """Triton has miscompiled a transposed product that is an operand of the next one."""
     assert [name(row) for row in rows if row["register_operand"]] == []
 
 
@@ -100,7 +100,7 @@ def test_predictions_are_shares(rows: list[dict[str, Any]]) -> None:
 
 
 def test_the_committed_report_describes_these_kernels(rows: list[dict[str, Any]]) -> None:
-    """Registers depend on the compiler; kernels, forms and configurations must be those of the sources."""
+    """Kernels, forms and configurations must match the sources; registers depend on the compiler."""
     committed = json.loads(COMMITTED.read_text())
     made = [r for r in committed if WHOLE or r["arch"] == QUICK_ARCH or r["kernel"] in PRODUCTS]
     assert [(name(r), r["config"]) for r in made] == [(name(r), r["config"]) for r in rows]

@@ -1,9 +1,10 @@
-"""Record the loss curve that a dense model of upstream's form has, for test_parity.py to train against.
+"""Record the loss curve of a dense model of upstream's form, for test_parity.py.
 
-    python tests/model/record_parity.py        # writes tests/golden/parity.json; some seconds
+    python tests/model/record_parity.py        # writes tests/golden/parity.json; takes some seconds
 
-Plain PyTorch in float64, from the formulas (arXiv 2203.07111; CLIP, arXiv 2103.00020; CLIP4Clip's sequential type,
-arXiv 2104.08860), no code of drl_fast: towers over padding and all, every similarity of the batch at once.
+It is plain PyTorch in float64, written from the formulas (arXiv 2203.07111; CLIP, arXiv 2103.00020; CLIP4Clip's
+sequential type, arXiv 2104.08860) without code of drl_fast. The towers also compute padding, and all similarities of
+the batch are one tensor.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ STEPS, DISTINCT, SEED = 30, 3, 8
 PAIRS, WORDS, FRAMES = 8, 12, 5
 START, END, PIXELS = 58, 59, 16
 HEAD_WIDTH = 64
-# Lambda is 0.01 and not the published 0.001, so that CDCR too has a say in 30 steps. With much more of it every frame
-# comes to match the start token: partners without variance, NaN in this dense form (ours stays finite).
+# Lambda is 0.01 instead of the published 0.001, so that CDCR matters in 30 steps. With a much larger one every frame
+# matches the start token. Partners then have no variance, and this dense model returns NaN (drl_fast stays finite).
 RECIPE = {
     "lr": 3e-4,
     "betas": [0.9, 0.98],
@@ -41,9 +42,9 @@ State = dict[str, Tensor]
 
 
 def batches() -> list[dict[str, Tensor]]:
-    """One batch a step, a few in turn: captions of 3 to 12 tokens, videos of 2 to 5 frames, two with holes.
+    """Make a batch per step, ``DISTINCT`` in turn: captions of 3 to 12 tokens, videos of 2 to 5 frames, two with holes.
 
-    From numpy's uniform numbers alone, which are the same on every version of torch.
+    They only use numpy's uniform numbers, which do not depend on torch's version.
     """
     draw, made = np.random.Generator(np.random.PCG64(SEED)), []
     for _ in range(DISTINCT):
@@ -56,7 +57,7 @@ def batches() -> list[dict[str, Tensor]]:
         ids[place >= words[:, None]] = 0
         real = np.arange(FRAMES) < frames[:, None]
         real[0], real[1] = [True, False, True, False, True], [False, True, True, False, False]
-        colour = (draw.random((PAIRS, FRAMES, 3, 1, 1)) - 0.5) * 6  # of a frame: there is something to tell apart
+        colour = (draw.random((PAIRS, FRAMES, 3, 1, 1)) - 0.5) * 6  # makes frames distinguishable
         video = ((draw.random((PAIRS, FRAMES, 3, PIXELS, PIXELS)) - 0.5) * 2 + colour).astype(np.float32)
         made.append(
             {
@@ -69,7 +70,7 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 def digest(made: list[dict[str, Tensor]]) -> str:
-    """Of all batches: a curve is of those that it was recorded with."""
+    """Hash all batches, to check that a curve is compared on the same ones."""
     total = hashlib.sha256()
     for batch in made:
         for name in sorted(batch):
@@ -78,7 +79,7 @@ def digest(made: list[dict[str, Tensor]]) -> str:
 
 
 def initial_state() -> State:
-    """The recorded weights, but for the temperature, which starts as CLIP's: the toy's own is too soft to learn by."""
+    """Load the recorded weights. The logit scale starts as CLIP's, because the recorded one is too small to learn."""
     with np.load(WEIGHTS) as file:
         state = {k.removeprefix("state."): torch.from_numpy(file[k].copy()) for k in file.files if k[:6] == "state."}
     return {**state, "clip.logit_scale": torch.tensor(np.log(1 / 0.07), dtype=torch.float32)}
@@ -86,7 +87,7 @@ def initial_state() -> State:
 
 # --- the model --------------------------------------------------------------------------------------------------------
 def blocks(x: Tensor, state: State, prefix: str, attends: Tensor, eps: float) -> Tensor:
-    """Pre-norm blocks over (R, N, D); ``attends`` broadcasts to (R, N, N): what each position may look at."""
+    """Apply pre-norm blocks to (R, N, D); ``attends`` broadcasts to (R, N, N): where each position may attend."""
     layer = 0
     while f"{prefix}.{layer}.ln_1.weight" in state:
 
@@ -115,7 +116,7 @@ def text_tokens(ids: Tensor, state: State) -> Tensor:
 
 
 def frame_tokens(video: Tensor, real: Tensor, state: State) -> Tensor:
-    """Every frame through the image tower, absent ones as well, then the temporal transformer and the residual."""
+    """Run every frame, also absent ones, through the image tower, then the temporal transformer and the residual."""
     own = "clip.visual."
     kernel = state[own + "conv1.weight"]
     patches = F.conv2d(video.flatten(0, 1), kernel, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
@@ -136,7 +137,7 @@ def weights(x: Tensor, real: Tensor, state: State, head: str) -> Tensor:
 
 
 def losses(batch: dict[str, Tensor], state: State) -> tuple[Tensor, Tensor]:
-    """InfoNCE and CDCR 3."""
+    """Compute InfoNCE and CDCR 3."""
     ids, v_real = batch["text_ids"], batch["video_mask"] != 0
     t_real = torch.arange(ids.shape[1]) <= ids.argmax(1, keepdim=True)
     text = text_tokens(ids, state)

@@ -1,4 +1,4 @@
-"""Models by name: what loads, and what is said about names, tags, files and builds that do not."""
+"""CLIP models by name: loading, and errors about names, tags, files and unsupported models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from drl_fast.model.weight_files import SIZES_IN_STATE
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub's own switch and an empty cache: a fetch fails at once instead of after its retries."""
+    """Set the hub offline with an empty cache, so that downloads fail without retries."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
 def weights(name: str) -> dict[str, Tensor]:
-    """Of a model whose random numbers nobody else draws."""
+    """Return random weights with a seed that no other test uses."""
     torch.manual_seed(99)
     return load_clip(name)[0].state_dict()
 
@@ -87,7 +87,7 @@ def test_broken_file(tiny_clip: str, tmp_path: Path, suffix: str, content: bytes
 
 
 def openai_archive(state: dict[str, Tensor], path: Path) -> None:
-    """Write a TorchScript archive like OpenAI's: half precision, and three sizes beside the weights."""
+    """Write a TorchScript archive like OpenAI's: weights in half precision, and three sizes."""
     root = torch.nn.Module()
     for name, x in {**state, **{key: torch.tensor(7) for key in SIZES_IN_STATE}}.items():
         *parents, last = name.split(".")
@@ -104,7 +104,7 @@ def openai_archive(state: dict[str, Tensor], path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["archive", "its state dict"])
 def test_openais_own_files_load_with_their_activation(tiny_clip: str, tmp_path: Path, kind: str) -> None:
-    """The name says GELU; the file is OpenAI's, and so the towers have QuickGELU. Half precision becomes float32."""
+    """The name means GELU, but OpenAI's files need QuickGELU. Half precision becomes float32."""
     state = {name: x.half() if x.ndim >= 2 else x for name, x in weights(tiny_clip).items()}
     path = tmp_path / "ViT.pt"
     if kind == "archive":
@@ -138,7 +138,7 @@ def test_openais_files_of_another_size(tiny_clip: str, tmp_path: Path) -> None:
         load_clip(tiny_clip, str(tmp_path / "ViT.pt"))
 
 
-def test_a_file_that_does_not_say_its_activation_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_an_unknown_activation_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.safetensors"
     save_file(weights("drl-small"), path)
     config = open_clip.get_model_config("drl-small")
@@ -155,9 +155,7 @@ def test_a_file_that_does_not_say_its_activation_is_warned_of(tmp_path: Path, mo
     "name",
     ["coca_ViT-B-32", "EVA02-B-16", "MobileCLIP-S1", "roberta-ViT-B-32", "ViT-B-16-SigLIP2", "ViT-L-14-CLIPA"],
 )
-def test_a_model_of_another_form_is_refused_before_anything_is_fetched(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unsupported_model_is_an_error_before_a_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(*_: object, **__: object) -> None:
         raise AssertionError("open_clip was asked for a model")
 
@@ -205,7 +203,7 @@ def test_missing_file(path: str) -> None:
     ],
 )
 def test_weights_that_cannot_be_fetched(name: str, end: str) -> None:
-    """Where to get them, and under which name they load: a file does not say which activation it wants."""
+    """The error says where to get them, and the model name with the right activation, which a file does not contain."""
     with pytest.raises(ValueError, match=f"weights 'openai' of {name} could not be fetched") as caught:
         load_clip(name, "openai")
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""The whole model against the public code's: recorded state dicts, features, logits, losses and gradients."""
+"""The whole model against the public code: recorded state dicts, features, logits, losses and gradients."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_loss_and_gradients(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[st
         assert float((grad - recorded).abs().max()) <= 3e-4 * float(recorded.abs().max())
 
 
-def test_padding_is_left_out_unless_asked_for() -> None:
-    """In the recorded batch every similarity of a pair is negative, so the public code's padding wins all of them."""
+def test_cdcr_ignores_padding_by_default() -> None:
+    """In the recorded batch all similarities are negative, so in the public code padding wins every match."""
     arrays, meta = load(GOLDEN / "model_wti_seqtransf.npz")
     state, inputs = part(arrays, "state."), batch(arrays)
     upstream = drl_fast.DRL.from_upstream(state, **meta)(inputs)
@@ -103,7 +103,7 @@ def test_padding_is_left_out_unless_asked_for() -> None:
 
 
 def test_fresh_modules_start_as_upstream_does(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]]) -> None:
-    """Blocks and positions from CLIP; what upstream draws at random, from the same distribution."""
+    """Blocks and positions come from CLIP; random weights have the same distribution as upstream's."""
     _, arrays, meta = case
     options = {checkpoint.OPTIONS.get(k, k): v for k, v in meta.items() if k not in ("patch", "image_size")}
     options["temporal"] = None if options["temporal"] == "None" else options["temporal"]
@@ -129,7 +129,7 @@ def test_round_trips(case: tuple[drl_fast.DRL, dict[str, Tensor], dict[str, Any]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_what_the_entries_say_needs_no_options() -> None:
+def test_options_are_inferred_from_the_checkpoint() -> None:
     arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
     state = {f"module.{k}": v for k, v in part(arrays, "state.").items()}
     model = drl_fast.DRL.from_upstream({"model_state_dict": state})
@@ -137,7 +137,7 @@ def test_what_the_entries_say_needs_no_options() -> None:
 
 
 def test_a_clip4clip_checkpoint_loads_as_dp() -> None:
-    """CLIP and, with seqTransf, positions and blocks: no weight heads."""
+    """It has CLIP and, with seqTransf, positions and blocks, but no weight heads."""
     arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
     state = {k: v for k, v in part(arrays, "state.").items() if "weight_fc" not in k}
     assert drl_fast.DRL.from_upstream(state).config == Config("dp", "seqTransf", cdcr_padding="competes")
@@ -200,7 +200,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_errors_about_files_do_not_repeat_torchs_advice(tmp_path: Path) -> None:
-    """torch advises weights_only=False, which runs whatever code the file holds."""
+    """torch suggests weights_only=False, which would run code from the file."""
     torch.save({"arguments": argparse.Namespace(lr=1)}, tmp_path / "run.bin")
     with pytest.raises(ValueError, match=r"holds Python objects \(argparse\.Namespace\)") as caught:
         drl_fast.DRL.from_upstream(tmp_path / "run.bin")
@@ -215,7 +215,7 @@ def test_models_from_files_are_in_evaluation_mode(tmp_path: Path) -> None:
         assert not any(module.training for module in read.modules())
 
 
-def test_a_saved_model_says_how_its_inputs_are_prepared(tmp_path: Path) -> None:
+def test_a_saved_model_describes_its_inputs(tmp_path: Path) -> None:
     model = drl_fast.DRL("drl-small", interaction="ti", temporal=None)
     assert model.inputs is None
     model.inputs = Inputs(max_words=16, rate=2.0, max_frames=5, seconds=30.0)
@@ -249,8 +249,8 @@ def test_similarity_returns_matches(interaction: str) -> None:
     ],
     ids=["OpenAI's residual network", "timm"],
 )
-def test_other_image_towers_beside_clips_text_tower(vision: dict[str, Any]) -> None:
-    """They give one vector a frame too."""
+def test_other_image_towers_with_clips_text_tower(vision: dict[str, Any]) -> None:
+    """They also return one vector per frame."""
     clip = open_clip.CLIP(64, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(width=64, heads=1, layers=1))
     model = drl_fast.DRL(clip, interaction="dp", temporal=None).eval()
     frames = torch.zeros(2, 3, 3, *model.picture_size, dtype=torch.uint8)
@@ -259,7 +259,7 @@ def test_other_image_towers_beside_clips_text_tower(vision: dict[str, Any]) -> N
 
 
 def test_malformed_folders_end_in_a_value_error(tmp_path: Path) -> None:
-    """Each names the file or the folder; nothing is fetched, whatever the folder's ``clip`` says."""
+    """The error names the file or the folder, and nothing is downloaded."""
     drl_fast.DRL("drl-small", temporal=None).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     with safetensors.safe_open(path, "pt") as file:
@@ -320,7 +320,7 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytes
     assert len(list(tmp_path.iterdir())) == 2
 
 
-# What a model says to its inputs ---------------------------------------------------------------------------------
+# Inputs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +328,8 @@ def small() -> drl_fast.DRL:
     return small_model(32, 16, seed=0)[0].eval()
 
 
-def test_captions_by_length_are_the_captions(small: drl_fast.DRL) -> None:
-    """Groups of one length each, in any order: the same tokens as in one pass."""
+def test_captions_grouped_by_length_give_the_same_tokens(small: drl_fast.DRL) -> None:
+    """The text tower runs on groups of equal length."""
     ids = torch.zeros(9, 16, dtype=torch.int64)
     for row, end in enumerate((3, 15, 1, 8, 7, 9, 3, 12, 0)):
         ids[row, : end + 1] = torch.arange(1, end + 2)
@@ -398,8 +398,8 @@ def test_every_interaction_trains(small: drl_fast.DRL, interaction: str, tempora
     assert owned["info_nce"] < losses["info_nce"]
 
 
-def test_a_clip_whose_form_would_be_lost_is_not_saved(tmp_path: Path) -> None:
-    """Built again from its weights alone it would have other heads, and score otherwise without a word."""
+def test_a_clip_that_cannot_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
+    """Rebuilt from its weights it would have another number of heads, and silently other scores."""
     model, _ = small_model(32, 16, seed=0)
     with pytest.raises(ValueError, match="clip must have an open_clip name, or heads 64 wide and QuickGELU"):
         model.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Options in signatures, masking in layer and losses, and weights that move from one model to another."""
+"""Options in signatures, masking in layer and losses, and weights copied from another model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from drl_fast.model.config import Config
 from drl_fast.model.small import small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# What from_upstream infers from the checkpoint, and the padding rule of its code.
+# Defaults of from_upstream: options inferred from the checkpoint, and the public code's padding rule.
 INFERRED = {"interaction": "auto", "temporal": "auto", "wti_arch": None, "cdcr_padding": "competes"}
 
 
@@ -34,7 +34,7 @@ def test_signatures_spell_every_option_out(build: Callable[..., object]) -> None
 
 
 def openai_clip() -> open_clip.CLIP:
-    """A CLIP in OpenAI's form: heads 64 wide, QuickGELU."""
+    """Build a CLIP of OpenAI's form: heads of width 64, QuickGELU."""
     torch.manual_seed(3)
     return clip_from_state_dict(build_clip("drl-small").state_dict())
 
@@ -43,7 +43,7 @@ def openai_clip() -> open_clip.CLIP:
 @pytest.mark.parametrize("masking", ["drl", "exclude", "none"])
 def test_masking_reaches_layer_and_loss(interaction: str, masking: str) -> None:
     model, _ = small_model(32, 16, seed=0, interaction=interaction, masking=masking)
-    # Opposite directions, in padding too: every similarity is negative, and only the rule for padding tells them apart.
+    # Opposite directions, also in padding: all similarities are negative, so the three rules give different scores.
     text, video = torch.rand(3, 4, model.dim), -torch.rand(3, 5, model.dim)
     text_mask, video_mask = torch.rand(3, 4) < 0.7, torch.rand(3, 5) < 0.7
     text_mask[:, 0] = video_mask[:, 0] = True
@@ -70,7 +70,7 @@ def test_masking_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_picture_statistics_are_saved(named: bool, tmp_path: Path) -> None:
-    """Tags such as ViT-L-14's laion2b_s32b_b82k have their own; a wrong mean would silently change every score."""
+    """Some tags, such as ViT-L-14's laion2b_s32b_b82k, have other statistics. A wrong mean would change every score."""
     model = DRL("drl-small" if named else openai_clip(), interaction="dp", temporal=None)
     model.mean.fill_(0.25)
     model.std.fill_(0.125)
@@ -112,7 +112,7 @@ def test_weights_of_every_kind(kind: str, tmp_path: Path) -> None:
     assert (ours.config.cdcr, ours.config.cdcr_padding, ours.config.masking) == (3, "never", "exclude")
 
 
-def test_the_public_code_does_not_tell_ti_from_dp(tmp_path: Path) -> None:
+def test_a_public_dp_checkpoint_fits_ti(tmp_path: Path) -> None:
     theirs, path = source(tmp_path, "public", interaction="dp", temporal=None)
     ours = DRL(openai_clip(), interaction="ti", temporal=None)
     ours.load_weights(path)

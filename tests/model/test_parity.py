@@ -1,4 +1,4 @@
-"""30 training steps beside a dense model of upstream's form, whose losses record_parity.py wrote down."""
+"""30 training steps against the losses of a dense model of upstream's form, recorded by record_parity.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.model.record_parity import CURVE, batches, digest, initial_state
 def test_the_loss_curve_is_the_dense_models(dtype: torch.dtype) -> None:
     recorded = json.loads(CURVE.read_text())
     steps, recipe = batches(), recorded["recipe"]
-    assert digest(steps) == recorded["batches_sha256"], "this numpy draws other batches than the recorded ones"
+    assert digest(steps) == recorded["batches_sha256"], "this numpy version draws other batches than the recorded ones"
     model = (
         drl_fast.DRL.from_upstream(
             initial_state(),
@@ -32,7 +32,7 @@ def test_the_loss_curve_is_the_dense_models(dtype: torch.dtype) -> None:
     adam = torch.optim.Adam(model.parameters(), lr=recipe["lr"], betas=recipe["betas"], eps=recipe["eps"])
     assert len(recorded["curve"]) == len(steps) == 30
     for step, (batch, want) in enumerate(zip(steps, recorded["curve"], strict=True)):
-        # What stands in an absent frame is read by the dense model and is not by ours.
+        # The dense model reads absent frames; ours must not.
         batch["video"][batch["video_mask"] == 0] = float("nan")
         losses = model({**batch, "video": batch["video"].to(dtype)})
         adam.zero_grad()
@@ -41,4 +41,4 @@ def test_the_loss_curve_is_the_dense_models(dtype: torch.dtype) -> None:
         adam.step()
         for name, value in want.items():
             assert losses[name].item() == pytest.approx(value, abs=1e-4), (step, name)
-    assert recorded["curve"][-1]["info_nce"] < recorded["curve"][0]["info_nce"] / 2, "it has learned something"
+    assert recorded["curve"][-1]["info_nce"] < recorded["curve"][0]["info_nce"] / 2, "the model did not learn"

@@ -1,4 +1,4 @@
-"""The two towers against open_clip's own encoders, and what masks and lengths do to them."""
+"""The two towers against open_clip's encoders, and the effect of masks and lengths."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ids(small: tuple[DRL, open_clip.SimpleTokenizer]) -> Tensor:
 
 @pytest.fixture
 def clips() -> tuple[Tensor, Tensor]:
-    """Three videos of up to four frames; the second has a hole, the third no frame at all."""
+    """Draw three videos of up to four frames; the second has a hole, the third no frame."""
     frames = torch.randint(0, 256, (3, 4, 3, SIZE, SIZE), dtype=torch.uint8)
     return frames, torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
 
@@ -56,7 +56,7 @@ def test_end_token_is_open_clips_text_vector(model: DRL, ids: Tensor) -> None:
 
 @torch.no_grad()
 def test_text_mask_ends_with_the_end_token(model: DRL, ids: Tensor) -> None:
-    """Also where a token's id is 0, which is a piece of a word, and where the text was cut."""
+    """Also if a token's id is 0, which is a piece of a word, and if the text was truncated."""
     ids = ids.clone()
     ids[1, 1] = 0
     _, mask = model.encode_text(ids)
@@ -67,7 +67,7 @@ def test_text_mask_ends_with_the_end_token(model: DRL, ids: Tensor) -> None:
 
 @torch.no_grad()
 def test_short_context_equals_full_context(model: DRL, ids: Tensor) -> None:
-    """Attention looks back only, so padding behind the end changes nothing before it."""
+    """Attention only looks back, so padding after the end token changes nothing before it."""
     full, full_mask = model.encode_text(ids[:3])
     short, mask = model.encode_text(ids[:3, :7])
     torch.testing.assert_close(short, full[:, :7], rtol=1e-5, atol=1e-5)
@@ -76,7 +76,7 @@ def test_short_context_equals_full_context(model: DRL, ids: Tensor) -> None:
 
 @torch.no_grad()
 def test_frame_token_is_open_clips_image_vector(model: DRL, clips: tuple[Tensor, Tensor]) -> None:
-    """From the same picture through open_clip's own preprocessing."""
+    """From the same picture, preprocessed by open_clip."""
     frames, mask = clips
     tokens = model.encode_video(frames, mask)
     prepare = open_clip.image_transform(SIZE, is_train=False)
@@ -113,7 +113,7 @@ def test_gradient_reaches_both_towers_and_the_interaction(clips: tuple[Tensor, T
     assert logits.shape == (4, 3)
     (logits * model.logit_scale).square().sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A softmax does not feel a constant that is added to all it compares.
+    # Softmax cancels a constant that is added to all scores.
     assert set(without) <= {f"interaction.{side}_weight_fc.2.bias" for side in ("text", "video")}
 
 
@@ -124,7 +124,7 @@ def test_logit_scale_is_at_most_100(tiny_clip: str, stored: float, served: float
     assert model.logit_scale.item() == pytest.approx(served, rel=1e-5)
 
 
-def test_mean_and_std_are_the_models_own(tiny_clip: str) -> None:
+def test_mean_and_std_come_from_the_clip(tiny_clip: str) -> None:
     clip = open_clip.create_model(tiny_clip)
     model = DRL(clip, interaction="ti", temporal=None)
     assert model.mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
@@ -133,11 +133,11 @@ def test_mean_and_std_are_the_models_own(tiny_clip: str) -> None:
     assert model.mean.shape == (3, 1, 1)
     assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert model.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-    # Facts of the clip and no weights: a checkpoint of either loads into the other.
+    # They are not in the state dict, so that a checkpoint of either model loads into the other.
     assert not {"mean", "std"} & model.state_dict().keys()
 
 
-def test_small_model_comes_from_its_seed() -> None:
+def test_small_model_depends_on_its_seed() -> None:
     one, two, other = (small_model(SIZE, CONTEXT, seed)[0].state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["clip.text_projection"], other["clip.text_projection"])
@@ -151,7 +151,7 @@ def test_another_build_is_refused(tiny_clip: str) -> None:
 
 @pytest.mark.parametrize("stored", [math.log(100), 4.7])
 def test_the_temperature_can_leave_its_limit(tiny_clip: str, stored: float) -> None:
-    """CLIP's own weights lie at the limit, where a clamp has no gradient."""
+    """CLIP's weights start at the limit, where a clamp would have no gradient."""
     model = DRL(open_clip.create_model(tiny_clip), temporal=None)
     model.clip.logit_scale.data.fill_(stored)
     (gradient,) = torch.autograd.grad(model.logit_scale, model.clip.logit_scale)

@@ -1,4 +1,4 @@
-"""CLIP's text block written out for one sequence, from its state dict: what the layers are compared with."""
+"""CLIP's text block for one sequence, in plain code and from its state dict: the reference for the layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "model"
 
 
 def load(case: str) -> dict[str, Tensor]:
-    """The arrays of a recorded model."""
+    """Load the arrays of a recorded model."""
     with np.load(GOLDEN / f"{case}.npz") as file:
         return {k: torch.from_numpy(np.asarray(file[k])) for k in file.files if k != "meta"}
 
 
 def under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries below a prefix, without it."""
+    """Return the entries under a prefix, with the prefix removed."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -33,7 +33,7 @@ def layer_norm(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
 
 
 def block(x: Tensor, p: Mapping[str, Tensor], heads: int) -> Tensor:
-    """(N, D) -> (N, D), every position attending to every other."""
+    """Apply a block, (N, D) -> (N, D); every position attends to all."""
     dim = x.shape[1]
     width = dim // heads
     qkv = layer_norm(x, under("ln_1.", p)) @ p["attn.in_proj_weight"].T + p["attn.in_proj_bias"]
@@ -47,14 +47,14 @@ def block(x: Tensor, p: Mapping[str, Tensor], heads: int) -> Tensor:
 
 
 def blocks(x: Tensor, state: Mapping[str, Tensor], heads: int) -> Tensor:
-    """``state``: keys ``0.attn...`` and on."""
+    """Apply all blocks of ``state``, with keys ``0.attn...``, ``1.attn...``."""
     for i in range(1 + max(int(k.partition(".")[0]) for k in state)):
         x = block(x, under(f"{i}.", state), heads)
     return x
 
 
 def scramble(module: torch.nn.Module) -> torch.nn.Module:
-    """Weights large enough for every part to show in the output."""
+    """Draw weights that are large enough for every part to affect the output."""
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return module

@@ -1,4 +1,4 @@
-"""HI and MLP against what semantics say of them, written out level by level and pair by pair."""
+"""HI and MLP against their definitions, computed level by level and pair by pair."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def rows(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
-    """Each text's and each video's real tokens, as unit vectors."""
+    """Return each text's and each video's real tokens, as unit vectors."""
     t_mask = torch.ones(p.text.shape[:2], dtype=torch.bool) if p.text_mask is None else p.text_mask
     v_mask = torch.ones(p.video.shape[:2], dtype=torch.bool) if p.video_mask is None else p.video_mask
     texts = [unit(x[real]) for x, real in zip(p.text, t_mask, strict=True)]
@@ -87,11 +87,11 @@ def plain_mlp(layer: drl_fast.MLP, p: Problem) -> Tensor:
 
 @pytest.mark.parametrize("masks", MASKS, ids=str)
 @pytest.mark.parametrize("masking", ["drl", "exclude"])
-def test_hi_against_the_reading(masks: tuple[str, str], masking: str) -> None:
+def test_hi_against_the_definition(masks: tuple[str, str], masking: str) -> None:
     check(scramble(drl_fast.HI(DIM, masking=masking)).double(), problem(masks))
 
 
-def test_hi_starts_with_equal_levels_and_ends_in_any_of_them() -> None:
+def test_hi_starts_with_equal_levels_and_can_become_dp() -> None:
     p = problem(("prefix", "prefix"))
     args = (p.text, p.video, p.text_mask, p.video_mask)
     layer = drl_fast.HI(DIM).double()
@@ -102,8 +102,8 @@ def test_hi_starts_with_equal_levels_and_ends_in_any_of_them() -> None:
     assert layer(*args).abs().max() <= 1
 
 
-def test_hi_says_what_it_is() -> None:
-    assert "reading" in drl_fast.HI.__doc__
+def test_hi_cites_its_sources() -> None:
+    assert "our interpretation" in drl_fast.HI.__doc__
     for paper in ("2104.08860", "2207.07285", "2003.00392", "2203.07111"):
         assert paper in drl_fast.HI.__doc__
     assert "masking='exclude'" in repr(drl_fast.HI(DIM, masking="exclude"))

@@ -1,4 +1,4 @@
-"""What the six interactions promise alike, under the names they are built by."""
+"""Properties of all six interactions, built by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.modules.plain import scramble
 from tests.oracle import Problem, make
 
 DIM = 16
-# What no real token makes: a network's own idea, elsewhere 0.
+# With a side without real tokens these return some finite score; the others return 0.
 NETWORKS = ("mlp", "xti")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +52,7 @@ def test_names() -> None:
     assert build_interaction("xti", 16, layers=1).dim == 16
 
 
-def test_names_that_are_none() -> None:
+def test_unknown_names_and_options() -> None:
     with pytest.raises(ValueError, match="interaction must be one of 'dp', 'hi', 'mlp', 'xti', 'ti', 'wti', got 'WTI'"):
         build_interaction("WTI", 8)
     with pytest.raises(TypeError, match="arch must be an option of DP, which has: none; leave it out"):
@@ -66,7 +66,7 @@ def test_names_that_are_none() -> None:
 def test_every_parameter_gets_a_gradient(layer: nn.Module) -> None:
     found = gradients(layer, make((5, 9, 6, 4), DIM, masks=("holes", "holes")))
     assert all(bool(x.isfinite().all()) for x in found.values())
-    # A softmax does not feel what is added to all its entries.
+    # The last bias adds the same number to all scores of a row, which softmax cancels.
     still = [k for k, v in found.items() if not v.abs().max() > 1e-6 and not k.endswith("weight_fc.2.bias")]
     assert still == []
 
@@ -111,7 +111,7 @@ def test_half_precision(name: str, dtype: torch.dtype, parameters: str) -> None:
     assert got["logits"].dtype == torch.float32
     assert got["text"].dtype == dtype
     for key, truth in want.items():
-        # No bias moves a softmax: its true gradient is 0, and what stands there is rounding.
+        # Softmax cancels the last bias: its true gradient is 0, so only rounding errors are left.
         floor = 1e-1 if key.endswith("weight_fc.2.bias") else 1e-3
         assert (got[key].float() - truth).abs().max() <= 3e-2 * max(float(truth.abs().max()), floor), key
 
@@ -144,7 +144,7 @@ def test_the_backward_pass_computes_under_the_autocast_of_the_call(name: str) ->
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_of_many_blocks_are_summed_in_float32(name: str) -> None:
-    """In bfloat16 a sum of ones ends at 256."""
+    """In bfloat16 a sum of ones stops at 256."""
     layer = build_interaction(name, DIM, chunk=2).bfloat16().eval()
     layer(torch.randn(40, 3, DIM).bfloat16(), torch.randn(40, 2, DIM).bfloat16()).sum().backward()
     assert layer.similarity_dense.bias.grad.tolist() == [1600]

@@ -1,4 +1,4 @@
-"""What all layers share: one call, copies, pickles, functional_call, nothing kept but parameters."""
+"""Properties of all layers: one call, copies, pickles, functional_call, no state except parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The temporal modules: one video after the other without its masked frames, and the recorded models."""
+"""The temporal modules against plain code, video by video without masked frames, and against recorded models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def module(request: pytest.FixtureRequest) -> nn.Module:
 
 
 def plain(module: nn.Module, video: Tensor, mask: Tensor) -> Tensor:
-    """Each video's real frames alone; masked frames as they are."""
+    """Apply the module to each video's real frames only; leave masked frames unchanged."""
     p = dict(module.named_parameters())
     out = []
     for frames, real in zip(video, mask.bool(), strict=True):
@@ -144,7 +144,7 @@ def test_half_precision(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def start_small(module: nn.Module) -> None:
-    """Back from scrambled weights to ones that half precision can follow."""
+    """Scale scrambled weights down so that half precision is accurate enough."""
     for p in module.parameters(recurse=False):
         p.data.mul_(0.3)
 
@@ -183,7 +183,7 @@ def test_heads_are_64_wide() -> None:
     assert heads == [1, 1, 2, 8]
 
 
-def test_the_unread_table_takes_no_gradient() -> None:
+def test_the_unused_table_takes_no_gradient() -> None:
     module = SeqLSTM(16, max_positions=9)
     module(torch.randn(2, 3, 16)).sum().backward()
     assert module.frame_position_embeddings.weight.shape == (9, 16)

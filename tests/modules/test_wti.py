@@ -1,4 +1,4 @@
-"""WTI: the weight heads, their state-dict keys, and what reaches their gradients."""
+"""WTI: weight heads, state-dict keys and gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_state_dict_keys_are_the_public_codes(arch: int, bidirectional: bool) ->
 
 
 def upstream(arch: int) -> nn.Module:
-    """The public code's definition of a head."""
+    """Build a head as the public code does."""
     layers: list[nn.Module] = []
     for _ in range(arch - 1):
         layers += [nn.Linear(16, 16), nn.ReLU(inplace=True)]
@@ -123,7 +123,7 @@ def test_half_precision_features_with_a_float32_head(impl: Implementation, dtype
 
 
 def test_under_autocast(impl: Implementation) -> None:
-    """Heads run in autocast's dtype as any nn.Linear does; softmax, product and sums do not."""
+    """Heads run in autocast's dtype, as every nn.Linear; softmax, products and sums do not."""
     torch.manual_seed(0)
     layer = drl_fast.WTI(64).to(impl.device)
     p = make((9, 12, 8, 6), 64, masks=("prefix", "holes")).map(lambda x: x.to(impl.device))
@@ -156,7 +156,7 @@ def test_one_way_uses_the_text_side_alone() -> None:
 
 
 def test_it_learns() -> None:
-    """A few steps of Adam bring matching pairs to the top: gradients point where they should."""
+    """A few steps of Adam bring matching pairs to rank 1."""
     torch.manual_seed(0)
     layer = drl_fast.WTI(16)
     text = torch.randn(12, 6, 16, requires_grad=True)
@@ -172,7 +172,7 @@ def test_it_learns() -> None:
 
 
 def test_quantised_heads() -> None:
-    """They hold no parameters, and dynamic quantisation is how people shrink a model for a CPU."""
+    """Dynamically quantised heads have no parameters."""
     layer = drl_fast.WTI(16)
     small = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
     p = make((5, 9, 6, 4), 16)

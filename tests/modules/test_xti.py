@@ -1,4 +1,4 @@
-"""XTI against its definition pair by pair, the recorded model, and itself in chunks of other sizes."""
+"""XTI against its definition, pair by pair, against the recorded model, and with other chunk sizes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def problem(masks: tuple[str | None, str | None] = ("holes", "empty"), dtype: to
 def plain(
     layer: drl_fast.XTI, text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None
 ) -> Tensor:
-    """One pair after the other; masked frames are left out of the sequence."""
+    """Score one pair after the other, with sequences without masked frames."""
     p = dict(layer.named_parameters())
     logits = []
     for a in range(len(text)):
@@ -47,7 +47,7 @@ def plain(
 
 
 def gradients(layer: drl_fast.XTI, p: Problem, function: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
-    """Logits and the gradient of a weighted sum of them, by name."""
+    """Return logits and the gradients of their weighted sum, by name."""
     layer.zero_grad()
     text, video = p.text.clone().requires_grad_(), p.video.clone().requires_grad_()
     logits = (layer if function is None else function)(text, video, p.text_mask, p.video_mask)
@@ -109,7 +109,7 @@ def test_dropout_is_the_same_in_the_backward_pass(monkeypatch: pytest.MonkeyPatc
 
     def stopped(*args: Tensor | None) -> Tensor:
         logits = layer(*args)
-        layer.eval()  # between the passes: changes nothing
+        layer.eval()  # between the passes: must have no effect
         torch.rand(3)
         return logits
 
@@ -118,7 +118,7 @@ def test_dropout_is_the_same_in_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     end = torch.rand(3)
     layer.train()
 
-    # The same blocks in the same order, kept.
+    # Score the same blocks in the same order, but keep their graphs.
     def kept(run: object, text: Tensor, *video: Tensor, size: int = 4, **options: object) -> Tensor:
         lines = [[run(t, *v) for v in zip(*(x.split(size) for x in video), strict=True)] for t in text.split(1)]
         return torch.cat([torch.cat(line, dim=1) for line in lines])
@@ -127,10 +127,10 @@ def test_dropout_is_the_same_in_the_backward_pass(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(1)
     assert_same(got, gradients(layer, p))
     torch.rand(3)
-    assert torch.equal(end, torch.rand(3))  # the backward pass went on where the program was
+    assert torch.equal(end, torch.rand(3))  # the backward pass restored the generator
 
 
-def test_dropout_falls_on_the_sequence_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_applies_to_the_sequence_of_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, p = small(dropout=0.1).double().train(), problem((None, None))
     seen: list[tuple[torch.Size, float, bool]] = []
     dropout = F.dropout
@@ -154,7 +154,7 @@ def test_the_order_of_frames_counts() -> None:
 
 
 def test_a_lone_real_position_is_finite() -> None:
-    """A video without a real frame leaves the text, one without text a zero vector."""
+    """A video without real frames leaves only the text; a text without real tokens is a zero vector."""
     layer, p = small().double().eval(), problem((None, None))
     none = torch.zeros(6, 4)
     got = layer(p.text, p.video, None, none)
@@ -215,7 +215,7 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
         drl_fast.XTI(**options)
 
 
-def test_dropout_of_another_kind() -> None:
+def test_dropout_must_be_a_number() -> None:
     with pytest.raises(TypeError, match="dropout must be a number, got bool True"):
         drl_fast.XTI(16, dropout=True)
 

@@ -1,6 +1,6 @@
-"""CDCR and the cross-correlation loss: values and gradients of every implementation against the float64 oracle.
+"""CDCR and the cross-correlation loss: values and gradients of every implementation against the float64 reference.
 
-The rule is tests/oracle.py's: at most twice the error of plain PyTorch in the same dtype, plus a stated atol.
+The error rule is that of tests/oracle.py: at most twice the error of plain PyTorch in the same dtype, plus an atol.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class Pairs:
     def name(self) -> str:
         return "cdcr_loss" if self.text.dim() == 3 else "cross_correlation_loss"
 
-    def call(self, home: Any) -> Tensor:
+    def call(self, module: Any) -> Tensor:
         args = [self.text, self.video, self.text_weight]
         if self.text.dim() == 3:
             args += [self.video_weight, self.text_mask, self.video_mask]
-        return getattr(home, self.name)(*args, **self.options)
+        return getattr(module, self.name)(*args, **self.options)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Pairs:
         names = (*LEAVES, "text_mask", "video_mask")
         return replace(self, **{n: None if (x := getattr(self, n)) is None else change(x) for n in names})
 
-    def grads(self, home: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def grads(self, module: Any) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = {n: x.detach().requires_grad_() for n in LEAVES if (x := getattr(self, n)) is not None}
-        loss = replace(self, **leaves).call(home)
+        loss = replace(self, **leaves).call(module)
         return loss.detach(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
@@ -68,7 +68,7 @@ def pairs(
     weights: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> Pairs:
-    """A random problem of shape (B, Nt, Nv)."""
+    """Draw a random problem of shape (B, Nt, Nv)."""
     b, nt, nv = shape
     kinds = MASKS[masks]
     return Pairs(
@@ -83,13 +83,13 @@ def pairs(
 
 
 def rows(count: int, dim: int, dtype: torch.dtype = torch.float32, weighted: bool = True, **options: Any) -> Pairs:
-    """A random problem of two (N, D) matrices."""
+    """Draw a random problem of two (N, D) matrices."""
     x, y = (torch.randn(count, dim, dtype=torch.float64).to(dtype) for _ in range(2))
     return Pairs(x, y, torch.rand(count) if weighted else None, options=options or FORMS["full"])
 
 
 def judge(problem: Pairs, device: str, floor: float = 0.0) -> dict[str, Tensor]:
-    """Compare with the oracle; ``floor`` is the size below which a true gradient is nothing but rounding."""
+    """Compare with the reference. A true gradient below ``floor`` counts as rounding."""
     loss, grads = problem.map(lambda x: x.to(device)).grads(functional)
     truth, true_grads = problem.map(lambda x: x.double() if x.is_floating_point() else x).grads(reference)
     rival, rival_grads = problem.grads(reference)
@@ -101,7 +101,7 @@ def judge(problem: Pairs, device: str, floor: float = 0.0) -> dict[str, Tensor]:
         given = getattr(problem, name)
         assert grad.dtype == given.dtype
         assert grad.shape == given.shape
-        # What comes back through mean and deviation cancels most of a gradient, once for each token that chose it.
+        # The gradient through mean and deviation cancels most of the direct one, once per token that chose a partner.
         atol = max(10 * ATOL[dtype], 2 * torch.finfo(grad.dtype).eps)
         assert_close(f"grad of {name}", grad, rival_grads[name], true_grads[name], atol, floor)
     return grads
@@ -141,7 +141,7 @@ def test_dtypes(impl: Implementation, dtype: torch.dtype, form: str, weights: to
 @pytest.mark.parametrize("count", [2, 3, 65, 300])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_rows(impl: Implementation, count: int, form: str, weighted: bool) -> None:
-    # Two rows standardise to +-0.7 whatever they are: the true gradient is 0, the parts that cancel are not.
+    # Any two rows standardise to +-0.7, so the true gradient is 0, as a sum of parts that are not.
     judge(rows(count, 33, weighted=weighted, **FORMS[form]), impl.device, floor=10.0 if count == 2 else 0.0)
 
 
@@ -166,7 +166,7 @@ def test_divisor(impl: Implementation) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_constant_channel_is_left_out(impl: Implementation, form: str) -> None:
-    """Its deviation is 0: a finite loss, and no gradient of its own."""
+    """The loss is finite, and the channel gets no gradient."""
     problem = rows(40, 9, **FORMS[form])
     problem.text[:, 3] = 1.7
     problem.video[:, 5] = -0.3
@@ -178,8 +178,8 @@ def test_a_constant_channel_is_left_out(impl: Implementation, form: str) -> None
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-6])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_nearly_constant_channel_is_not(impl: Implementation, form: str, spread: float) -> None:
-    """A mean in float32 would be off by as much as the channel varies."""
+def test_a_nearly_constant_channel_is_accurate(impl: Implementation, form: str, spread: float) -> None:
+    """The error of a float32 mean would be as large as the deviation."""
     problem = rows(200, 12, weighted=False, **FORMS[form])
     problem.text[:, 2] = 1 + spread * torch.randn(200)
     loss, grads = problem.map(lambda x: x.to(impl.device)).grads(functional)
@@ -197,7 +197,7 @@ def test_masked_tokens_are_never_read(impl: Implementation, form: str, bad: floa
     dirty = clean.map(torch.clone)
     for features, mask in ((dirty.text, clean.text_mask), (dirty.video, clean.video_mask)):
         features[~mask] = bad
-    # The first pair has no word, so nobody looks at its frames.
+    # The first pair has no word, so its frames are not read.
     dirty.video[0] = bad
     want, got = (x.map(lambda x: x.to(impl.device)).grads(functional) for x in (clean, dirty))
     assert torch.equal(want[0], got[0])
@@ -239,7 +239,7 @@ def test_strides(impl: Implementation, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_bits(cpu_impl: Implementation, form: str) -> None:
-    """Run after run, and on any number of threads: the alpha_off form's products are the matrix library's."""
+    """From run to run; in the diagonal form also for any number of threads. The full form uses torch.mm."""
     problem = pairs((40, 12, 8), 64, masks="holes", **FORMS[form])
     found = []
     for threads in (2, 2, 1):
@@ -250,7 +250,7 @@ def test_equal_bits(cpu_impl: Implementation, form: str) -> None:
         assert all(torch.equal(grads[name], grad) for name, grad in found[0][1].items())
 
 
-def test_only_what_is_wanted(impl: Implementation) -> None:
+def test_gradient_of_one_input_only(impl: Implementation) -> None:
     problem = pairs((6, 4, 3), 8).map(lambda x: x.to(impl.device))
     _, everything = problem.grads(functional)
     for name in LEAVES:
@@ -272,7 +272,7 @@ def test_gradcheck(cpu_impl: Implementation, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("wanted", [LEAVES, *((name,) for name in LEAVES)], ids=" ".join)
 def test_second_derivatives_raise(impl: Implementation, form: str, wanted: tuple[str, ...]) -> None:
-    """On every path: a term that is dropped in silence would be wrong beside another loss that has one."""
+    """On every path: a dropped term would make the second derivative of a sum with another loss wrong."""
     problem = pairs((5, 3, 4), 6, **FORMS[form]).map(lambda x: x.to(impl.device))
     leaves = [getattr(problem, name).requires_grad_() for name in wanted]
     loss = problem.call(functional)
@@ -295,8 +295,8 @@ def test_tangents_raise(impl: Implementation) -> None:
             replace(problem, text=dual).call(functional)
 
 
-def test_what_little_is_left_off_the_diagonal(impl: Implementation) -> None:
-    """Where training leads: C nearly the identity. Taken as a difference of sums nothing would be left of the rest."""
+def test_small_off_diagonal_entries_are_accurate(impl: Implementation) -> None:
+    """After training C is nearly the identity. The sum of all squares minus the diagonal's would lose their digits."""
     signs = torch.ones(1, 1)
     while len(signs) < 128:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
@@ -306,8 +306,8 @@ def test_what_little_is_left_off_the_diagonal(impl: Implementation) -> None:
     assert problem.map(lambda x: x.to(impl.device)).call(functional).item() == pytest.approx(truth.item(), rel=1e-3)
 
 
-def test_squares_beyond_float32_are_not_lost_in_silence(impl: Implementation) -> None:
-    """Right, or NaN: never the loss of a channel that looks constant."""
+def test_overflowing_squares_are_right_or_nan(impl: Implementation) -> None:
+    """The channel must not count as constant."""
     problem = rows(20, 4)
     problem.text[:, 1] *= 1e30
     loss = problem.map(lambda x: x.to(impl.device)).call(functional).item()
@@ -347,7 +347,7 @@ def test_opcheck(cpu_impl: Implementation, full: bool) -> None:
 
 
 def test_autocast(impl: Implementation) -> None:
-    """Features are cast as the interaction casts them; statistics and sums stay wide."""
+    """Features are cast as in the token interaction; statistics and sums stay in float32 or better."""
     problem = pairs((6, 5, 4), 16).map(lambda x: x.to(impl.device))
     with torch.autocast(impl.device, torch.bfloat16):
         got, grads = problem.grads(functional)

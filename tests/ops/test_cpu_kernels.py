@@ -1,4 +1,4 @@
-"""The C++ kernels of every instruction set, and what they say to arguments that no public function lets through."""
+"""The C++ kernels of every instruction set, and their checks of arguments that public functions never pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import use
 from tests.implementations import Implementation
 
 ROOT = Path(__file__).parents[2]
-# The suites in which a kernel's arithmetic, masks and matches are compared with the oracle and with recorded numbers.
+# The tests that compare the kernels' values, masks and matches with the reference and with recorded results.
 SUITES = (
     "tests/ops/test_fuzz.py",
     "tests/ops/test_token_interaction.py",
@@ -34,10 +34,10 @@ def extension() -> Implementation:
 
 
 @pytest.mark.parametrize(("limit", "name"), [("avx2", "avx2"), ("default", "portable")])
-def test_conformance_of_lesser_instruction_sets(limit: str, name: str) -> None:
-    """A process of its own: kernels are chosen once, as PyTorch's are."""
+def test_smaller_instruction_sets(limit: str, name: str) -> None:
+    """In a separate process, because kernels are chosen once per process."""
     if dispatch.cpu_capability() == "portable" or (name == "avx2" and dispatch.cpu_capability() != "avx512"):
-        pytest.skip(f"this CPU's best kernels, {dispatch.cpu_capability()}, are those that every test runs")
+        pytest.skip(f"all other tests use this CPU's best kernels, {dispatch.cpu_capability()}")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit, "DRL_FAST_FUZZ": "0"}
     ask = "from drl_fast.ops import dispatch; print(dispatch.cpu_capability())"
     asked = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
@@ -101,7 +101,7 @@ def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: obje
         torch.ops.drl_fast.token_interaction_backward(*arguments)
 
 
-def test_token_interaction_of_no_channels() -> None:
+def test_token_interaction_without_channels() -> None:
     """With D = 0 every similarity is 0. The kernels once read uninitialized scores and divided by zero."""
     inputs = {**FORWARD, "text": torch.zeros(4, 3, 0), "video": torch.zeros(2, 5, 0)}
     logits, by_word, by_frame = torch.ops.drl_fast.token_interaction(*inputs.values())
@@ -146,7 +146,7 @@ def test_cdcr_reads_nothing_beyond_its_arguments(name: str, value: torch.Tensor,
 
 @pytest.mark.parametrize("empty", ["tokens", "channels"])
 @pytest.mark.parametrize("full", [True, False])
-def test_cdcr_of_nothing(empty: str, full: bool) -> None:
+def test_cdcr_without_tokens_or_channels(empty: str, full: bool) -> None:
     tokens, dim = (0, 8) if empty == "tokens" else (3, 0)
     sides = [torch.zeros(4, tokens, dim), torch.zeros(4, tokens, dim)]
     index = [torch.full((4, tokens), -1, dtype=torch.int16)] * 2

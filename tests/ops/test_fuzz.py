@@ -1,6 +1,6 @@
-"""Random shapes, masks, dtypes, strides and options against the float64 oracle.
+"""Random shapes, masks, dtypes, strides and options against the float64 reference.
 
-`make test` takes a short walk; `make fuzz` (DRL_FAST_FUZZ=1) a long one, different each time.
+`make test` runs a short, fixed part; `make fuzz` (DRL_FAST_FUZZ=1) a long one, different each time.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tests.oracle import NEAR, Problem, choices, judge, make
 LONG = os.environ.get("DRL_FAST_FUZZ") == "1"
 FUZZ = settings(
     max_examples=3000 if LONG else 60,
-    # The short walk takes the same steps every time: a red run must be the change's fault.
+    # The short part is the same every time, so that a failure is due to the change.
     derandomize=not LONG,
     deadline=None,
-    # The fixture only puts an implementation in charge; nothing of it is used up by an example.
+    # The fixture only selects an implementation, so all examples can share it.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -32,12 +32,12 @@ ROWS = st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65]))
 DIM = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 128, 257, 512]))
 MASK = st.sampled_from([None, "prefix", "holes", "empty"])
 LAYOUT = st.sampled_from(["contiguous", "rows apart", "transposed", "channels first", "offset", "reversed batch"])
-# Elements of the dense similarities that the oracle may build.
+# Limit of the elements of the dense similarities in the reference.
 BUDGET = 400_000
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same values, elsewhere in memory."""
+    """Copy a tensor into another memory layout."""
     if layout == "rows apart":
         return torch.stack([x, torch.full_like(x, 7)], dim=1)[:, 0]
     if layout == "transposed":
@@ -83,7 +83,7 @@ def problems(draw: st.DrawFn) -> Problem:
 @FUZZ
 @given(problem=problems())
 def test_against_the_oracle(impl: Implementation, problem: Problem) -> None:
-    # Under one channel a unit token is a sign, and its true gradient is nothing but rounding.
+    # With one channel a unit token is a sign, and its true gradient is 0.
     one_channel = problem.text.shape[2] == 1
     result = judge(problem, impl.device, floor=1.0 if one_channel else 1e-3)
     assert bool(result.logits.isfinite().all())
@@ -95,7 +95,7 @@ def test_matches_against_the_oracle(impl: Implementation, problem: Problem) -> N
     args = problem.map(lambda x: x.to(impl.device)).args()
     _, found = drl_fast.token_interaction(*args, **problem.options, return_matches=True)
     want = choices(problem)
-    # Without normalisation similarities, and so their rounding, grow with the features.
+    # Without normalisation, similarities and their rounding errors grow with the features.
     largest = float(problem.video.double().abs().max()) if problem.video.numel() else 0.0
     near = NEAR[problem.text.dtype] * (1.0 if problem.options["normalize"] else max(1.0, 40 * largest))
     assert bool(((found.video_index.cpu() == want.video_index) | (want.video_gap < near)).all())

@@ -1,4 +1,4 @@
-"""Values and gradients of every implementation against the float64 oracle."""
+"""Values and gradients of every implementation against the float64 reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MASKS = {
     "text only": ("prefix", None),
     "video only": (None, "empty"),
 }
-# (A, Nt, B, Nv): odd and even, one of each, none of each, one side far larger, either side beyond a byte's reach.
+# (A, Nt, B, Nv): odd and even, one row or token, one side far larger, more than 255 tokens on either side.
 SHAPES = [
     (1, 1, 1, 1),
     (5, 1, 4, 6),
@@ -101,7 +101,7 @@ def test_mask_values_other_than_zero_mean_real(impl: Implementation) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weights", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_weight_dtypes(impl: Implementation, dtype: torch.dtype, weights: torch.dtype) -> None:
-    """Weights of any float dtype, negative ones and ones on masked tokens; their gradient is in their own dtype."""
+    """Weights of any float dtype, also negative or on masked tokens; their gradient has their dtype."""
     judge(make((6, 8, 5, 7), 16, dtype, masks=("holes", "prefix"), weights=weights), impl.device)
 
 
@@ -113,7 +113,7 @@ def test_empty_batches(impl: Implementation, shape: tuple[int, int, int, int], m
 
 
 def strided(kind: str) -> Problem:
-    """The features and companions of one problem, laid out in memory in another way."""
+    """Make a problem whose tensors have another memory layout."""
     p = make((6, 8, 7, 5), 16, masks=("holes", "holes"), weights=torch.float32)
     if kind == "transposed":
         return p.map(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
@@ -137,14 +137,14 @@ def test_strides(impl: Implementation, kind: str, bidirectional: bool) -> None:
     problem.options["bidirectional"] = bidirectional
     if not bidirectional:
         problem.video_weight = None
-    # Equal tokens tie, in truth as here: nothing to leave out of the gradient but what rounding can reorder.
+    # Expanded tokens tie exactly, in the reference too, so the probe must not leave these pairs out.
     probe = torch.randn(problem.pairs, dtype=torch.float64) if kind == "expanded" else None
     judge(problem, impl.device, probe=probe, floor=1.0 if kind == "one channel expanded" else 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_and_small_magnitudes(impl: Implementation, dtype: torch.dtype) -> None:
-    """Norms are taken in float32: half-precision features may be large or tiny without overflow or loss."""
+    """Norms are computed in float32, so large or tiny half-precision features neither overflow nor vanish."""
     problem = make((6, 8, 7, 5), 64, dtype, masks=("prefix", "prefix"))
     problem.text = problem.text * (3e3 if dtype == torch.float16 else 1e6)
     problem.video = problem.video * 2.0**-8
@@ -152,7 +152,7 @@ def test_large_and_small_magnitudes(impl: Implementation, dtype: torch.dtype) ->
 
 
 def test_deterministic_mode_fills_empty_memory_with_nan(impl: Implementation) -> None:
-    """Whatever reads memory that it has not written shows up here."""
+    """A kernel that reads memory before writing it returns NaN here."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     for shape in [(5, 9, 6, 4), (1, 1, 1, 1), (40, 20, 33, 13), (2, 300, 2, 3)]:

@@ -1,4 +1,4 @@
-"""What autograd may ask of the operator: gradcheck, opcheck, parts of the gradient, and what must raise."""
+"""Autograd: gradcheck, opcheck, parts of the gradient, and unsupported derivatives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_gradcheck(impl: Implementation, case: str, weights: torch.dtype | None)
 
 
 def op_args(p: Problem, *, normalize: bool, zero_competes: bool, keep: bool, grad: bool) -> tuple[Any, ...]:
-    """Arguments of the operator itself: weights always given, masks boolean."""
+    """Return arguments of the operator itself, with weights and boolean masks."""
     floats = [x if x is None else x.clone().requires_grad_(grad) for x in p.args()[:4]]
     return (*floats, p.text_mask, p.video_mask, normalize, zero_competes, keep)
 
@@ -108,7 +108,7 @@ def test_second_derivative_raises(impl: Implementation) -> None:
 @pytest.mark.parametrize("which", ["text", "video", "text_weight", "video_weight"])
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_forward_mode_raises(impl: Implementation, which: str, requires_grad: bool) -> None:
-    """A tangent may never be dropped in silence, whether or not a gradient is wanted as well."""
+    """A tangent must not be dropped without an error, with or without a gradient."""
     p = make((3, 4, 2, 5), weights=torch.float32).map(lambda x: x.to(impl.device))
     primal = getattr(p, which).requires_grad_(requires_grad)
 
@@ -122,7 +122,7 @@ def test_forward_mode_raises(impl: Implementation, which: str, requires_grad: bo
         score(torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal)))
 
 
-def test_forward_mode_around_it_is_no_harm(impl: Implementation) -> None:
+def test_forward_mode_of_other_inputs_works(impl: Implementation) -> None:
     p = make((3, 4, 2, 5)).map(lambda x: x.to(impl.device))
     scale = torch.ones((), device=impl.device)
     _, tangent = torch.func.jvp(lambda s: drl_fast.token_interaction(*p.args()) * s, (scale,), (scale,))
@@ -150,7 +150,7 @@ def test_inputs_are_left_as_they_were(impl: Implementation) -> None:
 
 
 class MatchesKept(TorchDispatchMode):
-    """Record how many matches each call of the operator hands back."""
+    """Record how many matches each call of the operator returns."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Equal bits: run after run, for any number of threads, and for a pair whatever else is in its batch."""
+"""Equal bits: from run to run, for any number of threads, and for a pair in any batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.oracle import Problem, make, run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MASKS = [(None, None), ("prefix", "holes"), ("empty", "prefix")]
-# (A, Nt, B, Nv, D): batches that fill no whole number of blocks, rows that fill no whole block, rows beyond one.
+# (A, Nt, B, Nv, D): partly filled blocks, and rows shorter and longer than a block.
 SHAPES = [(37, 32, 41, 12, 64), (90, 9, 70, 5, 512), (33, 1, 300, 7, 17), (5, 300, 6, 260, 32), (70, 25, 3, 64, 3)]
 
 
@@ -32,7 +32,7 @@ def maxsim(p: Problem) -> Tensor:
 
 
 def subset(p: Problem, rows: Tensor, columns: Tensor) -> Problem:
-    """Texts ``rows`` against videos ``columns``, repeats allowed."""
+    """Select texts ``rows`` and videos ``columns``; repeats are allowed."""
 
     def pick(x: Tensor | None, index: Tensor) -> Tensor | None:
         return None if x is None else x[index.to(x.device)]
@@ -49,7 +49,7 @@ def subset(p: Problem, rows: Tensor, columns: Tensor) -> Problem:
 
 
 def bits(x: Tensor) -> Tensor:
-    """Raw bytes: -0 is not 0 here, and a NaN equals itself."""
+    """Return raw bytes, which distinguish -0 from 0 and compare NaN as equal."""
     return x.detach().contiguous().view(torch.uint8)
 
 
@@ -83,7 +83,7 @@ def test_batch_invariance(
 @pytest.mark.parametrize("masks", MASKS, ids=str)
 @pytest.mark.parametrize("masking", ["drl", "exclude", "none"])
 def test_batch_invariance_under_every_mask_rule(impl: Implementation, masks: tuple[str, str], masking: str) -> None:
-    """Masks decide how tokens are packed, so neighbours decide where a pair's tokens stand in a block."""
+    """Masks affect packing, so other rows affect where a pair's tokens are in a block."""
     p = problem_of((37, 13, 41, 7, 32), torch.float32, masks).map(lambda x: x.to(impl.device))
     p.options["masking"] = masking
     whole = interaction(p)
@@ -92,8 +92,8 @@ def test_batch_invariance_under_every_mask_rule(impl: Implementation, masks: tup
         assert torch.equal(bits(interaction(subset(p, rows, columns))), bits(want))
 
 
-def test_batch_invariance_beside_odd_neighbours(impl: Implementation) -> None:
-    """Neighbours that are zero, huge, NaN, or without a real token change nothing for the others."""
+def test_batch_invariance_beside_unusual_rows(impl: Implementation) -> None:
+    """Rows that are zero, huge, NaN, or without a real token do not affect others."""
     p = problem_of((37, 13, 41, 7, 32), torch.float32, ("prefix", "prefix")).map(lambda x: x.to(impl.device))
     want = interaction(p)
     p.text[3], p.text[9], p.text[20] = 0, 1e30, torch.nan
@@ -141,6 +141,6 @@ def test_any_number_of_threads(cpu_impl: Implementation, shape: tuple[int, ...],
         results.append(run(drl_fast.token_interaction, p, probe))
     for other in results[1:]:
         assert torch.equal(bits(results[0].logits), bits(other.logits))
-        # The chunked backward is torch.mm, which splits long sums among threads.
+        # Chunked PyTorch's backward uses torch.mm, which splits long sums among threads.
         for name, grad in results[0].grads.items() if cpu_impl.name == "cpp" else ():
             assert torch.equal(bits(grad), bits(other.grads[name])), name

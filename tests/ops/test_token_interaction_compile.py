@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Graphs on disk know an operator by its name alone, and would call an earlier schema.
+    # Cached graphs identify an operator by its name only, and would call an earlier schema.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     yield
@@ -53,7 +53,7 @@ def test_fullgraph(impl: Implementation, case: str) -> None:
 
 
 def test_dynamic_shapes(impl: Implementation) -> None:
-    """One graph for every batch and length up to a byte's reach."""
+    """One graph serves all batches and lengths up to 255 tokens."""
     compiles = []
 
     def counting(module: Any, inputs: Any) -> Any:
@@ -107,10 +107,8 @@ def test_bad_shapes_raise_under_compilation(impl: Implementation) -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-def test_autocast_casts_features_and_nothing_else(
-    impl: Implementation, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
-    """Features are rounded to autocast's dtype, mixed ones as well; products and sums stay in float32."""
+def test_autocast_casts_only_features(impl: Implementation, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Features, also of mixed dtypes, are rounded to autocast's dtype; products and sums stay in float32."""
     problem = make((9, 12, 8, 6), 64, masks=("holes", "prefix"), weights=torch.float32)
     problem = problem.map(lambda x: x.to(impl.device))
     problem.text, problem.video = problem.text.to(dtypes[0]), problem.video.to(dtypes[1])
@@ -125,7 +123,7 @@ def test_autocast_casts_features_and_nothing_else(
         assert grad.dtype == getattr(problem, name).dtype
         assert torch.equal(grad, want.grads[name].to(grad.dtype))
     exact = run(drl_fast.reference.token_interaction, rounded.double()).logits
-    # A GPU's kernels multiply in the features' own dtype.
+    # The Triton kernels multiply in the features' dtype.
     multiplied_in = torch.bfloat16 if impl.name in ("cuda", "interpreter") else torch.float32
     assert error(got.logits, exact) < 10 * ATOL[multiplied_in]
 

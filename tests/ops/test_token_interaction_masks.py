@@ -1,4 +1,4 @@
-"""The mask rule, case by case: what competes, what is never read, and what an empty row scores."""
+"""The mask rules, case by case."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ PADDED_T, PADDED_V = [[[1.0, 0.0], [9.0, 9.0]]], [[[-1.0, 0.0], [9.0, 9.0]]]
 
 
 def test_negative_pair_at_exact_length_and_padded(impl: Implementation) -> None:
-    """A masked token's 0 beats a negative similarity under "drl": the score is a function of the padded row."""
+    """With "drl" a masked token's 0 beats a negative similarity, so the score depends on padding."""
     assert score(impl, T, V) == [[-1.0]]
     assert score(impl, T, V, None, None, [[1]], [[1]]) == [[-1.0]]
     assert score(impl, T, PADDED_V, None, None, None, [[1, 0]], bidirectional=False) == [[0.0]]
-    # The frame has one word and no masked one to choose from: its maximum stays -1.
+    # The text has no masked word, so the frame's maximum stays -1.
     assert score(impl, T, PADDED_V, None, None, None, [[1, 0]]) == [[-0.5]]
     assert score(impl, PADDED_T, PADDED_V, None, None, [[1, 0]], [[1, 0]]) == [[0.0]]
 
@@ -71,7 +71,7 @@ def test_masked_features_reach_nothing(impl: Implementation, masking: str, poiso
 
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_masked_weights_count_for_nothing(impl: Implementation, masking: str) -> None:
-    """A masked token's own maximum is 0 whatever its weight, NaN aside, and that weight's gradient is 0."""
+    """A masked token's own maximum is 0 for every finite weight, and the weight's gradient is 0."""
     problem = make((6, 9, 7, 5), 16, masks=("empty", "holes"), weights=torch.float32, masking=masking)
     want = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device)), probe_for(problem))
     problem.text_weight[~problem.text_mask] = 1e6
@@ -90,7 +90,7 @@ def test_rows_without_a_real_token_score_zero(impl: Implementation, masking: str
     problem.video_mask[2] = False
     result = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device)), torch.ones(4, 5))
     assert all(bool(g.isfinite().all()) for g in (result.logits, *result.grads.values()))
-    if masking == "none":  # every token competes: the other side's weights still count
+    if masking == "none":  # every token competes, and the other side's weights still count
         assert result.logits[1, 2] == 0
     else:
         assert not result.logits[1].any()
@@ -100,7 +100,7 @@ def test_rows_without_a_real_token_score_zero(impl: Implementation, masking: str
 
 
 @pytest.mark.parametrize("poison", POISON)
-def test_a_bad_real_token_spoils_its_own_scores_alone(impl: Implementation, poison: float) -> None:
+def test_a_bad_real_token_affects_only_its_own_scores(impl: Implementation, poison: float) -> None:
     problem = make((40, 7, 30, 9), 16, masks=("prefix", "prefix"))
     clean = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device))).logits
     problem.text[17, 0, 3] = poison
@@ -114,8 +114,8 @@ def test_a_bad_real_token_spoils_its_own_scores_alone(impl: Implementation, pois
 
 @pytest.mark.parametrize("masking", ["drl", "exclude", "none"])
 @pytest.mark.parametrize("tokens", [1, 4, 20])
-def test_nan_wins_the_maximum_wherever_it_stands(impl: Implementation, masking: str, tokens: int) -> None:
-    """As torch.max does: a NaN is never dropped by a comparison, nor hidden by the masked token's 0."""
+def test_nan_wins_the_maximum_at_every_position(impl: Implementation, masking: str, tokens: int) -> None:
+    """As in torch.max: a comparison does not drop a NaN, nor does a masked token's 0 hide it."""
     for place in range(tokens):
         problem = make((2, 3, 2, tokens), 8, masking=masking, bidirectional=False)
         problem.video[1, place, 0] = math.nan
@@ -150,7 +150,7 @@ def test_zero_vectors(impl: Implementation, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tiny_norms_that_are_not_zero(impl: Implementation, dtype: torch.dtype) -> None:
-    """Just above the threshold a token is still a direction, although its square is far below the smallest float."""
+    """A token just above the threshold is normalised, although its square is far below 1."""
     text = torch.zeros(1, 1, 4, dtype=dtype, device=impl.device)
     text[0, 0] = torch.tensor([3e-12, 4e-12, 0, 0], dtype=dtype)
     video = torch.eye(4, dtype=dtype, device=impl.device)[:2].view(2, 1, 4)

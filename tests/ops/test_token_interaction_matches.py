@@ -1,4 +1,4 @@
-"""``return_matches``: who chose whom, ties included, and that scores follow from it."""
+"""``return_matches``: the matches, ties, and scores computed from them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_matches_are_the_argmax(
     assert bool(agree.all())
     agree = (found.text_index == want.text_index) | (want.text_gap < near)
     assert bool(agree.all())
-    # The exception for near ties must stay an exception.
+    # Near ties must be rare.
     assert float((want.video_gap < near).double().mean()) < 1e-3
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("shape", [(9, 11, 8, 6), (2, 300, 2, 260)], ids=str)
 def test_scores_follow_from_matches(impl: Implementation, masking: str, shape: tuple[int, int, int, int]) -> None:
-    """Gather the chosen tokens, take their dot products, weight and add up: the logits."""
+    """Dot products of the chosen tokens, weighted and summed, are the logits."""
     problem = make(shape, 16, masks=("holes", "empty"), weights=torch.float32, masking=masking)
     logits, found = matches(impl, problem)
     t, v = reference.unit(problem.text.double()), reference.unit(problem.video.double())
@@ -64,8 +64,8 @@ def test_minus_one_where_no_real_token_was_chosen(impl: Implementation, masking:
     problem = make((6, 5, 7, 4), masks=("empty", "empty"), masking=masking)
     _, found = matches(impl, problem)
     by_word, by_frame = found.video_index, found.text_index
-    assert bool((by_word[0] == -1).all())  # an empty text chooses nothing
-    assert bool((by_word[:, 0] == -1).all())  # and an empty video is not chosen
+    assert bool((by_word[0] == -1).all())  # an empty text chooses no frame
+    assert bool((by_word[:, 0] == -1).all())  # no word chooses a frame of an empty video
     assert bool((by_frame[0] == -1).all())
     assert bool((by_word.transpose(1, 2)[~problem.text_mask] == -1).all())
     assert bool((by_frame.transpose(0, 1).transpose(1, 2)[~problem.video_mask] == -1).all())
@@ -95,7 +95,7 @@ def test_a_real_zero_beats_the_masked_zero(impl: Implementation) -> None:
 @pytest.mark.parametrize("length", [2, 7, 33, 64, 255, 256, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_equal_tokens_the_first_one_wins(impl: Implementation, length: int, dtype: torch.dtype) -> None:
-    """Copies of one token tie exactly wherever they stand; the lowest index wins and takes the whole gradient."""
+    """Copies of one token tie exactly at every position; the lowest index wins and gets the whole gradient."""
     problem = make((3, length, 2, length), 24, dtype)
     problem.text = problem.text[:, :1].expand(3, length, 24).contiguous()
     problem.video = problem.video[:, :1].expand(2, length, 24).contiguous()
@@ -120,9 +120,9 @@ def test_the_first_real_one_of_equal_tokens_wins(impl: Implementation) -> None:
 
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_the_first_of_several_nans_wins(impl: Implementation, masking: str) -> None:
-    """As torch.max does, whatever else is in the batch: a video of other length shares its group of lanes."""
+    """As in torch.max, and whatever else is in the batch: videos of other lengths share a vector in the C++ kernels."""
     if impl.name in ("cuda", "interpreter"):
-        pytest.skip("a GPU's kernels mark such a score as NaN and keep no choice for it")
+        pytest.skip("the Triton kernels return NaN for such a score and keep no match")
     problem = make((2, 6, 3, 9), 24, masking=masking)
     problem.video[1, 3], problem.video[1, 7] = torch.nan, torch.nan
     problem.text[1, 2], problem.text[1, 4] = torch.nan, torch.nan

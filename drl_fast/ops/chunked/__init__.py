@@ -1,1 +1,1 @@
-"""Operators in plain PyTorch, block by block: what runs where no kernel exists. Bounded memory, the same numbers."""
+"""The operators in plain PyTorch, block by block. They serve every device without a kernel, in bounded memory."""

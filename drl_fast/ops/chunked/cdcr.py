@@ -1,9 +1,9 @@
 """CDCR's operators in plain PyTorch, a chunk of pairs at a time.
 
 A term has anchors (one side's real tokens) and their partners (each anchor's best match on the other side of its own
-pair). The first term's anchors are words, the second's frames; both are laid out padded, (pairs, tokens, D), with an
-index of -1 where there is no anchor. ``channels`` is (kinds, roles, D): mean, inverse deviation and, for the gradient,
-offset and along; roles are words, their partners, frames, their partners.
+pair). The first term's anchors are words, the second's are frames. Both are padded, (pairs, tokens, D); an index of -1
+marks a position without an anchor. ``channels`` is (kinds, roles, D). The kinds are mean and 1 / std, and for the
+gradient also ``offset`` and ``along`` (see ops/cdcr.py); the roles are words, their partners, frames, their partners.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from ... import autocast
 from ...numerics import accumulation_dtype, statistics_dtype
 from .token_interaction import LARGEST, best, through_norm, unit
 
-# Tokens of one side in a chunk: temporaries stay at some ten times that many rows of D.
+# Tokens of one side in a chunk. The temporaries hold about ten times as many rows of D.
 CHUNK_TOKENS = 4096
 
 
 class Term(NamedTuple):
-    """Anchors of a chunk of pairs and their partners, unit tokens."""
+    """The anchors of a chunk of pairs and their partners, as unit tokens."""
 
     nth: int
     anchors: Tensor  # (C, Na, D)
     partners: Tensor  # (C, Na, D)
     there: Tensor  # (C, Na, 1) bool
-    chose: Tensor  # (C, Na, Np): 1 where this anchor has that partner. Sums by partner are products with it: no atomics
+    chose: Tensor  # (C, Na, Np): 1 where the anchor has this partner; products with it sum by partner without atomics
 
 
 def chunks(text: Tensor, video: Tensor) -> Iterator[slice]:
+    """Cut the pairs into chunks of at most ``CHUNK_TOKENS`` tokens of the longer side."""
     step = max(1, CHUNK_TOKENS // max(text.shape[1], video.shape[1]))
     for first in range(0, len(text), step):
         yield slice(first, first + step)
 
 
 def partners_of(index: Tensor, length: int) -> Tensor:
-    """(C, length) bool: the tokens that some anchor of the other side has for its partner."""
+    """Mark the tokens that are the partner of some anchor of the other side: (C, length) bool."""
     partner = torch.zeros(len(index), length + 1, dtype=torch.bool, device=index.device)
     return partner.scatter_(1, torch.where(index >= 0, index, length).long(), True)[:, :length]
 
 
 class Chunk(NamedTuple):
-    """Some pairs' unit tokens with their norms, and their terms."""
+    """The unit tokens of some pairs, their inverse norms and their terms."""
 
     pairs: slice
     units: tuple[Tensor, Tensor]
@@ -57,6 +58,7 @@ class Chunk(NamedTuple):
 def walk(
     text: Tensor, video: Tensor, video_index: Tensor, text_index: Tensor, normalize: bool, both: bool
 ) -> Iterator[Chunk]:
+    """Yield the pairs' tokens and terms, chunk by chunk; ``both``: frames are anchors too."""
     for pairs in chunks(text, video):
         index = (video_index[pairs], text_index[pairs])
         words, frames = index[0] >= 0, partners_of(index[0], video.shape[1])
@@ -76,6 +78,7 @@ def walk(
 def statistics(
     text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, normalize: bool, both: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find partners (B, Nt) and (B, Nv) int16, and each role's mean and sum of squared deviations, (roles, D)."""
     video_index = text.new_empty(text.shape[:2], dtype=torch.int16)
     text_index = text.new_empty(video.shape[:2], dtype=torch.int16)
     dtype = statistics_dtype(text.device)
@@ -105,7 +108,7 @@ def statistics(
 
 
 def _sum(x: Tensor, term: Term) -> Tensor:
-    """(D,) sum over a term's anchors."""
+    """Sum over a term's anchors: (C, Na, D) -> (D,)."""
     return torch.where(term.there, x, 0).sum((0, 1), dtype=statistics_dtype(x.device))
 
 
@@ -115,7 +118,7 @@ def _partners(
     words = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_mask is None else text_mask
     frames = torch.ones(video.shape[:2], dtype=torch.bool, device=video.device) if video_mask is None else video_mask
     s = unit(text, words, normalize)[0] @ unit(video, frames, normalize)[0].transpose(1, 2)
-    never = torch.zeros((), dtype=torch.bool, device=s.device)  # a masked 0 does not compete
+    never = torch.zeros((), dtype=torch.bool, device=s.device)  # masked tokens do not compete with a 0 here
     _, frame_of = best(s, 2, frames[:, None, :], never, words, LARGEST)
     _, word_of = best(s, 1, words[:, :, None], never, frames, LARGEST)
     by_word, by_frame = (index.masked_fill(index == LARGEST, -1).to(torch.int16) for index in (frame_of, word_of))
@@ -123,22 +126,22 @@ def _partners(
 
 
 def _standard(x: Tensor, channels: Tensor, role: int) -> Tensor:
-    """Standardised channels in x's dtype; the mean in two parts, for where it is far larger than the deviation."""
+    """Standardise channels in x's dtype. The mean has two parts because it may be far larger than the deviation."""
     mean = channels[0, role].to(x.dtype)
     rest = (channels[0, role] - mean).to(x.dtype)
     return ((x - mean) - rest) * channels[1, role].to(x.dtype)
 
 
 class Rows(NamedTuple):
-    """A chunk's rows of one term's product C = weighted^T partners, one a token of the shorter side."""
+    """A chunk's rows of one term's product C = weighted^T partners: one row per token of the shorter side."""
 
     weighted: Tensor  # (C, slots, D)
     partners: Tensor  # (C, slots, D)
-    by_anchor: bool  # a row is an anchor; else a partner, with the sum of those that chose it
+    by_anchor: bool  # True: a row is an anchor; False: a partner, with the sum of the anchors that chose it
 
 
 def product_rows(chunk: Chunk, term: Term, x: Tensor, y: Tensor, channels: Tensor) -> Rows:
-    """From weighted standardised anchors x and their partners y, (C, Na, D), zeros where there is no anchor."""
+    """Build the rows from weighted standardised anchors x and their partners y, (C, Na, D); 0 without an anchor."""
     if (term.nth == 1) == (chunk.units[1].shape[1] <= chunk.units[0].shape[1]):
         return Rows(x, y, True)
     own = _standard(chunk.units[1 - term.nth], channels, 2 * term.nth + 1)
@@ -156,6 +159,7 @@ def correlation(
     normalize: bool,
     full: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Compute each term's C, (terms, D, D) or its diagonal (terms, D), and each role's weighted sum (roles, D)."""
     terms, dim = 1 if video_weight is None else 2, text.shape[2]
     cross = channels.new_zeros((terms, dim, dim) if full else (terms, dim))
     sums = channels.new_zeros((2 * terms, dim))
@@ -184,6 +188,7 @@ def gradient(
     pull: Tensor,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of features and weights; ``pull`` is d loss / d C, (D, D) or its diagonal (D,)."""
     both = video_weight is not None
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (text, video)]
     weight_grads = [torch.zeros(x.shape[:2], dtype=text_weight.dtype, device=text.device) for x in (text, video)]
@@ -209,7 +214,7 @@ def gradient(
 def _standardized(
     chunk: Chunk, term: Term, weights: tuple[Tensor, Tensor | None], channels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (C, Na, 1), anchors and partners (C, Na, D); zeros where there is no anchor."""
+    """Return weights (C, Na, 1) and standardised anchors and partners (C, Na, D); 0 without an anchor."""
     given = weights[term.nth]
     assert given is not None
     w = torch.where(term.there, given[chunk.pairs][..., None], 0)
@@ -220,7 +225,7 @@ def _standardized(
 def _back_through(
     chunk: Chunk, term: Term, w: Tensor, x: Tensor, y: Tensor, channels: Tensor, pull: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | float]:
-    """d loss / d (w x~) and d loss / d y~ for each anchor, and what reaches partners once, however many chose them."""
+    """Return d loss / d (w x~) and d loss / d y~ per anchor, and the latter per partner; one of the last two is 0."""
     if pull.dim() == 1:
         return pull * y, w * pull * x, 0.0
     rows = product_rows(chunk, term, w * x, y, channels)

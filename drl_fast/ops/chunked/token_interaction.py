@@ -1,8 +1,8 @@
 """The token interaction in blocks of a fixed shape.
 
-One block is C captions x V videos, its similarities (C, Nt, V, Nv) the only large temporary. Every block has the same
-shape, the last one padded, and weighted sums run in token order: that makes a pair's score independent of the batch
-around it, which a matrix product of varying shape or ``torch.sum`` would not.
+A block is C captions x V videos; its similarities (C, Nt, V, Nv) are the only large temporary. A pair's score must not
+depend on the rest of the batch. So every block has the same shape (the last one is padded), and weighted sums run in
+token order: a matrix product of varying shape, or ``torch.sum``, would round differently.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from ... import autocast
 from ...numerics import NORM_EPS, accumulation_dtype, index_dtype
 
-# Tokens along one edge of a block: small on a CPU, where a block should stay in cache and little batches are common.
+# Tokens along one edge of a block. On a CPU a block should stay in cache, and small batches are common.
 BLOCK_TOKENS = {"cpu": 288}
 BLOCK_TOKENS_ELSEWHERE = 2304
-# A product's last rows and columns run through remainder code with other bits unless they fill a whole tile, and a
-# token's score would depend on where in the block it stands. 48 is a multiple of the usual tile edges.
+# Matrix products round differently in a partly filled last tile, and a token's score would depend on its place in the
+# block. So rows are padded to a multiple of 48, which is a multiple of the usual tile edges.
 TILE = 48
 
 
@@ -28,13 +28,14 @@ class Side(NamedTuple):
     """One side's tokens, ready for products, padded to whole blocks of rows."""
 
     tokens: Tensor  # (rows, N, D) float32 or float64; masked and padding tokens are 0
-    inverse_norm: Tensor | None  # (rows, N, 1), None where tokens are used as they are
+    inverse_norm: Tensor | None  # (rows, N, 1); None without normalisation
     real: Tensor  # (rows, N) bool
     has_masked: Tensor  # (rows,) bool
-    block: int  # rows a block
+    block: int  # rows per block
 
 
 def prepare(features: Tensor, mask: Tensor | None, normalize: bool) -> Side:
+    """Normalise one side's features (rows, N, D) and pad their rows to whole blocks."""
     rows, length, _ = features.shape
     edge = BLOCK_TOKENS.get(features.device.type, BLOCK_TOKENS_ELSEWHERE)
     block = max(1, edge // length)
@@ -50,7 +51,7 @@ def prepare(features: Tensor, mask: Tensor | None, normalize: bool) -> Side:
 
 
 def unit(features: Tensor, real: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Real tokens in the dtype of sums, else zeros, and 1 / norm: 0 of a zero token, None of tokens as they are."""
+    """Return tokens in the dtype of sums, masked ones 0, and 1 / norm: 0 for a zero token, None if not normalised."""
     tokens = features.to(accumulation_dtype(features.dtype))
     if real is not None:
         tokens = torch.where(real[..., None], tokens, 0)
@@ -58,25 +59,25 @@ def unit(features: Tensor, real: Tensor | None, normalize: bool) -> tuple[Tensor
         return tokens, None
     norm = tokens.norm(dim=-1, keepdim=True)
     inverse = torch.where(norm <= NORM_EPS, 0, 1 / norm)
-    # where, not a product: Inf * 0 would turn a finite but overflowing row into NaN
     return torch.where(norm <= NORM_EPS, 0, tokens * inverse), inverse
 
 
 def through_norm(grad: Tensor, tokens: Tensor, inverse: Tensor | None, real: Tensor) -> Tensor:
-    """Gradient of the raw features from that of :func:`unit`'s tokens."""
+    """Turn the gradient of :func:`unit`'s tokens into that of the raw features."""
     if inverse is not None:
         grad = torch.where(inverse == 0, 0, (grad - tokens * (tokens * grad).sum(-1, keepdim=True)) * inverse)
     return torch.where(real[..., None], grad, 0)
 
 
 def blocks(text: Side, video: Side, a: int, b: int) -> Iterator[tuple[slice, slice]]:
+    """Yield the rows of text and of video of each block that covers a x b pairs."""
     for a0 in range(0, a, text.block):
         for b0 in range(0, b, video.block):
             yield slice(a0, a0 + text.block), slice(b0, b0 + video.block)
 
 
 def similarities(text: Side, video: Side, sa: slice, sb: slice) -> Tensor:
-    """One block's (C, Nt, V, Nv) similarities."""
+    """Compute one block's similarities (C, Nt, V, Nv)."""
     t, v = text.tokens[sa], video.tokens[sb]
     product = whole_tiles(t.flatten(0, 1)) @ whole_tiles(v.flatten(0, 1)).T
     product = product[: t.shape[0] * t.shape[1], : v.shape[0] * v.shape[1]]
@@ -84,21 +85,23 @@ def similarities(text: Side, video: Side, sa: slice, sb: slice) -> Tensor:
 
 
 def whole_tiles(tokens: Tensor) -> Tensor:
+    """Pad (tokens, D) with zeros to a multiple of ``TILE``."""
     missing = -len(tokens) % TILE
     return torch.nn.functional.pad(tokens, (0, 0, 0, missing)) if missing else tokens
 
 
 def best(similarity: Tensor, dim: int, competes: Tensor, zero: Tensor, counts: Tensor, none: int) -> tuple[Tensor, ...]:
-    """Maximum and lowest argmax over ``dim``: ``competes`` of its tokens take part, ``zero`` adds a candidate 0.
+    """Return the maximum over ``dim`` and its lowest index.
 
-    ``counts`` marks the tokens that choose; where nothing was chosen the value is 0 and the index ``none``.
+    ``competes`` marks the candidates; ``zero`` adds a candidate of value 0 without an index. ``counts`` marks the
+    tokens that choose. If a token chooses nothing, its value is 0 and its index is ``none``.
     """
     similarity = similarity.masked_fill(~competes, -torch.inf)
     value = similarity.amax(dim)
     shape = [1] * similarity.dim()
     shape[dim] = -1
     position = torch.arange(similarity.shape[dim], device=similarity.device).view(shape)
-    # Written out because argmax promises no order among ties on every device; NaN differs from itself.
+    # argmax may return any of several equal maxima. NaN needs a test of its own: it does not equal itself.
     hit = (similarity == value.unsqueeze(dim)) | similarity.isnan()
     index = torch.where(hit & competes, position, none).amin(dim)
     index = torch.where((index == none) | ~counts | (zero & (value < 0)), none, index)
@@ -106,20 +109,20 @@ def best(similarity: Tensor, dim: int, competes: Tensor, zero: Tensor, counts: T
 
 
 def best_frames(s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool) -> tuple[Tensor, ...]:
-    """Every word's maximum over frames and its argmax, LARGEST where none was chosen: (C, Nt, V) each."""
+    """Return every word's maximum over frames and its index, (C, Nt, V) each; LARGEST means that none was chosen."""
     zero = zero_competes & video.has_masked[sb][None, None]
     return best(s, 3, video.real[sb][None, None], zero, text.real[sa][:, :, None], LARGEST)
 
 
 def best_words(s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool) -> tuple[Tensor, ...]:
-    """Every frame's maximum over words and its argmax, likewise: (C, Nv, V) each."""
+    """Return every frame's maximum over words and its index, (C, Nv, V) each; LARGEST means that none was chosen."""
     zero = zero_competes & text.has_masked[sa][:, None, None]
     value, index = best(s, 1, text.real[sa][:, :, None, None], zero, video.real[sb][None], LARGEST)
     return value.transpose(1, 2), index.transpose(1, 2)
 
 
 def weighted_sum(value: Tensor, weight: Tensor) -> Tensor:
-    """Sum over dim 1 of value (C, N, V) with weight, one token after the other."""
+    """Sum value (C, N, V) times weight over dim 1, one token after the other."""
     total = torch.zeros_like(value[:, 0])
     for n in range(value.shape[1]):
         total = total + weight[:, n] * value[:, n]
@@ -137,6 +140,7 @@ def forward(
     zero_competes: bool,
     keep_matches: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute logits (A, B) and, if kept, matches (A, Nt, B) and (A, Nv, B)."""
     a, nt, _ = text.shape
     b, nv, _ = video.shape
     both = video_weight is not None
@@ -180,10 +184,11 @@ def backward(
     zero_competes: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of both features and both weights; one that ``output_mask`` leaves out is empty."""
     a, nt, _ = text.shape
     b, nv, _ = video.shape
     of_text, of_video, of_text_weight, of_video_weight = output_mask
-    # Not kept: found again, block by block. With no pairs there are none to find.
+    # If the forward pass kept no matches, each block finds its own again.
     kept = video_index.numel() > 0
     words = torch.arange(nt, device=text.device)[None, :, None, None]
     frames = torch.arange(nv, device=text.device)
@@ -197,9 +202,9 @@ def backward(
                 g = g / 2
             na, nb = g.shape[0], g.shape[2]
             s = similarities(t, v, sa, sb) if of_text_weight or of_video_weight or not kept else text.new_empty(0)
-            # d loss / d S is sparse: one entry a word and video, one a frame and text.
+            # d loss / d S is sparse: one entry per word and video, and one per frame and text.
             chosen = video_index[sa, :, sb] if kept else best_frames(s, t, v, sa, sb, zero_competes)[1][:na, :, :nb]
-            # Contiguous, kept or not: the order of the sums below goes by the layout.
+            # The order of the sums below depends on the layout: make it the same for kept and recomputed matches.
             hit = chosen.contiguous()[..., None] == frames
             if of_text_weight:
                 grad_wt[sa][:na] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((2, 3))
@@ -224,7 +229,7 @@ def backward(
 
 
 def _unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
-    """Without the rows that padded the last block, in the features' dtype."""
+    """Turn gradients of unit tokens into those of the features, without the last block's padding, in their dtype."""
     rows = len(features)
     grad = through_norm(grad[:rows], side.tokens[:rows], side.inverse_norm, side.real[:rows])
     return grad.to(features.dtype).contiguous()
@@ -234,6 +239,7 @@ def _pad_rows(weight: Tensor, side: Side) -> Tensor:
     return torch.nn.functional.pad(weight, (0, 0, 0, len(side.tokens) - len(weight)))
 
 
+# The index of "none chosen" while indices are computed; the operator's own value is _none().
 LARGEST = 1 << 30
 
 
