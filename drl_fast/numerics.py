@@ -33,6 +33,11 @@ def unit(x: Tensor) -> Tensor:
     return (x / x.norm(dim=-1, keepdim=True)).masked_fill(is_zero, 0.0)
 
 
+def zero_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set masked tokens of x (rows, tokens, D) to 0, whatever stands there, NaN included; mask as below."""
+    return x if mask is None else torch.where(mask[..., None], x, 0)
+
+
 def uniform_weight(mask: Tensor | None, features: Tensor) -> Tensor:
     """Return (rows, tokens) weights of 1 / (real tokens in the row); 0 on masked tokens and in rows without a real one.
 

@@ -59,8 +59,11 @@ def _run(page: str, found: list[str]) -> dict[str, Any]:
 def _trained_run(folder: Path) -> None:
     """Save what the page's train command would, with random weights: the page's calls do not depend on scores."""
     import drl_fast
+    from drl_fast.model.config import Inputs
 
-    drl_fast.DRL("drl-small", interaction="wti").save_pretrained(folder)
+    model = drl_fast.DRL("drl-small", interaction="wti")
+    model.inputs = Inputs(max_words=32, rate=4.0, max_frames=6)
+    model.save_pretrained(folder)
 
 
 # --- diffs -----------------------------------------------------------------------------------------------------------

@@ -46,6 +46,14 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
         return bool(value)
 
+    def sum(self, count: int) -> int:
+        """Return the sum of all processes' counts; all get the same answer."""
+        if self.group is None:
+            return count
+        value = torch.tensor(count, device=self.device)
+        dist.all_reduce(value, group=self.group)
+        return int(value)
+
     def wait(self) -> None:
         """Return when all processes have called this."""
         self.any(False)

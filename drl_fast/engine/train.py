@@ -282,7 +282,7 @@ class Run:
             "grad_norm": float(norm),
             "lr": config.lr * factor,
             "clip_lr": config.clip_lr * factor,
-            "pairs": len(self.batches[step]),
+            "pairs": self.processes.sum(len(batch["text_ids"])),
             "seconds": time.perf_counter() - start,
         }
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast
-from ..numerics import uniform_weight, unit
+from ..numerics import uniform_weight, unit, zero_masked
 from ..validation import check_sides
 
 
@@ -40,7 +40,7 @@ def dot_product(
 
 def pool(text: Tensor, video: Tensor, text_mask: Tensor | None, video_mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return unit vectors of the end tokens (A, D) and the mean frames (B, D); masks are boolean."""
-    frames = video if video_mask is None else torch.where(video_mask[..., None], video, 0)
+    frames = zero_masked(video, video_mask)
     mean_frame = (unit(frames) * uniform_weight(video_mask, video)[..., None]).sum(dim=1)
     return unit(last_real_token(text, text_mask)), unit(mean_frame)
 

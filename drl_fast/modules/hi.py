@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import autocast, validation
 from ..functional.dot_product import last_real_token, pool
 from ..functional.token_interaction import interact
-from ..numerics import unit
+from ..numerics import unit, zero_masked
 from .wti import check_width, softmax_weights, weight_head
 
 
@@ -65,7 +65,7 @@ class HI(nn.Module):
         check_width(self, text)
         weight = softmax_weights(self.text_weight_fc, text, t_mask)
         end_token, mean_frame = pool(text, video, t_mask, v_mask)
-        words = unit(text if t_mask is None else torch.where(t_mask[..., None], text, 0))
+        words = unit(zero_masked(text, t_mask))
         with autocast.off(text.device.type):
             sentence = validation.Sides(last_real_token(text, t_mask)[:, None], video, None, v_mask)
             sentence_frame = interact(sentence, None, None, normalize=True, masking=self.masking, bidirectional=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation
+from ..numerics import zero_masked
 from .blocks import Transformer, copy_from_clip, start_new
 from .wti import head_dtype
 
@@ -57,7 +58,8 @@ class SeqTransf(nn.Module):
                 f"video must have at most {positions.num_embeddings} frames, the module's max_positions, got {frames}; "
                 "take fewer frames or build it with more positions"
             )
-        x = real_frames(video, mask).to(head_dtype(positions, video, "video"))
+        # A NaN in a masked frame would reach the parameters' gradient as 0 * NaN.
+        x = zero_masked(video, mask).to(head_dtype(positions, video, "video"))
         # Attention kernels disagree on a row without a real position. Let it attend to all; its output is not used.
         attends = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
         out = self.transformer(x + positions.weight[:frames], attends)
@@ -104,7 +106,8 @@ class SeqLSTM(nn.Module):
     def forward(self, video: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix frames (B, Nv, D) over time; mask (B, Nv), non-zero = real frame. Return the same shape and dtype."""
         mask = check_frames(video, mask, self.dim, type(self).__name__)
-        x = real_frames(video, mask).to(head_dtype(self.lstm, video, "video"))
+        # A NaN in a masked frame would reach the parameters' gradient as 0 * NaN.
+        x = zero_masked(video, mask).to(head_dtype(self.lstm, video, "video"))
         if len(video) == 0:  # cuDNN rejects an empty batch; slicing a dummy row keeps the parameters in the graph
             return self(video.new_zeros((1, *video.shape[1:])))[:0] + video
         if mask is None:
@@ -128,13 +131,6 @@ def check_frames(video: Tensor, mask: Tensor | None, dim: int, layer: str) -> Te
     return validation.mask("mask", mask, video, "B, Nv", "video")
 
 
-def real_frames(video: Tensor, mask: Tensor | None) -> Tensor:
-    """Set masked frames to 0: a NaN there would reach the parameters' gradient as 0 * NaN."""
-    return video if mask is None else torch.where(mask[..., None], video, 0)
-
-
 def add_to_real(video: Tensor, out: Tensor, mask: Tensor | None) -> Tensor:
     """Return ``video + out`` on real frames and ``video`` on masked ones, in the frames' dtype."""
-    if mask is not None:
-        out = torch.where(mask[..., None], out, 0)
-    return (video + out).to(video.dtype)
+    return (video + zero_masked(out, mask)).to(video.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import autocast, validation
 from ..functional import Matches
 from ..functional.token_interaction import interact
-from ..numerics import unit
+from ..numerics import unit, zero_masked
 
 
 class WTI(nn.Module):
@@ -129,9 +129,8 @@ class WTI(nn.Module):
 
 def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, normalized: bool = False) -> Tensor:
     """Compute the softmax over a row's real tokens, in float32 or better; a row without real tokens gets only 0."""
-    if mask is not None:
-        # A NaN at a masked position would reach the head's gradient as 0 * NaN.
-        tokens = torch.where(mask[..., None], tokens, 0)
+    # A NaN at a masked position would reach the head's gradient as 0 * NaN.
+    tokens = zero_masked(tokens, mask)
     if normalized:
         tokens = unit(tokens)
     score = head(tokens.to(head_dtype(head, tokens))).squeeze(-1)

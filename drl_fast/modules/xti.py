@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..functional.dot_product import last_real_token
-from ..numerics import accumulation_dtype
+from ..numerics import accumulation_dtype, zero_masked
 from .blocks import LayerNorm, QuickGELU, Transformer, copy_from_clip, start_new
 from .pairwise_checkpoint import score_pairs
 from .wti import check_width, head_dtype
@@ -104,7 +104,7 @@ class XTI(nn.Module):
             )
         dtype = head_dtype(self.similarity_dense, text)
         end_token = last_real_token(text, t_mask).to(dtype)
-        frames = (video if v_mask is None else torch.where(v_mask[..., None], video, 0)).to(dtype)
+        frames = zero_masked(video, v_mask).to(dtype)
         # Fixed here, so that the backward pass recomputes with the same dropout even after layer.eval().
         dropout = self.dropout if self.training else 0.0
         score = partial(self._score, dropout=dropout)
