@@ -91,6 +91,29 @@ class VideoCaptions(Dataset):
         return {"text_ids": ids, "video": decoded[0], "video_mask": decoded[1], "owner": torch.tensor(owner)}
 
 
+class CaptionsOfVideos(VideoCaptions):
+    """The same captions, asked for by tuples of captions of one video, which is decoded once.
+
+    An item is a dict of ``text_ids`` (captions, max_words), ``video`` and ``video_mask`` as above; or an
+    :class:`Unreadable`.
+    """
+
+    def __getitem__(self, index: Sequence[int]) -> Batch | Unreadable:  # type: ignore[override]
+        owner = self.split.owner[index[0]]
+        decoded = _decode(self.split.names[owner], self.split.videos[owner], self.sampling)
+        if isinstance(decoded, Unreadable):
+            return decoded
+        ids = tokenize(self.tokenizer, [self.split.captions[i] for i in index], self.max_words)
+        return {"text_ids": ids, "video": decoded[0], "video_mask": decoded[1]}
+
+    def groups(self, batch: Sequence[int]) -> list[tuple[int, ...]]:
+        """Cut a batch's captions into tuples, one for each video, in the order in which the videos first appear."""
+        found: dict[int, list[int]] = {}
+        for i in batch:
+            found.setdefault(self.split.owner[i], []).append(i)
+        return [tuple(captions) for captions in found.values()]
+
+
 class _Videos(Dataset):
     def __init__(self, paths: Sequence[Path], sampling: Sampling) -> None:
         self.paths, self.sampling = paths, sampling
@@ -119,13 +142,28 @@ def collate(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, list[Unr
     return batch, [item for item in items if isinstance(item, Unreadable)]
 
 
+def collate_shared(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
+    """Join items of :class:`CaptionsOfVideos`; ``video_of`` (captions,) is the row of each caption's video."""
+    read = [item for item in items if not isinstance(item, Unreadable)]
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    if not read:
+        return None, unreadable
+    captions = torch.tensor([len(item["text_ids"]) for item in read])
+    return {
+        "text_ids": torch.cat([item["text_ids"] for item in read]),
+        "video": torch.stack([item["video"] for item in read]),
+        "video_mask": torch.stack([item["video_mask"] for item in read]),
+        "video_of": torch.arange(len(read)).repeat_interleave(captions),
+    }, unreadable
+
+
 def pair_loader(
-    pairs: Dataset, batches: Sequence[Sequence[int]], *, workers: int, pin: bool = False
+    pairs: Dataset, batches: Sequence[Sequence[Any]], *, workers: int, pin: bool = False
 ) -> Loader[tuple[Batch | None, list[Unreadable]]]:
-    """Load each batch of ``pairs``, as :func:`collate` returns it, in the order of ``batches``.
+    """Load each batch of ``pairs``, as :func:`collate` or :func:`collate_shared` returns it, in order.
 
     Args:
-        pairs: a :class:`VideoCaptions`, or a data set with such items.
+        pairs: a :class:`VideoCaptions` or a :class:`CaptionsOfVideos`, or a data set with such items.
         batches: each batch's indices into ``pairs``.
         workers: decoding processes, each with a batch at a time; 0 decodes in this process.
         pin: use page-locked memory, which copies to a GPU faster.
@@ -134,7 +172,8 @@ def pair_loader(
         RuntimeError: while iterating, a worker was killed.
     """
     sampler = [list(batch) for batch in batches]
-    return Loader(DataLoader(pairs, batch_sampler=sampler, collate_fn=collate, pin_memory=pin, **_processes(workers)))
+    join = collate_shared if isinstance(pairs, CaptionsOfVideos) else collate
+    return Loader(DataLoader(pairs, batch_sampler=sampler, collate_fn=join, pin_memory=pin, **_processes(workers)))
 
 
 def video_loader(paths: Sequence[Path], sampling: Sampling, *, workers: int) -> Loader[Tensor | Unreadable]:

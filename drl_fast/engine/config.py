@@ -46,7 +46,7 @@ ALIASES = {
 
 CHECKS: dict[str, Callable[[str, object, str], object]] = {
     **dict.fromkeys(("epochs", "batch", "checkpoint_every", "max_words", "max_frames"), validation.positive_int),
-    **dict.fromkeys(("chunk", "workers", "seed"), validation.non_negative_int),
+    **dict.fromkeys(("captions_per_video", "chunk", "workers", "seed"), validation.non_negative_int),
     **dict.fromkeys(("lr", "clip_grad", "rate"), validation.positive_number),
     **dict.fromkeys(("clip_lr", "weight_decay", "cdcr_weight"), validation.non_negative_number),
     "warmup": validation.fraction,
@@ -74,6 +74,9 @@ class RunConfig:
             both, and evaluations run in float32.
         chunk: gradient caching (GradCache): pairs encoded per chunk and process; 0 = off. It bounds memory, keeps
             negatives and gradients, and runs the towers' forward twice. The default is the data set's own.
+        captions_per_video: 0 draws captions at random, as the paper does. k > 0 draws groups of up to k captions of one
+            video; a batch encodes every video once, and captions of one video are not negatives of each other.
+        freeze: null, or ``"clip"``: CLIP's weights stay as they are, but for the temperature, which trains at ``lr``.
         skip_same_video: do not use captions of one video as negatives of each other (the paper does).
         parallel: over several processes, ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
         max_words, max_frames: tokens per caption and frames per video; None: the data set's own.
@@ -110,6 +113,8 @@ class RunConfig:
     clip_grad: float = 1.0
     precision: str = "bf16"
     chunk: int = 0
+    captions_per_video: int = 0
+    freeze: str | None = None
     skip_same_video: bool = False
     parallel: str = "ddp"
     max_words: int | None = None
@@ -124,6 +129,8 @@ class RunConfig:
         validation.option("dataset", self.dataset, tuple(DATASETS))
         validation.option("precision", self.precision, PRECISIONS)
         validation.option("parallel", self.parallel, PARALLEL)
+        if self.freeze is not None:
+            validation.option("freeze", self.freeze, (None, "clip"))
         for name, check in CHECKS.items():
             if getattr(self, name) is not None:
                 check(name, getattr(self, name), _default(name))
@@ -281,6 +288,9 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     model.clip_name = config.clip
     if load_weights and config.init_from is not None:
         model.load_weights(config.init_from)
+    if config.freeze == "clip":
+        model.clip.requires_grad_(False)
+        model.clip.logit_scale.requires_grad_(True)
     sampling = config.sampling(model.picture_size[0])
     model.inputs = Inputs(config.words, sampling.rate, sampling.max_frames, sampling.seconds)
     # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.

@@ -17,7 +17,7 @@ from .processes import Processes
 
 # Numbers per all-reduce: enough to use the bandwidth, few beside a model's parameters.
 BUCKET = 1 << 23
-METHODS = ("encode_text", "encode_video", "losses")
+METHODS = ("encode", "losses")
 
 
 def distribute(model: DRL, parallel: str, processes: Processes) -> None:

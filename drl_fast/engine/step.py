@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from ..model.drl import DRL
+from ..model.head import Encoded, Head
 from .config import RunConfig
 from .fsdp import average_gradients, clip_gradients, reduce_after
 from .precision import autocast_for
@@ -27,7 +27,7 @@ Losses = dict[str, Tensor]
 
 
 def take_step(
-    model: DRL,
+    model: Head,
     optimizer: torch.optim.Optimizer,
     batch: Mapping[str, Tensor],
     config: RunConfig,
@@ -71,7 +71,7 @@ def take_step(
     return losses, norm
 
 
-def _check_finite(model: DRL, losses: Losses, norm: Tensor, processes: Processes) -> None:
+def _check_finite(model: Head, losses: Losses, norm: Tensor, processes: Processes) -> None:
     """Raise FloatingPointError on all processes if a loss or the gradients' norm is not finite on any of them."""
     terms = {name: losses[name] for name in ("info_nce", "cdcr", "total")}
     found = next((f"the loss {name} is {float(x)}" for name, x in terms.items() if not math.isfinite(x)), None)
@@ -94,7 +94,7 @@ def _is_finite(gradient: Tensor) -> bool:
 
 
 def add_gradients(
-    model: DRL,
+    model: Head,
     batch: Mapping[str, Tensor],
     *,
     chunks: int = 1,
@@ -106,7 +106,8 @@ def add_gradients(
     """Add the gradients of a batch's total loss to the parameters' gradients; return its losses, detached.
 
     Args:
-        batch: as of :meth:`DRL.forward`, on the model's device; over a group this process's rows, possibly none.
+        model: a DRL, or a head on stored features.
+        batch: as of the model's ``forward``, on its device; over a group this process's rows, possibly none.
         chunks: parts in which the towers take the batch.
         precision: ``"bf16"`` or ``"fp32"``.
         group: all its processes' pairs are one batch; the mean of their gradients is the batch's.
@@ -114,8 +115,7 @@ def add_gradients(
             that random numbers there (dropout) are the same twice.
         before_last: called before the last backward pass.
     """
-    context = autocast_for(precision, batch["text_ids"].device.type)
-    rows = len(batch["text_ids"])
+    context = autocast_for(precision, batch["video"].device.type)
     if chunks == 1:
         before_last()
         reseed(-1)
@@ -124,26 +124,36 @@ def add_gradients(
         losses["total"].backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    parts = [slice(rows * part // chunks, rows * (part + 1) // chunks) for part in range(chunks)]
+    def part_of(name: str, part: int) -> slice:
+        rows = len(batch[name])
+        return slice(rows * part // chunks, rows * (part + 1) // chunks)
 
-    def encode(part: int) -> tuple[Tensor, Tensor, Tensor]:
-        own = parts[part]
+    def encode(part: int) -> Encoded:
+        # Texts and videos are cut apart: several texts may share a video.
+        own = {name: x[part_of(name, part)] for name, x in batch.items() if name not in ("owner", "video_of")}
         reseed(part)
         with context():
-            text, text_mask = model.encode_text(batch["text_ids"][own])
-            return text, model.encode_video(batch["video"][own], batch["video_mask"][own]), text_mask
+            return model.encode(own)
 
     with torch.no_grad():
-        text, video, text_mask = (torch.cat(x) for x in zip(*map(encode, range(chunks)), strict=True))
+        text, video, text_mask, video_mask = (torch.cat(x) for x in zip(*map(encode, range(chunks)), strict=True))
     leaves = text.requires_grad_(), video.requires_grad_()
     reseed(-1)
     with context():
-        losses = model.losses(*leaves, text_mask, batch["video_mask"] != 0, batch.get("owner"), group)
+        losses = model.losses(*leaves, text_mask, video_mask, batch.get("owner"), group, video_of=batch.get("video_of"))
     losses["total"].backward()
     gradients = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
-    for part, own in enumerate(parts):
+    text_name = next(name for name in ("text_ids", "text") if name in batch)
+    for part in range(chunks):
         if part == chunks - 1:
             before_last()
-        tokens = encode(part)[:2]
-        torch.autograd.backward(tokens, [gradient[own] for gradient in gradients])
+        encoded = encode(part)
+        # A frozen tower's tokens need no gradient.
+        sides = [
+            (tokens, gradient[part_of(name, part)])
+            for tokens, gradient, name in zip(encoded[:2], gradients, (text_name, "video"), strict=True)
+            if tokens.requires_grad
+        ]
+        if sides:
+            torch.autograd.backward([tokens for tokens, _ in sides], [gradient for _, gradient in sides])
     return {name: loss.detach() for name, loss in losses.items()}

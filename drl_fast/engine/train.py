@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..atomic_write import remove_parts, write_atomically
-from ..data.loading import Tokenizer, Unreadable, VideoCaptions, pair_loader
+from ..data.loading import CaptionsOfVideos, Tokenizer, Unreadable, VideoCaptions, pair_loader
 from ..data.split import Split
 from ..distributed.group import Group, agree
 from ..model.drl import DRL
@@ -93,7 +93,7 @@ class Run:
         self.model.to(self.processes.device)
         distribute(self.model, config.parallel, self.processes)
         self.optimizer = schedule.optimizer(self.model, config)
-        self.batches = schedule.batches(len(self.data.train.captions), config)
+        self.batches = schedule.batches(self.data.train.owner, config)
         self.per_epoch = len(self.batches) // config.epochs
         self.sampling = config.sampling(self.whole.picture_size[0])
         self._info_nce: list[float] = []
@@ -232,8 +232,13 @@ class Run:
 
     def _loader(self, step: int) -> Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]:
         """Load this process's part of all batches from ``step`` on; workers live until the end."""
-        pairs = VideoCaptions(self.data.train, self.data.tokenizer, max_words=self.config.words, sampling=self.sampling)
-        own = [batch[self.processes.part(len(batch))] for batch in self.batches[step:]]
+        shared = self.config.captions_per_video > 0
+        pairs = (CaptionsOfVideos if shared else VideoCaptions)(
+            self.data.train, self.data.tokenizer, max_words=self.config.words, sampling=self.sampling
+        )
+        own: list[list[Any]] = [batch[self.processes.part(len(batch))] for batch in self.batches[step:]]
+        if isinstance(pairs, CaptionsOfVideos):
+            own = [pairs.groups(batch) for batch in own]
         pin = self.processes.device.type == "cuda"
         return iter(pair_loader(pairs, own, workers=self.config.workers, pin=pin))
 
@@ -294,7 +299,7 @@ class Run:
                 "text_ids": torch.zeros(0, words, dtype=torch.int64),
                 "video": torch.zeros(0, sampling.max_frames, 3, sampling.size, sampling.size, dtype=torch.uint8),
                 "video_mask": torch.zeros(0, sampling.max_frames, dtype=torch.bool),
-                "owner": torch.zeros(0, dtype=torch.int64),
+                "video_of" if self.config.captions_per_video else "owner": torch.zeros(0, dtype=torch.int64),
             }
         wanted = {name: x for name, x in batch.items() if name != "owner" or self.config.skip_same_video}
         return {name: x.to(self.processes.device, non_blocking=True) for name, x in wanted.items()}

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from ..functional import Matches
-from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
 from ..validation import describe
-from . import losses, padding, pretrained, upstream
+from . import padding, pretrained, upstream
 from .clip import (
     build_clip,
     check_clip,
@@ -27,17 +24,17 @@ from .clip import (
     load_strictly,
     uses_quick_gelu,
 )
-from .config import TEMPORAL, Config, Inputs
+from .config import Config, Inputs
+from .head import Encoded, Head, require
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MAX_LOGIT_SCALE = 100.0
 # Captions of about one length share a pass of the text tower.
 LENGTH_STEP = 8
 
 
-class DRL(nn.Module):
+class DRL(Head):
     """Text-video retrieval with DRL, on an open_clip model.
 
     >>> model = drl_fast.DRL("ViT-B-32", pretrained="openai", interaction="wti", cdcr=3)
@@ -76,9 +73,9 @@ class DRL(nn.Module):
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # Head's own would add a temperature beside the CLIP's
         # Signatures list the options in Config's order, which a test checks.
-        self.config = Config(
+        config = Config(
             interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
         self.inputs: Inputs | None = None
@@ -89,17 +86,8 @@ class DRL(nn.Module):
         for name, default in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
             buffer = torch.tensor(preprocess.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
-        dim, context = self.dim, self.clip.positional_embedding.shape[0]
-        self.temporal = None if temporal is None else TEMPORAL[temporal](dim, max_positions=context)
-        options: dict[str, dict[str, Any]] = {
-            "wti": {"arch": wti_arch, "masking": masking},
-            "ti": {"masking": masking},
-            "xti": {"max_positions": context},
-        }
-        self.interaction = build_interaction(interaction, dim, **options.get(interaction, {}))
-        for module in (self.temporal, self.interaction):
-            if isinstance(module, SeqTransf | SeqLSTM | XTI):
-                module.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
+        self._build(self.clip.text_projection.shape[1], config, self.clip.positional_embedding.shape[0])
+        self.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
     def from_clip_state_dict(
@@ -303,11 +291,6 @@ class DRL(nn.Module):
         return tokenizer
 
     @property
-    def dim(self) -> int:
-        """D, the width of tokens."""
-        return self.clip.text_projection.shape[1]
-
-    @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width of the CLIP's pictures, pixels."""
         size = self.clip.visual.image_size
@@ -318,18 +301,9 @@ class DRL(nn.Module):
         return min(max_words, self.clip.positional_embedding.shape[0])
 
     @property
-    def logit_scale(self) -> Tensor:
-        """The factor itself (exp taken), at most 100.
-
-        Its gradient ignores the limit: CLIP's own weights lie there, and a clamp would never let them leave it.
-        """
-        stored = self.clip.logit_scale
-        return (stored + (stored.clamp(max=math.log(MAX_LOGIT_SCALE)) - stored).detach()).exp()
-
-    @torch.no_grad()
-    def limit_logit_scale(self) -> None:
-        """Clamp the stored temperature to its limit, as the public code does; call it after an optimizer's step."""
-        self.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+    def stored_scale(self) -> nn.Parameter:
+        """CLIP's own temperature, the logarithm of the logits' factor."""
+        return self.clip.logit_scale
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode token ids (A, Nt), Nt <= the context, to tokens (A, Nt, D) and mask (A, Nt) bool.
@@ -427,79 +401,46 @@ class DRL(nn.Module):
             raise ValueError(f"mask must be (B, Nv) = {tuple(frames.shape[:2])} to match frames, got {describe(mask)}")
         return mask != 0
 
-    @overload
-    def similarity(
-        self, text: Tensor, video: Tensor, text_mask: Tensor | None = ..., video_mask: Tensor | None = ...
-    ) -> Tensor: ...
-    @overload
-    def similarity(
-        self,
-        text: Tensor,
-        video: Tensor,
-        text_mask: Tensor | None = ...,
-        video_mask: Tensor | None = ...,
-        *,
-        return_matches: Literal[True],
-    ) -> tuple[Tensor, Matches]: ...
-    def similarity(
-        self,
-        text: Tensor,
-        video: Tensor,
-        text_mask: Tensor | None = None,
-        video_mask: Tensor | None = None,
-        *,
-        return_matches: bool = False,
-    ) -> Tensor | tuple[Tensor, Matches]:
-        """Score every text against every video, without the temperature.
+    def encode(self, batch: Mapping[str, Tensor]) -> Encoded:
+        """Encode the captions and the videos of a batch; their numbers may differ.
 
         Args:
-            text, video: tokens (A, Nt, D) and (B, Nv, D), from :meth:`encode_text` and :meth:`encode_video`.
-            text_mask, video_mask: (A, Nt) and (B, Nv), non-zero = real; None: all real.
-            return_matches: also return which frame each word chose and which word each frame chose; TI and WTI only.
-
-        Returns:
-            logits (A, B) float32, and with ``return_matches`` :class:`drl_fast.Matches`.
+            batch: ``text_ids`` (A, Nt) and ``video`` (B, Nv, 3, H, W). Optional: ``video_mask`` (B, Nv), and
+                ``text_mask`` (A, Nt; default: up to the end token).
 
         Raises:
-            ValueError: shapes that do not go together, or ``return_matches`` with another interaction.
+            ValueError, TypeError: an entry that is missing, or of another shape or type.
         """
-        if not return_matches:
-            return self.interaction(text, video, text_mask, video_mask)
-        if not isinstance(self.interaction, TI | WTI):
-            raise ValueError(
-                f"return_matches must be False with interaction={self.config.interaction!r}, which matches no tokens; "
-                "use 'ti' or 'wti'"
-            )
-        return self.interaction(text, video, text_mask, video_mask, return_matches=True)
+        require(batch, "text_ids", "video")
+        video_mask = self._check_frames(batch["video"], batch.get("video_mask"))
+        text, text_mask = self.encode_text(batch["text_ids"])
+        if "text_mask" in batch:
+            text_mask = batch["text_mask"] != 0
+        return Encoded(text, self.encode_video(batch["video"], video_mask), text_mask, video_mask)
 
     def forward(self, batch: Mapping[str, Tensor], process_group: ProcessGroup | None = None) -> dict[str, Tensor]:
-        """Compute the losses of a batch of pairs: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.
+        """Compute the losses of a batch: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.
 
         Args:
-            batch: ``text_ids`` (B, Nt) and ``video`` (B, Nv, 3, H, W), row by row. Optional: ``video_mask`` (B, Nv),
-                ``text_mask`` (B, Nt; default: up to the end token), ``owner`` (B,), the id of each caption's video.
-            process_group: its ranks' pairs are negatives of each other. TI and WTI never form the batch's logits; with
-                the others every rank gathers all videos and scores its own texts against them.
+            batch: see :meth:`encode`, row by row pairs. Optional: ``owner`` (B,), the id of each caption's video; or
+                ``video_of`` (A,), the row of ``video`` that each caption describes, if several captions share a row.
+            process_group: see :meth:`losses`.
 
         Raises:
             ValueError: missing entries, or options that the interaction does not support.
         """
-        for name in ("text_ids", "video"):
-            if name not in batch:
-                raise ValueError(f"batch must hold {name!r}, got {', '.join(map(repr, batch)) or 'nothing'}")
-        ids, frames = batch["text_ids"], batch["video"]
+        if not self._needs_padding:
+            return super().forward(batch, process_group)
+        require(batch, "text_ids", "video")
+        if "video_of" in batch:
+            raise ValueError("video_of must be left out with cdcr_padding='competes'; use 'never'")
+        ids, frames = self._check_ids(batch["text_ids"]), batch["video"]
         video_mask = self._check_frames(frames, batch.get("video_mask"))
-        padded = None
-        if self._needs_padding:
-            ids = self._check_ids(ids)
-            text_mask = _until_end(ids)
-            features = self.frame_features(frames.flatten(0, 1)).view(*video_mask.shape, -1)
-            padded = self._text_tower(ids), padding.add_temporal(features, self.temporal, video_mask)
-            text = padded[0].masked_fill(~text_mask[..., None], 0)
-            video = padded[1].masked_fill(~video_mask[..., None], 0)
-        else:
-            text, text_mask = self.encode_text(ids)
-            video = self.encode_video(frames, video_mask)
+        text_mask = _until_end(ids)
+        features = self.frame_features(frames.flatten(0, 1)).view(*video_mask.shape, -1)
+        padded = self._text_tower(ids), padding.add_temporal(features, self.temporal, video_mask)
+        text = padded[0].masked_fill(~text_mask[..., None], 0)
+        video = padded[1].masked_fill(~video_mask[..., None], 0)
         if "text_mask" in batch:
             text_mask = batch["text_mask"] != 0
         return self.losses(text, video, text_mask, video_mask, batch.get("owner"), process_group, padded=padded)
@@ -513,22 +454,15 @@ class DRL(nn.Module):
         owner: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         *,
+        video_of: Tensor | None = None,
         padded: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Compute the losses of :meth:`forward` from tokens (B, Nt, D), (B, Nv, D) and masks.
-
-        ``padded``: tokens of both sides that include padding's, for ``cdcr_padding="competes"``.
-        """
+        """Compute the losses of encoded tokens; see :meth:`Head.losses`."""
         if self._needs_padding and padded is None:
             raise ValueError("padded must hold the tokens with padding for cdcr_padding='competes', got None")
-        weights: tuple[Tensor | None, Tensor | None] = (None, None)
-        if isinstance(self.interaction, WTI):
-            weights = self.interaction.weights(text, video, text_mask, video_mask)
-        batch = losses.Batch(text, video, *weights, text_mask, video_mask)
-        info_nce = losses.contrastive_loss(self.interaction, batch, self.logit_scale, owner, process_group)
-        cdcr = losses.decorrelation_loss(self.config, batch, padded, process_group)
-        total = info_nce if self.config.cdcr == 0 else info_nce + self.config.cdcr_weight * cdcr
-        return {"total": total, "info_nce": info_nce, "cdcr": cdcr}
+        return super().losses(
+            text, video, text_mask, video_mask, owner, process_group, video_of=video_of, padded=padded
+        )
 
     @property
     def _needs_padding(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, validation
 from ..distributed.gather import gather_rows
 from ..distributed.group import Group, agree
 from ..functional.dot_product import pool
@@ -91,3 +91,65 @@ def decorrelation_loss(
         raise ValueError("cdcr_padding must be 'never' over a process group, got 'competes'")
     batch = batch._replace(text=padded[0], video=padded[1])
     return padding.cdcr_loss(*batch, alpha_on=alpha_on, alpha_off=alpha_off)
+
+
+def check_video_of(video_of: Tensor, texts: int, videos: int) -> Tensor:
+    """Check the row of a batch's videos that each caption describes; return it as int64.
+
+    Raises:
+        ValueError: another shape; on the CPU, a row that does not exist.
+        TypeError: a tensor that is not of integers.
+    """
+    x = validation.tensor("video_of", video_of)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"video_of must be integers, rows of video, got {x.dtype}")
+    if tuple(x.shape) != (texts,):
+        raise ValueError(f"video_of must be (A,) = ({texts},) to match text, got {tuple(x.shape)}")
+    if x.device.type == "cpu" and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < videos:
+        raise ValueError(f"video_of must lie in 0..{videos - 1}, video's rows, got {int(x.min())}..{int(x.max())}")
+    return x.to(torch.int64)
+
+
+def repeat_videos(batch: Batch, video_of: Tensor) -> Batch:
+    """Return the batch with each caption's video in its row."""
+    weight = None if batch.video_weight is None else batch.video_weight[video_of]
+    return batch._replace(video=batch.video[video_of], video_weight=weight, video_mask=batch.video_mask[video_of])
+
+
+def shared_videos_loss(
+    interaction: nn.Module, batch: Batch, logit_scale: Tensor, video_of: Tensor, group: ProcessGroup | None
+) -> Tensor:
+    """Compute InfoNCE of captions (A) that share videos (B) from the (A, B) logits, a scalar.
+
+    It is the loss of :func:`contrastive_loss` on repeated videos with ``owner=video_of``. From text to video every
+    other video counts as often as it has captions in the batch. From video to text each caption is its video's answer
+    once, and the video's other captions are left out.
+
+    Over a group the videos are repeated: the ranks exchange pairs.
+    """
+    if group is not None:
+        owner = video_of + _first_video(len(batch.video), Group(group), video_of.device)
+        return contrastive_loss(interaction, repeat_videos(batch, video_of), logit_scale, owner, group)
+    if len(batch.text) == 0:
+        raise ValueError("text must hold at least one caption, got none; a batch without pairs has no loss")
+    if isinstance(interaction, WTI | TI):
+        found = functional.token_interaction(*batch, masking=interaction.masking, normalize=interaction.normalize)
+    else:
+        found = interaction(batch.text, batch.video, batch.text_mask, batch.video_mask)
+    assert isinstance(found, Tensor)
+    logits = found * logit_scale
+    captions = torch.bincount(video_of, minlength=len(batch.video)).to(logits.dtype)
+    own = torch.nn.functional.one_hot(video_of, len(batch.video)).bool()
+    positive = logits.gather(1, video_of[:, None]).squeeze(1)
+    # A video without a caption in the batch has log(0) = -inf: it is nobody's negative.
+    text_to_video = torch.logsumexp(logits + captions.log().masked_fill(own, 0), dim=1)
+    others = torch.logsumexp(logits.masked_fill(own, NO_NEGATIVE), dim=0)[video_of]
+    video_to_text = torch.logaddexp(positive, others)
+    return ((text_to_video + video_to_text) / 2 - positive).mean()
+
+
+def _first_video(videos: int, group: Group, device: torch.device) -> int:
+    """Return how many videos the ranks before this one hold, so that ids differ over ranks."""
+    with agree(group, "DRL's loss") as agreement:
+        agreement.sizes = {"videos": videos}
+    return sum(size["videos"] for size in agreement.sizes_by_rank[: group.rank])

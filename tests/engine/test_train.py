@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from drl_fast import DRL
 from drl_fast.engine import checkpoint, plots, schedule
+from drl_fast.engine.config import RunConfig
 from drl_fast.engine.logs import read_log
 from drl_fast.engine.train import BEST, LAST, UNREADABLE
 
@@ -453,15 +455,65 @@ def test_an_epoch_sees_every_caption_once() -> None:
     from dataclasses import replace
 
     config = replace(configured(Path(".")), batch=4, epochs=3)
-    batches = schedule.batches(18, config)
+    batches = schedule.batches(range(18), config)
     assert [len(batch) for batch in batches] == [4] * 12
     for epoch in range(3):
         seen = [row for batch in batches[4 * epoch : 4 * epoch + 4] for row in batch]
         assert len(set(seen)) == 16
         assert set(seen) <= set(range(18))
     assert batches[:4] != batches[4:8]
-    assert batches == schedule.batches(18, config)
-    assert schedule.batches(3, config) != schedule.batches(3, replace(config, seed=1))
+    assert batches == schedule.batches(range(18), config)
+    assert schedule.batches(range(3), config) != schedule.batches(range(3), replace(config, seed=1))
+
+
+@pytest.mark.parametrize(("captions", "batch"), [(1, 8), (2, 8), (3, 7), (4, 16), (50, 10)])
+def test_groups_of_captions_of_one_video(captions: int, batch: int) -> None:
+    """An epoch visits each caption at most once; groups stand together, in another order each epoch."""
+    owner = [video for video in range(20) for _ in range(1 + video % 5)]
+    config = RunConfig("folder", batch=batch, epochs=2, captions_per_video=captions)
+    found = schedule.batches(owner, config)
+    assert found == schedule.batches(owner, config)
+    per_epoch = len(owner) // batch
+    assert [len(part) for part in found] == [batch] * 2 * per_epoch
+    epochs = [list(itertools.chain(*part)) for part in (found[:per_epoch], found[per_epoch:])]
+    for order in epochs:
+        assert len(set(order)) == len(order) == per_epoch * batch
+        runs = [len(list(group)) for _, group in itertools.groupby(owner[i] for i in order)]
+        # Two groups of one video may stand side by side by chance.
+        sizes = [min(captions, 1 + video % 5) for video in range(20)]
+        assert sum(runs) / len(runs) > 0.7 * sum(sizes) / len(sizes)
+        if captions == 1:
+            assert max(runs) < 5
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 2}, {"interaction": "dp", "cdcr": 0}])
+def test_a_run_with_several_captions_per_video(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """It decodes each video once a batch, goes on as if it had not stopped, and learns."""
+    config = configured(folder, captions_per_video=2, epochs=4, lr=3e-3, clip_lr=3e-3, **options)
+    run, notes = opened(config, tmp_path / "whole")
+    seen: list[int] = []
+    run.model.clip.visual.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    assert run.train()
+    assert notes.steps[-1]["total"] < notes.steps[0]["total"]
+    assert {values["pairs"] for values in notes.steps} == {4}
+    opened(config, tmp_path / "run", stop=after(5))[0].train()
+    opened(config, tmp_path / "run", resume=True)[0].train()
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_frozen_towers_stay_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """All but the temperature, which trains at the new modules' rate and without weight decay."""
+    config = configured(folder, freeze="clip", temporal="seqTransf")
+    run, _ = opened(config, tmp_path / "run")
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    assert run.train()
+    changed = {name for name, x in run.model.state_dict().items() if not torch.equal(x, before[name])}
+    assert {name for name in changed if name.startswith("clip.")} == {"clip.logit_scale"}
+    assert any(name.startswith("temporal.") for name in changed)
+    assert {group["peak"] for group in run.optimizer.param_groups} == {config.lr}
+    resumed, _ = opened(config, tmp_path / "run", resume=True)
+    assert all(torch.equal(x, resumed.model.state_dict()[name]) for name, x in run.model.state_dict().items())
 
 
 def test_rates_and_weight_decay_are_the_papers(folder: Path) -> None:

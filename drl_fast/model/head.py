@@ -1,0 +1,269 @@
+"""What stands behind two encoders: projections, temporal module, interaction, temperature and losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from .. import validation
+from ..functional import Matches
+from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from . import losses
+from .config import TEMPORAL, Config
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+MAX_LOGIT_SCALE = 100.0
+# CLIP's factor before it was trained.
+FIRST_LOGIT_SCALE = 1 / 0.07
+
+
+class Encoded(NamedTuple):
+    """Tokens of a batch as the interaction reads them: A texts and B videos."""
+
+    text: Tensor
+    """(A, Nt, D)"""
+    video: Tensor
+    """(B, Nv, D)"""
+    text_mask: Tensor
+    """(A, Nt) bool"""
+    video_mask: Tensor
+    """(B, Nv) bool"""
+
+
+class Head(nn.Module):
+    """Train an interaction on the tokens of any two encoders; :class:`drl_fast.DRL` is a head with CLIP's towers.
+
+    >>> head = drl_fast.Head(768, 1024, dim=512)  # a text encoder and a frame encoder of other widths
+    >>> losses = head({"text": text, "text_mask": text_mask, "video": video, "video_mask": video_mask})
+    >>> losses["total"].backward()
+
+    Args:
+        text_dim: width of the text tokens.
+        video_dim: width of the video tokens; None: ``text_dim``.
+        dim: D, the width of temporal module and interaction; None: ``text_dim``. A side of another width gets a linear
+            projection, without bias.
+        max_positions: the largest number of video tokens.
+
+    The other options are those of :class:`drl_fast.model.config.Config`. The factor of the logits starts at 1 / 0.07.
+
+    Raises:
+        ValueError, TypeError: a width below 1, an unknown option.
+
+    Source: arXiv 2203.07111, section 3, behind the towers.
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        video_dim: int | None = None,
+        dim: int | None = None,
+        *,
+        interaction: str = "wti",
+        temporal: str | None = "seqTransf",
+        wti_arch: int = 2,
+        masking: str = "drl",
+        cdcr: int = 0,
+        cdcr_alpha_on: float = 0.11,
+        cdcr_alpha_off: float = 0.0,
+        cdcr_weight: float = 0.001,
+        max_positions: int = 77,
+    ) -> None:
+        super().__init__()
+        validation.positive_int("text_dim", text_dim)
+        video_dim = text_dim if video_dim is None else validation.positive_int("video_dim", video_dim)
+        dim = text_dim if dim is None else validation.positive_int("dim", dim)
+        self.text_dim, self.video_dim, self.max_positions = text_dim, video_dim, max_positions
+        self.text_projection = None if text_dim == dim else nn.Linear(text_dim, dim, bias=False)
+        self.video_projection = None if video_dim == dim else nn.Linear(video_dim, dim, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_LOGIT_SCALE)))
+        options = (interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight)
+        self._build(dim, Config(*options), max_positions)
+
+    def _build(self, dim: int, config: Config, max_positions: int) -> None:
+        """Make temporal module and interaction."""
+        self.config, self._dim = config, dim
+        self.temporal = None if config.temporal is None else TEMPORAL[config.temporal](dim, max_positions=max_positions)
+        options: dict[str, dict[str, Any]] = {
+            "wti": {"arch": config.wti_arch, "masking": config.masking},
+            "ti": {"masking": config.masking},
+            "xti": {"max_positions": max_positions},
+        }
+        self.interaction = build_interaction(config.interaction, dim, **options.get(config.interaction, {}))
+
+    def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> None:
+        """Start temporal blocks, XTI and their positions as CLIP's text blocks and positions do, if widths agree.
+
+        Args:
+            positional_embedding: (positions, D).
+            blocks: the state dict of CLIP's text blocks, or of its first four.
+        """
+        for module in (self.temporal, self.interaction):
+            if isinstance(module, SeqTransf | SeqLSTM | XTI):
+                module.init_from_clip(positional_embedding, blocks)
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the tokens that are compared."""
+        return self._dim
+
+    @property
+    def stored_scale(self) -> nn.Parameter:
+        """The logarithm of the logits' factor."""
+        return self.log_scale
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The factor itself (exp taken), at most 100.
+
+        Its gradient ignores the limit: CLIP's own weights lie there, and a clamp would never let them leave it.
+        """
+        stored = self.stored_scale
+        return (stored + (stored.clamp(max=math.log(MAX_LOGIT_SCALE)) - stored).detach()).exp()
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Clamp the stored temperature to its limit, as the public code does; call it after an optimizer's step."""
+        self.stored_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    def encode(self, batch: Mapping[str, Tensor]) -> Encoded:
+        """Encode the texts and the videos of a batch; their numbers may differ.
+
+        Args:
+            batch: ``text`` (A, Nt, text_dim) and ``video`` (B, Nv, video_dim). Optional: ``text_mask`` (A, Nt) and
+                ``video_mask`` (B, Nv), non-zero = real.
+
+        Raises:
+            ValueError, TypeError: an entry that is missing, or of another shape or type.
+        """
+        require(batch, "text", "video")
+        text, text_mask = self._side(batch, "text", self.text_dim, self.text_projection)
+        video, video_mask = self._side(batch, "video", self.video_dim, self.video_projection)
+        if self.temporal is not None:
+            video = self.temporal(video, video_mask)
+        return Encoded(text, video.masked_fill(~video_mask[..., None], 0), text_mask, video_mask)
+
+    def _side(
+        self, batch: Mapping[str, Tensor], name: str, width: int, projection: nn.Linear | None
+    ) -> tuple[Tensor, Tensor]:
+        x = validation.tokens(name, batch[name], "rows, tokens, D")
+        if x.shape[2] != width:
+            raise ValueError(
+                f"{name} must have {width} channels, as the head's {name}_dim says, got {x.shape[2]}; build "
+                f"Head with {name}_dim={x.shape[2]}"
+            )
+        mask = validation.mask(f"{name}_mask", batch.get(f"{name}_mask"), x, "rows, tokens", name)
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        # Nothing at a masked position reaches a parameter's gradient.
+        x = x.masked_fill(~mask[..., None], 0)
+        return (x if projection is None else projection(x.to(projection.weight.dtype))), mask
+
+    @overload
+    def similarity(
+        self, text: Tensor, video: Tensor, text_mask: Tensor | None = ..., video_mask: Tensor | None = ...
+    ) -> Tensor: ...
+    @overload
+    def similarity(
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = ...,
+        video_mask: Tensor | None = ...,
+        *,
+        return_matches: Literal[True],
+    ) -> tuple[Tensor, Matches]: ...
+    def similarity(
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        *,
+        return_matches: bool = False,
+    ) -> Tensor | tuple[Tensor, Matches]:
+        """Score every text against every video, without the temperature.
+
+        Args:
+            text, video: encoded tokens (A, Nt, D) and (B, Nv, D).
+            text_mask, video_mask: (A, Nt) and (B, Nv), non-zero = real; None: all real.
+            return_matches: also return which frame each word chose and which word each frame chose; TI and WTI only.
+
+        Returns:
+            logits (A, B) float32, and with ``return_matches`` :class:`drl_fast.Matches`.
+
+        Raises:
+            ValueError: shapes that do not go together, or ``return_matches`` with another interaction.
+        """
+        if not return_matches:
+            return self.interaction(text, video, text_mask, video_mask)
+        if not isinstance(self.interaction, TI | WTI):
+            raise ValueError(
+                f"return_matches must be False with interaction={self.config.interaction!r}, which matches no tokens; "
+                "use 'ti' or 'wti'"
+            )
+        return self.interaction(text, video, text_mask, video_mask, return_matches=True)
+
+    def forward(self, batch: Mapping[str, Tensor], process_group: ProcessGroup | None = None) -> dict[str, Tensor]:
+        """Compute the losses of a batch: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.
+
+        Args:
+            batch: see :meth:`encode`, row by row pairs. Optional: ``owner`` (B,), the id of each caption's video; or
+                ``video_of`` (A,), the row of ``video`` that each caption describes, if several captions share a row.
+            process_group: see :meth:`losses`.
+
+        Raises:
+            ValueError: missing entries, or options that the interaction does not support.
+        """
+        return self.losses(*self.encode(batch), batch.get("owner"), process_group, video_of=batch.get("video_of"))
+
+    def losses(
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor,
+        video_mask: Tensor,
+        owner: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        *,
+        video_of: Tensor | None = None,
+        padded: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the losses of :meth:`forward` from encoded tokens (A, Nt, D), (B, Nv, D) and masks.
+
+        Args:
+            owner: (A,) integers: captions with one id are not negatives of each other. With ``video_of`` leave it out:
+                captions of one row of ``video`` are never negatives of each other.
+            process_group: its ranks' pairs are negatives of each other. TI and WTI never form the batch's logits; with
+                the others every rank gathers all videos and scores its own texts against them.
+            video_of: (A,) integers, the row of ``video`` that each caption describes; None: row i describes row i. The
+                losses are those of ``video[video_of]`` with ``owner=video_of``, without the repetition.
+            padded: tokens of both sides that include padding's, for ``cdcr_padding="competes"``.
+        """
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        if isinstance(self.interaction, WTI):
+            weights = self.interaction.weights(text, video, text_mask, video_mask)
+        batch = losses.Batch(text, video, *weights, text_mask, video_mask)
+        if video_of is None:
+            info_nce = losses.contrastive_loss(self.interaction, batch, self.logit_scale, owner, process_group)
+        else:
+            if owner is not None:
+                raise ValueError("owner must be None with video_of, which says it already, got both; drop owner")
+            video_of = losses.check_video_of(video_of, len(text), len(video))
+            info_nce = losses.shared_videos_loss(self.interaction, batch, self.logit_scale, video_of, process_group)
+            batch = losses.repeat_videos(batch, video_of)
+        cdcr = losses.decorrelation_loss(self.config, batch, padded, process_group)
+        total = info_nce if self.config.cdcr == 0 else info_nce + self.config.cdcr_weight * cdcr
+        return {"total": total, "info_nce": info_nce, "cdcr": cdcr}
+
+
+def require(batch: Mapping[str, Tensor], *names: str) -> None:
+    """Check that a batch holds entries."""
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"batch must hold {name!r}, got {', '.join(map(repr, batch)) or 'nothing'}")
