@@ -51,6 +51,8 @@ def __getattr__(name: str) -> object:
 
     if name == "DRL":
         return importlib.import_module("drl_fast.model.drl").DRL
+    if name == "Head":
+        return importlib.import_module("drl_fast.model.head").Head
     if name == "plot_matches":
         return importlib.import_module("drl_fast.filmstrip").plot_matches
     if name == "reference":
@@ -60,4 +62,4 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     # `from drl_fast import *` leaves these out, since open_clip and matplotlib may not be installed.
-    return sorted([*__all__, "DRL", "plot_matches", "reference", "__version__"])
+    return sorted([*__all__, "DRL", "Head", "plot_matches", "reference", "__version__"])
