@@ -71,6 +71,7 @@ def dual_softmax_metrics(
     Source: Cheng et al., "CAMoE", arXiv 2109.04290, section 3.4 (dual softmax loss, at inference).
     """
     sim, owner = _check(sim, owner)
+    _check_finite("sim", sim)
     validation.positive_number("temperature", temperature)
     positive = sim - sim.min().clamp(max=0)
     by_text, by_video = (positive * (temperature * sim).softmax(dim) for dim in (0, 1))
@@ -106,6 +107,8 @@ def query_bank_metrics(
         raise ValueError(
             f"video_bank must be (A, P) with A = {sim.shape[0]} to match sim, got {tuple(video_bank.shape)}"
         )
+    for name, scores in (("sim", sim), ("text_bank", text_bank), ("video_bank", video_bank)):
+        _check_finite(name, scores)
     by_text = _inverted_softmax(sim, text_bank.to(sim), beta)
     by_video = _inverted_softmax(sim.T, video_bank.T.to(sim), beta).T
     return {"t2v": _summary(ranks(by_text, owner)), "v2t": _summary(_video_ranks(by_video, owner))}
@@ -177,6 +180,14 @@ def _check(sim: Tensor, owner: Tensor | None) -> tuple[Tensor, Tensor]:
             raise ValueError(f"sim must be square without owner, got {texts} texts x {videos} videos; pass owner (A,)")
         owner = torch.arange(texts, device=sim.device)
     return sim, _check_owner(owner, texts, videos).to(sim.device)
+
+
+def _check_finite(name: str, scores: Tensor) -> None:
+    if not bool(scores.isfinite().all()):
+        raise ValueError(
+            f"{name} must be finite, got NaN or infinity, for which the softmax has no value; give pairs that are not "
+            "scored the lowest finite score"
+        )
 
 
 def _by_video(sim: Tensor, owner: Tensor) -> Tensor:

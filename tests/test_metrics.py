@@ -255,3 +255,15 @@ def test_query_bank_by_hand() -> None:
 def test_bad_options(call: Callable[[torch.Tensor], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.rand(3, 3))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_softmax_metrics_refuse_infinities(value: float) -> None:
+    """One of them would make every score NaN; plain retrieval takes them, as masked pairs."""
+    sim = torch.eye(4)
+    sim[0, 1] = value
+    retrieval_metrics(sim)
+    with pytest.raises(ValueError, match="sim must be finite, got NaN or infinity"):
+        dual_softmax_metrics(sim)
+    with pytest.raises(ValueError, match="text_bank must be finite"):
+        query_bank_metrics(torch.eye(4), sim, torch.eye(4))

@@ -68,7 +68,9 @@ class FeatureCache:
         try:
             # One read: safetensors opens a path twice, and another process may replace the file in between.
             found = safetensors.torch.load(self.path(key).read_bytes())
-        except (safetensors.SafetensorError, OSError):
+        except OSError:
+            return None
+        except Exception:  # a damaged header leads safetensors to errors of many types
             return None
         # safetensors checks sizes only.
         features, digest = found.get(ENTRY), found.get(DIGEST)

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import open_clip
+import torch
 from torch import Tensor, nn
 
-from .weight_files import has_openai_precision, is_from_openai, read_file, without_sizes
+from .weight_files import has_openai_precision, is_from_openai, read_weights, without_sizes
 
 # Entries that do not fit, named in one error.
 NAMED = 20
@@ -26,8 +27,9 @@ OTHER_FORM = (
 )
 # The ending of names of models with QuickGELU.
 QUICK = "-quickgelu"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-WEIGHT_SUFFIXES = (*PICKLES, ".safetensors")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+# Weights of SigLIP, which open_clip reads.
+NUMPY = (".npz", ".npy")
 
 # drl-small: 4 + 4 layers for 64 x 64 pictures, to try a whole run on a CPU.
 open_clip.add_model_config(Path(__file__).parent / "configs")
@@ -47,28 +49,20 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
         pretrained: a tag of that model (fetched, or read from the cache), a local weight file, or None: random weights.
             A tag and OpenAI's own files (``ViT-B-32.pt``) bring their activation, QuickGELU. Any other file does not
             say which one it was trained with, and takes the name's: ``-quickgelu`` or not.
-        load_weights: False leaves the weights random and fetches nothing; activation and picture statistics are the
-            tag's all the same.
+        load_weights: False leaves the weights random and fetches nothing; activation and picture statistics are those
+            of the tag or file all the same.
 
     Raises:
         ValueError: an unknown name or tag (the nearest are named), a model of another form, a file that is missing or
             does not fit, or weights that cannot be fetched (the message says what to download).
     """
     check_name(name)
-    if load_weights and pretrained is not None and Path(pretrained).suffix in PICKLES and Path(pretrained).is_file():
-        state = read_file(Path(pretrained))
-        signed = is_from_openai(state)
-        if signed or has_openai_precision(state):
-            if not signed and not name.endswith(QUICK):
-                warnings.warn(
-                    f"drl_fast: {pretrained} has float16 matrices beside float32 vectors, as OpenAI's weights have, so "
-                    "its towers get QuickGELU. If the weights are not OpenAI's, convert the file to float32.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            clip = create_clip(name, quick_gelu=True)
-            load_strictly(clip, without_sizes(state), pretrained)
-            return clip
+    state = _openai_weights(name, pretrained)
+    if state is not None:
+        clip = create_clip(name, quick_gelu=True)
+        if load_weights:
+            load_strictly(clip, without_sizes(state), str(pretrained))
+        return clip
     tag = _tag_config(name, pretrained)
     statistics = {key: tag[key] for key in ("mean", "std") if key in tag}
     _warn_of_activation(name, pretrained)
@@ -106,6 +100,25 @@ def check_name(name: object) -> str:
     if not (own_tower and causal and projection and text.get("pool_type", "argmax") == "argmax"):
         raise ValueError(f"clip must be {FORM}, got {name}, which is of another form; {OTHER_FORM}")
     return name
+
+
+def _openai_weights(name: str, pretrained: str | None) -> Mapping[str, Tensor] | None:
+    """Return the weights of a file of OpenAI's, whatever its suffix; None for any other file, a tag or None."""
+    if pretrained is None or not Path(pretrained).is_file() or Path(pretrained).suffix in NUMPY:
+        return None
+    state = read_weights(Path(pretrained))
+    if is_from_openai(state):
+        return state
+    if not has_openai_precision(state):
+        return None
+    if not name.endswith(QUICK):
+        warnings.warn(
+            f"drl_fast: {pretrained} has float16 matrices beside float32 vectors, as OpenAI's weights have, so its "
+            "towers get QuickGELU. If the weights are not OpenAI's, convert the file to float32.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return state
 
 
 def create_clip(name: str, *, quick_gelu: bool = False) -> open_clip.CLIP:
@@ -162,10 +175,10 @@ def clip_from_state_dict(state: Mapping[str, Tensor]) -> open_clip.CLIP:
         raise ValueError(
             f"state must be a CLIP with a vision transformer in OpenAI's layout, got one without {', '.join(missing)}"
         )
-    width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
-    grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
-    text_width = state["ln_final.weight"].shape[0]
     try:
+        width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
+        grid = math.isqrt(state["visual.positional_embedding"].shape[0] - 1)
+        text_width = state["ln_final.weight"].shape[0]
         clip = open_clip.CLIP(
             state["text_projection"].shape[1],
             open_clip.CLIPVisionCfg(
@@ -199,11 +212,14 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
     own = module.state_dict()
     problems = [f"no {key}" for key in own.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
-    problems += [
-        f"{key} of shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
+    for key in own.keys() & state.keys():
+        x = state[key]
+        if x.layout != torch.strided or x.is_quantized or x.is_meta:
+            problems.append(f"{key} that is no dense tensor")
+        elif x.shape != own[key].shape:
+            problems.append(f"{key} of shape {tuple(x.shape)} instead of {tuple(own[key].shape)}")
+        elif x.is_floating_point() != own[key].is_floating_point():
+            problems.append(f"{key} of {x.dtype} instead of {own[key].dtype}")
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ValueError(f"{name} must fit the model, got {'; '.join(sorted(problems)[:NAMED])}{more}")

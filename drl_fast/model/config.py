@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
-from ..validation import MASKINGS, option, positive_int, positive_number
+from ..validation import MASKINGS, non_negative_int, non_negative_number, option, positive_int, positive_number
 
+# Tokens of a row that the kernels serve.
+MOST_TOKENS = 32767
 TEMPORAL = {"seqLSTM": SeqLSTM, "seqTransf": SeqTransf}
 
 
@@ -30,9 +32,10 @@ class Inputs:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        positive_int("max_words", self.max_words)
+        for name in ("max_words", "max_frames"):
+            if positive_int(name, getattr(self, name)) > MOST_TOKENS:
+                raise ValueError(f"{name} must be at most {MOST_TOKENS}, got {getattr(self, name)}")
         positive_number("rate", self.rate)
-        positive_int("max_frames", self.max_frames)
         if self.seconds is not None:
             positive_number("seconds", self.seconds)
 
@@ -69,6 +72,9 @@ class Config:
     cdcr_padding: str = "never"
 
     def __post_init__(self) -> None:
+        for name in ("cdcr_alpha_on", "cdcr_alpha_off", "cdcr_weight"):
+            non_negative_number(name, getattr(self, name))
+        option("wti_arch", positive_int("wti_arch", self.wti_arch), (1, 2, 3))
         option("interaction", self.interaction, tuple(INTERACTIONS))
         if self.temporal is not None:
             option("temporal", self.temporal, (None, *TEMPORAL))
@@ -78,7 +84,7 @@ class Config:
                 f"masking must be 'drl' with interaction={self.interaction!r}, which has no other, got "
                 f"{self.masking!r}; use interaction='ti' or 'wti'"
             )
-        option("cdcr", self.cdcr, (0, 1, 2, 3))
+        option("cdcr", non_negative_int("cdcr", self.cdcr), (0, 1, 2, 3))
         option("cdcr_padding", self.cdcr_padding, ("never", "competes"))
         if self.cdcr == 3 and self.interaction != "wti":
             raise ValueError(

@@ -174,7 +174,7 @@ class DRL(Head):
         for name, (value, own) in sizes.items():
             if value is not None and value != own:
                 raise ValueError(f"{name} must be the state's own, {own}, got {value}; leave it out")
-        load_strictly(model, weights, "state")
+        load_strictly(model, weights, str(state) if isinstance(state, str | os.PathLike) else "state")
         return model.eval()
 
     @classmethod

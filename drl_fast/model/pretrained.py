@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -12,13 +14,14 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
 from .config import Config, Inputs
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FORMAT = "drl-fast 1"
+FORMAT = "drl-fast 2"
 # The subfolder of a training run that holds its best model.
 BEST = "best"
 
@@ -29,8 +32,9 @@ def save_folder(folder: str | os.PathLike[str], state: Mapping[str, Tensor], con
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **config}, indent=2) + "\n"
     tensors = {name: x.detach().contiguous() for name, x in state.items()}
+    metadata = {"config": text, "digest": _digest(tensors)}
     # The configuration is stored with the weights, so that the two always come from one save.
-    write_atomically(path / WEIGHTS, lambda file: safetensors.torch.save_file(tensors, file, {"config": text}))
+    write_atomically(path / WEIGHTS, lambda file: safetensors.torch.save_file(tensors, file, metadata))
     write_atomically(path / CONFIG, lambda file: Path(file).write_text(text))
 
 
@@ -56,7 +60,11 @@ def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Save
     """
     path = _weights(folder)
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _saved(path, file.metadata())  # noqa: SIM118
+        state, saved = {name: file.get_tensor(name) for name in file.keys()}, _saved(path, file.metadata())  # noqa: SIM118
+        written = (file.metadata() or {}).get("digest")
+    if written != _digest(state):
+        raise ValueError(f"{path} must hold the weights that were written, got others; copy the file again")
+    return state, saved
 
 
 def read_saved(folder: str | os.PathLike[str]) -> Saved:
@@ -68,6 +76,15 @@ def read_saved(folder: str | os.PathLike[str]) -> Saved:
     path = _weights(folder)
     with _opened(path) as file:
         return _saved(path, file.metadata())
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Hash tensors' names, types, shapes and bytes; safetensors checks sizes only."""
+    digest = hashlib.blake2b(digest_size=20)
+    for name, x in sorted(state.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _weights(folder: str | os.PathLike[str]) -> Path:
@@ -102,15 +119,17 @@ def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
     clip, quick_gelu, inputs = config.pop("clip", 0), config.pop("quick_gelu", None), config.pop("inputs", None)
     statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
     numbers = all(
-        isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
-        for values in statistics.values()
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(x, int | float) and math.isfinite(x) and (x > 0 or key == "mean") for x in values)
+        for key, values in statistics.items()
     )
     known = {f.name for f in fields(Config)}
     if not (isinstance(clip, str | None) and isinstance(quick_gelu, bool) and numbers and config.keys() <= known):
         unknown = ", ".join(sorted(str(key)[:40] for key in config.keys() - known))
         raise ValueError(
             f"{path} must hold the configuration of a model of this version of drl-fast, got "
-            + (f"unknown options: {unknown}" if unknown else "clip, quick_gelu, mean or std of another type")
+            + (f"unknown options: {unknown}" if unknown else "clip, quick_gelu, mean or std with a wrong value")
         )
     try:
         return Saved(clip, quick_gelu, statistics, config, None if inputs is None else Inputs(**inputs))

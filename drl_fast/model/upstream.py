@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..validation import describe
 from .weight_files import SIZES_IN_STATE, read_file
 
 # Prefixes: ours, theirs. The first match counts.
@@ -73,30 +74,35 @@ def read_state(state: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, T
     Raises:
         ValueError: no such file, or one that holds no state dict. Files are read with ``weights_only=True``.
     """
+    source = "state"
     if isinstance(state, str | os.PathLike):
         path = Path(state)
+        source = str(path)
         if not path.is_file():
             raise ValueError(f"state must be a state dict or a checkpoint file, file not found: {path}")
         if path.suffix == ".safetensors":
-            raise ValueError(f"state must be a file of torch.save, got {path}; name the folder of save_pretrained")
+            raise ValueError(f"{path} must be a file of torch.save, got safetensors; name the folder that holds it")
         state = read_file(path)
+    if isinstance(state, Mapping) and str(state.get("format", "")).startswith("drl-fast run"):
+        raise ValueError(f"{source} must be a model, got the checkpoint of a run; name the run's folder")
     for wrapper in ("model_state_dict", "state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping):
-        raise ValueError(f"state must map names to tensors, got {type(state).__name__}; pass model.state_dict()")
+        raise ValueError(f"{source} must map names to tensors, got {type(state).__name__}; save model.state_dict()")
     wrong = next(
         (item for item in state.items() if not (isinstance(item[0], str) and isinstance(item[1], Tensor))), None
     )
     if wrong is not None:
         raise ValueError(
-            f"state must map names to tensors, got {wrong[0]!r} with {type(wrong[1]).__name__}; pass model.state_dict()"
+            f"{source} must map names to tensors, got {describe(wrong[0])} with {type(wrong[1]).__name__}; save "
+            "model.state_dict()"
         )
     state = {name.removeprefix("module."): x for name, x in state.items()}
     if "visual.conv1.weight" in state:
         raise ValueError(
-            "state must be a whole DRL or CLIP4Clip model, got a CLIP alone, as OpenAI's files hold it; pass the file "
-            "as pretrained"
+            f"{source} must be a whole DRL or CLIP4Clip model, got a CLIP alone, as OpenAI's files hold it; pass the "
+            "file as pretrained (--set pretrained=FILE)"
         )
     return state
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ def read_file(path: Path) -> Any:
         ValueError: a file that is empty, damaged, of another kind, or holds Python objects besides tensors.
     """
     try:
+        check_zip(path)
         with warnings.catch_warnings():
             # torch announces TorchScript's end, and doubts old pickles.
             warnings.simplefilter("ignore")
@@ -33,6 +35,38 @@ def read_file(path: Path) -> Any:
     # A broken file raises errors of torch, pickle, zipfile or the operating system.
     except Exception as error:
         raise ValueError(f"{path} {_reason(path, error)}") from error
+
+
+def check_zip(path: Path) -> None:
+    """Check the CRC of every entry of a zip archive; torch writes them and does not check them.
+
+    Raises:
+        zipfile.BadZipFile: a damaged entry, which is named. A file that is no zip archive passes.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+
+
+def read_weights(path: Path) -> Any:
+    """Read a weight file of any kind, without ``state_dict`` around the weights and ``module.`` before their names.
+
+    Raises:
+        ValueError: as :func:`read_file`.
+    """
+    if path.suffix.lower() == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:
+            raise ValueError(f"{path} must be a whole safetensors file, and could not be read ({error})") from error
+    state = read_file(path)
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if isinstance(state, Mapping) and all(isinstance(name, str) for name in state):
+        return {name.removeprefix("module."): x for name, x in state.items()}
+    return state
 
 
 def is_from_openai(state: Any) -> bool:
@@ -75,9 +109,11 @@ def _reason(path: Path, error: Exception) -> str:
     )
     if unsafe is not None and "Unsupported" in str(error):
         return (
-            f"must hold tensors alone, and holds Python objects ({unsafe[1]}); where you trust the file, load it and "
+            f"must hold tensors alone, and holds Python objects ({unsafe[1]}); if you trust the file, load it and "
             "save its state dict with torch.save(model.state_dict(), ...)"
         )
+    if isinstance(error, zipfile.BadZipFile):
+        return f"must be a whole file, and {error}; copy it again"
     return (
         f"must hold tensors alone, written by torch.save, and could not be read ({type(error).__name__}); it is "
         "damaged or of another kind: copy it again"

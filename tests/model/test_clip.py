@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drl_fast.model.clip import check_clip, check_name, load_clip, uses_quick_gelu
+from drl_fast.model.clip import build_clip, check_clip, check_name, load_clip, uses_quick_gelu
 from drl_fast.model.weight_files import SIZES_IN_STATE
 
 
@@ -68,8 +68,8 @@ def test_weights_of_another_model(tiny_clip: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "content", "words"),
     [
-        ("safetensors", b"", r"must hold weights of NAME, and could not be loaded \(\w+"),
-        ("safetensors", b"no weights\n" * 20, r"must hold weights of NAME, and could not be loaded \(\w+"),
+        ("safetensors", b"", r"must be a whole safetensors file, and could not be read \(\w+"),
+        ("safetensors", b"no weights\n" * 20, r"must be a whole safetensors file, and could not be read \(\w+"),
         ("pt", b"", "is empty; copy it again"),
         (
             "pt",
@@ -102,19 +102,24 @@ def openai_archive(state: dict[str, Tensor], path: Path) -> None:
         torch.jit.script(root).save(str(path))
 
 
-@pytest.mark.parametrize("kind", ["archive", "its state dict"])
+@pytest.mark.parametrize("kind", ["archive", "its state dict", "wrapped", "safetensors", "no suffix"])
 def test_openais_own_files_load_with_their_activation(tiny_clip: str, tmp_path: Path, kind: str) -> None:
-    """The name means GELU, but OpenAI's files need QuickGELU. Half precision becomes float32."""
+    """The name says GELU; the file is OpenAI's, so the towers have QuickGELU. Half precision becomes float32."""
     state = {name: x.half() if x.ndim >= 2 else x for name, x in weights(tiny_clip).items()}
-    path = tmp_path / "ViT.pt"
-    if kind == "archive":
+    sized = {**state, "input_resolution": torch.tensor(32)}
+    path = tmp_path / {"safetensors": "ViT.safetensors", "no suffix": "abc123"}.get(kind, "ViT.pt")
+    if kind in ("archive", "no suffix"):
         openai_archive(state, path)
+    elif kind == "safetensors":
+        save_file(sized, path)
     else:
-        torch.save({**state, "input_resolution": torch.tensor(32)}, path)
+        wrapped = {"state_dict": {f"module.{name}": x for name, x in sized.items()}}
+        torch.save(wrapped if kind == "wrapped" else sized, path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         clip, _ = load_clip(tiny_clip, str(path))
     assert uses_quick_gelu(clip)
+    assert uses_quick_gelu(build_clip(tiny_clip, str(path), load_weights=False)), "as a resumed run asks"
     loaded = clip.state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], state[name].float()) for name in state)

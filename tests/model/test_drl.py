@@ -263,7 +263,7 @@ def test_malformed_folders_end_in_a_value_error(tmp_path: Path) -> None:
     drl_fast.DRL("drl-small", temporal=None).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     with safetensors.safe_open(path, "pt") as file:
-        good = json.loads(file.metadata()["config"])
+        good, digest = json.loads(file.metadata()["config"]), file.metadata()["digest"]
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def without(name: str) -> dict[str, Any]:
@@ -282,6 +282,11 @@ def test_malformed_folders_end_in_a_value_error(tmp_path: Path) -> None:
         {**good, "quick_gelu": "yes"},
         {**good, "mean": [0.5]},
         {**good, "mean": "half"},
+        {**good, "mean": [0.5, 0.5, float("nan")]},
+        {**good, "std": [0.0, 0.1, 0.1]},
+        {**good, "cdcr": True},
+        {**good, "cdcr_weight": float("nan")},
+        {**good, "interaction": "ti", "wti_arch": "two"},
         {**good, "interaction": ["wti"]},
         {**good, "wti_arch": "two"},
         {**good, "new_option": 1},
@@ -289,12 +294,51 @@ def test_malformed_folders_end_in_a_value_error(tmp_path: Path) -> None:
         {**good, "inputs": {"rate": 0, "max_words": 3, "max_frames": 2, "seconds": None}},
         {**good, "inputs": 7},
     ):
-        safetensors.torch.save_file(state, path, {"config": json.dumps(bad)})
+        safetensors.torch.save_file(state, path, {"config": json.dumps(bad), "digest": digest})
         with pytest.raises(ValueError, match=str(tmp_path)):
             drl_fast.DRL.from_pretrained(tmp_path)
+    safetensors.torch.save_file(state, path, {"config": json.dumps(good), "digest": digest})
+    assert drl_fast.DRL.from_pretrained(tmp_path).config == Config("wti", None)
     safetensors.torch.save_file(state, path, {"config": "{" * 100_000})
     with pytest.raises(ValueError, match=str(path)):
         drl_fast.DRL.from_pretrained(tmp_path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """In a saved folder and in a file of torch.save."""
+    model = drl_fast.DRL("drl-small", temporal=None)
+    model.save_pretrained(tmp_path)
+    torch.save(drl_fast.DRL.from_pretrained(tmp_path).to_upstream(), tmp_path / "public.bin")
+    needle = model.state_dict()["clip.token_embedding.weight"][1000].numpy().tobytes()
+    for path, read in (
+        (tmp_path / "model.safetensors", lambda: drl_fast.DRL.from_pretrained(tmp_path)),
+        (tmp_path / "public.bin", lambda: drl_fast.DRL.from_upstream(tmp_path / "public.bin")),
+    ):
+        content = bytearray(path.read_bytes())
+        content[content.index(needle) + 3] ^= 0x40
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=str(path)):
+            read()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.to(torch.int32),
+        lambda x: x.to(torch.complex64),
+        lambda x: x.to_sparse(),
+        lambda x: x.to("meta"),
+        lambda x: x[0],
+        lambda x: x.sum(),
+    ],
+)
+@pytest.mark.parametrize("name", ["clip.visual.conv1.weight", "clip.ln_final.weight", "clip.text_projection"])
+def test_entries_that_are_no_weights(change: Any, name: str) -> None:
+    arrays, _ = load(GOLDEN / "model_wti_seqtransf.npz")
+    state = part(arrays, "state.")
+    state[name] = change(state[name])
+    with pytest.raises(ValueError, match="state must"):
+        drl_fast.DRL.from_upstream(state)
 
 
 @pytest.mark.parametrize("state", [{0: torch.zeros(1)}, {"clip.visual.proj": 3}, [torch.zeros(1)]])
