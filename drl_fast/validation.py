@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import re
 import reprlib
+import unicodedata
 import warnings
 from typing import NamedTuple
 
@@ -18,8 +18,10 @@ from .numerics import accumulation_dtype
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASKINGS = ("drl", "exclude", "none")
-# Control characters but tab and line feed, marks that reverse the order of what follows, halves of surrogate pairs.
-UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+# Unicode's categories of control and format characters, halves of surrogate pairs, and separators of lines.
+UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Joins the parts of an emoji.
+JOINER = "\u200d"
 
 
 def describe(value: object) -> str:
@@ -33,8 +35,13 @@ def describe(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what could command a terminal or hide text: control characters, changes of direction, broken Unicode."""
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape what could command a terminal, hide text or begin a line of its own."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        x.encode("unicode_escape").decode() if unicodedata.category(x) in UNPRINTABLE and x != JOINER else x
+        for x in text
+    )
 
 
 def tensor(name: str, value: object) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
 import textwrap
-import zipfile
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,24 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..atomic_write import write_atomically
+from ..metrics import DIRECTIONS
 from ..model.drl import DRL
+from ..model.weight_files import check_zip
 from .config import RunConfig
 
 FORMAT = "drl-fast run 2"
-PARTS = {"format": str, "model": dict, "optimizer": dict, "progress": dict, "config": dict, "data": str}
+PARTS = {
+    "format": str,
+    "built": dict,
+    "model": dict,
+    "optimizer": dict,
+    "progress": dict,
+    "config": dict,
+    "data": str,
+}
+# What weights do not tell of a model; another value would train another model without a word.
+BUILT = ("quick_gelu", "mean", "std")
+METRICS = {"R1", "R5", "R10", "MdR", "MnR", "R1_low", "R1_high", "candidates"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # A resumed run may change these: they change rounding at most.
 FREE = ("videos", "annotations", "workers", "checkpoint_every", "chunk", "parallel")
@@ -55,6 +68,7 @@ def save(
         return
     state = {
         "format": FORMAT,
+        "built": _built(model),
         "model": weights,
         "optimizer": optimizer_state,
         "progress": asdict(progress),
@@ -78,16 +92,12 @@ def read(path: Path, config: RunConfig, data: str) -> dict[str, Any]:
             data.
     """
     try:
-        # torch writes a CRC of every tensor and does not check it.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
-            f"{path} must be a whole checkpoint, and could not be read ({type(error).__name__}); start a new run in "
-            "another folder"
+            f"{path} must be a whole checkpoint, and could not be read ({type(error).__name__}: "
+            f"{textwrap.shorten(str(error), 100) or 'no reason given'}); start a new run in another folder"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of drl-fast train ({FORMAT}), got another file")
@@ -113,9 +123,10 @@ def require_same(config: RunConfig, then: dict[str, Any], path: Path) -> None:
     defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     before = {**defaults, **then}
     changed = [
-        f"{name} {before[name]!r} then and {value!r} now"
+        f"{name} {reprlib.repr(before.get(name))} then and {value!r} now"
         for name, value in asdict(config).items()
-        if name not in FREE and before[name] != value
+        # A tensor, for example, has no truth value.
+        if name not in FREE and (type(before.get(name)) is not type(value) or before[name] != value)
     ]
     if changed:
         raise ValueError(
@@ -135,14 +146,48 @@ def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer)
         different = model.state_dict().keys() ^ state["model"].keys()
         if different:
             raise KeyError(min(different))
+        if state["progress"]["step"] and not state["optimizer"]["state"]:
+            raise KeyError("the optimizer's state")
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL
         )
         progress = Progress(**state["progress"])
-        progress.best()
+        _check_progress(progress)
+        _check_optimizer(optimizer, progress.step)
+        built = _built(model)
+        different = {name for name in BUILT if state["built"][name] != built[name]}
+        if different:
+            raise ValueError(f"{min(different)} was {state['built'][min(different)]} and is {built[min(different)]}")
     except Exception as error:  # torch raises whatever the first wrong entry leads to
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
         raise ValueError(
             f"the checkpoint must hold the state of this model and optimizer, got another ({reason}); start a new run"
         ) from error
     return progress
+
+
+def _built(model: DRL) -> dict[str, Any]:
+    described = model.describe_config()
+    return {name: described[name] for name in BUILT}
+
+
+def _check_progress(progress: Progress) -> None:
+    step, evaluations = progress.step, progress.evaluations
+    whole = type(step) is int and step >= 0 and isinstance(evaluations, dict)
+    for epoch, found in evaluations.items() if whole else ():
+        whole = whole and type(epoch) is int and found.keys() == set(DIRECTIONS)
+        for values in found.values() if whole else ():
+            whole = whole and values.keys() == METRICS and all(isinstance(x, int | float) for x in values.values())
+    if not whole:
+        raise ValueError("its progress is damaged")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Check that each parameter's moments have its shape; set_state_dict takes any."""
+    for p, state in optimizer.state.items():
+        steps = float(state["step"])
+        if not 0 <= steps <= step or steps != int(steps):
+            raise ValueError(f"an optimizer's step is {steps}, in a run of {step} steps")
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != p.shape or not state[name].is_floating_point():
+                raise ValueError(f"{name} has the shape {tuple(state[name].shape)} instead of {tuple(p.shape)}")

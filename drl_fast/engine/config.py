@@ -292,6 +292,6 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
         model.clip.requires_grad_(False)
         model.clip.logit_scale.requires_grad_(True)
     sampling = config.sampling(model.picture_size[0])
-    model.inputs = Inputs(config.words, sampling.rate, sampling.max_frames, sampling.seconds)
+    model.inputs = Inputs(model.words(config.words), sampling.rate, sampling.max_frames, sampling.seconds)
     # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
     return model, open_clip.get_tokenizer(config.clip)

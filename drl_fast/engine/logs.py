@@ -77,9 +77,22 @@ class Logs:
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """Read the whole lines of a log, without one that a kill cut off."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+    """Read the whole lines of a log, without one that a kill cut off.
+
+    Raises:
+        ValueError: a file that is not a run's log, or was changed by another program.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+        for row in rows:
+            int(row["step"]), float(row["total"])
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(
+            f"{path} must be the log that training wrote, got another file ({type(error).__name__}: {error}); delete "
+            "it to go on without the earlier lines"
+        ) from error
+    return rows
 
 
 def write_evaluations(folder: Path, evaluations: dict[int, dict[str, dict[str, float]]]) -> None:

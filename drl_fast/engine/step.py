@@ -37,7 +37,7 @@ def take_step(
     chunks: int = 1,
     reseed: Callable[[int], object] = lambda part: None,
 ) -> tuple[Losses, Tensor]:
-    """Take one step of the optimizer, wherever the batch comes from; return its losses and the gradients' norm.
+    """Take one step of the optimizer; return its losses and the gradients' norm.
 
     Args:
         batch, chunks, reseed: as of :func:`add_gradients`.
@@ -77,20 +77,35 @@ def _check_finite(model: Head, losses: Losses, norm: Tensor, processes: Processe
     found = next((f"the loss {name} is {float(x)}" for name, x in terms.items() if not math.isfinite(x)), None)
     if not processes.any(found is not None or not math.isfinite(norm)):
         return
-    if found is None:
-        names = (name for name, p in model.named_parameters() if p.grad is not None and not _is_finite(p.grad))
-        first = next(names, None)
-        found = "another process has a loss" if first is None else f"the losses are finite, the gradient of {first}"
-        found += " that is not finite" if first is None else " is not"
-    cause = "a learning rate that is too high, or inputs that are not finite"
-    if model.config.cdcr and model.config.cdcr_padding == "competes" and not math.isfinite(losses["cdcr"]):
-        cause = "cdcr_padding='competes', which can divide by zero as the public code does; use 'never'"
-    raise FloatingPointError(f"{found}; the likely cause is {cause}")
+    raise FloatingPointError(f"{found or _of_gradients(model)}; the likely cause is {_cause(model, losses)}")
 
 
-def _is_finite(gradient: Tensor) -> bool:
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    return bool(torch.isfinite(local).all())
+def _of_gradients(model: Head) -> str:
+    """Say which gradient is not finite, where this process's losses are."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    first = next((name for name, gradient in gradients.items() if not _is_finite(gradient)), None)
+    if first is not None:
+        return f"the gradient of {first} is not finite"
+    largest = max(gradients, key=lambda name: float(_local(gradients[name]).abs().max()), default="no parameter")
+    return f"the norm of all gradients is not finite (the largest is that of {largest})"
+
+
+def _cause(model: Head, losses: Losses) -> str:
+    broken = next((name for name, p in model.named_parameters() if not _is_finite(p.detach())), None)
+    if broken is not None:
+        return f"weights that were not finite before this step, such as {broken}"
+    config, of_cdcr = model.config, math.isfinite(losses["info_nce"]) and not math.isfinite(losses["cdcr"])
+    if of_cdcr and config.cdcr in (2, 3) and config.cdcr_padding == "competes":
+        return "cdcr_padding='competes', which can divide by zero as the public code does; use 'never'"
+    return "a learning rate that is too high, or inputs that are not finite"
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(_local(x)).all())
 
 
 def add_gradients(

@@ -98,6 +98,7 @@ class Run:
         self.sampling = config.sampling(self.whole.picture_size[0])
         self._info_nce: list[float] = []
         self._warned_of_loss = False
+        self._saved: int | None = None
 
     @property
     def _sharded(self) -> bool:
@@ -112,10 +113,8 @@ class Run:
             ValueError: a folder that holds a run, without ``resume``; a checkpoint of another run; a folder in which
                 another training runs.
         """
-        last = self.folder / LAST
         # All processes look before the first one writes.
-        started = self.processes.any((self.folder / CONFIG).exists() or last.exists())
-        if started and not resume:
+        if self.processes.any(self._started()) and not resume:
             raise ValueError(
                 f"out must be a new folder, got {self.folder}, which holds a run; add --resume to go on with it, or "
                 "name another"
@@ -125,18 +124,35 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
+                # Another training may have come and gone since the first look.
+                busy = self._started() and not resume
             except Timeout:
                 busy = True
-        if self.processes.any(busy):  # this waits for the folder, too
-            raise ValueError(
-                f"out must be a folder of one training at a time, got {self.folder}, where another one runs"
-            )
+        try:
+            if self.processes.any(busy):  # this waits for the folder, too
+                raise ValueError(
+                    f"out must be a folder of one training at a time, got {self.folder}, where another one runs"
+                )
+            self._continue()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _started(self) -> bool:
+        return (self.folder / CONFIG).exists() or (self.folder / LAST).exists()
+
+    def _continue(self) -> None:
+        """Read the folder's checkpoint, if there is one, and record the configuration."""
+        last = self.folder / LAST
         if self.processes.first:
             for folder in (self.folder, self.folder / BEST):
                 remove_parts(folder)
         if last.exists():
             state = checkpoint.read(last, self.config, self.data.fingerprint)
             self.progress = checkpoint.restore(state, self.model, self.optimizer)
+            self._saved = self.progress.step
+            if self.progress.step > len(self.batches):
+                raise ValueError(f"{last} must be of a run of {len(self.batches)} steps, got step {self.progress.step}")
         elif (self.folder / CONFIG).exists():
             then = asdict(read_config(self.folder / CONFIG))
             checkpoint.require_same(self.config, then, self.folder / CONFIG)
@@ -229,12 +245,13 @@ class Run:
             self.data.fingerprint,
             write=self.processes.first,
         )
+        self._saved = self.progress.step
 
     def _loader(self, step: int) -> Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]:
         """Load this process's part of all batches from ``step`` on; workers live until the end."""
         shared = self.config.captions_per_video > 0
         pairs = (CaptionsOfVideos if shared else VideoCaptions)(
-            self.data.train, self.data.tokenizer, max_words=self.config.words, sampling=self.sampling
+            self.data.train, self.data.tokenizer, max_words=self.whole.words(self.config.words), sampling=self.sampling
         )
         own: list[list[Any]] = [batch[self.processes.part(len(batch))] for batch in self.batches[step:]]
         if isinstance(pairs, CaptionsOfVideos):
@@ -273,10 +290,12 @@ class Run:
                 reseed=lambda part: torch.manual_seed(schedule.seed_of(config.seed, step, self.processes.rank, part)),
             )
         except FloatingPointError as error:
+            kept = "there is no checkpoint yet"
+            if self._saved is not None:
+                kept = f"{self.folder / LAST} holds step {self._saved}, from which --resume repeats"
             raise FloatingPointError(
-                f"training stopped at step {step + 1}, before it changed the weights: {error}. The last checkpoint in "
-                f"{self.folder} is kept, and --resume repeats the steps after it; to train with other settings start a "
-                "new run in another folder"
+                f"training stopped at step {step + 1}, before it changed the weights: {error}. {kept}; to train with "
+                "other settings start a new run in another folder"
             ) from error
         self.progress.step = step + 1
         return {

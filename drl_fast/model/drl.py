@@ -350,6 +350,8 @@ class DRL(Head):
         cut, end = ids[:, :context].clone(), ids.amax(dim=1)
         late = ids.argmax(dim=1) >= context
         cut[late, -1] = end[late]
+        if not bool(late.any()):
+            return cut
         warnings.warn(
             f"drl_fast: {int(late.sum())} of {len(ids)} captions are longer than the CLIP's context of {context} "
             "tokens and were cut there; their end token is kept. Later cuts are not reported.",

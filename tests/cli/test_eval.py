@@ -346,7 +346,7 @@ def test_options_reach_the_evaluation(
         (["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "CONFIG"], "CONFIG must hold tensors alone"),
         (
             ["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "TMP/x.safetensors"],
-            "name the folder of save_pretrained",
+            "got safetensors; name the folder that holds it",
         ),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--out", "TMP"], "out must be a file, got TMP, a folder"),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--out", "CONFIG/x.json"], "check that the path can be read"),

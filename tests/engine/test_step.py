@@ -12,6 +12,7 @@ import drl_fast
 from drl_fast.engine import schedule
 from drl_fast.engine.config import RunConfig
 from drl_fast.engine.step import add_gradients, take_step
+from drl_fast.model import losses
 
 from .runs import tower
 
@@ -136,9 +137,18 @@ def test_no_step_is_taken_on_a_loss_or_gradient_that_is_not_finite(spoiled: str,
         torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
-def test_competing_padding_is_named_where_cdcr_is_not_finite() -> None:
-    model = model_of({"interaction": "wti", "cdcr": 3, "cdcr_padding": "competes"})
+def test_the_likely_cause_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig("folder", pretrained=None, precision="fp32")
-    model.interaction.text_weight_fc[0].weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"cdcr_padding='competes'.*use 'never'"):
-        take_step(model, schedule.optimizer(model, config), batch_of(), config, 1.0)
+    model = model_of({"interaction": "wti", "cdcr": 3, "cdcr_padding": "competes"})
+    optimizer = schedule.optimizer(model, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "decorrelation_loss", lambda *_: torch.tensor(torch.nan, requires_grad=True))
+        with pytest.raises(FloatingPointError, match=r"the loss cdcr is nan; .*cdcr_padding='competes'.*use 'never'"):
+            take_step(model, optimizer, batch_of(), config, 1.0)
+    for p in model.parameters():
+        p.register_hook(lambda gradient: gradient * 1e200)
+    with pytest.raises(FloatingPointError, match=r"the norm of all gradients is not finite \(the largest is that"):
+        take_step(model, optimizer, batch_of(), config, 1.0)
+    model.interaction.text_weight_fc[0].weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"weights that were not finite before this step, such as interaction"):
+        take_step(model, optimizer, batch_of(), config, 1.0)

@@ -247,6 +247,14 @@ def test_a_checkpoint_without_a_part(part: str, value: None, folder: Path, whole
         lambda state: state["optimizer"].update(state=3),
         lambda state: state["progress"].update(pace=3),
         lambda state: state["progress"].update(evaluations={1: {}}),
+        lambda state: state["progress"].update(evaluations={1: {"t2v": {"R1": 1.0}, "v2t": {"R1": 1.0}}}),
+        lambda state: state["progress"].update(step=-3),
+        lambda state: state["progress"].update(step=1.5),
+        lambda state: state["built"].update(quick_gelu=not state["built"]["quick_gelu"]),
+        lambda state: state["built"].update(mean=[0.1, 0.2, 0.3]),
+        lambda state: state.update(optimizer={}),
+        lambda state: state["optimizer"]["state"]["clip.text_projection"].update(exp_avg=torch.zeros(2)),
+        lambda state: state["optimizer"]["state"]["clip.text_projection"].update(step=torch.tensor(1e6)),
     ],
 )
 def test_a_checkpoint_whose_entries_do_not_fit(change: Any, folder: Path, whole: Path, tmp_path: Path) -> None:
@@ -256,6 +264,32 @@ def test_a_checkpoint_whose_entries_do_not_fit(change: Any, folder: Path, whole:
     torch.save(state, tmp_path / "run" / LAST)
     with pytest.raises(ValueError, match="the checkpoint must hold the state of this model and optimizer"):
         opened(configured(folder), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("config", [{}, {"dataset": torch.ones(3)}, {"lr": "fast"}])
+def test_a_checkpoint_with_another_kind_of_configuration(
+    config: dict[str, Any], folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    state = torch.load(whole / LAST, weights_only=True)
+    state["config"] = {**state["config"], **config} if config else {}
+    shutil.copytree(whole, tmp_path / "run")
+    torch.save(state, tmp_path / "run" / LAST)
+    with pytest.raises(ValueError, match="config must be the one that"):
+        opened(configured(folder), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("content", ["step;total\n1;2\n", "step,total\n1,x\n", "step,total\n\x00,1\n"])
+def test_a_log_that_another_program_saved(content: str, folder: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/log.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"log\.csv must be the log that training wrote"):
+        opened(configured(folder), tmp_path / "run", resume=True)[0].train()
+
+
+def test_a_refused_resume_leaves_no_lock(folder: Path, whole: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match="config must be the one that"):
+            opened(configured(folder, lr=0.5), whole, resume=True)
 
 
 def test_two_trainings_do_not_share_a_folder(folder: Path, tmp_path: Path) -> None:
@@ -287,7 +321,7 @@ def test_names_that_are_not_unicode_never_end_a_run(folder: Path, tmp_path: Path
     assert run.train()
     assert sorted(notes.names) == sorted(names)
     listed = (tmp_path / "run" / UNREADABLE).read_text(encoding="utf-8").splitlines()
-    assert {line.partition("\t")[0] for line in listed} == {"caf\\udce9.mp4", "up\\x1b[2J.mp4", "two lines .mp4"}
+    assert {line.partition("\t")[0] for line in listed} == {"caf\\udce9.mp4", "up\\x1b[2J.mp4", "two\\nlines\\t.mp4"}
 
 
 def test_another_file_is_no_checkpoint(folder: Path, whole: Path, tmp_path: Path) -> None:
