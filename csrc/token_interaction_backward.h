@@ -7,6 +7,9 @@
 // tokens come in chunks that fit L2 together with the block of target gradients. FLOP: 2 D per match and side, about
 // (Nt + Nv) / (Nt Nv) of the forward's per side. Each multiply-add loads one vector, so L2 bandwidth is the limit.
 // There are no atomics and the order is fixed, so the bits do not depend on the run or the number of threads.
+//
+// Matches index memory, and whoever holds them or the masks may have written to them since the forward. A match is read
+// once and used only if it names a real token; otherwise the task reports it and the operator raises.
 #pragma once
 
 #include "simd.h"
@@ -16,13 +19,30 @@ namespace drl_fast::DRL_FAST_ISA {
 // "None chosen" in uint8 matches; int16 ones hold -1.
 constexpr uint8_t kNoneChosen = 255;
 
-// Read the chosen position, -1 for none.
-template <class Index>
-int chosen_position(const Matches& m, int64_t at) {
-  const Index v = static_cast<const Index*>(m.data)[at];
-  const bool none = std::is_same_v<Index, uint8_t> && v == kNoneChosen;
-  return none ? -1 : static_cast<int>(v);
-}
+// The tokens that the matches of one array may name. A local copy: the loops' stores would make them be read again.
+template <class T, class Index>
+struct Chosen {
+  const Index* match;
+  const int32_t* token_at;
+  uint64_t length;
+  bool stale;  // whether a match named a token that is masked or beyond its row
+
+  Chosen(const Matches& m, const Tokens<T>& named)
+      : match(static_cast<const Index*>(m.data)), token_at(named.token_at), length(named.length), stale(false) {}
+
+  // Find the token of `item` that a match names; negative for none.
+  DRL_FAST_ALWAYS_INLINE int32_t token(int64_t at, int64_t item) {
+    const int64_t position = match[at];
+    // "None chosen" lies beyond every row as well, so this is the only test of an ordinary match.
+    if (static_cast<uint64_t>(position) >= length) {
+      stale |= std::is_same_v<Index, uint8_t> ? position != kNoneChosen : position >= 0;
+      return -1;
+    }
+    const int32_t token = token_at[item * length + position];
+    stale |= token < 0;
+    return token;
+  }
+};
 
 // Rows of features with their coefficients.
 template <class T>
@@ -84,17 +104,18 @@ void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int
   for (int64_t p = 0; p <= count; p++) scratch.begin[p] = 0;
   if (!source.weight) return;
   const Matches& m = job.source_matches;
-  const int32_t* token_at = target.token_at + item * target.length;
+  Chosen<T, Index> chosen(m, target);
   const int64_t q0 = source.start[source0];
   for (int64_t s = source0; s < source1; s++) {
     const int64_t at = s * m.stride_item + item * m.stride_other;
     for (int64_t q = source.start[s]; q < source.start[s + 1]; q++) {
-      const int position = chosen_position<Index>(m, at + source.position[q] * m.stride_position);
-      const int32_t p = position < 0 ? -1 : static_cast<int32_t>(token_at[position] - first);
+      const int32_t token = chosen.token(at + source.position[q] * m.stride_position, item);
+      const int32_t p = token < 0 ? -1 : static_cast<int32_t>(token - first);
       scratch.chooser_of[q - q0] = p;
       if (p >= 0) scratch.begin[p + 1]++;
     }
   }
+  scratch.stale_match |= chosen.stale;
   for (int64_t p = 0; p < count; p++) scratch.begin[p + 1] += scratch.begin[p];
   const int32_t total = scratch.begin[count];
   for (int64_t s = source1; s-- > source0;) {
@@ -118,17 +139,17 @@ int64_t list_chosen(const BackwardJob<T>& job, int64_t item, int64_t p, int64_t 
                     BackwardScratch<T>& scratch) {
   if (!job.target.weight) return 0;
   const Matches& m = job.target_matches;
-  const int64_t length = job.source.length;
+  Chosen<T, Index> chosen(m, job.source);
   const int64_t at = item * m.stride_item + job.target.position[p] * m.stride_position;
   int64_t count = 0;
   for (int64_t s = source0; s < source1; s++) {
-    const int position = chosen_position<Index>(m, at + s * m.stride_other);
-    if (position < 0) continue;
-    const int32_t q = job.source.token_at[s * length + position];
+    const int32_t q = chosen.token(at + s * m.stride_other, s);
+    if (q < 0) continue;
     scratch.own_row[count] = job.source_row[q];
     scratch.own_coefficient[count] = scratch.grad_logit[s - source0] * (job.source_scale ? job.source_scale[q] : T(1));
     count++;
   }
+  scratch.stale_match |= chosen.stale;
   return count;
 }
 
