@@ -101,36 +101,42 @@ void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int
   const Tokens<T>& target = job.target;
   const Tokens<T>& source = job.source;
   const int64_t first = target.start[item], count = target.start[item + 1] - first;
-  for (int64_t p = 0; p <= count; p++) scratch.begin[p] = 0;
+  int32_t* const begin = scratch.begin;
+  for (int64_t p = 0; p <= count; p++) begin[p] = 0;
   if (!source.weight) return;
-  const Matches& m = job.source_matches;
+  const Matches m = job.source_matches;
   Chosen<T, Index> chosen(m, target);
-  const int64_t q0 = source.start[source0];
+  const int64_t* const start = source.start;
+  const int32_t* const position = source.position;
+  int32_t* const chooser_of = scratch.chooser_of;
+  const int64_t q0 = start[source0];
   for (int64_t s = source0; s < source1; s++) {
     const int64_t at = s * m.stride_item + item * m.stride_other;
-    for (int64_t q = source.start[s]; q < source.start[s + 1]; q++) {
-      const int32_t token = chosen.token(at + source.position[q] * m.stride_position, item);
+    for (int64_t q = start[s], end = start[s + 1]; q < end; q++) {
+      const int32_t token = chosen.token(at + position[q] * m.stride_position, item);
       const int32_t p = token < 0 ? -1 : static_cast<int32_t>(token - first);
-      scratch.chooser_of[q - q0] = p;
-      if (p >= 0) scratch.begin[p + 1]++;
+      chooser_of[q - q0] = p;
+      if (p >= 0) begin[p + 1]++;
     }
   }
   scratch.stale_match |= chosen.stale;
-  for (int64_t p = 0; p < count; p++) scratch.begin[p + 1] += scratch.begin[p];
-  const int32_t total = scratch.begin[count];
+  for (int64_t p = 0; p < count; p++) begin[p + 1] += begin[p];
+  const int32_t total = begin[count];
+  const T** const other_row = scratch.other_row;
+  T* const other_coefficient = scratch.other_coefficient;
   for (int64_t s = source1; s-- > source0;) {
     const T g = scratch.grad_logit[s - source0];
-    for (int64_t q = source.start[s + 1]; q-- > source.start[s];) {
-      const int32_t p = scratch.chooser_of[q - q0];
+    for (int64_t q = start[s + 1], end = start[s]; q-- > end;) {
+      const int32_t p = chooser_of[q - q0];
       if (p < 0) continue;
-      const int32_t at = --scratch.begin[p + 1];
-      scratch.other_row[at] = job.source_row[q];
-      scratch.other_coefficient[at] = g * source.weight[q] * (job.source_scale ? job.source_scale[q] : T(1));
+      const int32_t at = --begin[p + 1];
+      other_row[at] = job.source_row[q];
+      other_coefficient[at] = g * source.weight[q] * (job.source_scale ? job.source_scale[q] : T(1));
     }
   }
   // The loop above moved begin[p + 1] from the end of p's entries to their start.
-  for (int64_t p = 0; p < count; p++) scratch.begin[p] = scratch.begin[p + 1];
-  scratch.begin[count] = total;
+  for (int64_t p = 0; p < count; p++) begin[p] = begin[p + 1];
+  begin[count] = total;
 }
 
 // List the source tokens of one chunk that token p of `item` chose; return their number.
@@ -138,15 +144,18 @@ template <class T, class Index>
 int64_t list_chosen(const BackwardJob<T>& job, int64_t item, int64_t p, int64_t source0, int64_t source1,
                     BackwardScratch<T>& scratch) {
   if (!job.target.weight) return 0;
-  const Matches& m = job.target_matches;
+  const Matches m = job.target_matches;
   Chosen<T, Index> chosen(m, job.source);
+  const T* const* const source_row = job.source_row;
+  const T* const source_scale = job.source_scale;
+  const T** const own_row = scratch.own_row;
   const int64_t at = item * m.stride_item + job.target.position[p] * m.stride_position;
   int64_t count = 0;
   for (int64_t s = source0; s < source1; s++) {
     const int32_t q = chosen.token(at + s * m.stride_other, s);
     if (q < 0) continue;
-    scratch.own_row[count] = job.source_row[q];
-    scratch.own_coefficient[count] = scratch.grad_logit[s - source0] * (job.source_scale ? job.source_scale[q] : T(1));
+    own_row[count] = source_row[q];
+    scratch.own_coefficient[count] = scratch.grad_logit[s - source0] * (source_scale ? source_scale[q] : T(1));
     count++;
   }
   scratch.stale_match |= chosen.stale;
