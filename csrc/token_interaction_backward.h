@@ -70,7 +70,9 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
 #pragma GCC unroll 16
   for (int j = 0; j < NV; j++) {
     product += acc[j] * S::load(token + j * S::N);
-    acc[j] = S::load(grad + j * S::N) + S::broadcast(weight) * acc[j];
+    S::store(grad + j * S::N, S::load(grad + j * S::N) + S::broadcast(weight) * acc[j]);
+    // The second sum starts from 0 as well: many small terms on top of a large one would each round like that one.
+    acc[j] = V{};
   }
   for (int64_t n = 0; n < other.count; n++) {
     const T* from = other.row[n] + at;
@@ -79,18 +81,38 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
     for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, acc[j]);
+  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, S::load(grad + j * S::N) + acc[j]);
   return S::sum(product);
 }
 
 template <class T>
-T gather_row(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
+T gather_run(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
   constexpr int N = Simd<T>::N, WIDE = DRL_FAST_GATHER_VECTORS;
   T product = 0;
   int64_t k = 0;
   for (; k + WIDE * N <= width; k += WIDE * N) product += gather<T, WIDE>(k, own, other, weight, token + k, grad + k);
   for (; k + 4 * N <= width; k += 4 * N) product += gather<T, 4>(k, own, other, weight, token + k, grad + k);
   for (; k < width; k += N) product += gather<T, 1>(k, own, other, weight, token + k, grad + k);
+  return product;
+}
+
+// Terms that are summed before they are added to the gradient; few, so that a long sum's rounding stays small.
+constexpr int64_t kRun = 64;
+
+// The entries of a list's run that begins at `first`.
+template <class T>
+List<T> run_of(const List<T>& list, int64_t first) {
+  const int64_t left = list.count - first;
+  if (left <= 0) return {.row = list.row, .coefficient = list.coefficient, .count = 0};
+  return {.row = list.row + first, .coefficient = list.coefficient + first, .count = left < kRun ? left : kRun};
+}
+
+template <class T>
+T gather_row(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
+  const int64_t longest = own.count > other.count ? own.count : other.count;
+  T product = 0;
+  for (int64_t n = 0; n < longest; n += kRun)
+    product += gather_run(width, run_of(own, n), run_of(other, n), weight, token, grad);
   return product;
 }
 
