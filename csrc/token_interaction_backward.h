@@ -17,24 +17,24 @@
 namespace drl_fast::DRL_FAST_ISA {
 
 // "None chosen" in uint8 matches; int16 ones hold -1.
-constexpr uint8_t kNoneChosen = 255;
+constexpr int64_t kNoneChosen = 255;
 
 // The tokens that the matches of one array may name. A local copy: the loops' stores would make them be read again.
 template <class T, class Index>
 struct Chosen {
   const Index* match;
   const int32_t* token_at;
-  uint64_t length;
-  bool stale;  // whether a match named a token that is masked or beyond its row
+  int64_t length;
+  bool stale = false;  // whether a match named a token that is masked or beyond its row
 
   Chosen(const Matches& m, const Tokens<T>& named)
-      : match(static_cast<const Index*>(m.data)), token_at(named.token_at), length(named.length), stale(false) {}
+      : match(static_cast<const Index*>(m.data)), token_at(named.token_at), length(named.length) {}
 
   // Find the token of `item` that a match names; negative for none.
   DRL_FAST_ALWAYS_INLINE int32_t token(int64_t at, int64_t item) {
     const int64_t position = match[at];
-    // "None chosen" lies beyond every row as well, so this is the only test of an ordinary match.
-    if (static_cast<uint64_t>(position) >= length) {
+    // In uint8 matches "none chosen" lies beyond every row as well, so an ordinary match takes one test.
+    if (position < 0 || position >= length) {
       stale |= std::is_same_v<Index, uint8_t> ? position != kNoneChosen : position >= 0;
       return -1;
     }
