@@ -201,8 +201,8 @@ def probe_for(problem: Problem) -> Tensor:
 def term_sizes(problem: Problem, probe: Tensor) -> dict[str, float]:
     """How large the terms of logits and gradients are: of an entry, their root sum of squares; the largest entry's.
 
-    A sum rounds as its terms do, also where they cancel: with one channel a token's gradient is a single number, and raw
-    features of 512 channels have products of 60 whose weighted sum may be 0.5. So does the step from a unit token's
+    A sum rounds as its terms do, also where they cancel: with one channel a token's gradient is a single number, and
+    raw features of 512 channels have products of 60 whose weighted sum may be 0.5. So does the step from a unit token's
     gradient G to the raw token's, (G - u <u, G>) / |x|: with one channel u is a sign and the true difference exactly 0,
     but each of the two rounds as G / |x| does, and |x| may be small.
     """
