@@ -58,7 +58,7 @@ def test_ties_and_nan_in_long_rows(impl: Implementation) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_partner_beyond_its_row_is_none(impl: Implementation, form: str) -> None:
+def test_a_partner_beyond_its_row_is_not_read(impl: Implementation, form: str) -> None:
     """Whatever was written to saved partners: a kernel reads no token that is not there."""
     if impl.name not in ("interpreter", "cuda"):
         pytest.skip("the CPU's operators raise instead")
@@ -79,4 +79,3 @@ def test_a_partner_beyond_its_row_is_none(impl: Implementation, form: str) -> No
     for whole, stale in zip(*found, strict=True):
         assert torch.equal(whole[others], stale[others])
         assert bool(stale.isfinite().all())
-    assert all(grad[3, 1] == 0 for grad in found[1][2:])
