@@ -213,7 +213,7 @@ def term_sizes(problem: Problem, probe: Tensor) -> dict[str, float]:
     wv = reference.uniform_weight(v_real, torch.float64) if p.video_weight is None else p.video_weight
     sides, scales = [p.text, p.video], [torch.ones(()), torch.ones(())]
     if p.options.get("normalize", True):
-        scales = [(norm > 0) / norm.clamp(min=1e-300) for norm in (x.norm(dim=-1, keepdim=True) for x in sides)]
+        scales = [(norm > 1e-12) / norm.clamp(min=1e-12) for norm in (x.norm(dim=-1, keepdim=True) for x in sides)]
         sides = [reference.unit(x) for x in sides]
     half = 0.5 if both else 1.0
     (t, v), g = sides, half * probe[:, None, :, None]
@@ -248,7 +248,7 @@ def judge(
     floor: float = 0.0,
     floors: dict[str, float] | None = None,
 ) -> Result:
-    """Compare ``drl_fast.token_interaction`` with the oracle by the rule above; returns what it computed.
+    """Compare ``drl_fast.token_interaction`` with the reference by the rule above, and return its result.
 
     ``floor`` is the size below which a true gradient counts as nothing but rounding; ``floors``, as of
     :func:`term_sizes`, are those of logits and of single inputs, where they are larger.
