@@ -33,8 +33,8 @@ struct Chosen {
   // Find the token of `item` that a match names; negative for none.
   DRL_FAST_ALWAYS_INLINE int32_t token(int64_t at, int64_t item) {
     const int64_t position = match[at];
-    // In uint8 matches "none chosen" lies beyond every row as well, so an ordinary match takes one test.
-    if (position < 0 || position >= length) {
+    // "None chosen" lies beyond every row as well, so an ordinary match takes one test.
+    if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(length)) {
       stale |= std::is_same_v<Index, uint8_t> ? position != kNoneChosen : position >= 0;
       return -1;
     }
@@ -66,11 +66,11 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
 #pragma GCC unroll 16
     for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
   }
-  V product = {};
+  V product = {}, base[NV];
 #pragma GCC unroll 16
   for (int j = 0; j < NV; j++) {
     product += acc[j] * S::load(token + j * S::N);
-    S::store(grad + j * S::N, S::load(grad + j * S::N) + S::broadcast(weight) * acc[j]);
+    base[j] = S::load(grad + j * S::N) + S::broadcast(weight) * acc[j];
     // The second sum starts from 0 as well: many small terms on top of a large one would each round like that one.
     acc[j] = V{};
   }
@@ -81,7 +81,7 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
     for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, S::load(grad + j * S::N) + acc[j]);
+  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, base[j] + acc[j]);
   return S::sum(product);
 }
 
