@@ -2,7 +2,7 @@
 //
 // An anchor's partner belongs to the same pair. So a pair's tokens are loaded and normalized once, and stay in L2 while
 // the pair is processed. Sums over all anchors are kept for a fixed number of runs of pairs and added in order, so they
-// do not depend on the number of threads.
+// do not depend on the number of threads. The full form's products do: aten::mm may split its sums among threads.
 #pragma once
 
 #include <algorithm>

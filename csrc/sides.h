@@ -38,7 +38,8 @@ class Side {
     STD_TORCH_CHECK(!weight || (weight->scalar_type() == scalar_type<T> && has_sizes(*weight, {items, length})),
                     "drl_fast::token_interaction: weights must be (rows, tokens), float32 (float64 with float64)");
     const char* data = const_data_of<char>(features_);
-    const bool* real = mask ? const_data_of<bool>(*mask) : nullptr;
+    // As bytes: memory that is shared with others may hold more than 0 and 1.
+    const uint8_t* real = mask ? const_data_of<uint8_t>(*mask) : nullptr;
     const T* given = weight ? const_data_of<T>(*weight) : nullptr;
     position_.reserve(items * length);
     row_.reserve(items * length);
@@ -46,7 +47,7 @@ class Side {
     for (int64_t item = 0; item < items; item++) {
       start_[item] = static_cast<int64_t>(row_.size());
       for (int64_t p = 0; p < length; p++) {
-        if (real && !real[item * mask->stride(0) + p * mask->stride(1)]) {
+        if (real && real[item * mask->stride(0) + p * mask->stride(1)] == 0) {
           zero_competes_[item] = zero_competes;
           continue;
         }

@@ -2,6 +2,7 @@
 // threads. The mathematics is in token_interaction_forward.h and token_interaction_backward.h.
 #include "token_interaction.h"
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -224,9 +225,14 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& features, const Side<T>& targe
         .other_row = other_row.get() + w * max_chunk,
         .other_coefficient = other.get() + w * max_chunk,
         .chooser_of = chooser_of.get() + w * max_chunk,
+        .stale_match = false,
     });
   parallel(tasks, workers,
            [&](int64_t task, int64_t worker) { chosen_kernels<T>().backward(job, task, scratch[worker]); });
+  const bool stale = std::ranges::any_of(scratch, &BackwardScratch<T>::stale_match);
+  STD_TORCH_CHECK(!stale,
+                  "drl_fast::token_interaction_backward: a match names a token that is masked or beyond its row: the "
+                  "masks or matches have changed since the forward; pass copies of them, such as mask.clone()");
   return {grad, grad_weight};
 }
 

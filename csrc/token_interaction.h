@@ -114,6 +114,7 @@ struct BackwardScratch {
   const T** other_row;   // [source tokens of a chunk] source tokens that chose a target token, sorted by that token
   T* other_coefficient;  // [source tokens of a chunk]
   int32_t* chooser_of;   // [source tokens of a chunk] the target token that each one chose
+  bool stale_match;      // whether a match named a token that is masked or beyond its row
 };
 
 // Kernels of one instruction set for one T.

@@ -7,6 +7,9 @@
 // tokens come in chunks that fit L2 together with the block of target gradients. FLOP: 2 D per match and side, about
 // (Nt + Nv) / (Nt Nv) of the forward's per side. Each multiply-add loads one vector, so L2 bandwidth is the limit.
 // There are no atomics and the order is fixed, so the bits do not depend on the run or the number of threads.
+//
+// Matches index memory, and whoever holds them or the masks may have written to them since the forward. A match is read
+// once and used only if it names a real token; otherwise the task reports it and the operator raises.
 #pragma once
 
 #include "simd.h"
@@ -14,15 +17,32 @@
 namespace drl_fast::DRL_FAST_ISA {
 
 // "None chosen" in uint8 matches; int16 ones hold -1.
-constexpr uint8_t kNoneChosen = 255;
+constexpr int64_t kNoneChosen = 255;
 
-// Read the chosen position, -1 for none.
-template <class Index>
-int chosen_position(const Matches& m, int64_t at) {
-  const Index v = static_cast<const Index*>(m.data)[at];
-  const bool none = std::is_same_v<Index, uint8_t> && v == kNoneChosen;
-  return none ? -1 : static_cast<int>(v);
-}
+// The tokens that the matches of one array may name. A local copy: the loops' stores would make them be read again.
+template <class T, class Index>
+struct Chosen {
+  const Index* match;
+  const int32_t* token_at;
+  int64_t length;
+  bool stale = false;  // whether a match named a token that is masked or beyond its row
+
+  Chosen(const Matches& m, const Tokens<T>& named)
+      : match(static_cast<const Index*>(m.data)), token_at(named.token_at), length(named.length) {}
+
+  // Find the token of `item` that a match names; negative for none.
+  DRL_FAST_ALWAYS_INLINE int32_t token(int64_t at, int64_t item) {
+    const int64_t position = match[at];
+    // "None chosen" lies beyond every row as well, so an ordinary match takes one test.
+    if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(length)) {
+      stale |= std::is_same_v<Index, uint8_t> ? position != kNoneChosen : position >= 0;
+      return -1;
+    }
+    const int32_t token = token_at[item * length + position];
+    stale |= token < 0;
+    return token;
+  }
+};
 
 // Rows of features with their coefficients.
 template <class T>
@@ -46,11 +66,13 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
 #pragma GCC unroll 16
     for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
   }
-  V product = {};
+  V product = {}, base[NV];
 #pragma GCC unroll 16
   for (int j = 0; j < NV; j++) {
     product += acc[j] * S::load(token + j * S::N);
-    acc[j] = S::load(grad + j * S::N) + S::broadcast(weight) * acc[j];
+    base[j] = S::load(grad + j * S::N) + S::broadcast(weight) * acc[j];
+    // The second sum starts from 0 as well: many small terms on top of a large one would each round like that one.
+    acc[j] = V{};
   }
   for (int64_t n = 0; n < other.count; n++) {
     const T* from = other.row[n] + at;
@@ -59,18 +81,38 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
     for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, acc[j]);
+  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, base[j] + acc[j]);
   return S::sum(product);
 }
 
 template <class T>
-T gather_row(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
+T gather_run(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
   constexpr int N = Simd<T>::N, WIDE = DRL_FAST_GATHER_VECTORS;
   T product = 0;
   int64_t k = 0;
   for (; k + WIDE * N <= width; k += WIDE * N) product += gather<T, WIDE>(k, own, other, weight, token + k, grad + k);
   for (; k + 4 * N <= width; k += 4 * N) product += gather<T, 4>(k, own, other, weight, token + k, grad + k);
   for (; k < width; k += N) product += gather<T, 1>(k, own, other, weight, token + k, grad + k);
+  return product;
+}
+
+// Terms that are summed before they are added to the gradient; few, so that a long sum's rounding stays small.
+constexpr int64_t kRun = 64;
+
+// The entries of a list's run that begins at `first`.
+template <class T>
+List<T> run_of(const List<T>& list, int64_t first) {
+  const int64_t left = list.count - first;
+  if (left <= 0) return {.row = list.row, .coefficient = list.coefficient, .count = 0};
+  return {.row = list.row + first, .coefficient = list.coefficient + first, .count = left < kRun ? left : kRun};
+}
+
+template <class T>
+T gather_row(int64_t width, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
+  const int64_t longest = own.count > other.count ? own.count : other.count;
+  T product = 0;
+  for (int64_t n = 0; n < longest; n += kRun)
+    product += gather_run(width, run_of(own, n), run_of(other, n), weight, token, grad);
   return product;
 }
 
@@ -81,35 +123,42 @@ void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int
   const Tokens<T>& target = job.target;
   const Tokens<T>& source = job.source;
   const int64_t first = target.start[item], count = target.start[item + 1] - first;
-  for (int64_t p = 0; p <= count; p++) scratch.begin[p] = 0;
+  int32_t* const begin = scratch.begin;
+  for (int64_t p = 0; p <= count; p++) begin[p] = 0;
   if (!source.weight) return;
-  const Matches& m = job.source_matches;
-  const int32_t* token_at = target.token_at + item * target.length;
-  const int64_t q0 = source.start[source0];
+  const Matches m = job.source_matches;
+  Chosen<T, Index> chosen(m, target);
+  const int64_t* const start = source.start;
+  const int32_t* const position = source.position;
+  int32_t* const chooser_of = scratch.chooser_of;
+  const int64_t q0 = start[source0];
   for (int64_t s = source0; s < source1; s++) {
     const int64_t at = s * m.stride_item + item * m.stride_other;
-    for (int64_t q = source.start[s]; q < source.start[s + 1]; q++) {
-      const int position = chosen_position<Index>(m, at + source.position[q] * m.stride_position);
-      const int32_t p = position < 0 ? -1 : static_cast<int32_t>(token_at[position] - first);
-      scratch.chooser_of[q - q0] = p;
-      if (p >= 0) scratch.begin[p + 1]++;
+    for (int64_t q = start[s], end = start[s + 1]; q < end; q++) {
+      const int32_t token = chosen.token(at + position[q] * m.stride_position, item);
+      const int32_t p = token < 0 ? -1 : static_cast<int32_t>(token - first);
+      chooser_of[q - q0] = p;
+      if (p >= 0) begin[p + 1]++;
     }
   }
-  for (int64_t p = 0; p < count; p++) scratch.begin[p + 1] += scratch.begin[p];
-  const int32_t total = scratch.begin[count];
+  scratch.stale_match |= chosen.stale;
+  for (int64_t p = 0; p < count; p++) begin[p + 1] += begin[p];
+  const int32_t total = begin[count];
+  const T** const other_row = scratch.other_row;
+  T* const other_coefficient = scratch.other_coefficient;
   for (int64_t s = source1; s-- > source0;) {
     const T g = scratch.grad_logit[s - source0];
-    for (int64_t q = source.start[s + 1]; q-- > source.start[s];) {
-      const int32_t p = scratch.chooser_of[q - q0];
+    for (int64_t q = start[s + 1], end = start[s]; q-- > end;) {
+      const int32_t p = chooser_of[q - q0];
       if (p < 0) continue;
-      const int32_t at = --scratch.begin[p + 1];
-      scratch.other_row[at] = job.source_row[q];
-      scratch.other_coefficient[at] = g * source.weight[q] * (job.source_scale ? job.source_scale[q] : T(1));
+      const int32_t at = --begin[p + 1];
+      other_row[at] = job.source_row[q];
+      other_coefficient[at] = g * source.weight[q] * (job.source_scale ? job.source_scale[q] : T(1));
     }
   }
   // The loop above moved begin[p + 1] from the end of p's entries to their start.
-  for (int64_t p = 0; p < count; p++) scratch.begin[p] = scratch.begin[p + 1];
-  scratch.begin[count] = total;
+  for (int64_t p = 0; p < count; p++) begin[p] = begin[p + 1];
+  begin[count] = total;
 }
 
 // List the source tokens of one chunk that token p of `item` chose; return their number.
@@ -117,18 +166,21 @@ template <class T, class Index>
 int64_t list_chosen(const BackwardJob<T>& job, int64_t item, int64_t p, int64_t source0, int64_t source1,
                     BackwardScratch<T>& scratch) {
   if (!job.target.weight) return 0;
-  const Matches& m = job.target_matches;
-  const int64_t length = job.source.length;
+  const Matches m = job.target_matches;
+  Chosen<T, Index> chosen(m, job.source);
+  const T* const* const source_row = job.source_row;
+  const T* const source_scale = job.source_scale;
+  const T** const own_row = scratch.own_row;
   const int64_t at = item * m.stride_item + job.target.position[p] * m.stride_position;
   int64_t count = 0;
   for (int64_t s = source0; s < source1; s++) {
-    const int position = chosen_position<Index>(m, at + s * m.stride_other);
-    if (position < 0) continue;
-    const int32_t q = job.source.token_at[s * length + position];
-    scratch.own_row[count] = job.source_row[q];
-    scratch.own_coefficient[count] = scratch.grad_logit[s - source0] * (job.source_scale ? job.source_scale[q] : T(1));
+    const int32_t q = chosen.token(at + s * m.stride_other, s);
+    if (q < 0) continue;
+    own_row[count] = source_row[q];
+    scratch.own_coefficient[count] = scratch.grad_logit[s - source0] * (source_scale ? source_scale[q] : T(1));
     count++;
   }
+  scratch.stale_match |= chosen.stale;
   return count;
 }
 

@@ -110,14 +110,14 @@ def per_token(name: str, value: object, features: Tensor, letters: str, features
 
 
 def mask(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor | None:
-    """Return the mask as bool (True = real token), or None where every token is real."""
+    """Return the mask as bool (True = real token) in memory of its own, or None where every token is real."""
     if value is None:
         return None
     x = per_token(name, value, features, letters, features_name)
     if _values_are_visible(x) and x.numel() and _has_any(~(x != 0).any()):
         _warn_no_real_token(name)
     if x.dtype == torch.bool:
-        return x
+        return private_copy(x)
     if _values_are_visible(x):
         if (x.is_floating_point() or x.is_complex()) and _has_any(x.isnan()):
             raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
@@ -150,11 +150,21 @@ def _has_any(x: Tensor) -> bool:
 
 
 def weight(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:
-    """Check token weights and return them in the dtype that sums are kept in."""
+    """Check token weights and return them in the dtype that sums are kept in; see :func:`private_copy`."""
     x = per_token(name, value, features, letters, features_name)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}; convert it with {name}.float()")
-    return x.to(accumulation_dtype(features.dtype))
+    return private_copy(x).to(accumulation_dtype(features.dtype))
+
+
+def private_copy(x: Tensor) -> Tensor:
+    """Copy a small CPU tensor that forward and backward passes must read alike: a mask, ids, weights or a scale.
+
+    A data loader may fill the same memory with its next batch before the backward pass of this one, and autograd's
+    version counter does not see what NumPy writes. A tensor that needs a gradient is returned as it is: autograd saves
+    it, as for torch's own operators. So is one on an accelerator, whose memory NumPy does not share.
+    """
+    return x if x.requires_grad or x.device.type != "cpu" else x.clone()
 
 
 def option(name: str, value: object, allowed: tuple[object, ...]) -> None:

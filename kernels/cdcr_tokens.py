@@ -206,8 +206,13 @@ def unit_tokens(features: Tensor, mask: Tensor | None, normalize: bool) -> UnitT
 def terms(
     text: Tensor, video: Tensor, weights: tuple[Tensor | None, ...], indices: tuple[Tensor, ...], normalize: bool
 ) -> list[Term]:
-    """Return the terms that have weights. Tokens with an index >= 0 are real."""
-    indices = tuple(index.contiguous() for index in indices)
+    """Return the terms that have weights. Tokens with an index >= 0 are real.
+
+    Kernels gather partners without bounds checks, because a check makes the gradient's kernel spill registers. Instead
+    the indices are limited to the other side's rows here, in case they have changed since the forward.
+    """
+    others = (video.shape[1], text.shape[1])
+    indices = tuple(index.clamp(max=n - 1).contiguous() for index, n in zip(indices, others, strict=True))
     sides = [
         unit_tokens(x, index >= 0 if normalize else None, normalize)
         for x, index in zip((text, video), indices, strict=True)

@@ -55,6 +55,6 @@ def check_scale(logit_scale: float | Tensor, device: torch.device) -> float | Te
                 f"logit_scale must be on the device of what it scales, {device}, or the CPU, got {logit_scale.device}; "
                 f"move it with logit_scale.to({str(device)!r})"
             )
-        return logit_scale.reshape(())
+        return validation.private_copy(logit_scale).reshape(())
     remedy = "pass logit_scale.exp() (about 100), as a number or a 0-dim tensor"
     return validation.positive_number("logit_scale", logit_scale, remedy)

@@ -39,8 +39,9 @@ def token_contrastive_loss(
     memory that grows linearly with B.
 
     It scores blocks of texts against all videos, once in the forward pass and once more in the backward pass. Memory
-    beyond the inputs and their gradients is one block (about 16 MB) and six numbers per training example. The loss is
-    differentiable once in features, weights and ``logit_scale``; a second derivative or forward-mode AD raises.
+    beyond the inputs and their gradients is one block (about 16 MB), six numbers per training example, and on the CPU
+    copies of masks, ids and weights that need no gradient. The loss is differentiable once in features, weights and
+    ``logit_scale``; a second derivative or forward-mode AD raises.
 
     With ``process_group`` each of W ranks passes its own pairs, and all get the loss of the whole batch, with the same
     bits. The number of pairs, Nt and Nv may differ between ranks, and a rank may have no pair; options and D must be
@@ -159,4 +160,4 @@ def _owner(value: object, text: Tensor) -> Tensor:
         raise ValueError(
             f"owner must be on text's device {text.device}, got {owner.device}; move it with owner.to(text.device)"
         )
-    return owner.to(torch.int64)
+    return validation.private_copy(owner).to(torch.int64)

@@ -55,3 +55,27 @@ def test_ties_and_nan_in_long_rows(impl: Implementation) -> None:
     video_index, text_index = (index.cpu() for index in statistics[:2])
     assert (video_index == torch.tensor([[2], [40]])).all()
     assert (text_index == torch.where(real, 0, -1)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_partner_beyond_its_row_is_not_read(impl: Implementation, form: str) -> None:
+    """Whatever was written to saved partners: a kernel reads no token that is not there."""
+    if impl.name not in ("interpreter", "cuda"):
+        pytest.skip("the CPU's operators raise instead")
+    text, video = torch.randn(6, 5, 20, device=impl.device), torch.randn(6, 4, 20, device=impl.device)
+    weights = [torch.rand(x.shape[:2], device=impl.device) for x in (text, video)]
+    partners = torch.ops.drl_fast.cdcr_statistics(text, video, None, None, True, True)[:2]
+    channels = torch.ones(4, 4, 20, dtype=torch.float64, device=impl.device)
+    pull = torch.ones((20, 20) if form == "full" else 20, device=impl.device)
+    found = []
+    for value in (None, 32767):
+        for index in partners if value is not None else ():
+            index[3, 1] = value
+        arguments = (text, video, *weights, *partners)
+        cross, _ = torch.ops.drl_fast.cdcr_correlation(*arguments, channels[:2], True, form == "full")
+        assert bool(cross.isfinite().all())
+        found.append(torch.ops.drl_fast.cdcr_gradient(*arguments, channels, pull, True))
+    others = torch.arange(6) != 3
+    for whole, stale in zip(*found, strict=True):
+        assert torch.equal(whole[others], stale[others])
+        assert bool(stale.isfinite().all())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import drl_fast
 from tests.implementations import Implementation
-from tests.oracle import NEAR, Problem, choices, judge, make
+from tests.oracle import NEAR, Problem, choices, judge, make, probe_for, term_sizes
 
 LONG = os.environ.get("DRL_FAST_FUZZ") == "1"
 FUZZ = settings(
@@ -29,7 +29,8 @@ FUZZ = settings(
 
 LENGTH = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 64, 100]), st.sampled_from([255, 256, 257, 300]))
 ROWS = st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65]))
-DIM = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 128, 257, 512]))
+# One channel is drawn often: there sums cancel, and a gradient has no larger entries that would hide its error.
+DIM = st.one_of(st.just(1), st.integers(1, 40), st.sampled_from([63, 64, 65, 128, 257, 512]))
 MASK = st.sampled_from([None, "prefix", "holes", "empty"])
 LAYOUT = st.sampled_from(["contiguous", "rows apart", "transposed", "channels first", "offset", "reversed batch"])
 # Limit of the elements of the dense similarities in the reference.
@@ -83,9 +84,8 @@ def problems(draw: st.DrawFn) -> Problem:
 @FUZZ
 @given(problem=problems())
 def test_against_the_oracle(impl: Implementation, problem: Problem) -> None:
-    # With one channel a unit token is a sign, and its true gradient is 0.
-    one_channel = problem.text.shape[2] == 1
-    result = judge(problem, impl.device, floor=1.0 if one_channel else 1e-3)
+    probe = probe_for(problem)
+    result = judge(problem, impl.device, probe=probe, floor=1e-3, floors=term_sizes(problem, probe))
     assert bool(result.logits.isfinite().all())
 
 
@@ -101,3 +101,24 @@ def test_matches_against_the_oracle(impl: Implementation, problem: Problem) -> N
     assert bool(((found.video_index.cpu() == want.video_index) | (want.video_gap < near)).all())
     if problem.options["bidirectional"]:
         assert bool(((found.text_index.cpu() == want.text_index) | (want.text_gap < near)).all())
+
+
+@FUZZ
+@given(problem=problems(), seed=st.integers(0, 2**31))
+def test_buffers_refilled_before_the_backward(cpu_impl: Implementation, problem: Problem, seed: int) -> None:
+    """Masks and weights in NumPy's memory, which a loader fills with its next batch: gradients stay those of this one.
+
+    A backward that trusts them reads out of bounds, which ends this process.
+    """
+    torch.manual_seed(seed)
+    found = []
+    for refill in (False, True):
+        p = problem.map(lambda x: x if x.dtype == torch.bfloat16 else torch.from_numpy(x.numpy().copy()))
+        p.text, p.video = (x.detach().clone().requires_grad_() for x in (p.text, p.video))
+        logits = drl_fast.token_interaction(*p.args(), **p.options)
+        for x in p.args()[2:] if refill else ():
+            if x is not None:
+                x.numpy()[...] = (torch.randn(x.shape) * 2).to(x.dtype).numpy()
+        found.append(torch.autograd.grad(logits.sum(), (p.text, p.video)))
+    for want, got in zip(*found, strict=True):
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))

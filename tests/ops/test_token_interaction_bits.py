@@ -136,7 +136,7 @@ def test_any_number_of_threads(cpu_impl: Implementation, shape: tuple[int, ...],
     p = problem_of(shape, dtype, ("prefix", "holes"))
     probe = torch.randn(p.pairs)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         results.append(run(drl_fast.token_interaction, p, probe))
     for other in results[1:]:
