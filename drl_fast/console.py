@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from .validation import printable
 
 if TYPE_CHECKING:
     from .data.loading import Tokenizer, Unreadable
+    from .model.drl import DRL
 
 SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
 # Seconds between lines of progress where the output is no terminal.
@@ -45,11 +47,11 @@ def served_by() -> str:
 def print_machine(console: Console) -> None:
     """Print cores, versions and what computes the interaction."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    console.print(
+    print_line(
+        console,
         f"drl-fast {__version__}, interaction by {served_by()}; torch {torch.__version__} on "
         f"{torch.get_num_threads()} threads, {cores} cores, {platform.machine()}; "
         f"open_clip {version('open_clip_torch')}, PyAV {version('av')}",
-        highlight=False,
     )
 
 
@@ -66,16 +68,20 @@ def print_split(console: Console, split: Split) -> None:
         print_line(console, f"left out: {sentence}", "yellow")
 
 
-def print_cut(console: Console, captions: Sequence[str], tokenizer: Tokenizer, max_words: int, option: str) -> None:
-    """Print how many captions are longer than ``max_words`` tokens, and the option that changes it, if any are."""
+def print_cut(console: Console, captions: Sequence[str], model: DRL, tokenizer: Tokenizer, max_words: int) -> None:
+    """Print how many captions are longer than ``max_words`` tokens or the CLIP's context, if any are."""
+    if console.quiet:
+        return
     from .data.loading import count_cut  # loads PyAV, which the extra `cli` lacks
 
-    cut = count_cut(tokenizer, captions, max_words)
+    words = model.words(max_words)
+    cut = count_cut(tokenizer, captions, words)
     if cut:
+        most = model.words(sys.maxsize)
+        more = f"max_words up to {most} keeps more" if words < most else "this CLIP reads no more"
         print_line(
             console,
-            f"{cut} of {len(captions)} captions are longer than {max_words} tokens and are cut there; {option} keeps "
-            "more of them, up to the CLIP's context",
+            f"{cut} of {len(captions)} captions are longer than {words} tokens and are cut there; {more}",
             "yellow",
         )
 

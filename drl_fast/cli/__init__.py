@@ -21,13 +21,19 @@ def main() -> None:
             raise
         sys.exit(f"error: {error.name} is missing; the command line needs: pip install 'drl-fast[cli]'")
     except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(_stopped())
     interrupts.raise_interrupts()
     try:
         run()
+    except KeyboardInterrupt:  # between two of the commands' own handlers
+        sys.exit(_stopped())
     finally:
         interrupts.end_at_once()
+
+
+def _stopped() -> int:
+    print("error: stopped by Ctrl-C", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _escape_what_the_terminal_cannot_show() -> None:

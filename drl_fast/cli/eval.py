@@ -40,6 +40,7 @@ from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_fold
 
 if TYPE_CHECKING:
     from ..engine.evaluate import Evaluation
+    from ..model.drl import DRL
 
 SHOWN = 10
 STAGES = {"videos": "decode and encode videos", "texts": "encode captions", "scores": "score"}
@@ -72,7 +73,9 @@ def evaluate(
     ] = None,
     save_scores: Annotated[
         Path | None,
-        typer.Option(help="Write the similarities, captions x videos, to this .npy file; --out then lists both."),
+        typer.Option(
+            help="Write the similarities, captions x videos, to this .npy file; --out then lists both by name."
+        ),
     ] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, or bf16: faster on a GPU; it moves similarities by about 0.01.")
@@ -109,6 +112,8 @@ def evaluate(
         model, tokenizer = load_model(checkpoint, found_settings)
         model.to(here.device)
         sampling = settings.sampling(model.picture_size[0])
+        if sampling.seconds is None and model.inputs is not None:
+            sampling = dataclasses.replace(sampling, seconds=model.inputs.seconds)
         part = load_split(settings.dataset, split, videos=videos, annotations=annotations, strict=strict)
         print_machine(console)
         print_line(
@@ -119,7 +124,16 @@ def evaluate(
         )
         print_split(console, part)
         print_line(console, f"frames: {sampling.rate:g} per second, at most {sampling.max_frames} per video")
-        print_cut(console, part.captions, tokenizer, model.words(settings.words), "--set max_words=N")
+        trained = None if model.inputs is None else dataclasses.asdict(model.inputs)
+        used = {"max_words": settings.words, "rate": sampling.rate, "max_frames": sampling.max_frames}
+        if trained is not None and checkpoint is not None and any(trained[key] != used[key] for key in used):
+            print_line(
+                console,
+                f"the model was trained with {trained['rate']:g} frames per second, at most {trained['max_frames']} "
+                f"per video, and {trained['max_words']} words",
+                "yellow",
+            )
+        print_cut(console, part.captions, model, tokenizer, settings.words)
         warning = untrained(settings) if checkpoint is None else None
         if warning is not None:
             print_line(console, warning, "bold yellow")
@@ -155,7 +169,7 @@ def evaluate(
             "missing": list(part.missing),
             "unreadable": [video._asdict() for video in found.unreadable],
             "model": model.describe_config(),
-            "config": dataclasses.asdict(settings),
+            "config": _of_model(dataclasses.asdict(settings), model, checkpoint),
             "precision": precision,
             "scores": None
             if save_scores is None
@@ -171,14 +185,28 @@ def evaluate(
             },
             "seconds": {stage: round(taken, 3) for stage, taken in watch.seconds.items()},
         }
-        _print(report, found, console)
-        if save_scores is not None:
-            _write(save_scores, lambda name: _save_array(name, found.sim))
-            print_line(console, f"similarities written to {save_scores}")
-        if out is not None:
-            text = json.dumps(report, indent=2) + "\n"
-            _write(out, lambda name: Path(name).write_text(text, encoding="utf-8"))
-            print_line(console, f"written to {out}")
+        # Written before they are printed, since a closed pipe ends the printing; and printed if they cannot be written.
+        written: list[str] = []
+        try:
+            if save_scores is not None:
+                _write(save_scores, lambda name: _save_array(name, found.sim))
+                written.append(f"similarities written to {save_scores}; --out lists their captions and videos")
+            if out is not None:
+                text = json.dumps(report, indent=2) + "\n"
+                _write(out, lambda name: Path(name).write_text(text, encoding="utf-8"))
+                written.append(f"written to {out}")
+        finally:
+            _print(report, found, console)
+            for line in written:
+                print_line(console, line)
+
+
+def _of_model(config: dict[str, Any], model: DRL, checkpoint: Path | None) -> dict[str, Any]:
+    """Return a configuration with the model's own options in place of defaults."""
+    if checkpoint is None:
+        return config
+    own = {name: value for name, value in model.describe_config().items() if name in config}
+    return {**config, **own, "pretrained": None}
 
 
 class _Watch:

@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
 import torch
 
 from ..data.loading import Tokenizer
 from ..engine.config import RunConfig, build_model, merge, read_values
 from ..engine.train import CONFIG
 from ..model import upstream
+from ..model.clip import check_name
 from ..model.drl import DRL
-from ..model.pretrained import BEST, WEIGHTS, read_saved
+from ..model.pretrained import BEST, Saved, read_saved
 
 # What a checkpoint brings and no option replaces.
 OF_CHECKPOINT = ("clip", "pretrained", "init_from")
 # Options of a model that change its scores; a configuration that names them must agree with the checkpoint.
-OF_MODEL = ("interaction", "temporal", "wti_arch", "masking")
+OF_MODEL = ("clip", "interaction", "temporal", "wti_arch", "masking")
+# How inputs are prepared; a saved model knows it.
+OF_INPUTS = ("max_words", "rate", "max_frames")
+QUICK = "-quickgelu"
 # Interactions whose weights are not CLIP's.
 OWN_WEIGHTS = ("wti", "mlp", "xti", "hi")
 
@@ -30,20 +35,22 @@ class Settings(NamedTuple):
     config: RunConfig
     named: Mapping[str, Any]
     source: str
-    """Where the names stand, for errors."""
+    """The file of the names, for errors."""
+    overridden: frozenset[str]
+    """Names that --set gave."""
 
 
 def settings_of(
     checkpoint: Path | None, config: Path | None, overrides: Sequence[str], dataset: str | None
 ) -> Settings:
-    """Read the named configuration, or else the run's, or else what the saved model says of its inputs.
+    """Read the named configuration, or else the run's. Where it is silent, a saved model says how inputs are prepared.
 
     Raises:
         ValueError: none of them exists, an override that a checkpoint excludes, or what
             :func:`drl_fast.engine.config.read_config` rejects.
     """
-    for override in overrides:
-        key = override.partition("=")[0].strip()
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
         if checkpoint is not None and key in OF_CHECKPOINT:
             raise ValueError(
                 f"set must leave {key} as the checkpoint has it, got {override}; drop it or the checkpoint"
@@ -52,33 +59,34 @@ def settings_of(
             raise ValueError(f"set must leave precision, which is of training, got {override}; use --precision")
     if checkpoint is not None and not checkpoint.exists():
         raise ValueError(f"checkpoint not found: {checkpoint}")
+    saved = None
+    if checkpoint is not None and checkpoint.is_dir():
+        saved = read_saved(checkpoint)
+        run = checkpoint.parent if checkpoint.name == BEST else checkpoint
+        if config is None and (run / CONFIG).is_file():
+            config = run / CONFIG
     if config is not None:
         named = read_values(config, overrides, dataset)
-        return Settings(RunConfig(**named), named, str(config))
-    if checkpoint is not None:
-        run = checkpoint.parent if checkpoint.name == BEST else checkpoint
-        if (run / CONFIG).is_file():
-            named = read_values(run / CONFIG, overrides, dataset)
-            return Settings(RunConfig(**named), named, str(run / CONFIG))
-        if (checkpoint / WEIGHTS).is_file():
-            named = merge({}, str(checkpoint), overrides, dataset)
-            return Settings(_config_of_saved(checkpoint, named), named, "set")
-    found = "" if checkpoint is None else f", and {checkpoint} is no run's folder"
-    raise ValueError(
-        f"config must be a row or a YAML file, got none{found}; for instance --config wti --dataset msrvtt"
-    )
-
-
-def _config_of_saved(folder: Path, named: Mapping[str, Any]) -> RunConfig:
-    saved = read_saved(folder)
-    if saved.inputs is None:
+    elif saved is not None and saved.inputs is not None:
+        named = merge({}, str(checkpoint), overrides, dataset)
+    else:
+        found = "" if checkpoint is None else f", and {checkpoint} does not say how its inputs were prepared"
         raise ValueError(
-            f"config must be a row or a YAML file, got none, and {folder} does not say how its inputs were prepared; "
-            "for instance --config wti --dataset msrvtt"
+            f"config must be a row or a YAML file, got none{found}; for instance --config wti --dataset msrvtt"
         )
-    inputs = {name: getattr(saved.inputs, name) for name in ("max_words", "rate", "max_frames")}
-    options = {f.name: saved.options[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved.options}
-    return RunConfig(**{"clip": saved.clip or RunConfig.clip, "pretrained": None, **options, **inputs, **named})
+    # A run's file names every field, and null is the data set's own: the model knows better.
+    named = {key: value for key, value in named.items() if value is not None or key not in OF_INPUTS}
+    known = {} if saved is None else _known(saved)
+    return Settings(RunConfig(**{**known, **named}), named, str(config or checkpoint), frozenset(keys))
+
+
+def _known(saved: Saved) -> dict[str, Any]:
+    """Return the fields that a saved model knows."""
+    known: dict[str, Any] = {"clip": saved.clip or RunConfig.clip, "pretrained": None}
+    known |= {f.name: saved.options[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved.options}
+    if saved.inputs is not None:
+        known |= {name: getattr(saved.inputs, name) for name in OF_INPUTS}
+    return known
 
 
 def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokenizer]:
@@ -93,7 +101,7 @@ def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokeni
         return build_model(settings.config)
     if checkpoint.is_dir():
         model = DRL.from_pretrained(checkpoint)
-        _check_same(dataclasses.asdict(model.config), checkpoint, settings)
+        _check_same({**dataclasses.asdict(model.config), "clip": model.clip_name}, checkpoint, settings)
     else:
         model = _from_public(checkpoint, settings)
     return model, model.tokenizer()
@@ -109,26 +117,71 @@ def _from_public(checkpoint: Path, settings: Settings) -> DRL:
                 f"interaction must be named: {checkpoint} has no weights for one, and neither DP nor TI has any; add "
                 "--set interaction=dp or --set interaction=ti"
             )
-        if named["interaction"] == "ti":
-            inferred["interaction"] = "ti"
+        inferred["interaction"] = "ti" if named["interaction"] == "ti" else "dp"
     _check_same(inferred, checkpoint, settings)
     options = {name: named[name] for name in ("masking",) if name in named}
-    return DRL.from_upstream(state, interaction=inferred["interaction"], **options)
+    try:
+        model = DRL.from_upstream(state, interaction=inferred["interaction"], **options)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+    if "clip" in named:
+        _check_towers(model, named["clip"], checkpoint)
+    return model
+
+
+def _check_towers(model: DRL, name: str, checkpoint: Path) -> None:
+    """Check that a public checkpoint's towers have the sizes of the CLIP that the configuration names."""
+    config, visual = open_clip.get_model_config(check_name(name)), model.clip.visual
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    sizes = {
+        "width": (model.dim, config["embed_dim"]),
+        "patch size": (visual.patch_size[0], vision.get("patch_size")),
+        "image size": (model.picture_size[0], vision.get("image_size", 224)),
+        "image layers": (len(visual.transformer.resblocks), vision.get("layers")),
+        "text layers": (len(model.clip.transformer.resblocks), text.get("layers")),
+    }
+    other = [f"{what} {own} there and {wanted} of {name}" for what, (own, wanted) in sizes.items() if own != wanted]
+    if other:
+        raise ValueError(f"clip must be that of {checkpoint}, got {'; '.join(other)}; drop clip from the configuration")
 
 
 def _check_same(found: Mapping[str, Any], checkpoint: Path, settings: Settings) -> None:
     """Check that a checkpoint's options are those that the configuration names."""
-    keys = [name for name in OF_MODEL if name in found and name in settings.named]
-    if found["interaction"] != "wti" or settings.named.get("interaction", "wti") != "wti":
+    named = settings.named
+    keys = [name for name in OF_MODEL if found.get(name, named.get(name)) is not None and name in named]
+    keys += ["temporal"] * ("temporal" in named and "temporal" in found and "temporal" not in keys)
+    if found["interaction"] != "wti" or named.get("interaction", "wti") != "wti":
         keys = [name for name in keys if name != "wti_arch"]
-    other = {name: settings.named[name] for name in keys if settings.named[name] != found[name]}
-    if other:
-        differences = "; ".join(f"{name} {found[name]!r} there and {value!r} here" for name, value in other.items())
-        remedy = " ".join(f"--set {name}={'null' if found[name] is None else found[name]}" for name in other)
+    other = {name: named[name] for name in keys if name in found and _plain(named[name]) != _plain(found[name])}
+    if not other:
+        return
+    by_option = next((name for name in other if name in settings.overridden), None)
+    if by_option is not None:
         raise ValueError(
-            f"checkpoint {checkpoint} and {settings.source} must name one model, got {differences}; take the "
-            f"checkpoint's row, or add {remedy}"
+            f"--set {by_option}={other[by_option]} disagrees with {checkpoint}, which has {found[by_option]!r}; drop it"
         )
+    there = {name: repr(found[name]) for name in other}
+    if not checkpoint.is_dir() and found["interaction"] == "dp" and "interaction" in there:
+        there["interaction"] = "'dp' or 'ti' (the file does not say which)"
+    differences = "; ".join(f"{name} {there[name]} there and {value!r} here" for name, value in other.items())
+    remedy = " ".join(
+        "--set interaction=dp or =ti" if " or " in there[name] else f"--set {name}={_yaml(found[name])}"
+        for name in other
+        if name != "clip"
+    )
+    raise ValueError(
+        f"checkpoint {checkpoint} and {settings.source} must name one model, got {differences}; take the "
+        "checkpoint's row" + (f", or add {remedy}" if remedy else "")
+    )
+
+
+def _plain(value: Any) -> Any:
+    # The activation is saved with the model.
+    return value.removesuffix(QUICK) if isinstance(value, str) else value
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def untrained(config: RunConfig) -> str | None:

@@ -100,7 +100,7 @@ def train(
             # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
             model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
             for split in splits.values():
-                print_cut(console, split.captions, tokenizer, model.words(settings.words), "--set max_words=N")
+                print_cut(console, split.captions, model, tokenizer, settings.words)
             data = Data(splits["train"], splits["val"], tokenizer, strict)
             stop = stack.enter_context(_stop_on_signal(console))
             watcher = _Watcher(console)

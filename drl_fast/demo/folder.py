@@ -51,7 +51,7 @@ def run_folder(
     print_line(console, f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}")
 
     split = _split(folder, captions, console)
-    print_cut(console, split.captions, tokenizer, models["TI"].words(max_words), "--max-words N")
+    print_cut(console, split.captions, models["TI"], tokenizer, max_words)
     found = {}
     # The second model finds the first one's frame features and decodes nothing.
     with tempfile.TemporaryDirectory(prefix="drl_fast_demo_") as cache, progress(console) as bars:
@@ -69,7 +69,7 @@ def run_folder(
     for video in found["DP"].unreadable:
         print_line(console, f"skipped: {video.reason}", "yellow")
     if pretrained is None:
-        console.print(f"[bold yellow]{NO_WEIGHTS}[/bold yellow]")
+        print_line(console, NO_WEIGHTS, "bold yellow")
     metrics = {
         f"{direction}, {name}": evaluation.metrics[key]
         for key, direction in DIRECTIONS.items()
@@ -78,9 +78,10 @@ def run_folder(
     shown, searched = found["DP"].sim.shape
     title = f"\n{shown} captions against {searched} videos, recalls in percent"
     console.print(metrics_table(title, metrics, candidates=searched))
-    console.print(
+    print_line(
+        console,
         f"TI: every word's best frame and every frame's best word, unweighted (by {served_by()}). DP: end token "
-        "against mean frame, as in CLIP. Neither has parameters; WTI's two weight networks would need training."
+        "against mean frame, as in CLIP. Neither has parameters; WTI's two weight networks would need training.",
     )
     console.print(_top_matches(found["DP"]))
     return {name: evaluation.sim for name, evaluation in found.items()}
@@ -101,7 +102,7 @@ def _split(folder: Path, captions: list[Caption], console: Console) -> Split:
         )
     unnamed = sorted(str(path.relative_to(folder)) for path in set(files.videos) - set(paths.values()))
     if unnamed:
-        print_line(console, f"no caption names: {', '.join(unnamed)}")
+        print_line(console, f"no caption names: {some(unnamed)}")
     # One file under two spellings is one video.
     numbers = {path: number for number, path in enumerate(dict.fromkeys(paths.values()))}
     names = {path: name for name, path in reversed(paths.items())}

@@ -238,12 +238,68 @@ def test_scores_are_in_float32_by_default(drl_eval: Eval, videos: Path, config: 
     assert not np.array_equal(sims["default"], sims["bf16"])
 
 
+def test_where_a_configuration_is_silent_the_model_knows(
+    drl_eval: Eval, videos: Path, config: Path, tmp_path: Path
+) -> None:
+    """A row names neither frames nor words: those of the training are used. What it names wins, and is said."""
+    model, _ = build_model(read_config(config, ["interaction=ti"]))
+    model.save_pretrained(tmp_path / "model")
+    options = ["--checkpoint", tmp_path / "model", "--config", "ti", "--dataset", "folder", "--videos", videos]
+    options += ["--set", "workers=0", "--out", tmp_path / "e.json"]
+    result = drl_eval(*options)
+    assert result.exit_code == 0, result.output
+    assert "frames: 8 per second, at most 3 per video" in result.flat
+    assert "was trained with" not in result.flat
+    report = read(tmp_path / "e.json")
+    assert {key: report["config"][key] for key in ("clip", "max_words", "max_frames", "rate")} == {
+        "clip": "drl-small",
+        "max_words": 16,
+        "max_frames": 3,
+        "rate": 8.0,
+    }
+    result = drl_eval(*options, "--set", "max_frames=2")
+    assert "frames: 8 per second, at most 2 per video" in result.flat
+    assert "the model was trained with 8 frames per second, at most 3 per video, and 16 words" in result.flat
+
+
+def test_another_clip_is_another_model(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    model, _ = build_model(read_config(config, ["interaction=ti"]))
+    model.save_pretrained(tmp_path / "model")
+    torch.save(DRL(small_clip(), interaction="ti", temporal=None).to_upstream(), tmp_path / "public.bin")
+    config.write_text(CONFIG.replace("drl-small", "ViT-B-32") + "interaction: ti\n")
+    for name, words in (
+        ("model", "clip 'drl-small' there and 'ViT-B-32' here"),
+        ("public.bin", "width 128 there and 512 of ViT-B-32; patch size 16 there and 32 of ViT-B-32"),
+    ):
+        result = drl_eval("--checkpoint", tmp_path / name, "--config", config, "--videos", videos)
+        assert result.exit_code == 1
+        assert words in result.stderr
+
+
+def test_errors_name_what_disagrees(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path) -> None:
+    """An option is named as such, and a file that may be DP or TI is not called DP."""
+    run = tmp_path / "run"
+    DRL(small_clip(), interaction="ti", temporal=None).save_pretrained(run / "best")
+    (run / "config.yaml").write_text(CONFIG + f"interaction: ti\ntemporal: null\nvideos: {videos}\n")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("clip: drl-small\n", ""))
+    result = drl_eval("--checkpoint", run, "--set", "masking=exclude")
+    assert f"--set masking=exclude disagrees with {run}, which has 'drl'; drop it" in result.stderr
+    torch.save(DRL.from_pretrained(run).to_upstream(), tmp_path / "public.bin")
+    options = ["--checkpoint", tmp_path / "public.bin", "--dataset", "folder", "--videos", videos]
+    result = drl_eval(*options, "--config", "wti", "--set", "temporal=null")
+    assert result.exit_code == 1
+    assert "interaction 'dp' or 'ti' (the file does not say which) there and 'wti' here" in result.stderr
+    assert "add --set interaction=dp or =ti" in result.stderr
+
+
 def test_truncated_captions_are_counted(drl_eval: Eval, videos: Path, config: Path) -> None:
     """With start and end, the six captions "number 0 of [six]" and one other have 8 tokens, and none has more."""
     for words, expected in ((8, None), (7, "7 of 12")):
         result = drl_eval("--config", config, "--videos", videos, "--set", f"max_words={words}")
         assert result.exit_code == 0
-        found = re.search(r"(\d+ of \d+) captions are longer than (\d+) tokens and are cut there; --set", result.flat)
+        found = re.search(
+            r"(\d+ of \d+) captions are longer than (\d+) tokens and are cut there; max_words up to 77", result.flat
+        )
         assert (found and found[1]) == expected, result.flat
 
 
@@ -332,6 +388,10 @@ def test_options_reach_the_evaluation(
             ["--config", "CONFIG", "--checkpoint", "TMP", "--set", "clip=ViT-B-32"],
             "set must leave clip as the checkpoint has it, got clip=ViT-B-32",
         ),
+        (
+            ["--config", "CONFIG", "--videos", "VIDEOS", "--checkpoint", "LAST"],
+            "must be a model, got the checkpoint of a run; name the run's folder",
+        ),
         (["--config", "CONFIG", "--set", "precision=bf16"], "got precision=bf16; use --precision"),
         (["--config", "CONFIG", "--precision", "fp16"], "precision must be one of"),
         (["--config", "CONFIG", "--videos", "VIDEOS", "--save-scores", "TMP"], "save-scores must be a file, got TMP"),
@@ -353,8 +413,9 @@ def test_options_reach_the_evaluation(
     ],
 )
 def test_mistakes(drl_eval: Eval, videos: Path, config: Path, tmp_path: Path, options: list[str], words: str) -> None:
-    places = {"CONFIG": config, "VIDEOS": videos, "TMP": tmp_path}
+    places = {"CONFIG": config, "VIDEOS": videos, "TMP": tmp_path, "LAST": tmp_path / "last.pt"}
     (tmp_path / "x.safetensors").write_bytes(b"")
+    torch.save({"format": "drl-fast run 2", "model": {}}, tmp_path / "last.pt")
 
     def put(text: str) -> str:
         return re.sub("|".join(places), lambda name: str(places[name[0]]), text)
