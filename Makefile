@@ -30,6 +30,7 @@ $(STAMP): .venv/.packages $(SOURCES)
 	@$(BUILD) $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e . || \
 	  { echo "drl-fast: the install failed, see above; CXX=none make setup installs without the C++ extension"; exit 1; }
 	@touch $@
+	@echo "ready: source .venv/bin/activate, then drl-fast doctor"
 
 # Make idle OpenMP threads sleep soon: if they spin, other work on the machine slows the demo several times.
 demo: setup ## train every interaction on generated clips and compare them; VIDEOS=dir [PRETRAINED= CLIP=] for your own videos

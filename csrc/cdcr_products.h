@@ -33,7 +33,7 @@ class ProductRows {
   Tensor weighted(int term) const { return part(0, term); }
   Tensor partners(int term) const { return part(1, term); }
 
-  // Standardize the anchors and partners of the pairs from `first` on. Adds weighted anchors and partners to `sums`
+  // Standardize the anchors and partners of the pairs starting at `first`. Adds weighted anchors and partners to `sums`
   // unless it is null.
   void load(int64_t first, std::vector<Sums<T>>* sums) {
     first_ = first;

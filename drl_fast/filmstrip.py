@@ -77,10 +77,10 @@ def plot_matches(
         path: where to write the picture, as PNG. A file at ``path`` is always a whole one. None: write nothing.
 
     Returns:
-        The matplotlib figure, which no window shows and pyplot does not hold.
+        The matplotlib figure. It is not registered with pyplot and opens no window.
 
     Raises:
-        TypeError: ``frames`` is no uint8 tensor, ``words`` holds something else than strings, ``matches`` no integers.
+        TypeError: ``frames`` is not uint8, ``words`` are not strings, or ``matches`` are not integers.
         ValueError: wrong shapes or counts, a frame index outside -1..N-1, a weight that is negative or not finite, a
             ``path`` that does not end in .png.
         ModuleNotFoundError: matplotlib is not installed (raised on the first use of ``drl_fast.plot_matches``).
@@ -234,8 +234,9 @@ class _Layout:
         return figure
 
     def _legend(self) -> str:
-        parts = ["darker: higher weight"] * self.weighted
-        parts += ["grey: chose no frame"] * any(word.frame < 0 for word in self.caption)
+        parts = ["dark words: higher weight"] * self.weighted
+        parts += ["grey words: chose no frame"] * any(word.frame < 0 for word in self.caption)
+        parts += ["pale frames: chosen by no word"] * (not all(self.above))
         return "     ".join(parts)
 
     def _draw_frame(self, axes: Axes, index: int, left: float, top: float) -> None:

@@ -100,7 +100,8 @@ def per_token(name: str, value: object, features: Tensor, letters: str, features
     x = tensor(name, value)
     want = tuple(features.shape[:2])
     if tuple(x.shape) != want:
-        raise ValueError(f"{name} must be ({letters}) = {want} to match {features_name}, got {tuple(x.shape)}")
+        extra = f"; pass {name}.squeeze(1)" if tuple(x.shape) == (want[0], 1, want[1]) else ""
+        raise ValueError(f"{name} must be ({letters}) = {want} to match {features_name}, got {tuple(x.shape)}{extra}")
     if x.device != features.device:
         raise ValueError(
             f"{name} must be on {features_name}'s device {features.device}, got {x.device}; "
@@ -123,8 +124,8 @@ def mask(name: str, value: object, features: Tensor, letters: str, features_name
             raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
         if x.dtype.is_signed and not x.is_complex() and _has_any(x < 0):
             raise ValueError(
-                f"{name} must be zero (masked) or non-zero (real), got {x.min().item():g}, which looks like an "
-                f"additive mask (0 = real); pass 1 for real tokens and 0 for padding, such as {name} == 0"
+                f"{name} must not be negative, got {x.min().item():g}, which looks like an additive mask (0 = real); "
+                f"pass 1 for real tokens and 0 for padding, such as {name} == 0"
             )
     return x != 0
 

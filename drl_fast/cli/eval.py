@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import __version__
 from ..atomic_write import write_atomically
 from ..console import (
+    STAGES,
     chance,
     metrics_table,
     print_cut,
@@ -33,6 +34,7 @@ from ..data.datasets import load_split
 from ..data.formats import PARTS
 from ..engine.precision import PRECISIONS
 from ..engine.processes import processes
+from ..engine.sanity_checks import equal_scores
 from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
 from ._errors import report_errors
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from ..model.drl import DRL
 
 SHOWN = 10
-STAGES = {"videos": "decode and encode videos", "texts": "encode captions", "scores": "score"}
 POST = "Post-processing by dual softmax, not comparable with the table above"
 POST_NOTE = "Dual softmax weights every score by those of all test queries, which a search does not have."
 
@@ -53,7 +54,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="A run of drl-fast train (its best model), a save_pretrained folder, or a checkpoint file of the "
-            "public DRL code. Default: the configured model, untrained."
+            "public DRL or CLIP4Clip code. Default: the configured model, untrained."
         ),
     ] = None,
     config: Annotated[
@@ -155,6 +156,9 @@ def evaluate(
             )
         if not here.first:
             return
+        stuck = equal_scores(found.sim)
+        if stuck is not None:
+            print_line(console, f"warning: {stuck}", "bold yellow")
         report = {
             "dataset": settings.dataset,
             "part": split,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import tempfile
 import time
@@ -17,7 +18,16 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from ..console import metrics_table, print_cut, print_line, print_machine, print_split, print_unreadable, progress
+from ..console import (
+    STAGES,
+    metrics_table,
+    print_cut,
+    print_line,
+    print_machine,
+    print_split,
+    print_unreadable,
+    progress,
+)
 from ..data.datasets import load_split
 from ..data.split import Split
 from ..engine.processes import Processes, processes
@@ -55,8 +65,8 @@ def train(
     init_from: Annotated[
         Path | None,
         typer.Option(
-            help="Start from the weights of a run, a save_pretrained folder or a public DRL checkpoint file, with a "
-            "new optimizer and schedule; the architecture must be the configuration's."
+            help="Start from the weights of a run, a save_pretrained folder or a checkpoint file of the public DRL or "
+            "CLIP4Clip code, with a new optimizer and schedule; the architecture must be the configuration's."
         ),
     ] = None,
     resume: Annotated[
@@ -95,7 +105,11 @@ def train(
                 part: load_split(settings.dataset, part, videos=videos, annotations=annotations, strict=strict)
                 for part in ("train", "val")
             }
-            _introduce(settings, splits, here, console)
+            _introduce(settings, splits, here, dry_run, console)
+            if _fetches(settings) and "HF_HUB_OFFLINE" not in os.environ:
+                print_line(
+                    console, f"loading weights {settings.pretrained!r}; without a network this fails in a minute"
+                )
             torch.manual_seed(settings.seed)
             # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
             model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
@@ -103,7 +117,7 @@ def train(
                 print_cut(console, split.captions, model, tokenizer, settings.words)
             data = Data(splits["train"], splits["val"], tokenizer, strict)
             stop = stack.enter_context(_stop_on_signal(console))
-            watcher = _Watcher(console)
+            watcher = _Watcher(console, dry_run)
             run = Run(settings, model, data, folder, here, watcher, stop)
             run.open_folder(resume)
             with watcher.bars:
@@ -111,6 +125,11 @@ def train(
             _conclude(run, finished, dry_run, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)
+
+
+def _fetches(config: RunConfig) -> bool:
+    """Return whether the configured weights may have to be fetched."""
+    return config.init_from is None and config.pretrained is not None and not Path(config.pretrained).is_file()
 
 
 def _recorded_source(folder: Path) -> str | None:
@@ -121,16 +140,24 @@ def _recorded_source(folder: Path) -> str | None:
     return read_config(folder / CONFIG).init_from if (folder / CONFIG).is_file() else None
 
 
-def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, console: Console) -> None:
+def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, dry: bool, console: Console) -> None:
     """Print what is trained, on what and where."""
     print_machine(console)
     for split in splits.values():
         print_split(console, split)
-    if splits["train"].captions == splits["val"].captions:
+    if dry:
+        pass
+    elif splits["train"].captions == splits["val"].captions:
         print_line(
             console,
             "val holds the training captions: its scores say nothing about other videos; a column split (train, val, "
             "test) separates them",
+            "bold yellow",
+        )
+    elif splits["val"].stands_in:
+        print_line(
+            console,
+            "the data set has no val part: test serves as val, and the best epoch is chosen on the test videos",
             "bold yellow",
         )
     weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
@@ -170,8 +197,8 @@ def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
 class _Watcher:
     """Show progress bars, one line per evaluation, and the names of unreadable videos."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.bars = console, progress(console)
+    def __init__(self, console: Console, dry: bool) -> None:
+        self.console, self.bars, self.dry = console, progress(console), dry
         self._task: Any = None
         self._stages: dict[str, Any] = {}
 
@@ -182,12 +209,12 @@ class _Watcher:
 
     def stepped(self, values: dict[str, float]) -> None:
         speed = values["pairs"] / values["seconds"]
-        note = f"epoch {values['epoch']:.0f}, loss {values['total']:.3f}, {speed:.1f} pairs/s"
+        note = f"epoch {values['epoch']:.0f}, InfoNCE {values['info_nce']:.3f}, {speed:.1f} pairs/s"
         self.bars.update(self._task, completed=values["step"], note=note)
 
     def evaluating(self, stage: str, done: int, total: int) -> None:
         if stage not in self._stages:
-            self._stages[stage] = self.bars.add_task(f"evaluate, {stage}", total=total, note="")
+            self._stages[stage] = self.bars.add_task(STAGES[stage], total=total, note="")
         self.bars.update(self._stages[stage], completed=done)
 
     def evaluated(self, epoch: int, found: Evaluation, best: bool) -> None:
@@ -202,7 +229,8 @@ class _Watcher:
         print_unreadable(Console(stderr=True), video)
 
     def warned(self, text: str) -> None:
-        print_line(self.console, f"warning: {text}", "bold yellow")
+        if not self.dry:  # generated clips and two steps: there is nothing to warn of
+            print_line(self.console, f"warning: {text}", "bold yellow")
 
 
 def _conclude(run: Run, finished: bool, dry: bool, console: Console) -> None:
@@ -218,14 +246,12 @@ def _conclude(run: Run, finished: bool, dry: bool, console: Console) -> None:
         return
     unreadable = run.unreadable()
     if unreadable:
-        print_line(
-            console, f"{len(unreadable)} videos could not be read; {run.folder / UNREADABLE} has their names and why"
-        )
+        print_line(console, f"unreadable videos: {len(unreadable)}; {run.folder / UNREADABLE} has their names and why")
     best = run.progress.best()
     if best is None:
         return
     (epoch, metrics), val = best, run.data.val
-    title = f"\n{val.dataset}, {val.part}: after epoch {epoch}, the best by text-to-video R@1"
+    title = f"\n{val.dataset}, {val.part}: best epoch ({epoch}, by text-to-video R@1)"
     intervals = {key: (values["R1_low"], values["R1_high"]) for key, values in metrics.items()}
     console.print(metrics_table(title, metrics, intervals, int(metrics["t2v"]["candidates"])))
     if dry:

@@ -26,6 +26,8 @@ class Listing(NamedTuple):
     """Every video once."""
     captions: list[tuple[str, str]]
     """Id and caption; captions of unlisted ids may be among them."""
+    stands_in: bool = False
+    """Whether the part is missing, and val or test was read as the other."""
 
 
 def find_file(folder: Path, *names: str) -> Path:

@@ -86,6 +86,7 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
         names=tuple(first[path] for path in numbers),
         missing=tuple(name for name in listing.ids if name not in paths),
         uncaptioned=tuple(name for name in listing.ids if name in paths and name not in described),
+        stands_in=listing.stands_in,
         empty_captions=len(captions) - len(worded),
     )
     _check(split, files, strict)

@@ -11,6 +11,7 @@ from .annotations import parse_json, read_table, read_text
 HOW = (
     "put captions.csv (columns video,caption) or captions.jsonl (one object per line, the same keys) beside the videos"
 )
+FIX = "correct the file: columns video,caption, or in captions.jsonl one object with these keys per line"
 
 
 class Caption(NamedTuple):
@@ -32,24 +33,24 @@ def read_captions(folder: str | Path) -> list[Caption]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"videos folder not found: {folder}; {HOW}")
+        raise ValueError(f"captions folder not found: {folder}; it is --annotations, or else --videos; {HOW}")
     found = [path for path in (folder / "captions.csv", folder / "captions.jsonl") if path.is_file()]
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "neither"
         raise ValueError(f"{folder} must hold one of captions.csv and captions.jsonl, got {names}; {HOW}")
-    rows = read_table(found[0], ("video", "caption"), HOW) if found[0].suffix == ".csv" else _json_lines(found[0])
+    rows = read_table(found[0], ("video", "caption"), FIX) if found[0].suffix == ".csv" else _json_lines(found[0])
     captions = [_caption(found[0], number, row) for number, row in enumerate(rows, start=1)]
     if not captions:
-        raise ValueError(f"{found[0]} must hold at least one caption, got none; {HOW}")
+        raise ValueError(f"{found[0]} must hold at least one caption, got none; {FIX}")
     return captions
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            row = parse_json(line, f"{path}, line {number}", HOW)
+            row = parse_json(line, f"{path}, line {number}", FIX)
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}; {HOW}")
+                raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}; {FIX}")
             yield row
 
 
@@ -59,6 +60,6 @@ def _caption(path: Path, number: int, row: Mapping[str, Any]) -> Caption:
         keys = ", ".join(str(key) for key in row)
         raise ValueError(
             f"{path}, caption {number} must have a non-empty video and caption, got video={video!r}, caption={text!r} "
-            f"among columns {keys}; {HOW}"
+            f"among columns {keys}; {FIX}"
         )
     return Caption(video.strip(), text.strip(), str(row.get("split") or "").strip())

@@ -24,7 +24,7 @@ from .annotations import (
     strings,
     unique,
 )
-from .folder import HOW, read_captions
+from .folder import read_captions
 
 PARTS = ("train", "val", "test")
 
@@ -120,18 +120,19 @@ def didemo(annotations: Path, part: str) -> Listing:
 
 def folder(annotations: Path, part: str) -> Listing:
     """Read a user's captions: all of them without a ``split`` column; val and test stand in for each other."""
-    captions = read_captions(annotations)
+    captions, wanted = read_captions(annotations), part
     present = dict.fromkeys(caption.split for caption in captions)
     if any(present):
         for number, caption in enumerate(captions, start=1):
             if caption.split not in PARTS:
                 raise ValueError(
-                    f"{annotations}, caption {number} must have one of the splits {', '.join(PARTS)}, since others do, "
-                    f"got {caption.split!r}; {HOW}"
+                    f"the captions file in {annotations}, caption {number}, must have one of the splits "
+                    f"{', '.join(PARTS)}, since others do, got {caption.split!r}; correct it"
                 )
         wanted = part if part in present else {"val": "test", "test": "val"}.get(part, part)
         captions = [caption for caption in captions if caption.split == wanted]
         if not captions:
             found = ", ".join(present)
             raise ValueError(f"{annotations} must have captions whose split is {part}, got only {found}; mark some")
-    return Listing(list(dict.fromkeys(c.video for c in captions)), [(c.video, c.text) for c in captions])
+    pairs = [(caption.video, caption.text) for caption in captions]
+    return Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs, stands_in=wanted != part)

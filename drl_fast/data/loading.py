@@ -25,7 +25,7 @@ Tokenizer: TypeAlias = Callable[..., Tensor]
 Batch: TypeAlias = dict[str, Tensor]
 
 
-# Captions tokenized at a time where they are only counted.
+# Captions tokenized at once when those that are cut are counted.
 COUNTED = 4096
 
 

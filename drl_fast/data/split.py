@@ -25,6 +25,8 @@ class Split:
     """Listed ids without a file; they and their captions are left out."""
     uncaptioned: tuple[str, ...] = ()
     """Listed ids without a caption, left out too."""
+    stands_in: bool = False
+    """Whether this is val or test read as the other, which the data set does not have."""
     empty_captions: int = 0
     """The number of captions without a word, left out too."""
 

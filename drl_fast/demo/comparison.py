@@ -71,7 +71,7 @@ class Row:
         return {"t2v": _interval(self.sim), "v2t": _interval(self.sim.T)}
 
     def arranged(self) -> float | None:
-        """Percent of captions that find their own clip, of those whose first answer is a clip of their own four."""
+        """Among captions whose top answer is in their own group of four: percent that find their own clip."""
         best, every = self.sim.argmax(dim=1), torch.arange(len(self.sim))
         near = best // ARRANGEMENTS == every // ARRANGEMENTS
         return 100 * float((best == every)[near].float().mean()) if bool(near.any()) else None
@@ -80,7 +80,7 @@ class Row:
 def _interval(sim: Tensor) -> Interval:
     """95 % bootstrap interval of R@1 of the queries in rows.
 
-    Fours are drawn whole: clips of the same words are confused with one another, so they are no independent samples.
+    Groups of four are drawn whole: clips with the same words are confused with each other and are not independent.
     """
     found = ranks(sim, torch.arange(len(sim))) == 1
     every, four = torch.arange(len(found)), torch.arange(len(found)) // ARRANGEMENTS

@@ -178,7 +178,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
     """Read the fields that a YAML file and options name, as :func:`read_config` does, without the other defaults.
 
     Raises:
-        ValueError: as :func:`read_config`, but for values out of range.
+        ValueError: as :func:`read_config`, except that ranges are not checked.
     """
     name, text = _text(Path(path))
     values = parse_yaml(text, name)
@@ -198,7 +198,7 @@ def merge(values: dict[str, Any], path: str, overrides: Sequence[str], dataset: 
     _check_names([key.strip() for key, _, _ in pairs], "--set")
     checked = {name: _typed(name, value, path) for name, value in values.items()}
     for override, (key, _, text) in zip(overrides, pairs, strict=True):
-        checked[key.strip()] = _typed(key.strip(), parse_yaml(text, f"the value in --set {override}"), "set")
+        checked[key.strip()] = _typed(key.strip(), parse_yaml(text, f"the value in --set {override}"), "--set")
     named = checked.setdefault("dataset", dataset)
     if named is None:
         raise ValueError(f"no data set given, and {path} names none; add --dataset with one of {', '.join(DATASETS)}")
@@ -229,7 +229,7 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _text(path: Path) -> tuple[str, str]:
-    """Return a configuration's name for errors, and its text: a file's, or that of a shipped row."""
+    """Read a configuration file or a shipped row; return its name for errors, and its text."""
     if path.is_file():
         try:
             return str(path), path.read_text(encoding="utf-8")

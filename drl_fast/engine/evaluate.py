@@ -54,9 +54,9 @@ class Evaluation:
     unreadable: list[Unreadable]
     """Videos that could not be decoded: name and reason."""
     captions: list[str]
-    """Of the rows."""
+    """Captions, one per row of ``sim``."""
     names: list[str]
-    """Of the columns' videos."""
+    """Video ids, one per column."""
 
     def with_intervals(self) -> dict[str, dict[str, float]]:
         """Return the metrics with R@1's 95 % interval (``R1_low``, ``R1_high``) and the number of ``candidates``."""

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from ..atomic_write import write_atomically
 from ..metrics import DIRECTIONS
 
-# Colour-blind safe (Okabe & Ito), each with a line style of its own as well.
+# Colour-blind safe (Okabe & Ito), each with its own line style.
 COLOURS = ("#000000", "#E69F00", "#999999", "#CC79A7", "#56B4E9", "#0072B2", "#D55E00")
 LINES = ("-", "-.", ":", (0, (1, 1)), "--", "-", "-")
 MARKERS = {"t2v": ("#0072B2", "o"), "v2t": ("#E69F00", "s")}

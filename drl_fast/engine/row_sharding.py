@@ -12,7 +12,7 @@ from ..distributed.group import Group, agree
 
 
 def own_chunks(rows: int, chunk: int, group: Group | None) -> list[slice]:
-    """The chunks that this process computes, one a turn. All processes have equally many; the last may be empty."""
+    """Return the chunks that this process computes, one per turn. All have equally many; the last may be empty."""
     size, rank = (1, 0) if group is None else (group.size, group.rank)
     firsts = range(rank * chunk, -(-rows // (size * chunk)) * size * chunk, size * chunk)
     return [slice(min(first, rows), min(first + chunk, rows)) for first in firsts]
@@ -24,7 +24,7 @@ def shard_rows(
     """Yield chunks of rows, which the loop's body fills in every buffer; then give them to all processes.
 
     A chunk's rows depend on its number alone, so the number of processes changes no bit. The processes meet after every
-    chunk: none waits for long, and only one chunk of each of the others is ever held twice.
+    chunk, so none waits for long, and a process holds one extra chunk per other process.
 
     Args:
         buffers: CPU tensors of R rows; the same shapes on all ranks.

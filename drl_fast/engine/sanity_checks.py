@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 # Steps whose mean loss is compared with log(batch), in two halves, and by what share it may differ.
 WINDOW, TOLERANCE = 50, 0.01
 FEW_CAPTIONS = 50
@@ -61,4 +63,14 @@ def recall_at_chance(best: Mapping[str, Mapping[str, float]]) -> str | None:
         f"the best text-to-video R@1 does not beat chance: its interval [{found['R1_low']:.1f}, "
         f"{found['R1_high']:.1f}] includes {chance:.2g} %; train longer, start from pretrained weights, or evaluate on "
         "more videos"
+    )
+
+
+def equal_scores(sim: Tensor) -> str | None:
+    """Warn where all scores are equal, so that nothing can be learned or found."""
+    if sim.numel() < 2 or bool((sim != sim.flatten()[0]).any()):
+        return None
+    return (
+        f"all scores are equal ({float(sim.flatten()[0]):g}): under masking=drl the 0 of padding wins every match; try "
+        "--set masking=exclude, see docs/troubleshooting.md"
     )

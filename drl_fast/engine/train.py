@@ -379,6 +379,7 @@ class Run:
             if logs is not None:
                 logs.evaluation(self.progress.step, found.metrics)
             self.watcher.evaluated(epoch, found, best)
+            self._warn(sanity_checks.equal_scores(found.sim))
         if self._sharded:
             self.whole.cpu()
         self.save()

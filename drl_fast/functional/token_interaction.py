@@ -63,8 +63,8 @@ def token_interaction(
         ``(logits, Matches)``. A pair's score has the same bits whatever else is in the batch.
 
     Raises:
-        ValueError: wrong rank, sizes or devices that do not match, an unknown ``masking``, or NaN in a float mask
-            (checked on the CPU in eager mode only).
+        ValueError: wrong rank, sizes or devices that do not match, an unknown ``masking``, or a mask with NaN or a
+            negative value (checked on the CPU in eager mode only).
         TypeError: not a tensor, or an unsupported dtype.
 
     Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction".

@@ -40,7 +40,7 @@ def save_folder(folder: str | os.PathLike[str], state: Mapping[str, Tensor], con
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder's configuration says of its model."""
+    """The model's configuration, as read from the folder."""
 
     clip: str | None
     """The CLIP's name in open_clip."""

@@ -256,7 +256,10 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
             ["--pretrained", "openai"],
             "error: pretrained goes with videos, got pretrained='openai' alone; add --videos DIR",
         ),
-        (["--videos", "nowhere"], "error: videos folder not found: nowhere; put captions.csv"),
+        (
+            ["--videos", "nowhere"],
+            "error: captions folder not found: nowhere; it is --annotations, or else --videos",
+        ),
         (["--videos", "."], "error: . must hold one of captions.csv and captions.jsonl, got neither"),
         (
             ["--videos", "ok", "--clip", "ViT-B/32"],

@@ -151,7 +151,7 @@ def test_split_column(tmp_path: Path) -> None:
         load_split("folder", "val", videos=folder, annotations=tmp_path)
     write_csv(tmp_path / "captions.csv", ["video", "caption", "split"], [*rows, ["a.mp4", "five", "dev"]])
     with pytest.raises(
-        ValueError, match=r"caption 5 must have one of the splits train, val, test, since others do, got 'dev'"
+        ValueError, match=r"caption 5, must have one of the splits train, val, test, since others do, got 'dev'"
     ):
         load_split("folder", "train", videos=folder, annotations=tmp_path)
 

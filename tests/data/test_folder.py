@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from drl_fast.data.folder import HOW, Caption, read_captions
+from drl_fast.data.folder import FIX, Caption, read_captions
 
 ROWS = [Caption("a.mp4", 'a "red" cross, moving'), Caption("b c.mp4", "Zoë läuft 跑"), Caption("a.mp4", "again")]
 
@@ -42,8 +42,12 @@ def test_columns_in_any_order_and_spaces_around_values(tmp_path: Path) -> None:
         ("captions.csv", "", "captions.csv must have the columns video, caption, got an empty file"),
         ("captions.csv", "video,caption\n", "captions.csv must hold at least one caption, got none"),
         ("captions.jsonl", "\n\n", "captions.jsonl must hold at least one caption, got none"),
-        ("captions.csv", "video,text\na.mp4,x\n", "must have the columns video, caption, got video, text; put"),
-        ("captions.csv", "video;caption\na.mp4;x\n", "must have the columns video, caption, got video;caption; put"),
+        ("captions.csv", "video,text\na.mp4,x\n", "must have the columns video, caption, got video, text; correct"),
+        (
+            "captions.csv",
+            "video;caption\na.mp4;x\n",
+            "must have the columns video, caption, got video;caption; c",
+        ),
         (
             "captions.csv",
             "video,caption\na.mp4,x\nb.mp4\n",
@@ -81,7 +85,7 @@ def test_broken_file(tmp_path: Path, name: str, content: str, message: str) -> N
     with pytest.raises(ValueError, match=message) as caught:
         read_captions(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / name))
-    assert str(caught.value).endswith(HOW)
+    assert str(caught.value).endswith(FIX)
 
 
 @pytest.mark.parametrize(("name", "content"), [("captions.csv", as_csv(ROWS)), ("captions.jsonl", '{"video": "é"}')])
@@ -104,5 +108,8 @@ def test_no_captions_file_and_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "captions.csv"])
 def test_no_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "captions.csv").write_text(as_csv(ROWS))
-    with pytest.raises(ValueError, match=f"videos folder not found: .*{name}; put captions.csv"):
+    with pytest.raises(
+        ValueError,
+        match=f"captions folder not found: .*{name}; it is --annotations, or else --videos",
+    ):
         read_captions(tmp_path / name)

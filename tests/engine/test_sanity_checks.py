@@ -6,8 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from drl_fast.engine.sanity_checks import WINDOW, few_captions, few_pairs, loss_at_chance, recall_at_chance
+from drl_fast.engine.sanity_checks import (
+    WINDOW,
+    equal_scores,
+    few_captions,
+    few_pairs,
+    loss_at_chance,
+    recall_at_chance,
+)
 
 from .runs import configured, make_folder, opened
 
@@ -79,3 +87,9 @@ def test_a_run_that_does_not_beat_chance_warns(tmp_path: Path) -> None:
     finished, again = opened(configured(folder, epochs=1, lr=1e-12, clip_lr=0.0), tmp_path / "run", resume=True)
     finished.train()
     assert again.warnings == notes.warnings, "a continuation warns of it too"
+
+
+def test_equal_scores() -> None:
+    assert equal_scores(torch.zeros(1, 1)) is None
+    assert equal_scores(torch.eye(3)) is None
+    assert "all scores are equal (0): under masking=drl" in (equal_scores(torch.zeros(3, 3)) or "")

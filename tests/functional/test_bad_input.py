@@ -70,17 +70,17 @@ INTERACTION: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an additive mask": (
         {"text_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)},
         ValueError,
-        "text_mask must be zero .* got -inf, which looks like an additive mask .* text_mask == 0",
+        "text_mask must not be negative, got -inf, which looks like an additive mask .* text_mask == 0",
     ),
     "a finite additive mask": (
         {"text_mask": torch.tensor([[0.0, 0.0, -10000.0], [0.0, 0.0, 0.0]])},
         ValueError,
-        "text_mask must be zero .* got -10000, which looks like an additive mask",
+        "text_mask must not be negative, got -10000, which looks like an additive mask",
     ),
     "an additive mask of integers": (
         {"video_mask": torch.tensor([[0, 0, 0, 0, -1]] * 4)},
         ValueError,
-        "video_mask must be zero .* got -1, which looks like an additive mask",
+        "video_mask must not be negative, got -1, which looks like an additive mask",
     ),
     "text a long list": ({"text": [0.5] * 999}, TypeError, "text must be a torch.Tensor, got list of 999"),
     "text a list of tensors": ({"text": list(T)}, TypeError, r"got list of 2; convert it with torch.stack\(text\)"),
