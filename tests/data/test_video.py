@@ -231,10 +231,13 @@ def test_a_name_without_its_suffix(tmp_path: Path) -> None:
         read_video(tmp_path / "video7", Sampling())
 
 
-@pytest.mark.parametrize("name", ["missing.mp4", "folder.mp4"])
-def test_no_file(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("missing.mp4", "not found; check the path"), ("folder.mp4", "got a folder, pipe or device; name a regular file")],
+)
+def test_no_file(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(ValueError, match=f"{name} must be a video file, not found; check the path"):
+    with pytest.raises(ValueError, match=f"{name} must be a video file, {words}"):
         read_video(str(tmp_path / name), Sampling())
 
 
