@@ -431,7 +431,7 @@ class DRL(Head):
         Raises:
             ValueError: missing entries, or options that the interaction does not support.
         """
-        if not self._needs_padding:
+        if not self.needs_padding:
             return super().forward(batch, process_group)
         require(batch, "text_ids", "video")
         if "video_of" in batch:
@@ -446,30 +446,6 @@ class DRL(Head):
         if "text_mask" in batch:
             text_mask = batch["text_mask"] != 0
         return self.losses(text, video, text_mask, video_mask, batch.get("owner"), process_group, padded=padded)
-
-    def losses(
-        self,
-        text: Tensor,
-        video: Tensor,
-        text_mask: Tensor,
-        video_mask: Tensor,
-        owner: Tensor | None = None,
-        process_group: ProcessGroup | None = None,
-        *,
-        video_of: Tensor | None = None,
-        padded: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Compute the losses of encoded tokens; see :meth:`Head.losses`."""
-        if self._needs_padding and padded is None:
-            raise ValueError("padded must hold the tokens with padding for cdcr_padding='competes', got None")
-        return super().losses(
-            text, video, text_mask, video_mask, owner, process_group, video_of=video_of, padded=padded
-        )
-
-    @property
-    def _needs_padding(self) -> bool:
-        """Whether CDCR reads the features of padding."""
-        return self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes"
 
 
 def _until_end(ids: Tensor) -> Tensor:

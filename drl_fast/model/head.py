@@ -245,6 +245,8 @@ class Head(nn.Module):
                 losses are those of ``video[video_of]`` with ``owner=video_of``, without the repetition.
             padded: tokens of both sides that include padding's, for ``cdcr_padding="competes"``.
         """
+        if self.needs_padding and padded is None:
+            raise ValueError("padded must hold the tokens with padding for cdcr_padding='competes', got None")
         weights: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(self.interaction, WTI):
             weights = self.interaction.weights(text, video, text_mask, video_mask)
@@ -260,6 +262,11 @@ class Head(nn.Module):
         cdcr = losses.decorrelation_loss(self.config, batch, padded, process_group)
         total = info_nce if self.config.cdcr == 0 else info_nce + self.config.cdcr_weight * cdcr
         return {"total": total, "info_nce": info_nce, "cdcr": cdcr}
+
+    @property
+    def needs_padding(self) -> bool:
+        """Whether CDCR reads the features of padding."""
+        return self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes"
 
 
 def require(batch: Mapping[str, Tensor], *names: str) -> None:
