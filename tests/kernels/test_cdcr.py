@@ -32,7 +32,9 @@ def test_blocks_and_parts(impl: Implementation, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(cdcr, "product_rows", watched)
     judge(problem, impl.device)
-    assert seen == [(0, 17), (17, 34), (34, 40)]
+    blocks = [(0, 17), (17, 34), (34, 40)]
+    # The first call in a process may run the loss more than once.
+    assert seen == blocks * max(1, len(seen) // 3)
     judge(rows(300, 20, **FORMS["diagonal"]), impl.device)
 
 
