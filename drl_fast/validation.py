@@ -115,11 +115,11 @@ def mask(name: str, value: object, features: Tensor, letters: str, features_name
     if value is None:
         return None
     x = per_token(name, value, features, letters, features_name)
-    if _values_are_visible(x) and x.numel() and _has_any(~(x != 0).any()):
+    if values_are_visible(x) and x.numel() and _has_any(~(x != 0).any()):
         _warn_no_real_token(name)
     if x.dtype == torch.bool:
         return private_copy(x)
-    if _values_are_visible(x):
+    if values_are_visible(x):
         if (x.is_floating_point() or x.is_complex()) and _has_any(x.isnan()):
             raise ValueError(f"{name} must be zero (masked) or non-zero (real), got NaN; build it from token lengths")
         if x.dtype.is_signed and not x.is_complex() and _has_any(x < 0):
@@ -130,7 +130,7 @@ def mask(name: str, value: object, features: Tensor, letters: str, features_name
     return x != 0
 
 
-def _values_are_visible(x: Tensor) -> bool:
+def values_are_visible(x: Tensor) -> bool:
     """Tell whether values may be checked: elsewhere that synchronises an accelerator or breaks a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -159,10 +159,10 @@ def weight(name: str, value: object, features: Tensor, letters: str, features_na
 
 
 def private_copy(x: Tensor) -> Tensor:
-    """Copy a small CPU tensor that forward and backward passes must read alike: a mask, ids, weights or a scale.
+    """Copy a small CPU tensor (mask, ids, weights or scale) whose values the backward pass must find unchanged.
 
     A data loader may fill the same memory with its next batch before the backward pass of this one, and autograd's
-    version counter does not see what NumPy writes. A tensor that needs a gradient is returned as it is: autograd saves
+    version counter does not see what NumPy writes. A tensor that needs a gradient is returned unchanged: autograd saves
     it, as for torch's own operators. So is one on an accelerator, whose memory NumPy does not share.
     """
     return x if x.requires_grad or x.device.type != "cpu" else x.clone()

@@ -14,7 +14,7 @@ from ..data.loading import Tokenizer
 from ..engine.config import RunConfig, build_model, merge, read_values
 from ..engine.train import CONFIG
 from ..model import upstream
-from ..model.clip import check_name
+from ..model.clip import QUICK, check_name
 from ..model.drl import DRL
 from ..model.pretrained import BEST, Saved, read_saved
 
@@ -24,7 +24,6 @@ OF_CHECKPOINT = ("clip", "pretrained", "init_from")
 OF_MODEL = ("clip", "interaction", "temporal", "wti_arch", "masking")
 # How inputs are prepared; a saved model knows it.
 OF_INPUTS = ("max_words", "rate", "max_frames")
-QUICK = "-quickgelu"
 # Interactions whose weights are not CLIP's.
 OWN_WEIGHTS = ("wti", "mlp", "xti", "hi")
 
@@ -101,7 +100,8 @@ def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokeni
         return build_model(settings.config)
     if checkpoint.is_dir():
         model = DRL.from_pretrained(checkpoint)
-        _check_same({**dataclasses.asdict(model.config), "clip": model.clip_name}, checkpoint, settings)
+        name = {} if model.clip_name is None else {"clip": model.clip_name}
+        _check_same({**dataclasses.asdict(model.config), **name}, checkpoint, settings)
     else:
         model = _from_public(checkpoint, settings)
     return model, model.tokenizer()
@@ -148,11 +148,10 @@ def _check_towers(model: DRL, name: str, checkpoint: Path) -> None:
 def _check_same(found: Mapping[str, Any], checkpoint: Path, settings: Settings) -> None:
     """Check that a checkpoint's options are those that the configuration names."""
     named = settings.named
-    keys = [name for name in OF_MODEL if found.get(name, named.get(name)) is not None and name in named]
-    keys += ["temporal"] * ("temporal" in named and "temporal" in found and "temporal" not in keys)
+    keys = [name for name in OF_MODEL if name in named and name in found]
     if found["interaction"] != "wti" or named.get("interaction", "wti") != "wti":
         keys = [name for name in keys if name != "wti_arch"]
-    other = {name: named[name] for name in keys if name in found and _plain(named[name]) != _plain(found[name])}
+    other = {name: named[name] for name in keys if _plain(named[name]) != _plain(found[name])}
     if not other:
         return
     by_option = next((name for name in other if name in settings.overridden), None)

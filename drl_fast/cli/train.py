@@ -145,16 +145,14 @@ def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, dry
     print_machine(console)
     for split in splits.values():
         print_split(console, split)
-    if dry:
-        pass
-    elif splits["train"].captions == splits["val"].captions:
+    if not dry and splits["train"].captions == splits["val"].captions:
         print_line(
             console,
             "val holds the training captions: its scores say nothing about other videos; a column split (train, val, "
             "test) separates them",
             "bold yellow",
         )
-    elif splits["val"].stands_in:
+    elif not dry and splits["val"].stands_in:
         print_line(
             console,
             "the data set has no val part: test serves as val, and the best epoch is chosen on the test videos",

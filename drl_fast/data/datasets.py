@@ -61,10 +61,7 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
     videos, annotations, spec = Path(videos), Path(annotations), DATASETS[dataset]
     listing = spec.read(annotations, part)
     listed = set(listing.ids)
-    captions = [(name, text.strip()) for name, text in listing.captions if name in listed]
-    worded = [(name, text) for name, text in captions if text]
-    described = {name for name, _ in worded}
-    if not described:
+    if not any(name in listed and text.strip() for name, text in listing.captions):
         raise ValueError(
             f"annotations must have a caption for the {len(listed)} videos that {dataset}'s {part} part lists "
             f"({some(listing.ids)}), but the captions in {annotations} describe "
@@ -72,12 +69,23 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
             "one release"
         )
     files = VideoFiles(videos, spec.prefix)
+    split = split_of(dataset, part, listing, files)
+    _check(split, files, strict)
+    return split
+
+
+def split_of(dataset: str, part: str, listing: Listing, files: VideoFiles) -> Split:
+    """Find the files of a part's videos; what lacks a file or a caption is left out and named."""
+    listed = set(listing.ids)
+    captions = [(name, text.strip()) for name, text in listing.captions if name in listed]
+    worded = [(name, text) for name, text in captions if text]
+    described = {name for name, _ in worded}
     paths = {name: path for name in listing.ids if (path := files.find(name)) is not None}
     # One file under several spellings is one video: two would tie for every caption.
     numbers = {path: n for n, path in enumerate(dict.fromkeys(p for name, p in paths.items() if name in described))}
     first = {path: name for name, path in reversed(paths.items()) if name in described}
     kept = [(text, numbers[paths[name]]) for name, text in worded if name in paths]
-    split = Split(
+    return Split(
         dataset,
         part,
         captions=tuple(text for text, _ in kept),
@@ -89,8 +97,6 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
         stands_in=listing.stands_in,
         empty_captions=len(captions) - len(worded),
     )
-    _check(split, files, strict)
-    return split
 
 
 def _check(split: Split, files: VideoFiles, strict: bool) -> None:

@@ -13,6 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ..console import metrics_table, print_cut, print_line, print_machine, progress, served_by
+from ..data.annotations import Listing
+from ..data.datasets import split_of
 from ..data.feature_cache import FeatureCache
 from ..data.folder import Caption, read_captions
 from ..data.split import Split, some
@@ -90,31 +92,20 @@ def run_folder(
 def _split(folder: Path, captions: list[Caption], console: Console) -> Split:
     """Find each caption's video in the folder, by the rules of training; print what has no caption or no file."""
     files = VideoFiles(folder)
-    found = {name: files.find(name) for name in dict.fromkeys(caption.video for caption in captions)}
-    for name in [name for name, path in found.items() if path is None]:
+    pairs = [(caption.video, caption.text) for caption in captions]
+    split = split_of("folder", "test", Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs), files)
+    for name in split.missing:
         print_line(
             console, f"skipped: {folder / name} must be a video file in the folder, not found; check the path", "yellow"
         )
-    paths = {name: path for name, path in found.items() if path is not None}
-    if not paths:
+    if not split.videos:
         raise ValueError(
-            f"{folder} must hold the videos that its captions name ({some(list(found))}), got none of them"
+            f"{folder} must hold the videos that its captions name ({some(split.missing)}), got none of them"
         )
-    unnamed = sorted(str(path.relative_to(folder)) for path in set(files.videos) - set(paths.values()))
+    unnamed = sorted(str(path.relative_to(folder)) for path in set(files.videos) - set(split.videos))
     if unnamed:
         print_line(console, f"no caption names: {some(unnamed)}")
-    # One file under two spellings is one video.
-    numbers = {path: number for number, path in enumerate(dict.fromkeys(paths.values()))}
-    names = {path: name for name, path in reversed(paths.items())}
-    kept = [caption for caption in captions if caption.video in paths]
-    return Split(
-        dataset="folder",
-        part="test",
-        captions=tuple(caption.text for caption in kept),
-        owner=tuple(numbers[paths[caption.video]] for caption in kept),
-        videos=tuple(numbers),
-        names=tuple(names[path] for path in numbers),
-    )
+    return split
 
 
 def _show(bars: Progress, task: TaskID, stage: str, done: int, total: int) -> None:

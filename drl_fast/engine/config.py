@@ -76,7 +76,7 @@ class RunConfig:
             negatives and gradients, and runs the towers' forward twice. The default is the data set's own.
         captions_per_video: 0 draws captions at random, as the paper does. k > 0 draws groups of up to k captions of one
             video; a batch encodes every video once, and captions of one video are not negatives of each other.
-        freeze: null, or ``"clip"``: CLIP's weights stay as they are, but for the temperature, which trains at ``lr``.
+        freeze: ``"clip"`` freezes CLIP's weights; the temperature still trains, at ``lr``. null freezes nothing.
         skip_same_video: do not use captions of one video as negatives of each other (the paper does).
         parallel: over several processes, ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
         max_words, max_frames: tokens per caption and frames per video; None: the data set's own.

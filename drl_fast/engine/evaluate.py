@@ -24,6 +24,7 @@ from ..data.video import Sampling
 from ..distributed.group import Group, agree
 from ..metrics import recall_interval, retrieval_metrics
 from ..model.drl import DRL
+from ..model.weight_files import weights_hash
 from .features import (
     Encoded,
     OnProgress,
@@ -32,7 +33,6 @@ from .features import (
     encode_videos,
     for_model,
     frame_features,
-    weights_hash,
 )
 from .precision import PRECISIONS, autocast_for
 from .row_sharding import shard_rows

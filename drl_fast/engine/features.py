@@ -6,8 +6,7 @@ video at a time, everything behind it runs on fixed chunks of rows.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from ..data.loading import Unreadable, video_loader
 from ..data.video import Sampling
 from ..distributed.group import Group, agree
 from ..model.drl import DRL
+from ..model.weight_files import weights_hash
 from ..modules.wti import softmax_weights
 from .precision import Autocast
 from .row_sharding import gather_dict, own_chunks, shard_rows
@@ -202,15 +202,6 @@ def fingerprint(model: DRL) -> str:
     build = (repr(visual), heads, visual.image_size, device, active, torch.get_float32_matmul_precision())
     parts = {**visual.state_dict(), "mean": model.mean, "std": model.std}
     return weights_hash(parts, repr(build))
-
-
-def weights_hash(state: Mapping[str, Tensor], build: str = "") -> str:
-    """Hash tensors' names, types, shapes and bytes."""
-    digest = hashlib.blake2b(build.encode(), digest_size=20)
-    for name, x in state.items():
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def for_model(model: DRL, x: Tensor) -> Tensor:

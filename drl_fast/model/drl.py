@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..validation import describe
 from . import padding, pretrained, upstream
 from .clip import (
+    QUICK,
     build_clip,
     check_clip,
     clip_from_state_dict,
@@ -256,7 +257,7 @@ class DRL(Head):
             if not has_openai_heads(self.clip):
                 differences.insert(0, "a CLIP with attention heads 64 wide there and others here")
         # The names without the activation, which is compared by itself.
-        elif theirs["clip"].removesuffix("-quickgelu") != (self.clip_name or "").removesuffix("-quickgelu"):
+        elif theirs["clip"].removesuffix(QUICK) != (self.clip_name or "").removesuffix(QUICK):
             differences.insert(0, f"clip {theirs['clip']!r} there and {self.clip_name!r} here")
         if differences:
             raise ValueError(f"{path} must hold a model of this architecture, got {'; '.join(differences)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import validation
 from ..functional import Matches
 from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from ..numerics import zero_masked
 from . import losses
 from .config import TEMPORAL, Config
 
@@ -146,7 +147,7 @@ class Head(nn.Module):
         video, video_mask = self._side(batch, "video", self.video_dim, self.video_projection)
         if self.temporal is not None:
             video = self.temporal(video, video_mask)
-        return Encoded(text, video.masked_fill(~video_mask[..., None], 0), text_mask, video_mask)
+        return Encoded(text, zero_masked(video, video_mask), text_mask, video_mask)
 
     def _side(
         self, batch: Mapping[str, Tensor], name: str, width: int, projection: nn.Linear | None
@@ -161,7 +162,7 @@ class Head(nn.Module):
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         # Nothing at a masked position reaches a parameter's gradient.
-        x = x.masked_fill(~mask[..., None], 0)
+        x = zero_masked(x, mask)
         return (x if projection is None else projection(x.to(projection.weight.dtype))), mask
 
     @overload

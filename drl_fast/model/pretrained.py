@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -14,11 +13,11 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
 from .config import Config, Inputs
+from .weight_files import weights_hash
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FORMAT = "drl-fast 2"
@@ -79,12 +78,8 @@ def read_saved(folder: str | os.PathLike[str]) -> Saved:
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:
-    """Hash tensors' names, types, shapes and bytes; safetensors checks sizes only."""
-    digest = hashlib.blake2b(digest_size=20)
-    for name, x in sorted(state.items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    # Sorted: safetensors does not keep the order. It checks sizes only.
+    return weights_hash(dict(sorted(state.items())))
 
 
 def _weights(folder: str | os.PathLike[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import warnings
@@ -67,6 +68,15 @@ def read_weights(path: Path) -> Any:
     if isinstance(state, Mapping) and all(isinstance(name, str) for name in state):
         return {name.removeprefix("module."): x for name, x in state.items()}
     return state
+
+
+def weights_hash(state: Mapping[str, Tensor], build: str = "") -> str:
+    """Hash tensors' names, types, shapes and bytes."""
+    digest = hashlib.blake2b(build.encode(), digest_size=20)
+    for name, x in state.items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def is_from_openai(state: Any) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import autocast
 from ..distributed.group import Group
 from ..numerics import accumulation_dtype, statistics_dtype
+from ..validation import values_are_visible
 from . import gpu
 from .chunked import cdcr as chunked
 from .dispatch import LIBRARY
@@ -219,8 +220,7 @@ def _statistics(
 
 def _refuse_too_few(count: Tensor) -> None:
     """Raise if masks leave fewer than 2 anchors; only on the CPU, because elsewhere the check would synchronise."""
-    visible = type(count) is Tensor and count.device.type == "cpu" and not torch.compiler.is_compiling()
-    if visible and bool((count < 2).any()):
+    if type(count) is Tensor and values_are_visible(count) and bool((count < 2).any()):
         anchors = " and ".join(str(int(n)) for n in count[::2])
         raise ValueError(
             "text_mask and video_mask must leave at least 2 real tokens a side to standardise channels over, in pairs "
