@@ -30,6 +30,7 @@ from .ops import dispatch
 from .validation import printable
 
 if TYPE_CHECKING:
+    from .data.feature_store import FeatureStore
     from .data.loading import Tokenizer, Unreadable
     from .model.drl import DRL
 
@@ -85,6 +86,15 @@ def print_cut(console: Console, captions: Sequence[str], model: DRL, tokenizer: 
             f"{cut} of {len(captions)} captions are longer than {words} tokens and are cut there; {more}",
             "yellow",
         )
+
+
+def print_features(console: Console, store: FeatureStore) -> None:
+    """Print what encoded a store's tokens."""
+    about, names = store.about, []
+    for side in (about.text, about.video):
+        by = "imported" if side.encoder is None else f"by {side.encoder['clip']}"
+        names.append(f"{by}, width {side.width}")
+    print_line(console, f"tokens from {store.folder} ({about.dtype}): captions {names[0]}; frames {names[1]}")
 
 
 def print_unreadable(console: Console, video: Unreadable) -> None:

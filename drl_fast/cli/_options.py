@@ -20,6 +20,9 @@ Annotations = Annotated[Path | None, typer.Option(help="Folder of the annotation
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the configuration; repeatable.")
 ]
+Features = Annotated[
+    Path | None, typer.Option(help="Use the tokens in this folder, which drl-fast features wrote, instead of videos.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if a video is missing or cannot be read.")]
 
 

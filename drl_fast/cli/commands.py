@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from .demo import demo
 from .doctor import doctor, environment
 from .eval import evaluate
+from .features import features
 from .train import train
 
 # Longer lines are hard to read, whatever the terminal's width.
@@ -36,6 +37,7 @@ app = typer.Typer(
 # Short texts: the list of commands shows one line for each.
 app.command(cls=Command, short_help="Compare all interactions")(demo)
 app.command(cls=Command, short_help="Train a model")(train)
+app.command(cls=Command, short_help="Encode a data set once")(features)
 app.command("eval", cls=Command, short_help="Score a model")(evaluate)
 app.command(cls=Command, short_help="Check this machine")(doctor)
 

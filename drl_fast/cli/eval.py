@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,7 @@ from ..console import (
     chance,
     metrics_table,
     print_cut,
+    print_features,
     print_line,
     print_machine,
     print_split,
@@ -33,16 +35,18 @@ from ..console import (
 from ..data.datasets import load_split
 from ..data.formats import PARTS
 from ..engine.precision import PRECISIONS
-from ..engine.processes import processes
+from ..engine.processes import Processes, processes
 from ..engine.sanity_checks import equal_scores
 from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
 from ._errors import report_errors
-from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
+from ._options import Annotations, Dataset, Features, Overrides, Strict, Videos, with_folders
 
 if TYPE_CHECKING:
+    from ..data.split import Split
+    from ..data.video import Sampling
     from ..engine.evaluate import Evaluation
-    from ..model.drl import DRL
+    from ..model.head import Head
 
 SHOWN = 10
 POST = "Post-processing by dual softmax, not comparable with the table above"
@@ -68,6 +72,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     videos: Videos = None,
     annotations: Annotations = None,
+    features: Features = None,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Write metrics, intervals, counts and settings to this JSON.")
@@ -99,8 +104,9 @@ def evaluate(
     """
     with report_errors("train"), processes() as here:
         from ..data.feature_cache import FeatureCache
+        from ..data.feature_store import FeatureStore
         from ..engine import evaluate as engine
-        from .load_model import load_model, settings_of, untrained
+        from .load_model import load_head, load_model, settings_of, untrained
 
         option("split", split, PARTS)
         option("precision", precision, PRECISIONS)
@@ -108,52 +114,54 @@ def evaluate(
         if here.first:
             for name, path in (("out", out), ("save-scores", save_scores)):
                 _check_out(name, path)
-        found_settings = settings_of(checkpoint, config, overrides or (), dataset)
-        settings, videos, annotations = with_folders(found_settings.config, videos, annotations)
-        model, tokenizer = load_model(checkpoint, found_settings)
-        model.to(here.device)
-        sampling = settings.sampling(model.picture_size[0])
-        if sampling.seconds is None and model.inputs is not None:
-            sampling = dataclasses.replace(sampling, seconds=model.inputs.seconds)
-        part = load_split(settings.dataset, split, videos=videos, annotations=annotations, strict=strict)
-        print_machine(console)
-        print_line(
-            console,
-            f"Model {'as built' if checkpoint is None else f'from {checkpoint}'}: {model.clip_name or 'unnamed CLIP'}, "
-            f"interaction {model.config.interaction}, temporal module {model.config.temporal}; {precision} on "
-            f"{here.device}" + f", {here.size} processes" * (here.size > 1),
+        found_settings = settings_of(
+            checkpoint, config, overrides or (), dataset, features=features, on_videos=videos is not None
         )
-        print_split(console, part)
-        print_line(console, f"frames: {sampling.rate:g} per second, at most {sampling.max_frames} per video")
-        trained = None if model.inputs is None else dataclasses.asdict(model.inputs)
-        used = {"max_words": settings.words, "rate": sampling.rate, "max_frames": sampling.max_frames}
-        if trained is not None and checkpoint is not None and any(trained[key] != used[key] for key in used):
-            print_line(
-                console,
-                f"the model was trained with {trained['rate']:g} frames per second, at most {trained['max_frames']} "
-                f"per video, and {trained['max_words']} words",
-                "yellow",
-            )
-        print_cut(console, part.captions, model, tokenizer, settings.words)
-        warning = untrained(settings) if checkpoint is None else None
-        if warning is not None:
-            print_line(console, warning, "bold yellow")
+        settings = found_settings.config
         watch = _Watch(console)
-        with watch.bars:
-            found = engine.evaluate(
-                model,
+        options: dict[str, Any] = {
+            "block": block,
+            "precision": precision,
+            "process_group": here.group,
+            "on_progress": watch,
+        }
+        if settings.features is not None:
+            _check_alone(settings.features, videos=videos, annotations=annotations, cache=cache, workers=workers)
+            store = FeatureStore(settings.features)
+            stored = store.part(split, strict=strict)
+            part, model = stored.split, load_head(checkpoint, found_settings, store).to(here.device)
+            _introduce(console, checkpoint, model, part, precision, here)
+            print_features(console, store)
+            warning = untrained(settings) if checkpoint is None else None
+            score: Callable[[], Evaluation] = partial(engine.evaluate_features, model, store, stored, **options)
+        else:
+            settings, videos, annotations = with_folders(settings, videos, annotations)
+            drl, tokenizer = load_model(checkpoint, found_settings)
+            model = drl.to(here.device)
+            sampling = settings.sampling(drl.picture_size[0])
+            if sampling.seconds is None and model.inputs is not None:
+                sampling = dataclasses.replace(sampling, seconds=model.inputs.seconds)
+            part = load_split(settings.dataset, split, videos=videos, annotations=annotations, strict=strict)
+            _introduce(console, checkpoint, model, part, precision, here)
+            _print_inputs(console, checkpoint, model, sampling, settings.words)
+            print_cut(console, part.captions, drl, tokenizer, settings.words)
+            warning = untrained(settings) if checkpoint is None else None
+            score = partial(
+                engine.evaluate,
+                drl,
                 part,
                 tokenizer,
                 sampling,
                 max_words=settings.words,
                 workers=settings.workers if workers is None else workers,
                 cache=None if cache is None else FeatureCache(cache),
-                block=block,
-                precision=precision,
                 strict=strict,
-                process_group=here.group,
-                on_progress=watch,
+                **options,
             )
+        if warning is not None:
+            print_line(console, warning, "bold yellow")
+        with watch.bars:
+            found = score()
         if not here.first:
             return
         stuck = equal_scores(found.sim)
@@ -173,6 +181,7 @@ def evaluate(
             "missing": list(part.missing),
             "unreadable": [video._asdict() for video in found.unreadable],
             "model": model.describe_config(),
+            "features": settings.features,
             "config": _of_model(dataclasses.asdict(settings), model, checkpoint),
             "precision": precision,
             "scores": None
@@ -205,7 +214,46 @@ def evaluate(
                 print_line(console, line)
 
 
-def _of_model(config: dict[str, Any], model: DRL, checkpoint: Path | None) -> dict[str, Any]:
+def _check_alone(features: str, **others: object) -> None:
+    """Reject options of videos beside features, instead of silently ignoring them."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} goes without features, got {value} beside the features {features}; drop one of them"
+            )
+
+
+def _introduce(
+    console: Console, checkpoint: Path | None, model: Head, part: Split, precision: str, here: Processes
+) -> None:
+    """Print the machine, the model and the data."""
+    print_machine(console)
+    described = model.describe_config()
+    clip = f"{described['clip'] or 'unnamed CLIP'}, " if "clip" in described else ""
+    print_line(
+        console,
+        f"Model {'as built' if checkpoint is None else f'from {checkpoint}'}: {clip}"
+        f"interaction {model.config.interaction}, temporal module {model.config.temporal}; {precision} on "
+        f"{here.device}" + f", {here.size} processes" * (here.size > 1),
+    )
+    print_split(console, part)
+
+
+def _print_inputs(console: Console, checkpoint: Path | None, model: Head, sampling: Sampling, words: int) -> None:
+    """Print how frames are sampled, and how the model was trained if that differs."""
+    print_line(console, f"frames: {sampling.rate:g} per second, at most {sampling.max_frames} per video")
+    trained = None if model.inputs is None else dataclasses.asdict(model.inputs)
+    used = {"max_words": words, "rate": sampling.rate, "max_frames": sampling.max_frames}
+    if trained is not None and checkpoint is not None and any(trained[key] != used[key] for key in used):
+        print_line(
+            console,
+            f"the model was trained with {trained['rate']:g} frames per second, at most {trained['max_frames']} "
+            f"per video, and {trained['max_words']} words",
+            "yellow",
+        )
+
+
+def _of_model(config: dict[str, Any], model: Head, checkpoint: Path | None) -> dict[str, Any]:
     """Return a configuration with the model's own options in place of defaults."""
     if checkpoint is None:
         return config

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 
+from ..data.feature_store import SIDES, FeatureStore
 from ..data.loading import Tokenizer
-from ..engine.config import RunConfig, build_model, merge, read_values
+from ..engine.config import OF_INPUTS, RunConfig, build_head, build_model, check_positions, merge, read_values
 from ..engine.train import CONFIG
 from ..model import upstream
 from ..model.clip import QUICK, check_name
 from ..model.drl import DRL
+from ..model.head import Head
 from ..model.pretrained import BEST, Saved, read_saved
 
 # What a checkpoint brings and no option replaces.
 OF_CHECKPOINT = ("clip", "pretrained", "init_from")
 # Options of a model that change its scores; a configuration that names them must agree with the checkpoint.
 OF_MODEL = ("clip", "interaction", "temporal", "wti_arch", "masking")
-# How inputs are prepared; a saved model knows it.
-OF_INPUTS = ("max_words", "rate", "max_frames")
 # Interactions whose weights are not CLIP's.
 OWN_WEIGHTS = ("wti", "mlp", "xti", "hi")
 
@@ -40,17 +40,31 @@ class Settings(NamedTuple):
 
 
 def settings_of(
-    checkpoint: Path | None, config: Path | None, overrides: Sequence[str], dataset: str | None
+    checkpoint: Path | None,
+    config: Path | None,
+    overrides: Sequence[str],
+    dataset: str | None,
+    *,
+    features: Path | None = None,
+    on_videos: bool = False,
 ) -> Settings:
     """Read the named configuration, or else the run's. Where it is silent, a saved model says how inputs are prepared.
+
+    Args:
+        features: folder of features that are scored instead of videos.
+        on_videos: score videos, even if the run trained on features.
 
     Raises:
         ValueError: none of them exists, an override that a checkpoint excludes, or what
             :func:`drl_fast.engine.config.read_config` rejects.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
+    saved = read_saved(checkpoint) if checkpoint is not None and checkpoint.is_dir() else None
+    of_head = saved is not None and saved.sizes is not None
     for key, override in zip(keys, overrides, strict=True):
-        if checkpoint is not None and key in OF_CHECKPOINT:
+        # The weights of a head's CLIP may have moved; their hash is compared.
+        moved = of_head and key == "pretrained"
+        if checkpoint is not None and key in OF_CHECKPOINT and not moved:
             raise ValueError(
                 f"set must leave {key} as the checkpoint has it, got {override}; drop it or the checkpoint"
             )
@@ -58,16 +72,16 @@ def settings_of(
             raise ValueError(f"set must leave precision, which is of training, got {override}; use --precision")
     if checkpoint is not None and not checkpoint.exists():
         raise ValueError(f"checkpoint not found: {checkpoint}")
-    saved = None
+    if on_videos:
+        overrides = ["features=null", "dim=null", *overrides]
     if checkpoint is not None and checkpoint.is_dir():
-        saved = read_saved(checkpoint)
         run = checkpoint.parent if checkpoint.name == BEST else checkpoint
         if config is None and (run / CONFIG).is_file():
             config = run / CONFIG
     if config is not None:
-        named = read_values(config, overrides, dataset)
-    elif saved is not None and saved.inputs is not None:
-        named = merge({}, str(checkpoint), overrides, dataset)
+        named = read_values(config, overrides, dataset, features)
+    elif saved is not None and (saved.inputs is not None or of_head):
+        named = merge({}, str(checkpoint), overrides, dataset, features)
     else:
         found = "" if checkpoint is None else f", and {checkpoint} does not say how its inputs were prepared"
         raise ValueError(
@@ -81,15 +95,47 @@ def settings_of(
 
 def _known(saved: Saved) -> dict[str, Any]:
     """Return the fields that a saved model knows."""
-    known: dict[str, Any] = {"clip": saved.clip or RunConfig.clip, "pretrained": None}
+    encoder = saved.encoders.video if saved.encoders is not None else None
+    of_clip = encoder or {"clip": saved.clip or RunConfig.clip, "pretrained": None}
+    known: dict[str, Any] = {name: of_clip[name] for name in ("clip", "pretrained")}
     known |= {f.name: saved.options[f.name] for f in dataclasses.fields(RunConfig) if f.name in saved.options}
     if saved.inputs is not None:
         known |= {name: getattr(saved.inputs, name) for name in OF_INPUTS}
     return known
 
 
+def load_head(checkpoint: Path | None, settings: Settings, store: FeatureStore) -> Head:
+    """Load the model for stored tokens, on the CPU: a head, or a DRL of which the towers are not used.
+
+    Raises:
+        ValueError: as :func:`load_model`, or a model for the tokens of another encoder.
+    """
+    if checkpoint is None:
+        return build_head(settings.config, store)
+    if checkpoint.is_dir() and read_saved(checkpoint).sizes is not None:
+        model = Head.from_pretrained(checkpoint)
+        _check_same(dataclasses.asdict(model.config), checkpoint, settings)
+    else:
+        model = load_model(checkpoint, settings)[0]
+    for side in SIDES:
+        stored = store.about.side(side)
+        if isinstance(model, DRL):
+            own = model.encoder_hash(side)
+        else:
+            own = ((dataclasses.asdict(model.encoders) if model.encoders else {}).get(side) or {}).get("weights")
+        width = model.sizes.text_dim if side == "text" else model.sizes.video_dim
+        if stored.width != width or (stored.encoder and stored.encoder["weights"]) != own:
+            there = "imported tokens" if stored.encoder is None else f"tokens by {stored.encoder['clip']}"
+            raise ValueError(
+                f"features must be of the {side} encoder that {checkpoint} was trained with (width {width}), got "
+                f"{store.folder} with {there} of width {stored.width} and other weights; encode the data with that one"
+            )
+    check_positions(model, store)
+    return model
+
+
 def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokenizer]:
-    """Load the model on the CPU; return it with its tokenizer.
+    """Load the model on the CPU; return it with its tokenizer. A head is joined with the CLIP that it was trained on.
 
     Raises:
         ValueError: a checkpoint that is missing, of another kind, does not fit, or is of another model than the
@@ -99,12 +145,28 @@ def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokeni
         torch.manual_seed(settings.config.seed)  # all processes get the same new weights
         return build_model(settings.config)
     if checkpoint.is_dir():
-        model = DRL.from_pretrained(checkpoint)
+        model = _with_towers(checkpoint, settings) if read_saved(checkpoint).sizes else DRL.from_pretrained(checkpoint)
         name = {} if model.clip_name is None else {"clip": model.clip_name}
         _check_same({**dataclasses.asdict(model.config), **name}, checkpoint, settings)
     else:
         model = _from_public(checkpoint, settings)
     return model, model.tokenizer()
+
+
+def _with_towers(checkpoint: Path, settings: Settings) -> DRL:
+    """Load a head and the CLIP whose tokens it was trained on."""
+    head = Head.from_pretrained(checkpoint)
+    encoder = head.encoders.video if head.encoders is not None else None
+    if encoder is None:
+        raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
+    source, pretrained = encoder["init_from"], settings.config.pretrained
+    if source is not None:
+        towers = DRL.from_pretrained(source) if Path(source).is_dir() else DRL.from_upstream(source)
+        towers.clip_name = encoder["clip"]
+    else:
+        torch.manual_seed(encoder["seed"])  # random weights are those of the seed
+        towers = DRL(encoder["clip"], pretrained=pretrained, temporal=None, interaction="dp")
+    return DRL.from_head(head, towers)
 
 
 def _from_public(checkpoint: Path, settings: Settings) -> DRL:

@@ -22,6 +22,7 @@ from ..console import (
     STAGES,
     metrics_table,
     print_cut,
+    print_features,
     print_line,
     print_machine,
     print_split,
@@ -33,13 +34,15 @@ from ..data.split import Split
 from ..engine.processes import Processes, processes
 from ..metrics import DIRECTIONS
 from ._errors import INTERRUPTED, report_errors
-from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
+from ._options import Annotations, Dataset, Features, Overrides, Strict, Videos, with_folders
 
 if TYPE_CHECKING:
     from ..data.loading import Unreadable
     from ..engine.config import RunConfig
+    from ..engine.data import Source
     from ..engine.evaluate import Evaluation
     from ..engine.train import Run
+    from ..model.head import Head
 
 # The size of a dry run, which shows that a configuration works, not how fast it is.
 DRY_STEPS, DRY_BATCH = 2, 8
@@ -61,6 +64,7 @@ def train(
     ] = None,
     videos: Videos = None,
     annotations: Annotations = None,
+    features: Features = None,
     overrides: Overrides = None,
     init_from: Annotated[
         Path | None,
@@ -83,39 +87,38 @@ def train(
     after a kill too. Under torchrun, N processes share each batch; see docs/training.md.
     """
     with report_errors("train"):
-        from ..engine.config import build_model, read_config
-        from ..engine.train import LAST, Data, Run
+        from ..engine.config import read_config
+        from ..engine.train import LAST, Run
 
         if resume and init_from is not None:
             raise ValueError(
                 f"init-from must be left out with --resume, which continues from the run's checkpoint, got {init_from}"
             )
-        settings = read_config(config, overrides or (), dataset)
+        settings = read_config(config, overrides or (), dataset, features)
+        on_features = settings.features is not None
+        if on_features and (dry_run or videos is not None or annotations is not None):
+            raise ValueError(
+                f"features go without --videos, --annotations and --dry-run, got {settings.features} beside them; drop "
+                "one of them"
+            )
         with processes() as here, contextlib.ExitStack() as stack:
             console = Console(quiet=not here.first)
-            folder = out or Path("runs") / (f"{dataset}_{config.stem}" if dataset else config.stem)
+            name = settings.dataset if on_features else dataset
+            folder = out or Path("runs") / (f"{name}_{config.stem}" if name else config.stem)
             source = init_from or settings.init_from or (_recorded_source(folder) if resume else None)
             settings = dataclasses.replace(settings, init_from=source and str(Path(source).resolve()))
             if dry_run:
                 scratch = stack.enter_context(_shared_folder(here))
                 settings, folder = _dry_settings(settings, scratch, here), scratch / "run"
                 videos = annotations = scratch
-            settings, videos, annotations = with_folders(settings, videos, annotations, DRY_HINT)
-            splits = {
-                part: load_split(settings.dataset, part, videos=videos, annotations=annotations, strict=strict)
-                for part in ("train", "val")
-            }
-            _introduce(settings, splits, here, dry_run, console)
-            if _fetches(settings) and "HF_HUB_OFFLINE" not in os.environ:
-                print_line(
-                    console, f"loading weights {settings.pretrained!r}; without a network this fails in a minute"
-                )
-            torch.manual_seed(settings.seed)
             # A checkpoint replaces all weights: nothing is fetched, and init_from may be gone.
-            model, tokenizer = build_model(settings, load_weights=not (resume and (folder / LAST).exists()))
-            for split in splits.values():
-                print_cut(console, split.captions, model, tokenizer, settings.words)
-            data = Data(splits["train"], splits["val"], tokenizer, strict)
+            load_weights = not (resume and (folder / LAST).exists())
+            if on_features:
+                model, data = _with_features(settings, strict, load_weights, here, console)
+            else:
+                model, data, settings = _with_videos(
+                    settings, videos, annotations, strict, load_weights, here, dry_run, console
+                )
             stop = stack.enter_context(_stop_on_signal(console))
             watcher = _Watcher(console, dry_run)
             run = Run(settings, model, data, folder, here, watcher, stop)
@@ -125,6 +128,51 @@ def train(
             _conclude(run, finished, dry_run, console)
         if not finished:
             raise typer.Exit(INTERRUPTED)
+
+
+def _with_videos(
+    config: RunConfig,
+    videos: Path | None,
+    annotations: Path | None,
+    strict: bool,
+    load_weights: bool,
+    here: Processes,
+    dry: bool,
+    console: Console,
+) -> tuple[Head, Source, RunConfig]:
+    """Build the model with its CLIP, and find captions and videos; return them with the configuration's folders."""
+    from ..engine.config import build_model
+    from ..engine.data import Data
+
+    config, videos, annotations = with_folders(config, videos, annotations, DRY_HINT)
+    splits = {
+        part: load_split(config.dataset, part, videos=videos, annotations=annotations, strict=strict)
+        for part in ("train", "val")
+    }
+    _introduce(config, splits, here, dry, console)
+    if _fetches(config) and "HF_HUB_OFFLINE" not in os.environ:
+        print_line(console, f"loading weights {config.pretrained!r}; without a network this fails in a minute")
+    torch.manual_seed(config.seed)
+    model, tokenizer = build_model(config, load_weights=load_weights)
+    for split in splits.values():
+        print_cut(console, split.captions, model, tokenizer, config.words)
+    return model, Data(splits["train"], splits["val"], tokenizer, strict), config
+
+
+def _with_features(
+    config: RunConfig, strict: bool, load_weights: bool, here: Processes, console: Console
+) -> tuple[Head, Source]:
+    """Open the features, and build a head for them."""
+    from ..data.feature_store import FeatureStore
+    from ..engine.config import build_head
+    from ..engine.data import StoredData
+
+    assert config.features is not None
+    store = FeatureStore(config.features)
+    parts = {part: store.part(part, strict=strict) for part in ("train", "val")}
+    _introduce(config, {part: found.split for part, found in parts.items()}, here, False, console)
+    print_features(console, store)
+    return build_head(config, store, load_weights=load_weights), StoredData(store, parts["train"], parts["val"], strict)
 
 
 def _fetches(config: RunConfig) -> bool:
@@ -161,9 +209,10 @@ def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, dry
     weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
     if config.init_from is not None:
         weights = f"weights from {config.init_from}"
+    tower = f"{config.clip}, {weights}, " if config.features is None else ""
     print_line(
         console,
-        f"{config.clip}, {weights}, interaction {config.interaction}, temporal module {config.temporal}, cdcr "
+        f"{tower}interaction {config.interaction}, temporal module {config.temporal}, cdcr "
         f"{config.cdcr}; {config.precision} on {here.device}"
         + (f", {here.size} processes ({config.parallel})" if here.size > 1 else ""),
     )

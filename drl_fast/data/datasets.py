@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..validation import option
 from . import formats
@@ -74,7 +75,13 @@ def load_split(dataset: str, part: str, *, videos: str | Path, annotations: str 
     return split
 
 
-def split_of(dataset: str, part: str, listing: Listing, files: VideoFiles) -> Split:
+class Files(Protocol):
+    """Find a video's file, or its tokens, by the video's id."""
+
+    def find(self, name: str) -> Path | None: ...
+
+
+def split_of(dataset: str, part: str, listing: Listing, files: Files) -> Split:
     """Find the files of a part's videos; what lacks a file or a caption is left out and named."""
     listed = set(listing.ids)
     captions = [(name, text.strip()) for name, text in listing.captions if name in listed]

@@ -22,19 +22,26 @@ class Caption(NamedTuple):
     text: str
     split: str = ""
     """The line's ``split``, or an empty string."""
+    id: str = ""
+    """The line's ``id``, or its number, from 0."""
 
 
 def read_captions(folder: str | Path) -> list[Caption]:
     """Read a folder's captions in the file's order; a video may have several.
+
+    Args:
+        folder: the folder of the captions file, or the file itself.
 
     Raises:
         ValueError: no such folder, none or two captions files, a file that is not well-formed (see
             :func:`~drl_fast.data.annotations.read_table`), a line without video or caption.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"captions folder not found: {folder}; it is --annotations, or else --videos; {HOW}")
     found = [path for path in (folder / "captions.csv", folder / "captions.jsonl") if path.is_file()]
+    if folder.is_file() and folder.suffix in (".csv", ".jsonl"):
+        found = [folder]
+    elif not folder.is_dir():
+        raise ValueError(f"captions folder not found: {folder}; it is --annotations, or else --videos; {HOW}")
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or "neither"
         raise ValueError(f"{folder} must hold one of captions.csv and captions.jsonl, got {names}; {HOW}")
@@ -62,4 +69,5 @@ def _caption(path: Path, number: int, row: Mapping[str, Any]) -> Caption:
             f"{path}, caption {number} must have a non-empty video and caption, got video={video!r}, caption={text!r} "
             f"among columns {keys}; {FIX}"
         )
-    return Caption(video.strip(), text.strip(), str(row.get("split") or "").strip())
+    split, own = (str(row.get(key) or "").strip() for key in ("split", "id"))
+    return Caption(video.strip(), text.strip(), split, own or str(number - 1))

@@ -24,7 +24,7 @@ from .annotations import (
     strings,
     unique,
 )
-from .folder import read_captions
+from .folder import Caption, read_captions
 
 PARTS = ("train", "val", "test")
 
@@ -120,7 +120,14 @@ def didemo(annotations: Path, part: str) -> Listing:
 
 def folder(annotations: Path, part: str) -> Listing:
     """Read a user's captions: all of them without a ``split`` column; val and test stand in for each other."""
-    captions, wanted = read_captions(annotations), part
+    captions, stands_in = captions_of_part(read_captions(annotations), annotations, part)
+    pairs = [(caption.video, caption.text) for caption in captions]
+    return Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs, stands_in=stands_in)
+
+
+def captions_of_part(captions: list[Caption], annotations: Path, part: str) -> tuple[list[Caption], bool]:
+    """Return a part's captions, and whether they are those of another part that stands in for it."""
+    wanted = part
     present = dict.fromkeys(caption.split for caption in captions)
     if any(present):
         for number, caption in enumerate(captions, start=1):
@@ -134,5 +141,4 @@ def folder(annotations: Path, part: str) -> Listing:
         if not captions:
             found = ", ".join(present)
             raise ValueError(f"{annotations} must have captions whose split is {part}, got only {found}; mark some")
-    pairs = [(caption.video, caption.text) for caption in captions]
-    return Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs, stands_in=wanted != part)
+    return captions, wanted != part

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from ..atomic_write import write_atomically
 from ..metrics import DIRECTIONS
-from ..model.drl import DRL
+from ..model.head import Head
 from ..model.weight_files import check_zip
 from .config import RunConfig
 
@@ -28,11 +28,11 @@ PARTS = {
     "data": str,
 }
 # What weights do not tell of a model; another value would train another model without a word.
-BUILT = ("quick_gelu", "mean", "std")
+BUILT = ("quick_gelu", "mean", "std", "sizes")
 METRICS = {"R1", "R5", "R10", "MdR", "MnR", "R1_low", "R1_high", "candidates"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # A resumed run may change these: they change rounding at most.
-FREE = ("videos", "annotations", "workers", "checkpoint_every", "chunk", "parallel")
+FREE = ("videos", "annotations", "features", "workers", "checkpoint_every", "chunk", "parallel")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Progress:
 
 def save(
     path: Path,
-    model: DRL,
+    model: Head,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     config: RunConfig,
@@ -135,7 +135,7 @@ def require_same(config: RunConfig, then: dict[str, Any], path: Path) -> None:
         )
 
 
-def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(state: dict[str, Any], model: Head, optimizer: torch.optim.Optimizer) -> Progress:
     """Load a state that :func:`read` returned into model and optimizer.
 
     Raises:
@@ -155,9 +155,9 @@ def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer)
         _check_progress(progress)
         _check_optimizer(optimizer, progress.step)
         built = _built(model)
-        different = {name for name in BUILT if state["built"][name] != built[name]}
-        if different:
-            raise ValueError(f"{min(different)} was {state['built'][min(different)]} and is {built[min(different)]}")
+        for name in sorted(built.keys() | state["built"].keys()):
+            if state["built"].get(name) != built.get(name):
+                raise ValueError(f"{name} was {state['built'].get(name)} and is {built.get(name)}")
     except Exception as error:  # torch raises whatever the first wrong entry leads to
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
         raise ValueError(
@@ -166,9 +166,9 @@ def restore(state: dict[str, Any], model: DRL, optimizer: torch.optim.Optimizer)
     return progress
 
 
-def _built(model: DRL) -> dict[str, Any]:
+def _built(model: Head) -> dict[str, Any]:
     described = model.describe_config()
-    return {name: described[name] for name in BUILT}
+    return {name: described[name] for name in BUILT if name in described}
 
 
 def _check_progress(progress: Progress) -> None:

@@ -14,18 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 import yaml
 from torch import Tensor
 
 from .. import validation
 from ..data.datasets import DATASETS
+from ..data.feature_store import FeatureStore, read_about
 from ..data.video import Sampling
 from ..model.clip import build_clip
-from ..model.config import Config, Inputs
+from ..model.config import Config, Encoders, Inputs
 from ..model.drl import DRL
+from ..model.head import Head
 from .precision import PRECISIONS
 
 PARALLEL = ("ddp", "fsdp")
+# How inputs are prepared; features and saved models know it.
+OF_INPUTS = ("max_words", "rate", "max_frames")
+# A head's positions on imported tokens, unless a video has more.
+POSITIONS = 77
 # What other codebases call our keys; difflib finds misspellings, but not these.
 ALIASES = {
     "agg_module": "temporal",
@@ -45,7 +52,7 @@ ALIASES = {
 
 
 CHECKS: dict[str, Callable[[str, object, str], object]] = {
-    **dict.fromkeys(("epochs", "batch", "checkpoint_every", "max_words", "max_frames"), validation.positive_int),
+    **dict.fromkeys(("epochs", "batch", "checkpoint_every", "max_words", "max_frames", "dim"), validation.positive_int),
     **dict.fromkeys(("captions_per_video", "chunk", "workers", "seed"), validation.non_negative_int),
     **dict.fromkeys(("lr", "clip_grad", "rate"), validation.positive_number),
     **dict.fromkeys(("clip_lr", "weight_decay", "cdcr_weight"), validation.non_negative_number),
@@ -61,7 +68,10 @@ class RunConfig:
     Args:
         dataset: a name of :data:`drl_fast.data.datasets.DATASETS`.
         videos, annotations: folders of the video files and of the public annotation files.
-        clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU.
+        features: train on the tokens in this folder, which ``drl-fast features`` wrote, instead of on videos.
+        clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU. On features they are
+            those that encoded them; None: imported tokens.
+        dim: D, the width of temporal module and interaction, on features; None: the text tokens' width.
         interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight: see
             :class:`drl_fast.model.config.Config`.
         epochs: passes over the training captions.
@@ -77,7 +87,8 @@ class RunConfig:
         captions_per_video: 0 draws captions at random, as the paper does. k > 0 draws groups of up to k captions of one
             video; a batch encodes every video once, and captions of one video are not negatives of each other.
         freeze: ``"clip"`` freezes CLIP's weights; the temperature still trains, at ``lr``. null freezes nothing.
-        skip_same_video: do not use captions of one video as negatives of each other (the paper does).
+        skip_same_video: do not use captions of one video as negatives of each other (the paper does). On features the
+            default is True.
         parallel: over several processes, ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
         max_words, max_frames: tokens per caption and frames per video; None: the data set's own.
         rate: frames per second before thinning.
@@ -94,10 +105,12 @@ class RunConfig:
     dataset: str
     videos: str | None = None
     annotations: str | None = None
-    clip: str = "ViT-B-32"
+    features: str | None = None
+    clip: str | None = "ViT-B-32"
     pretrained: str | None = "openai"
     interaction: str = Config.interaction
     temporal: str | None = Config.temporal
+    dim: int | None = None
     wti_arch: int = Config.wti_arch
     masking: str = Config.masking
     cdcr: int = Config.cdcr
@@ -134,6 +147,10 @@ class RunConfig:
         for name, check in CHECKS.items():
             if getattr(self, name) is not None:
                 check(name, getattr(self, name), _default(name))
+        if self.features is None and self.clip is None:
+            raise ValueError("clip must be a model name without features, got None; the paper's recipe has ViT-B-32")
+        if self.features is None and self.dim is not None:
+            raise ValueError(f"dim must be None without features, got {self.dim}; CLIP's width is that of its tokens")
         self.model_options()
 
     def model_options(self) -> dict[str, Any]:
@@ -159,22 +176,27 @@ def _default(name: str) -> str:
     return "leave it out for the data set's own" if default is None else f"the paper's recipe has {default}"
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = (), dataset: str | None = None) -> RunConfig:
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), dataset: str | None = None, features: Path | None = None
+) -> RunConfig:
     """Read a YAML file of :class:`RunConfig`'s fields.
 
     Args:
         path: the file, or the name of a shipped row: ``"wti_cdcr"``.
         overrides: ``"key=value"``, values in YAML; later ones win over earlier ones and over the file.
         dataset: the data set, for a file that does not name one.
+        features: folder of features, which say what the data set and its encoder are.
 
     Raises:
         ValueError: a missing file, bad YAML, an unknown key (the nearest is named), a value of another type or out of
-            range, or no data set or two.
+            range, no data set or two, or a value that the features do not have.
     """
-    return RunConfig(**read_values(path, overrides, dataset))
+    return RunConfig(**read_values(path, overrides, dataset, features))
 
 
-def read_values(path: str | Path, overrides: Sequence[str] = (), dataset: str | None = None) -> dict[str, Any]:
+def read_values(
+    path: str | Path, overrides: Sequence[str] = (), dataset: str | None = None, features: Path | None = None
+) -> dict[str, Any]:
     """Read the fields that a YAML file and options name, as :func:`read_config` does, without the other defaults.
 
     Raises:
@@ -184,10 +206,12 @@ def read_values(path: str | Path, overrides: Sequence[str] = (), dataset: str | 
     values = parse_yaml(text, name)
     if not isinstance(values, dict):
         raise ValueError(f"{name} must map names to values, got {type(values).__name__}; for instance batch: 64")
-    return merge(values, name, overrides, dataset)
+    return merge(values, name, overrides, dataset, features)
 
 
-def merge(values: dict[str, Any], path: str, overrides: Sequence[str], dataset: str | None) -> dict[str, Any]:
+def merge(
+    values: dict[str, Any], path: str, overrides: Sequence[str], dataset: str | None, features: Path | None = None
+) -> dict[str, Any]:
     """Check the fields ``values``, read from ``path``, and add those of options, as :func:`read_values` does."""
     pairs = [override.partition("=") for override in overrides]
     for override, (key, equals, _) in zip(overrides, pairs, strict=True):
@@ -199,6 +223,10 @@ def merge(values: dict[str, Any], path: str, overrides: Sequence[str], dataset: 
     checked = {name: _typed(name, value, path) for name, value in values.items()}
     for override, (key, _, text) in zip(overrides, pairs, strict=True):
         checked[key.strip()] = _typed(key.strip(), parse_yaml(text, f"the value in --set {override}"), "--set")
+    if features is not None:
+        checked["features"] = str(features.resolve())
+    if checked.get("features") is not None:
+        return _with_features(checked, path, dataset)
     named = checked.setdefault("dataset", dataset)
     if named is None:
         raise ValueError(f"no data set given, and {path} names none; add --dataset with one of {', '.join(DATASETS)}")
@@ -210,6 +238,23 @@ def merge(values: dict[str, Any], path: str, overrides: Sequence[str], dataset: 
     if named in DATASETS:
         checked.setdefault("chunk", DATASETS[named].chunk)
     return checked
+
+
+def _with_features(values: dict[str, Any], path: str, dataset: str | None) -> dict[str, Any]:
+    """Add what the features say; raise ValueError if the configuration says otherwise."""
+    about = read_about(values["features"])
+    encoder = about.video.encoder or about.text.encoder or {"clip": None, "pretrained": None}
+    own = {"dataset": about.dataset, "clip": encoder["clip"], "pretrained": encoder["pretrained"]}
+    own |= {name: (about.inputs or {}).get(name, getattr(RunConfig, name)) for name in OF_INPUTS}
+    asked = {**values, "dataset": values.get("dataset", dataset or about.dataset)}
+    other = [name for name, value in own.items() if asked.get(name, value) not in (value, None)]
+    if other:
+        raise ValueError(
+            f"{path} must agree with the features in {values['features']}, got "
+            + "; ".join(f"{name} {own[name]!r} there and {asked[name]!r} here" for name in other)
+            + f"; drop {', '.join(other)}, or encode the features again"
+        )
+    return {"skip_same_video": True, **values, **own}
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -283,7 +328,11 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     Raises:
         ValueError: an unknown CLIP, weights that cannot be fetched, an ``init_from`` that is missing or another model.
     """
+    if config.clip is None:
+        raise ValueError("clip must be a model name, got None; imported features have no CLIP to score videos with")
     clip = build_clip(config.clip, config.pretrained, load_weights=load_weights and config.init_from is None)
+    # New weights depend on the seed alone, not on the CLIP before them: frozen and on features they start as equals.
+    torch.manual_seed(config.seed + 1)
     model = DRL(clip, **config.model_options())
     model.clip_name = config.clip
     if load_weights and config.init_from is not None:
@@ -295,3 +344,44 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     model.inputs = Inputs(model.words(config.words), sampling.rate, sampling.max_frames, sampling.seconds)
     # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
     return model, open_clip.get_tokenizer(config.clip)
+
+
+def build_head(config: RunConfig, store: FeatureStore, *, load_weights: bool = True) -> Head:
+    """Build the configured head for the tokens of a store; it starts from CLIP's text blocks, if CLIP encoded both.
+
+    Args:
+        load_weights: False does not read ``init_from``, for a checkpoint that replaces all weights.
+
+    Raises:
+        ValueError: an option that a head does not have, an ``init_from`` that is missing or another model, or more
+            frames in a video than the model has positions.
+    """
+    about, start = store.about, store.start()
+    positions = len(start["positional_embedding"]) if start else max(store.longest("video")[0], POSITIONS)
+    options = config.model_options()
+    torch.manual_seed(config.seed + 1)
+    head = Head(about.text.width, about.video.width, config.dim, max_positions=positions, **options)
+    if config.init_from is not None and load_weights:
+        head.load_weights(config.init_from)
+    elif start:
+        blocks = {key.removeprefix("blocks."): x for key, x in start.items() if key.startswith("blocks.")}
+        head.init_from_clip(start["positional_embedding"], blocks)
+        head.stored_scale.data.fill_(float(start["logit_scale"]))
+    head.inputs = None if about.inputs is None else Inputs(**about.inputs)
+    head.encoders = Encoders(about.text.encoder, about.video.encoder)
+    check_positions(head, store)
+    return head
+
+
+def check_positions(head: Head, store: FeatureStore) -> None:
+    """Check that a head has a position for every token of the store's videos.
+
+    Raises:
+        ValueError: a video that is longer; it is named.
+    """
+    longest, name = store.longest("video")
+    if longest > head.sizes.max_positions:
+        raise ValueError(
+            f"{name} in {store.folder} must have at most {head.sizes.max_positions} tokens, the model's positions, got "
+            f"{longest}; encode fewer frames"
+        )

@@ -11,30 +11,26 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import WTI, token_interaction, validation
 from ..data.feature_cache import FeatureCache
+from ..data.feature_store import FeatureStore, Part
 from ..data.loading import Unreadable, tokenize
 from ..data.split import Split
 from ..data.video import Sampling
 from ..distributed.group import Group, agree
 from ..metrics import recall_interval, retrieval_metrics
 from ..model.drl import DRL
+from ..model.head import Head
 from ..model.weight_files import weights_hash
-from .features import (
-    Encoded,
-    OnProgress,
-    device_of,
-    encode_texts,
-    encode_videos,
-    for_model,
-    frame_features,
-)
-from .precision import PRECISIONS, autocast_for
+from .features import Encoded, OnProgress, device_of, encode_rows, for_model, frame_features
+from .precision import PRECISIONS, Autocast, autocast_for
 from .row_sharding import shard_rows
 
 # Unreadable videos that an error names; it counts the others.
@@ -107,7 +103,7 @@ def evaluate(
     """
     group = None if process_group is None else Group(process_group)
     context = autocast_for(precision, device_of(model).type)
-    report = on_progress or (lambda stage, done, total: None)
+    report = on_progress or _ignore
     words = model.words(max_words)
 
     with _scoring(model):
@@ -135,12 +131,91 @@ def evaluate(
         captions, columns, owner = _readable(split, reasons)
         if reasons:
             features, counts = features[columns], counts[columns]
-        videos = encode_videos(model, features, counts, context, group)
-        texts = encode_texts(model, tokenize(tokenizer, captions, words), context, group, partial(report, "texts"))
-        with context():
-            sim = _score(model, texts, videos, block, group, partial(report, "scores"))
+        ids = tokenize(tokenizer, captions, words)
+        sides = _Sides(
+            text=lambda rows: model.encode_text(ids[rows].to(device_of(model))),
+            video=lambda rows: model.video_tokens(
+                for_model(model, features[rows]),
+                (torch.arange(features.shape[1]) < counts[rows, None]).to(device_of(model)),
+            ),
+            text_tokens=torch.zeros(*ids.shape, model.dim),
+            # A chunk's tokens replace its features.
+            video_tokens=features,
+        )
+        sim = _similarities(model, sides, block, context, group, report)
     names = [split.names[i] for i in columns.tolist()]
     return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable, captions, names)
+
+
+def evaluate_features(
+    model: Head,
+    store: FeatureStore,
+    part: Part,
+    *,
+    block: int = 64,
+    precision: str = "fp32",
+    process_group: ProcessGroup | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Evaluation:
+    """Score every caption of a part against every video of it, from stored tokens.
+
+    Args:
+        model: a Head, or a DRL with the CLIP that encoded the tokens.
+        part: of ``store``.
+        block, precision, process_group, on_progress: as of :func:`evaluate`.
+
+    Raises:
+        ValueError: tokens of another width, more of them than the model has positions, or damaged ones; an option out
+            of range; ranks that differ in what they evaluate.
+        RuntimeError: another rank failed; its error is named.
+    """
+    group = None if process_group is None else Group(process_group)
+    context = autocast_for(precision, device_of(model).type)
+    split = part.split
+
+    def read(side: str, items: np.ndarray) -> tuple[Tensor, Tensor]:
+        tokens, mask = store.read(side, items)
+        return for_model(model, tokens), mask.to(device_of(model))
+
+    with _scoring(model):
+        with agree(group, "evaluate") as agreement:
+            _check(split, block, precision)
+            if group is not None:
+                group.require("evaluation's rows", torch.empty(0))
+                agreement.same = {**_checksums(model, split), "block": block, "precision": precision}
+        sides = _Sides(
+            text=lambda rows: model.text_tokens(*read("text", part.texts[rows])),
+            video=lambda rows: model.video_tokens(*read("video", part.videos[rows])),
+            text_tokens=torch.zeros(len(part.texts), store.length("text"), model.dim),
+            video_tokens=torch.zeros(len(part.videos), store.length("video"), model.dim),
+        )
+        sim = _similarities(model, sides, block, context, group, on_progress or _ignore)
+    owner = torch.tensor(split.owner)
+    names, captions = list(split.names), list(split.captions)
+    return Evaluation(sim, owner, retrieval_metrics(sim, owner), part.unreadable, captions, names)
+
+
+def _ignore(stage: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
+class _Sides(NamedTuple):
+    """How both sides' tokens are encoded, see :func:`encode_rows`, and the buffers that they are written to."""
+
+    text: Callable[[slice], tuple[Tensor, Tensor]]
+    video: Callable[[slice], tuple[Tensor, Tensor]]
+    text_tokens: Tensor
+    video_tokens: Tensor
+
+
+def _similarities(
+    model: Head, sides: _Sides, block: int, context: Autocast, group: Group | None, report: Callable[..., None]
+) -> Tensor:
+    """Encode both sides and score them (A, B)."""
+    videos = encode_rows(model, "video", sides.video, sides.video_tokens, context, group)
+    texts = encode_rows(model, "text", sides.text, sides.text_tokens, context, group, partial(report, "texts"))
+    with context():
+        return _score(model, texts, videos, block, group, partial(report, "scores"))
 
 
 def _check(split: Split, block: int, precision: str) -> None:
@@ -165,7 +240,7 @@ def _rehearse(model: DRL, ids: Tensor, sampling: Sampling) -> None:
     model.similarity(text, model.encode_video(pictures, mask), text_mask, mask)
 
 
-def _checksums(model: DRL, split: Split) -> dict[str, object]:
+def _checksums(model: Head, split: Split) -> dict[str, object]:
     """What must be equal on all ranks: captions, videos and the model's weights."""
     pairs = list(zip(split.captions, split.owner, strict=True))
     sums = {
@@ -193,7 +268,7 @@ def _readable(split: Split, reasons: dict[int, str]) -> tuple[list[str], Tensor,
 
 
 def _score(
-    model: DRL, texts: Encoded, videos: Encoded, block: int, group: Group | None, on_progress: OnProgress
+    model: Head, texts: Encoded, videos: Encoded, block: int, group: Group | None, on_progress: OnProgress
 ) -> Tensor:
     """(A, B) similarities: blocks of texts against all videos, which go to the device once."""
     device, layer = device_of(model), model.interaction
@@ -226,7 +301,7 @@ def _score(
 
 
 @contextlib.contextmanager
-def _scoring(model: DRL) -> Iterator[None]:
+def _scoring(model: Head) -> Iterator[None]:
     """Turn dropout and gradients off; afterwards return every module to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import WTI, autocast
 from ..data.feature_cache import FeatureCache
@@ -19,6 +19,7 @@ from ..data.loading import Unreadable, video_loader
 from ..data.video import Sampling
 from ..distributed.group import Group, agree
 from ..model.drl import DRL
+from ..model.head import Head
 from ..model.weight_files import weights_hash
 from ..modules.wti import softmax_weights
 from .precision import Autocast
@@ -45,51 +46,36 @@ class Encoded(NamedTuple):
     """(rows, tokens) float32, WTI's; None where the interaction has none for this side"""
 
 
-def encode_texts(
-    model: DRL, ids: Tensor, autocast: Autocast, group: Group | None = None, on_progress: OnProgress | None = None
+def encode_rows(
+    model: Head,
+    side: str,
+    encode: Callable[[slice], tuple[Tensor, Tensor]],
+    tokens: Tensor,
+    autocast: Autocast,
+    group: Group | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Encoded:
-    """Encode token ids (A, Nt), Nt <= the context."""
-    head = _weight_head(model, "text_weight_fc")
-    encoded = _empty(torch.zeros(*ids.shape, model.dim), head)
-    for rows in shard_rows([x for x in encoded if x is not None], TEXTS, group, on_progress):
-        with agree(group, "evaluate"), autocast():
-            if rows.start < rows.stop:
-                _put(model, encoded, rows, *model.encode_text(ids[rows].to(device_of(model))), head)
-    return encoded
+    """Encode one side, a chunk of rows at a time.
 
-
-def encode_videos(
-    model: DRL, features: Tensor, counts: Tensor, autocast: Autocast, group: Group | None = None
-) -> Encoded:
-    """Encode frame features (B, Nv, D), of which ``counts`` (B,) are real; tokens replace the features in place."""
-    head = _weight_head(model, "video_weight_fc")
-    encoded = _empty(features, head)
-    real = torch.arange(features.shape[1]) < counts[:, None]
-    for rows in shard_rows([x for x in encoded if x is not None], VIDEOS, group):
-        with agree(group, "evaluate"), autocast():
-            if rows.start < rows.stop:
-                tokens, mask = for_model(model, features[rows]), real[rows].to(device_of(model))
-                if model.temporal is not None:
-                    tokens = model.temporal(tokens, mask)  # leaves padding 0
-                _put(model, encoded, rows, tokens, mask, head)
-    return encoded
-
-
-def _weight_head(model: DRL, name: str) -> nn.Module | None:
-    return getattr(model.interaction, name, None) if isinstance(model.interaction, WTI) else None
-
-
-def _empty(tokens: Tensor, head: nn.Module | None) -> Encoded:
+    Args:
+        side: ``"text"`` or ``"video"``.
+        encode: returns tokens (rows, tokens, D) and mask (rows, tokens) of some rows, on the model's device.
+        tokens: (rows, tokens, D) float32 on the CPU, which the tokens are written to.
+    """
+    head = getattr(model.interaction, f"{side}_weight_fc", None) if isinstance(model.interaction, WTI) else None
+    mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
     weight = None if head is None else torch.zeros(tokens.shape[:2])
-    return Encoded(tokens, torch.zeros(tokens.shape[:2], dtype=torch.bool), weight)
-
-
-def _put(model: DRL, encoded: Encoded, rows: slice, tokens: Tensor, mask: Tensor, head: nn.Module | None) -> None:
-    """Write some rows, and WTI's weights of them."""
-    encoded.tokens[rows], encoded.mask[rows] = tokens, mask
-    if head is not None and encoded.weight is not None:
-        normalized = model.interaction.weight_input == "normalized"
-        encoded.weight[rows] = softmax_weights(head, tokens, mask, normalized=normalized)
+    buffers = [tokens, mask] if weight is None else [tokens, mask, weight]
+    for rows in shard_rows(buffers, TEXTS if side == "text" else VIDEOS, group, on_progress):
+        with agree(group, "evaluate"), autocast():
+            if rows.start == rows.stop:
+                continue
+            found, real = encode(rows)
+            tokens[rows], mask[rows] = found, real
+            if head is not None and weight is not None:
+                normalized = model.interaction.weight_input == "normalized"
+                weight[rows] = softmax_weights(head, found, real, normalized=normalized)
+    return Encoded(tokens, mask, weight)
 
 
 def frame_features(
@@ -119,7 +105,7 @@ def frame_features(
     if decoded is None:
         stream = _stream(model, [videos[i] for i in own], sampling, workers, cache, autocast)
     else:
-        stream = _encode(model, (decoded[i] for i in own), autocast)
+        stream = encode_frames(model, (decoded[i] for i in own), autocast)
     reasons: dict[int, str] = {}
     try:
         for rows in shard_rows([features, counts], DECODED, group, on_progress):
@@ -138,7 +124,7 @@ def frame_features(
 Features = Generator[Tensor | Unreadable, None, None]
 
 
-def _encode(model: DRL, videos: Iterable[Tensor | Unreadable], autocast: Autocast) -> Features:
+def encode_frames(model: DRL, videos: Iterable[Tensor | Unreadable], autocast: Autocast) -> Features:
     """Yield the frame features (n, D) of each video's frames, in order."""
     for frames in videos:
         if isinstance(frames, Unreadable):
@@ -155,7 +141,7 @@ def _stream(
 ) -> Features:
     """Yield each file's frame features (n, D), in order."""
     if cache is None:
-        yield from _encode(model, video_loader(videos, sampling, workers=workers) if videos else (), autocast)
+        yield from encode_frames(model, video_loader(videos, sampling, workers=workers) if videos else (), autocast)
         return
     with autocast():
         encoder = fingerprint(model)
@@ -164,7 +150,7 @@ def _stream(
         keys = [_key(cache, video, sampling, encoder) for video in window]
         known = [None if key is None else _known(cache, key, model, sampling) for key in keys]
         unknown = [video for video, found in zip(window, known, strict=True) if found is None]
-        new = _encode(model, video_loader(unknown, sampling, workers=workers) if unknown else (), autocast)
+        new = encode_frames(model, video_loader(unknown, sampling, workers=workers) if unknown else (), autocast)
         try:
             for key, found in zip(keys, known, strict=True):
                 features = next(new) if found is None else found
@@ -204,11 +190,15 @@ def fingerprint(model: DRL) -> str:
     return weights_hash(parts, repr(build))
 
 
-def for_model(model: DRL, x: Tensor) -> Tensor:
+def for_model(model: Head, x: Tensor) -> Tensor:
     """Tokens on the model's device and in its dtype."""
-    return x.to(device_of(model), model.clip.text_projection.dtype)
+    return x.to(device_of(model), _weights(model).dtype)
 
 
-def device_of(model: DRL) -> torch.device:
+def device_of(model: Head) -> torch.device:
     """The device of the model's parameters."""
-    return model.clip.text_projection.device
+    return _weights(model).device
+
+
+def _weights(model: Head) -> Tensor:
+    return model.clip.text_projection if isinstance(model, DRL) else model.stored_scale

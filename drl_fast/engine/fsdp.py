@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ..model.drl import DRL
+from ..model.head import Head
 from .processes import Processes
 
 # Numbers per all-reduce: enough to use the bandwidth, few beside a model's parameters.
@@ -20,7 +20,7 @@ BUCKET = 1 << 23
 METHODS = ("encode", "losses")
 
 
-def distribute(model: DRL, parallel: str, processes: Processes) -> None:
+def distribute(model: Head, parallel: str, processes: Processes) -> None:
     """Give every process the first one's weights; ``"fsdp"`` then shards them, and the optimizer's state with them.
 
     The whole model is one shard group: its parameters are gathered once per pass. Sharding block by block would gather

@@ -158,7 +158,7 @@ def add_gradients(
         losses = model.losses(*leaves, text_mask, video_mask, batch.get("owner"), group, video_of=batch.get("video_of"))
     losses["total"].backward()
     gradients = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
-    text_name = next(name for name in ("text_ids", "text") if name in batch)
+    text_name = "text_ids" if "text_ids" in batch else "text"
     for part in range(chunks):
         if part == chunks - 1:
             before_last()
@@ -172,3 +172,8 @@ def add_gradients(
         if sides:
             torch.autograd.backward([tokens for tokens, _ in sides], [gradient for _, gradient in sides])
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def texts_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the texts of a batch, ids or tokens, one a row."""
+    return batch["text_ids"] if "text_ids" in batch else batch["text"]

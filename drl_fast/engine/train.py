@@ -10,13 +10,11 @@ with the losses that it would have had.
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import yaml
@@ -25,20 +23,20 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..atomic_write import remove_parts, write_atomically
-from ..data.loading import CaptionsOfVideos, Tokenizer, Unreadable, VideoCaptions, pair_loader
-from ..data.split import Split
+from ..data.loading import Unreadable
 from ..distributed.group import Group, agree
-from ..model.drl import DRL
+from ..model.head import Head
 from ..model.pretrained import BEST
 from ..validation import printable
 from . import checkpoint, plots, sanity_checks, schedule
 from .checkpoint import Progress
 from .config import RunConfig, read_config
-from .evaluate import Evaluation, evaluate
+from .data import Loaded, Source
+from .evaluate import Evaluation
 from .fsdp import distribute
 from .logs import LOG, Logs, read_log, write_evaluations
 from .processes import Processes
-from .step import take_step
+from .step import take_step, texts_of
 
 LAST, CONFIG, UNREADABLE, LOCK = "last.pt", "config.yaml", "unreadable.txt", ".lock"
 
@@ -55,28 +53,12 @@ class Watcher(Protocol):
 
 
 @dataclass
-class Data:
-    """The parts of a data set that a run trains on and is evaluated on."""
-
-    train: Split
-    val: Split
-    tokenizer: Tokenizer
-    strict: bool = False
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all pairs: names of videos and captions, in order."""
-        pairs = [(split.names, split.captions, split.owner) for split in (self.train, self.val)]
-        return hashlib.blake2b(repr(pairs).encode(), digest_size=16).hexdigest()
-
-
-@dataclass
 class Run:
     """A model in training and everything that the next step needs."""
 
     config: RunConfig
-    model: DRL
-    data: Data
+    model: Head
+    data: Source
     folder: Path
     processes: Processes
     watcher: Watcher
@@ -95,9 +77,8 @@ class Run:
         self.optimizer = schedule.optimizer(self.model, config)
         self.batches = schedule.batches(self.data.train.owner, config)
         self.per_epoch = len(self.batches) // config.epochs
-        self.sampling = config.sampling(self.whole.picture_size[0])
         self._info_nce: list[float] = []
-        self._warned_of_loss = False
+        self._warned_of_loss = self._warned_of_scores = False
         self._saved: int | None = None
 
     @property
@@ -247,19 +228,12 @@ class Run:
         )
         self._saved = self.progress.step
 
-    def _loader(self, step: int) -> Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]:
+    def _loader(self, step: int) -> Iterator[Loaded]:
         """Load this process's part of all batches from ``step`` on; workers live until the end."""
-        shared = self.config.captions_per_video > 0
-        pairs = (CaptionsOfVideos if shared else VideoCaptions)(
-            self.data.train, self.data.tokenizer, max_words=self.whole.words(self.config.words), sampling=self.sampling
-        )
-        own: list[list[Any]] = [batch[self.processes.part(len(batch))] for batch in self.batches[step:]]
-        if isinstance(pairs, CaptionsOfVideos):
-            own = [pairs.groups(batch) for batch in own]
-        pin = self.processes.device.type == "cuda"
-        return iter(pair_loader(pairs, own, workers=self.config.workers, pin=pin))
+        own = [batch[self.processes.part(len(batch))] for batch in self.batches[step:]]
+        return self.data.batches(self.whole, self.config, own, pin=self.processes.device.type == "cuda")
 
-    def _step(self, loader: Iterator[tuple[dict[str, Tensor] | None, list[Unreadable]]]) -> dict[str, float]:
+    def _step(self, loader: Iterator[Loaded]) -> dict[str, float]:
         """Take one step of the optimizer; return the numbers that :data:`drl_fast.engine.logs.COLUMNS` names."""
         start, config, step = time.perf_counter(), self.config, self.progress.step
         try:
@@ -270,7 +244,7 @@ class Run:
             raise
         self._report_unreadable(unreadable)
         batch = self._on_device(batch)
-        if self.processes.size == 1 and not len(batch["text_ids"]):
+        if self.processes.size == 1 and not len(texts_of(batch)):
             raise ValueError(
                 f"videos must be readable, got a batch without one, at step {step + 1} of {config.dataset}; see "
                 f"{self.folder / UNREADABLE}"
@@ -306,20 +280,14 @@ class Run:
             "grad_norm": float(norm),
             "lr": config.lr * factor,
             "clip_lr": config.clip_lr * factor,
-            "pairs": self.processes.sum(len(batch["text_ids"])),
+            "pairs": self.processes.sum(len(texts_of(batch))),
             "seconds": time.perf_counter() - start,
         }
 
     def _on_device(self, batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Move a batch to the model; it has 0 rows if nothing could be read, and ``owner`` only where it is needed."""
-        sampling, words = self.sampling, self.config.words
         if batch is None:
-            batch = {
-                "text_ids": torch.zeros(0, words, dtype=torch.int64),
-                "video": torch.zeros(0, sampling.max_frames, 3, sampling.size, sampling.size, dtype=torch.uint8),
-                "video_mask": torch.zeros(0, sampling.max_frames, dtype=torch.bool),
-                "video_of" if self.config.captions_per_video else "owner": torch.zeros(0, dtype=torch.int64),
-            }
+            batch = self.data.empty(self.whole, self.config)
         wanted = {name: x for name, x in batch.items() if name != "owner" or self.config.skip_same_video}
         return {name: x.to(self.processes.device, non_blocking=True) for name, x in wanted.items()}
 
@@ -349,17 +317,8 @@ class Run:
             self.whole.load_state_dict(get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True)))
             self.whole.to(self.processes.device)
         first = self.processes.first
-        found = evaluate(
-            self.whole,
-            self.data.val,
-            self.data.tokenizer,
-            self.sampling,
-            max_words=self.config.words,
-            workers=self.config.workers,
-            strict=self.data.strict,
-            process_group=self.processes.group,
-            on_progress=self.watcher.evaluating if first else None,
-        )
+        on_progress = self.watcher.evaluating if first else None
+        found = self.data.evaluate(self.whole, self.config, self.processes.group, on_progress)
         if first:
             self._report_unreadable(found.unreadable)
         self.progress.evaluations[epoch] = found.with_intervals()
@@ -379,7 +338,10 @@ class Run:
             if logs is not None:
                 logs.evaluation(self.progress.step, found.metrics)
             self.watcher.evaluated(epoch, found, best)
-            self._warn(sanity_checks.equal_scores(found.sim))
+            stuck = sanity_checks.equal_scores(found.sim)
+            if not self._warned_of_scores:
+                self._warn(stuck)
+            self._warned_of_scores |= stuck is not None
         if self._sharded:
             self.whole.cpu()
         self.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
 from ..validation import MASKINGS, non_negative_int, non_negative_number, option, positive_int, positive_number
@@ -38,6 +39,37 @@ class Inputs:
         positive_number("rate", self.rate)
         if self.seconds is not None:
             positive_number("seconds", self.seconds)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a head, in channels, and its largest number of video tokens.
+
+    Raises:
+        ValueError, TypeError: a number below 1, or none.
+    """
+
+    text_dim: int
+    video_dim: int
+    dim: int
+    """Of temporal module and interaction."""
+    max_positions: int
+
+    def __post_init__(self) -> None:
+        for name in ("text_dim", "video_dim", "dim", "max_positions"):
+            positive_int(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What encoded the tokens that a head was trained on, by side; None: another encoder, which we do not know.
+
+    Each is a dict of ``clip`` (the model's name), ``pretrained`` or ``init_from`` (its weights) and ``weights``, the
+    hash of that tower.
+    """
+
+    text: dict[str, Any] | None
+    video: dict[str, Any] | None
 
 
 @dataclass(frozen=True)

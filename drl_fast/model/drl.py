@@ -25,8 +25,9 @@ from .clip import (
     load_strictly,
     uses_quick_gelu,
 )
-from .config import Config, Inputs
-from .head import Encoded, Head, require
+from .config import Config, Sizes
+from .head import Encoded, Head, architecture_differences, read_source, require
+from .weight_files import weights_hash
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,15 +80,14 @@ class DRL(Head):
         config = Config(
             interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
         )
-        self.inputs: Inputs | None = None
-        """How captions and frames are prepared; training sets it, and saved models keep it."""
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
         preprocess = open_clip.get_model_preprocess_cfg(self.clip)
         for name, default in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
             buffer = torch.tensor(preprocess.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
-        self._build(self.clip.text_projection.shape[1], config, self.clip.positional_embedding.shape[0])
+        dim = self.clip.text_projection.shape[1]
+        self._build(Sizes(dim, dim, dim, self.clip.positional_embedding.shape[0]), config)
         self.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
@@ -189,6 +189,11 @@ class DRL(Head):
             ValueError: files that are missing, cut short, or of another model; entries that do not fit are named.
         """
         state, saved = pretrained.read_folder(folder)
+        if saved.sizes is not None:
+            raise ValueError(
+                f"{folder} must hold a DRL, got a Head without a CLIP; read it with Head.from_pretrained, or "
+                "join it with its CLIP by DRL.from_head"
+            )
         try:
             clip = (
                 clip_from_state_dict(_clip_part(state))
@@ -203,6 +208,56 @@ class DRL(Head):
             raise ValueError(f"{folder} must hold a model of this version of drl-fast, got: {error}") from error
         load_strictly(model, state, str(folder))
         return model.eval()
+
+    @classmethod
+    def from_head(cls, head: Head | str | os.PathLike[str], towers: DRL) -> DRL:
+        """Join a head that was trained on a CLIP's tokens with that CLIP; the model is in evaluation mode.
+
+        >>> model = DRL.from_head("runs/wti/best", DRL("ViT-B-32", pretrained="openai"))
+
+        Args:
+            head: a :class:`drl_fast.Head`, or a folder that its ``from_pretrained`` reads.
+            towers: a model with that CLIP, which becomes the new model's own; its other parts are not used.
+
+        Raises:
+            ValueError: tokens of another width, or another CLIP than the head's record names.
+        """
+        head = head if isinstance(head, Head) else Head.from_pretrained(head)
+        if {head.sizes.text_dim, head.sizes.video_dim, head.dim} != {towers.dim}:
+            raise ValueError(f"towers must have the head's widths, {head.sizes}, got {towers.dim} channels")
+        for side, known in (asdict(head.encoders) if head.encoders is not None else {}).items():
+            if known is None or known["weights"] != towers.encoder_hash(side):
+                name = "imported from elsewhere" if known is None else f"encoded by {known['clip']} with other weights"
+                raise ValueError(
+                    f"towers must be what the head was trained on, got another CLIP: the head's {side} tokens were "
+                    f"{name}; load those weights"
+                )
+        model = cls(towers.clip, **asdict(head.config))
+        model.clip_name, model.inputs = towers.clip_name, head.inputs
+        model.mean.copy_(towers.mean)
+        model.std.copy_(towers.std)
+        clip = {name: x for name, x in model.state_dict().items() if name.startswith("clip.")}
+        own = dict(head.state_dict())
+        clip["clip.logit_scale"] = own.pop("log_scale")
+        load_strictly(model, {**clip, **own}, "head")
+        return model.eval()
+
+    def encoder_hash(self, side: str) -> str:
+        """Hash the weights and the build of one tower: all that its tokens depend on besides rounding.
+
+        Args:
+            side: ``"text"`` or ``"video"``.
+        """
+        clip, visual = self.clip, "visual."
+        state = {
+            name: x
+            for name, x in clip.state_dict().items()
+            if name.startswith(visual) == (side == "video") and name != "logit_scale"
+        }
+        tower = clip.visual if side == "video" else clip.transformer
+        heads = [module.num_heads for module in tower.modules() if hasattr(module, "num_heads")]
+        pictures = [self.mean.flatten().tolist(), self.std.flatten().tolist(), clip.visual.image_size]
+        return weights_hash(state, repr((uses_quick_gelu(clip), heads, pictures if side == "video" else None)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json``; files that are already there stay until they are replaced.
@@ -236,23 +291,9 @@ class DRL(Head):
             ValueError: nothing readable there, or another architecture; every difference is named.
         """
         path = Path(source)
-        if not path.exists():
-            raise ValueError(f"source must be a folder or a checkpoint file, not found: {path}")
-        if path.is_dir():
-            state, saved = pretrained.read_folder(path)
-            theirs = {"clip": saved.clip, "quick_gelu": saved.quick_gelu, **saved.statistics, **saved.options}
-        else:
-            state, inferred = upstream.read(path)
-            theirs = {"clip": None, "quick_gelu": True, **inferred}
-            if inferred["interaction"] == "dp" and self.config.interaction == "ti":
-                theirs["interaction"] = "ti"  # neither has weights: the entries are the same
+        state, theirs = read_source(path)
         ours = self.describe_config()
-        keys = ["quick_gelu", "mean", "std", "interaction", "temporal", *["wti_arch"] * (ours["interaction"] == "wti")]
-        differences = [
-            f"{key} {theirs[key]!r} there and {ours[key]!r} here"
-            for key in keys
-            if key in theirs and theirs[key] != ours[key]
-        ]
+        differences = architecture_differences(ours, theirs, "quick_gelu", "mean", "std")
         if theirs["clip"] is None:
             if not has_openai_heads(self.clip):
                 differences.insert(0, "a CLIP with attention heads 64 wide there and others here")
@@ -375,10 +416,7 @@ class DRL(Head):
         """
         real = self._check_frames(frames, mask)
         features = self.frame_features(frames[real])
-        tokens = features.new_zeros((*real.shape, self.dim)).index_put((real,), features)
-        if self.temporal is not None:
-            tokens = self.temporal(tokens, real)
-        return tokens.masked_fill(~real[..., None], 0)
+        return self.video_tokens(features.new_zeros((*real.shape, self.dim)).index_put((real,), features), real)[0]
 
     def frame_features(self, pictures: Tensor) -> Tensor:
         """Encode pictures (N, 3, H, W), uint8 or normalized, to (N, D) with the image tower."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -13,8 +16,9 @@ from .. import validation
 from ..functional import Matches
 from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
 from ..numerics import zero_masked
-from . import losses
-from .config import TEMPORAL, Config
+from . import losses, pretrained, upstream
+from .clip import load_strictly
+from .config import TEMPORAL, Config, Encoders, Inputs, Sizes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,19 +80,26 @@ class Head(nn.Module):
         max_positions: int = 77,
     ) -> None:
         super().__init__()
-        validation.positive_int("text_dim", text_dim)
-        video_dim = text_dim if video_dim is None else validation.positive_int("video_dim", video_dim)
-        dim = text_dim if dim is None else validation.positive_int("dim", dim)
-        self.text_dim, self.video_dim, self.max_positions = text_dim, video_dim, max_positions
-        self.text_projection = None if text_dim == dim else nn.Linear(text_dim, dim, bias=False)
-        self.video_projection = None if video_dim == dim else nn.Linear(video_dim, dim, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_LOGIT_SCALE)))
+        sizes = Sizes(
+            text_dim,
+            text_dim if video_dim is None else video_dim,
+            text_dim if dim is None else dim,
+            max_positions,
+        )
         options = (interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight)
-        self._build(dim, Config(*options), max_positions)
+        self._build(sizes, Config(*options))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_LOGIT_SCALE)))
 
-    def _build(self, dim: int, config: Config, max_positions: int) -> None:
-        """Make temporal module and interaction."""
-        self.config, self._dim = config, dim
+    def _build(self, sizes: Sizes, config: Config) -> None:
+        """Make projections, temporal module and interaction."""
+        self.config, self.sizes = config, sizes
+        self.inputs: Inputs | None = None
+        """How captions and frames are prepared; training sets it, and saved models keep it."""
+        self.encoders: Encoders | None = None
+        """What encoded the tokens that the head was trained on; training on features sets it."""
+        dim, max_positions = sizes.dim, sizes.max_positions
+        self.text_projection = None if sizes.text_dim == dim else nn.Linear(sizes.text_dim, dim, bias=False)
+        self.video_projection = None if sizes.video_dim == dim else nn.Linear(sizes.video_dim, dim, bias=False)
         self.temporal = None if config.temporal is None else TEMPORAL[config.temporal](dim, max_positions=max_positions)
         options: dict[str, dict[str, Any]] = {
             "wti": {"arch": config.wti_arch, "masking": config.masking},
@@ -96,6 +107,58 @@ class Head(nn.Module):
             "xti": {"max_positions": max_positions},
         }
         self.interaction = build_interaction(config.interaction, dim, **options.get(config.interaction, {}))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Head:
+        """Read a folder that :meth:`save_pretrained` wrote, or the best model of a run on features.
+
+        The model is in evaluation mode. ``encoders`` and ``inputs`` say what encoded the tokens that it was trained on.
+
+        Raises:
+            ValueError: files that are missing, cut short, or of another model; entries that do not fit are named.
+        """
+        state, saved = pretrained.read_folder(folder)
+        if saved.sizes is None:
+            raise ValueError(f"{folder} must hold a Head, got a DRL with its CLIP; read it with DRL.from_pretrained")
+        try:
+            model = cls(**asdict(saved.sizes), **saved.options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder} must hold a model of this version of drl-fast, got: {error}") from error
+        model.inputs, model.encoders = saved.inputs, saved.encoders
+        load_strictly(model, state, str(folder))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors`` and ``config.json``; files already there stay until they are replaced."""
+        pretrained.save_folder(folder, self.state_dict(), self.describe_config())
+
+    def describe_config(self) -> dict[str, Any]:
+        """Return all that, besides the weights, describes the model; JSON holds it."""
+        options = asdict(self.config)
+        del options["cdcr_padding"]  # of towers that encode padding
+        return {
+            "sizes": asdict(self.sizes),
+            "encoders": None if self.encoders is None else asdict(self.encoders),
+            **options,
+            "inputs": None if self.inputs is None else asdict(self.inputs),
+        }
+
+    def load_weights(self, source: str | os.PathLike[str]) -> None:
+        """Replace all weights by those of another head of the same architecture; options such as CDCR's stay.
+
+        Args:
+            source: a folder of ``save_pretrained`` or of a run, of a Head or of a DRL, whose towers are left out; or a
+                checkpoint file of the public code.
+
+        Raises:
+            ValueError: nothing readable there, or another architecture; every difference is named.
+        """
+        path = Path(source)
+        state, theirs = read_source(path)
+        differences = architecture_differences(self.describe_config(), theirs)
+        if differences:
+            raise ValueError(f"{path} must hold a model of this architecture, got {'; '.join(differences)}")
+        load_strictly(self, without_towers(state), str(path))
 
     def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> None:
         """Start temporal blocks, XTI and their positions as CLIP's text blocks and positions do, if widths agree.
@@ -111,7 +174,7 @@ class Head(nn.Module):
     @property
     def dim(self) -> int:
         """D, the width of the tokens that are compared."""
-        return self._dim
+        return self.sizes.dim
 
     @property
     def stored_scale(self) -> nn.Parameter:
@@ -143,27 +206,35 @@ class Head(nn.Module):
             ValueError, TypeError: an entry that is missing, or of another shape or type.
         """
         require(batch, "text", "video")
-        text, text_mask = self._side(batch, "text", self.text_dim, self.text_projection)
-        video, video_mask = self._side(batch, "video", self.video_dim, self.video_projection)
-        if self.temporal is not None:
-            video = self.temporal(video, video_mask)
-        return Encoded(text, zero_masked(video, video_mask), text_mask, video_mask)
+        text, text_mask = self.text_tokens(batch["text"], batch.get("text_mask"))
+        video, video_mask = self.video_tokens(batch["video"], batch.get("video_mask"))
+        return Encoded(text, video, text_mask, video_mask)
 
-    def _side(
-        self, batch: Mapping[str, Tensor], name: str, width: int, projection: nn.Linear | None
-    ) -> tuple[Tensor, Tensor]:
-        x = validation.tokens(name, batch[name], "rows, tokens, D")
-        if x.shape[2] != width:
-            raise ValueError(
-                f"{name} must have {width} channels, as the head's {name}_dim says, got {x.shape[2]}; build "
-                f"Head with {name}_dim={x.shape[2]}"
-            )
-        mask = validation.mask(f"{name}_mask", batch.get(f"{name}_mask"), x, "rows, tokens", name)
-        if mask is None:
-            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        # Nothing at a masked position reaches a parameter's gradient.
-        x = zero_masked(x, mask)
-        return (x if projection is None else projection(x.to(projection.weight.dtype))), mask
+    def text_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bring a text encoder's tokens (A, Nt, text_dim) to the interaction's width (A, Nt, D); also return the mask.
+
+        Args:
+            mask: (A, Nt), non-zero = real; None: all real. Masked tokens become 0.
+
+        Raises:
+            ValueError, TypeError: another shape or type.
+        """
+        return _project("text", tokens, mask, self.sizes.text_dim, self.text_projection)
+
+    def video_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bring a frame encoder's tokens (B, Nv, video_dim) to the interaction's width (B, Nv, D); mix them over time.
+
+        Args:
+            mask: (B, Nv), non-zero = real; None: all real. Masked tokens become 0.
+
+        Returns:
+            tokens and mask.
+
+        Raises:
+            ValueError, TypeError: another shape or type.
+        """
+        video, real = _project("video", tokens, mask, self.sizes.video_dim, self.video_projection)
+        return (video if self.temporal is None else zero_masked(self.temporal(video, real), real)), real
 
     @overload
     def similarity(
@@ -268,6 +339,60 @@ class Head(nn.Module):
     def needs_padding(self) -> bool:
         """Whether CDCR reads the features of padding."""
         return self.config.cdcr in (2, 3) and self.config.cdcr_padding == "competes"
+
+
+def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights, and what describes their model, from a saved folder or a checkpoint file of the public code.
+
+    Raises:
+        ValueError: nothing readable there.
+    """
+    if not path.exists():
+        raise ValueError(f"source must be a folder or a checkpoint file, not found: {path}")
+    if not path.is_dir():
+        state, inferred = upstream.read(path)
+        return state, {"clip": None, "quick_gelu": True, **inferred}
+    state, saved = pretrained.read_folder(path)
+    return state, {"clip": saved.clip, "quick_gelu": saved.quick_gelu, **saved.statistics, **saved.options}
+
+
+def architecture_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *more: str) -> list[str]:
+    """Name the options in which two models' weights differ, among those that both describe.
+
+    Args:
+        more: names of further options to compare.
+    """
+    # Neither DP nor TI has weights: a public file of one is a file of the other.
+    either = theirs["clip"] is None and (theirs["interaction"], ours["interaction"]) == ("dp", "ti")
+    keys = [*more, *["interaction"] * (not either), "temporal", *["wti_arch"] * (ours["interaction"] == "wti")]
+    return [
+        f"{key} {theirs[key]!r} there and {ours[key]!r} here"
+        for key in keys
+        if key in theirs and theirs[key] != ours[key]
+    ]
+
+
+def without_towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a DRL's weights as a head has them; a head's stay as they are."""
+    named = {name: x for name, x in state.items() if not name.startswith("clip.")}
+    return {**named, "log_scale": state["clip.logit_scale"]} if "clip.logit_scale" in state else named
+
+
+def _project(
+    name: str, tokens: Tensor, mask: Tensor | None, width: int, projection: nn.Linear | None
+) -> tuple[Tensor, Tensor]:
+    x = validation.tokens(name, tokens, "rows, tokens, D")
+    if x.shape[2] != width:
+        raise ValueError(
+            f"{name} must have {width} channels, as the head's {name}_dim says, got {x.shape[2]}; build Head with "
+            f"{name}_dim={x.shape[2]}"
+        )
+    real = validation.mask(f"{name}_mask", mask, x, "rows, tokens", name)
+    if real is None:
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    # Nothing at a masked position reaches a parameter's gradient.
+    x = zero_masked(x, real)
+    return (x if projection is None else projection(x.to(projection.weight.dtype))), real
 
 
 def require(batch: Mapping[str, Tensor], *names: str) -> None:

@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
-from .config import Config, Inputs
+from .config import Config, Encoders, Inputs, Sizes
 from .weight_files import weights_hash
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -42,13 +42,17 @@ class Saved:
     """The model's configuration, as read from the folder."""
 
     clip: str | None
-    """The CLIP's name in open_clip."""
+    """The CLIP's name in open_clip; None: a CLIP in OpenAI's form, or a head without one."""
     quick_gelu: bool
     statistics: dict[str, list[float]]
     """``mean`` and ``std`` of pictures, three numbers each."""
     options: dict[str, Any]
     """:class:`drl_fast.model.config.Config`'s, not checked."""
     inputs: Inputs | None
+    sizes: Sizes | None = None
+    """Of a head; None: a DRL."""
+    encoders: Encoders | None = None
+    """Of a head's tokens."""
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Saved]:
@@ -110,6 +114,8 @@ def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
         raise ValueError(f"{path} must hold its configuration as JSON, and it could not be read ({error})") from error
     if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ValueError(f"{path} must be written by save_pretrained, got a file without its configuration")
+    if "sizes" in config:
+        return _saved_head(path, config)
     # A missing name must not pass for None, which means a CLIP in OpenAI's form.
     clip, quick_gelu, inputs = config.pop("clip", 0), config.pop("quick_gelu", None), config.pop("inputs", None)
     statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
@@ -130,3 +136,19 @@ def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
         return Saved(clip, quick_gelu, statistics, config, None if inputs is None else Inputs(**inputs))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must say how inputs are prepared, got: {error}") from error
+
+
+def _saved_head(path: Path, config: dict[str, Any]) -> Saved:
+    try:
+        sizes, encoders, inputs = Sizes(**config.pop("sizes")), config.pop("encoders"), config.pop("inputs")
+        return Saved(
+            clip=None,
+            quick_gelu=False,
+            statistics={},
+            options=config,
+            inputs=None if inputs is None else Inputs(**inputs),
+            sizes=sizes,
+            encoders=None if encoders is None else Encoders(**encoders),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold the configuration of a head, got: {error}") from error

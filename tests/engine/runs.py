@@ -12,9 +12,10 @@ import torch
 from drl_fast.data.datasets import load_split
 from drl_fast.data.loading import Unreadable
 from drl_fast.engine.config import RunConfig, build_model
+from drl_fast.engine.data import Data
 from drl_fast.engine.evaluate import Evaluation
 from drl_fast.engine.processes import Processes
-from drl_fast.engine.train import Data, Run
+from drl_fast.engine.train import Run
 
 from .. import clips
 
