@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 Index = Mapping[str, list[Path]]
@@ -49,52 +49,34 @@ VIDEO_SUFFIXES = {
 }
 
 
-class VideoFiles:
-    """The files below a folder, found by path, name or stem.
+class NameIndex:
+    """Paths, found by the names that annotations give them.
 
-    Names are compared in Unicode's composed form (NFC), since file systems and archives differ in it. Hidden folders
-    are skipped; links to folders are followed, each folder once.
+    Names are compared in Unicode's composed form (NFC), since file systems and archives differ in it.
 
     Args:
-        folder: the folder of the videos.
-        prefix: the data set's prefix of ids, which either ids or file names may lack.
-
-    Raises:
-        ValueError: no such folder, or one below it that cannot be read.
+        folder: the folder that holds the paths.
+        prefix: the data set's prefix of ids, which either ids or names may lack.
+        kind: what errors call a path.
     """
 
-    def __init__(self, folder: Path, prefix: str = "") -> None:
-        if not folder.is_dir():
-            raise ValueError(f"videos folder not found: {folder}; check the path")
-        self.folder, self.prefix = folder, prefix
-        self.videos: list[Path] = []
-        # By path; by name; videos by either without its suffix.
+    def __init__(self, folder: Path, prefix: str = "", kind: str = "file") -> None:
+        self.folder, self.prefix, self.kind = folder, prefix, kind
+        # By path; by name; by either without its suffix.
         self._exact: tuple[Index, Index, Index] = (defaultdict(list), defaultdict(list), defaultdict(list))
-        self._walk(*self._exact)
-        self._lower = [_lowered(index) for index in self._exact]
+        self._lower: tuple[Index, Index, Index] = (defaultdict(list), defaultdict(list), defaultdict(list))
 
-    def _walk(self, by_path: Index, by_name: Index, by_stem: Index) -> None:
-        seen = set()
-        for root, folders, files in os.walk(self.folder, followlinks=True, onerror=_unreadable):
-            # A link may lead to a folder above.
-            where = os.path.realpath(root)
-            if where in seen:
-                folders.clear()
-                continue
-            seen.add(where)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                path = Path(root, name)
-                key = _composed(path.relative_to(self.folder).as_posix())
-                by_path[key].append(path)
-                by_name[_composed(name)].append(path)
-                if path.suffix.lower() in VIDEO_SUFFIXES:
-                    self.videos.append(path)
-                    for stem in {os.path.splitext(key)[0], os.path.splitext(_composed(name))[0]}:
-                        by_stem[stem].append(path)
+    def add(self, path: Path, name: str | None, *stems: str) -> None:
+        """Let ``path`` be found by a name, as a path below the folder, and by stems, which may begin with folders."""
+        keys = [] if name is None else [(0, _composed(name)), (1, _composed(name.rpartition("/")[2]))]
+        for stem in dict.fromkeys(map(_composed, stems)):
+            keys += [(2, key) for key in dict.fromkeys((stem, stem.rpartition("/")[2]))]
+        for number, key in keys:
+            self._exact[number][key].append(path)
+            self._lower[number][key.lower()].append(path)
 
     def find(self, name: str) -> Path | None:
-        """Return the file of an id or file name, or None.
+        """Return the path of an id or file name, or None.
 
         Tries, in this order: the path below the folder; a file of that name in any folder; a video with that path or
         name before its suffix (``video7``: ``video7.mp4``; ``a.mov``: ``a.mov.mp4``); a video with another suffix
@@ -102,7 +84,7 @@ class VideoFiles:
         and last ignoring case. An absolute name must lie in the folder, and no name leads out of it.
 
         Raises:
-            ValueError: two files match, and neither by its path.
+            ValueError: two paths match, and neither by its path below the folder.
         """
         spellings = [name]
         if "\\" in name:
@@ -116,7 +98,7 @@ class VideoFiles:
                 if len(found) > 1:
                     names = " and ".join(str(path) for path in found[:2])
                     raise ValueError(
-                        f"{self.folder} must hold one file for {name}, got {names}; remove or rename all but one"
+                        f"{self.folder} must hold one {self.kind} for {name}, got {names}; remove or rename all but one"
                     )
                 if found:
                     return found[0]
@@ -129,6 +111,50 @@ class VideoFiles:
         return _composed(os.path.normpath(name).replace(os.sep, "/"))
 
 
+class VideoFiles(NameIndex):
+    """The files below a folder, found by path, name or stem.
+
+    Args:
+        folder: the folder of the videos.
+        prefix: the data set's prefix of ids, which either ids or file names may lack.
+
+    Raises:
+        ValueError: no such folder, or one below it that cannot be read.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        super().__init__(folder, prefix)
+        if not folder.is_dir():
+            raise ValueError(f"videos folder not found: {folder}; check the path")
+        self.videos: list[Path] = []
+        for path in walk(folder):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                self.videos.append(path)
+                self.add(path, name, os.path.splitext(name)[0])
+            else:
+                self.add(path, name)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, sorted; skip hidden folders, and follow links to folders, each folder once.
+
+    Raises:
+        ValueError: a folder that cannot be read.
+    """
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        # A link may lead to a folder above.
+        where = os.path.realpath(root)
+        if where in seen:
+            folders.clear()
+            continue
+        seen.add(where)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            yield Path(root, name)
+
+
 def _look_up(key: str, by_path: Index, by_name: Index, by_stem: Index) -> list[Path]:
     stem, suffix = os.path.splitext(key)
     same_stem = by_stem.get(stem, []) if suffix.lower() in VIDEO_SUFFIXES else []
@@ -137,13 +163,6 @@ def _look_up(key: str, by_path: Index, by_name: Index, by_stem: Index) -> list[P
 
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _lowered(index: Index) -> Index:
-    found: dict[str, list[Path]] = defaultdict(list)
-    for key, paths in index.items():
-        found[key.lower()] += paths
-    return found
 
 
 def _unreadable(error: OSError) -> None:
