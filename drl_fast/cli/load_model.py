@@ -73,6 +73,8 @@ def settings_of(
     if checkpoint is not None and not checkpoint.exists():
         raise ValueError(f"checkpoint not found: {checkpoint}")
     if on_videos:
+        if saved is not None and saved.sizes is not None and (saved.encoders is None or saved.encoders.video is None):
+            raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
         overrides = ["features=null", "dim=null", *overrides]
     if checkpoint is not None and checkpoint.is_dir():
         run = checkpoint.parent if checkpoint.name == BEST else checkpoint
@@ -119,10 +121,8 @@ def load_head(checkpoint: Path | None, settings: Settings, store: FeatureStore) 
         model = load_model(checkpoint, settings)[0]
     for side in SIDES:
         stored = store.about.side(side)
-        if isinstance(model, DRL):
-            own = model.encoder_hash(side)
-        else:
-            own = ((dataclasses.asdict(model.encoders) if model.encoders else {}).get(side) or {}).get("weights")
+        known = dataclasses.asdict(model.encoders)[side] if model.encoders is not None else None
+        own = model.encoder_hash(side) if isinstance(model, DRL) else known and known["weights"]
         width = model.sizes.text_dim if side == "text" else model.sizes.video_dim
         if stored.width != width or (stored.encoder and stored.encoder["weights"]) != own:
             there = "imported tokens" if stored.encoder is None else f"tokens by {stored.encoder['clip']}"
@@ -157,7 +157,7 @@ def _with_towers(checkpoint: Path, settings: Settings) -> DRL:
     """Load a head and the CLIP whose tokens it was trained on."""
     head = Head.from_pretrained(checkpoint)
     encoder = head.encoders.video if head.encoders is not None else None
-    if encoder is None:
+    if encoder is None:  # settings_of says so where the command names videos
         raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
     source, pretrained = encoder["init_from"], settings.config.pretrained
     if source is not None:

@@ -252,7 +252,7 @@ def _with_features(values: dict[str, Any], path: str, dataset: str | None) -> di
         raise ValueError(
             f"{path} must agree with the features in {values['features']}, got "
             + "; ".join(f"{name} {own[name]!r} there and {asked[name]!r} here" for name in other)
-            + f"; drop {', '.join(other)}, or encode the features again"
+            + "; change the configuration, or take other features"
         )
     return {"skip_same_video": True, **values, **own}
 
