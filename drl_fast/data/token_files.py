@@ -227,8 +227,8 @@ def _read_tensor(path: Path, start: int, info: dict[str, Any]) -> Tensor:
 def _datasets(path: Path) -> dict[str, Loader]:
     try:
         import h5py
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{path} needs h5py; install it with pip install 'drl-fast[hdf5]'") from error
+    except ImportError as error:
+        raise ValueError(f"{path} needs h5py ({error}); install it with pip install 'drl-fast[hdf5]'") from error
     with _errors(path, WHOLE), h5py.File(_regular(path)) as file:
         # A key that is not UTF-8 is bytes.
         return {os.fsdecode(key): partial(_read_dataset, path, key) for key in file}
@@ -253,11 +253,8 @@ def _members(path: Path) -> dict[str, Loader]:
             if member.size < 0 or member.offset_data + member.size > size:
                 raise EOFError(f"unexpected end of file in {member.name}")
             key, suffix = os.path.splitext(os.path.normpath(member.name))
-            if (
-                suffix.lower() not in ARRAYS
-                or not member.isfile()
-                or any(part.startswith(".") for part in key.split("/"))
-            ):
+            hidden = any(part.startswith(".") for part in key.split("/"))
+            if hidden or suffix.lower() not in ARRAYS or not member.isfile():
                 continue
             key = key.removesuffix(".features")
             if key in found or member.issparse():
