@@ -183,14 +183,12 @@ class _Encoding:
 
     def _clip(self, contents: Contents) -> tuple[DRL, Any, Encode]:
         """Build the model whose CLIP encodes captions; return it with the text side and its encoder."""
-        import torch
 
         from ..data.feature_store import Side
         from ..engine.config import build_model
         from ..engine.encode import encode_captions
         from ..engine.features import TEXTS
 
-        torch.manual_seed(self.settings.seed)  # all processes get the same weights
         model, tokenizer = build_model(self.settings)
         model.to(self.here.device).eval()
         if self.settings.pretrained is None and self.settings.init_from is None:

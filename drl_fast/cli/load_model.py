@@ -59,11 +59,9 @@ def settings_of(
             :func:`drl_fast.engine.config.read_config` rejects.
     """
     keys = [override.partition("=")[0].strip() for override in overrides]
-    saved = read_saved(checkpoint) if checkpoint is not None and checkpoint.is_dir() else None
-    of_head = saved is not None and saved.sizes is not None
     for key, override in zip(keys, overrides, strict=True):
         # The weights of a head's CLIP may have moved; their hash is compared.
-        moved = of_head and key == "pretrained"
+        moved = key == "pretrained" and checkpoint is not None and _is_head(checkpoint)
         if checkpoint is not None and key in OF_CHECKPOINT and not moved:
             raise ValueError(
                 f"set must leave {key} as the checkpoint has it, got {override}; drop it or the checkpoint"
@@ -72,6 +70,7 @@ def settings_of(
             raise ValueError(f"set must leave precision, which is of training, got {override}; use --precision")
     if checkpoint is not None and not checkpoint.exists():
         raise ValueError(f"checkpoint not found: {checkpoint}")
+    saved = read_saved(checkpoint) if checkpoint is not None and checkpoint.is_dir() else None
     if on_videos:
         if saved is not None and saved.sizes is not None and (saved.encoders is None or saved.encoders.video is None):
             raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
@@ -82,7 +81,7 @@ def settings_of(
             config = run / CONFIG
     if config is not None:
         named = read_values(config, overrides, dataset, features)
-    elif saved is not None and (saved.inputs is not None or of_head):
+    elif saved is not None and (saved.inputs is not None or saved.sizes is not None):
         named = merge({}, str(checkpoint), overrides, dataset, features)
     else:
         found = "" if checkpoint is None else f", and {checkpoint} does not say how its inputs were prepared"
@@ -114,7 +113,7 @@ def load_head(checkpoint: Path | None, settings: Settings, store: FeatureStore) 
     """
     if checkpoint is None:
         return build_head(settings.config, store)
-    if checkpoint.is_dir() and read_saved(checkpoint).sizes is not None:
+    if _is_head(checkpoint):
         model = Head.from_pretrained(checkpoint)
         _check_same(dataclasses.asdict(model.config), checkpoint, settings)
     else:
@@ -142,15 +141,19 @@ def load_model(checkpoint: Path | None, settings: Settings) -> tuple[DRL, Tokeni
             configuration names.
     """
     if checkpoint is None:
-        torch.manual_seed(settings.config.seed)  # all processes get the same new weights
         return build_model(settings.config)
     if checkpoint.is_dir():
-        model = _with_towers(checkpoint, settings) if read_saved(checkpoint).sizes else DRL.from_pretrained(checkpoint)
+        model = _with_towers(checkpoint, settings) if _is_head(checkpoint) else DRL.from_pretrained(checkpoint)
         name = {} if model.clip_name is None else {"clip": model.clip_name}
         _check_same({**dataclasses.asdict(model.config), **name}, checkpoint, settings)
     else:
         model = _from_public(checkpoint, settings)
     return model, model.tokenizer()
+
+
+def _is_head(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is a head without a CLIP, from a run on features."""
+    return checkpoint.is_dir() and read_saved(checkpoint).sizes is not None
 
 
 def _with_towers(checkpoint: Path, settings: Settings) -> DRL:

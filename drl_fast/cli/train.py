@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
@@ -152,7 +151,6 @@ def _with_videos(
     _introduce(config, splits, here, dry, console)
     if _fetches(config) and "HF_HUB_OFFLINE" not in os.environ:
         print_line(console, f"loading weights {config.pretrained!r}; without a network this fails in a minute")
-    torch.manual_seed(config.seed)
     model, tokenizer = build_model(config, load_weights=load_weights)
     for split in splits.values():
         print_cut(console, split.captions, model, tokenizer, config.words)

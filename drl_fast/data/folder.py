@@ -23,7 +23,7 @@ class Caption(NamedTuple):
     split: str = ""
     """The line's ``split``, or an empty string."""
     id: str = ""
-    """The line's ``id``, or its number, from 0."""
+    """The line's ``id``, or an empty string."""
 
 
 def read_captions(folder: str | Path) -> list[Caption]:
@@ -70,4 +70,4 @@ def _caption(path: Path, number: int, row: Mapping[str, Any]) -> Caption:
             f"among columns {keys}; {FIX}"
         )
     split, own = (str(row.get(key) or "").strip() for key in ("split", "id"))
-    return Caption(video.strip(), text.strip(), split, own or str(number - 1))
+    return Caption(video.strip(), text.strip(), split, own)

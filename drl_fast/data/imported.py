@@ -31,7 +31,7 @@ def read_splits(captions: Path, videos: TokenFiles, texts: TokenFiles | None, pa
     Raises:
         ValueError: a malformed captions file, or one of which no caption or no video has tokens.
     """
-    rows = read_captions(captions)
+    rows = [row._replace(id=row.id or str(number)) for number, row in enumerate(read_captions(captions))]
     entries: dict[str, Path] = {}
     absent = []
     if texts is not None:

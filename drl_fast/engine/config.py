@@ -330,6 +330,7 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     """
     if config.clip is None:
         raise ValueError("clip must be a model name, got None; imported features have no CLIP to score videos with")
+    torch.manual_seed(config.seed)
     clip = build_clip(config.clip, config.pretrained, load_weights=load_weights and config.init_from is None)
     # New weights depend on the seed alone, not on the CLIP before them: frozen and on features they start as equals.
     torch.manual_seed(config.seed + 1)

@@ -33,7 +33,7 @@ def test_both_forms(tmp_path: Path, name: str, content: str, mark: str, newline:
 
 def test_columns_in_any_order_and_spaces_around_values(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("id,caption,video\n7, two dogs , d.mp4 \n")
-    assert read_captions(tmp_path) == [Caption("d.mp4", "two dogs")]
+    assert read_captions(tmp_path) == [Caption("d.mp4", "two dogs", id="7")]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,14 @@ def test_no_captions_file_and_two(tmp_path: Path) -> None:
         read_captions(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["missing", "captions.csv"])
+def test_the_captions_file_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(as_csv(ROWS))
+    assert read_captions(tmp_path / "mine.csv") == ROWS
+
+
+@pytest.mark.parametrize("name", ["missing", "captions.txt"])
 def test_no_folder(tmp_path: Path, name: str) -> None:
-    (tmp_path / "captions.csv").write_text(as_csv(ROWS))
+    (tmp_path / "captions.txt").write_text(as_csv(ROWS))
     with pytest.raises(
         ValueError,
         match=f"captions folder not found: .*{name}; it is --annotations, or else --videos",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
 
 from drl_fast.data.datasets import load_split
 from drl_fast.data.loading import Unreadable
@@ -112,7 +111,6 @@ def opened(
         load_split(config.dataset, part, videos=config.videos, annotations=config.annotations)
         for part in ("train", "val")
     ]
-    torch.manual_seed(config.seed)
     model, tokenizer = build_model(config)
     notes = Notes()
     run = Run(config, model, Data(*parts, tokenizer, strict), out, processes or Processes(), notes, stop)
