@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import validation
+from .. import autocast, validation
 
 # As in the public code's modules outside CLIP; CLIP's own layers use 1e-5.
 LAYER_NORM_EPS = 1e-12
@@ -60,8 +60,16 @@ class Attention(nn.Module):
             for y, w, b in zip(inputs, weights, biases, strict=True)
         )
         mask = None if attends is None else attends[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = _attention(q, k, v, mask)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend in float32 on the CPU: PyTorch's bfloat16 kernel there takes longer than the casts and this one."""
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with autocast.off("cpu"):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
 
 
 class Block(nn.Module):
