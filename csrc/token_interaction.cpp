@@ -164,13 +164,14 @@ class SourceRows {
   std::unique_ptr<Buffer<T>> copy_;
 };
 
-// Gradients of one side's features and weights.
+// Gradients of one side's features, empty if they are not wanted, and weights.
 template <class T>
 std::tuple<Tensor, Tensor> gradient(const Tensor& features, const Side<T>& target, const Side<T>& source,
                                     const Tensor& grad_logits, const Matches& target_matches,
-                                    const Matches& source_matches, bool text_side) {
+                                    const Matches& source_matches, bool text_side, bool wants_features) {
   const int64_t items = features.size(0), length = features.size(1), width = padded(target.tokens.dim);
-  Tensor grad = empty({items, length, features.size(2)}, features.scalar_type());
+  const std::vector<int64_t> sizes = {items, length, features.size(2)};
+  Tensor grad = empty(wants_features ? sizes : std::vector<int64_t>{0}, features.scalar_type());
   Tensor grad_weight = empty({items, length}, scalar_type<T>);
   const SourceRows<T> source_rows(source);
 
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& features, const Side<T>& targe
   job.grad_stride_source = grad_logits.stride(text_side ? 1 : 0);
   job.target_matches = target_matches;
   job.source_matches = source_matches;
-  job.grad_features = data_of<char>(grad);
+  job.grad_features = wants_features ? data_of<char>(grad) : nullptr;
   job.grad_weight = data_of<T>(grad_weight);
 
   const int64_t tasks = static_cast<int64_t>(block.size()) - 1;
@@ -255,13 +256,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_logits, c
   grads.reserve(4);
   for (int i = 0; i < 4; i++) grads.push_back(empty({0}, i < 2 ? text.scalar_type() : scalar_type<T>));
   const Matches chosen_frames = view(video_index, true), chosen_words = view(text_index, false);
-  // One gather gives both gradients of a side. Skip it if neither is wanted.
+  // The gather of features' gradients gives those of the weights as well. Skip a side if neither is wanted.
   for (int side : {0, 1}) {
-    if (!output_mask[side] && !output_mask[side + 2]) continue;
-    auto [grad, grad_weight] = side == 0 ? gradient(text, t, v, grad_logits, chosen_frames, chosen_words, true)
-                                         : gradient(video, v, t, grad_logits, chosen_words, chosen_frames, false);
-    if (output_mask[side]) grads[side] = grad;
-    if (output_mask[side + 2] && (side == 0 || video_weight)) grads[side + 2] = grad_weight;
+    const bool wants_features = output_mask[side], wants_weight = output_mask[side + 2] && (side == 0 || video_weight);
+    if (!wants_features && !wants_weight) continue;
+    auto [grad, grad_weight] =
+        side == 0 ? gradient(text, t, v, grad_logits, chosen_frames, chosen_words, true, wants_features)
+                  : gradient(video, v, t, grad_logits, chosen_words, chosen_frames, false, wants_features);
+    if (wants_features) grads[side] = grad;
+    if (wants_weight) grads[side + 2] = grad_weight;
   }
   return {grads[0], grads[1], grads[2], grads[3]};
 }

@@ -96,7 +96,7 @@ struct BackwardJob {
   const T* grad_logits;
   int64_t grad_stride_target, grad_stride_source;
   Matches target_matches, source_matches;
-  char* grad_features;  // [items][length][dim] contiguous, in the features' dtype
+  char* grad_features;  // [items][length][dim] contiguous, in the features' dtype; null: not wanted
   T* grad_weight;       // [items][length]
 };
 

@@ -3,10 +3,11 @@
 //   own[t]   = sum over the tokens s that t chose of g * s            grad weight of t = <t, own[t]>
 //   grad[t]  = weight of t * own[t] + sum over the tokens s that chose t of g * weight of s * s
 //
-// Two gathers per target token, DRL_FAST_GATHER_VECTORS vectors of D at a time, with the sums in registers. Source
-// tokens come in chunks that fit L2 together with the block of target gradients. FLOP: 2 D per match and side, about
-// (Nt + Nv) / (Nt Nv) of the forward's per side. Each multiply-add loads one vector, so L2 bandwidth is the limit.
-// There are no atomics and the order is fixed, so the bits do not depend on the run or the number of threads.
+// Two gathers per target token, DRL_FAST_GATHER_VECTORS vectors of D at a time, with the sums in registers; one if only
+// the weight's gradient is wanted. Source tokens come in chunks that fit L2 together with the block of target
+// gradients. FLOP: 2 D per match and side, about (Nt + Nv) / (Nt Nv) of the forward's per side. Each multiply-add loads
+// one vector, so L2 bandwidth is the limit. There are no atomics and the order is fixed, so the bits do not depend on
+// the run, the number of threads, or which gradients are wanted.
 //
 // Matches index memory, and whoever holds them or the masks may have written to them since the forward. A match is read
 // once and used only if it names a real token; otherwise the task reports it and the operator raises.
@@ -52,7 +53,8 @@ struct List {
   int64_t count;
 };
 
-// Add weight * (sum of `own`) + (sum of `other`) to NV vectors of grad, and return <token, sum of `own`>.
+// Add weight * (sum of `own`) + (sum of `other`) to NV vectors of grad, and return <token, sum of `own`>. If grad is
+// null, only the product is wanted.
 template <class T, int NV>
 T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T* token, T* grad) {
   using S = Simd<T>;
@@ -68,9 +70,11 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
   }
   V product = {}, base[NV];
 #pragma GCC unroll 16
+  for (int j = 0; j < NV; j++) product += acc[j] * S::load(token + at + j * S::N);
+  if (!grad) return S::sum(product);
+#pragma GCC unroll 16
   for (int j = 0; j < NV; j++) {
-    product += acc[j] * S::load(token + j * S::N);
-    base[j] = S::load(grad + j * S::N) + S::broadcast(weight) * acc[j];
+    base[j] = S::load(grad + at + j * S::N) + S::broadcast(weight) * acc[j];
     // The second sum starts from 0 as well: many small terms on top of a large one would each round like that one.
     acc[j] = V{};
   }
@@ -81,7 +85,7 @@ T gather(int64_t at, const List<T>& own, const List<T>& other, T weight, const T
     for (int j = 0; j < NV; j++) acc[j] += c * S::load(from + j * S::N);
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < NV; j++) S::store(grad + j * S::N, base[j] + acc[j]);
+  for (int j = 0; j < NV; j++) S::store(grad + at + j * S::N, base[j] + acc[j]);
   return S::sum(product);
 }
 
@@ -90,9 +94,9 @@ T gather_run(int64_t width, const List<T>& own, const List<T>& other, T weight, 
   constexpr int N = Simd<T>::N, WIDE = DRL_FAST_GATHER_VECTORS;
   T product = 0;
   int64_t k = 0;
-  for (; k + WIDE * N <= width; k += WIDE * N) product += gather<T, WIDE>(k, own, other, weight, token + k, grad + k);
-  for (; k + 4 * N <= width; k += 4 * N) product += gather<T, 4>(k, own, other, weight, token + k, grad + k);
-  for (; k < width; k += N) product += gather<T, 1>(k, own, other, weight, token + k, grad + k);
+  for (; k + WIDE * N <= width; k += WIDE * N) product += gather<T, WIDE>(k, own, other, weight, token, grad);
+  for (; k + 4 * N <= width; k += 4 * N) product += gather<T, 4>(k, own, other, weight, token, grad);
+  for (; k < width; k += N) product += gather<T, 1>(k, own, other, weight, token, grad);
   return product;
 }
 
@@ -125,7 +129,7 @@ void sort_choosers(const BackwardJob<T>& job, int64_t item, int64_t source0, int
   const int64_t first = target.start[item], count = target.start[item + 1] - first;
   int32_t* const begin = scratch.begin;
   for (int64_t p = 0; p <= count; p++) begin[p] = 0;
-  if (!source.weight) return;
+  if (!source.weight || !job.grad_features) return;
   const Matches m = job.source_matches;
   Chosen<T, Index> chosen(m, target);
   const int64_t* const start = source.start;
@@ -203,30 +207,30 @@ void accumulate_item(const BackwardJob<T>& job, int64_t item, int64_t row0, int6
     const List<T> own = {.row = scratch.own_row, .coefficient = scratch.own_coefficient, .count = chosen};
     const List<T> other = {
         .row = scratch.other_row + begin, .coefficient = scratch.other_coefficient + begin, .count = end - begin};
-    scratch.grad_weight[p - row0] += gather_row(width, own, other, target.weight ? target.weight[p] : T(0),
-                                                scratch.row + (p - row0) * width, scratch.grad + (p - row0) * width);
+    T* grad = job.grad_features ? scratch.grad + (p - row0) * width : nullptr;
+    scratch.grad_weight[p - row0] +=
+        gather_row(width, own, other, target.weight ? target.weight[p] : T(0), scratch.row + (p - row0) * width, grad);
   }
 }
 
-// Store one target item's gradients in the features' dtype. Masked tokens get zeros.
+// Store one target item's gradients, those of features in their dtype. Masked tokens get zeros.
 template <class T>
 void write_item(const BackwardJob<T>& job, int64_t item, int64_t row0, BackwardScratch<T>& scratch) {
   const Tokens<T>& target = job.target;
   const int64_t width = padded(target.dim);
   const int64_t size = size_of(target.dtype);
   for (int64_t position = 0; position < target.length; position++) {
-    char* out = job.grad_features + (item * target.length + position) * target.dim * size;
-    T& out_weight = job.grad_weight[item * target.length + position];
     const int64_t token = target.token_at[item * target.length + position];
+    job.grad_weight[item * target.length + position] = token < 0 ? T(0) : scratch.grad_weight[token - row0];
+    if (!job.grad_features) continue;
+    char* out = job.grad_features + (item * target.length + position) * target.dim * size;
     if (token < 0) {
       for (int64_t k = 0; k < target.dim * size; k++) out[k] = 0;
-      out_weight = 0;
       continue;
     }
     T* grad = scratch.grad + (token - row0) * width;
     const T* row = scratch.row + (token - row0) * width;
     store_gradient(target, grad, row, scratch.inverse_norm[token - row0], out);
-    out_weight = scratch.grad_weight[token - row0];
   }
 }
 

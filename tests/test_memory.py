@@ -1,7 +1,8 @@
 """The peak memory of a training step grows as documented.
 
-The interaction keeps one byte per token and pair; the losses grow linearly with the batch. Each row runs in its own
-process, which resets its peak of resident memory before each step.
+The interaction keeps one byte per token and pair. The losses grow linearly with the batch, except that the contrastive
+one keeps logits and matches up to a limit. Each row runs in its own process, which resets its peak of resident memory
+before each step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 import drl_fast
 from drl_fast import functional
+from drl_fast.ops import token_contrastive_loss
 from tests.conftest import use
 from tests.implementations import IMPLEMENTATIONS
 
@@ -39,8 +42,12 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 def kept(batch: int) -> int:
     """Return the bytes that a step must keep: matches, logits and the gradients of features and weights."""
-    tokens = WORDS + FRAMES
-    return batch * batch * (tokens + 4) + 4 * batch * tokens * (CHANNELS + 1)
+    return logits_and_matches(batch) + 4 * batch * (WORDS + FRAMES) * (CHANNELS + 1)
+
+
+def logits_and_matches(batch: int) -> int:
+    """Return the bytes of all pairs' logits and matches."""
+    return batch * batch * (WORDS + FRAMES + 4)
 
 
 def similarities(batch: int) -> int:
@@ -61,6 +68,11 @@ def contrastive(*tensors: Tensor) -> Tensor:
     return drl_fast.token_contrastive_loss(*tensors, logit_scale=100.0)
 
 
+def contrastive_in_blocks(*tensors: Tensor) -> Tensor:
+    with patch.object(token_contrastive_loss, "KEPT_BYTES", 0):  # as if the batch were larger
+        return contrastive(*tensors)
+
+
 def decorrelation(text: Tensor, video: Tensor, *weights: Tensor, alpha_off: float) -> Tensor:
     return functional.cdcr_loss(text, video, *weights, alpha_on=0.11, alpha_off=alpha_off)
 
@@ -77,6 +89,7 @@ LOSSES = {
     "mlp": partial(pairwise, layer="mlp"),
     "interaction": interaction,
     "contrastive": contrastive,
+    "contrastive, nothing kept": contrastive_in_blocks,
     "full": partial(decorrelation, alpha_off=0.06),
     "diagonal": partial(decorrelation, alpha_off=0.0),
 }
@@ -144,12 +157,22 @@ def test_a_step_keeps_a_byte_a_token_and_pair(name: str) -> None:
 @measured_again
 def test_the_contrastive_loss_grows_with_the_batch_alone() -> None:
     small, large = 1024, 2048
-    peak = peaks("cpp", "contrastive", (small, large))
+    peak = peaks("cpp", "contrastive, nothing kept", (small, large))
     for batch in (small, large):
         assert contrastive_kept(batch) / 4 < peak[batch] < contrastive_kept(batch) + BUFFERS, peak
     # One logit matrix would be 16 MB and kept matches 184 MB at 2048.
     assert peak[large] - peak[small] < contrastive_kept(large) - contrastive_kept(small) + 8 * MIB, peak
     assert contrastive_kept(large) + BUFFERS < kept(large) / 2
+
+
+@measured_again
+def test_the_contrastive_loss_keeps_what_fits_its_limit() -> None:
+    small, large = 1024, 2304
+    assert logits_and_matches(large) <= token_contrastive_loss.KEPT_BYTES
+    peak = peaks("cpp", "contrastive", (small, large))
+    for batch in (small, large):
+        assert logits_and_matches(batch) < peak[batch], peak
+        assert peak[batch] < logits_and_matches(batch) + contrastive_kept(batch) + BUFFERS, peak
 
 
 @pytest.mark.parametrize("name", ["cpp", "chunked"])

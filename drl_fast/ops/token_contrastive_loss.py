@@ -6,13 +6,17 @@ It runs ``drl_fast::token_interaction`` and its backward in blocks of texts.
     loss  = 1/2B sum_a [ lse_b x_ab - x_aa ]  +  1/2B sum_b [ lse_a x_ab - x_bb ]
     dx_ab = 1/2B [ exp(x_ab - lse_b x_ab) + exp(x_ab - lse_a x_ab) - 2 (a = b) ]
 
-The forward pass keeps a running maximum and sum of exponentials for every row and column. The backward pass scores each
-block once more, now with its matches. A log-sum-exp stays in two parts, the maximum and the log of the sum: adding them
-would lose the digits that distinguish a well-trained positive's probability from 1.
+The forward pass keeps a running maximum and sum of exponentials for every row and column. A log-sum-exp stays in two
+parts, the maximum and the log of the sum: adding them would lose the digits that distinguish a well-trained positive's
+probability from 1.
 
-Memory in addition to the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), and in the backward pass
-the gradients in float32. Time: one forward pass more than a training step of ``token_interaction``, and about 15 passes
-over a block's logits.
+In one process, the forward pass of a training step scores all pairs at once and keeps their logits and matches if these
+fit ``KEPT_BYTES``; shapes alone decide. Otherwise, and over a group, the forward pass keeps none, and the backward pass
+scores each block once more, now with its matches. Both ways give the same bits.
+
+Memory in addition to the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), the logits and matches if
+they are kept, and in the backward pass the gradients in float32. Time: a training step of ``token_interaction`` and
+about 15 passes over the logits, plus one more forward pass if nothing is kept.
 
 Over a group every rank scores its own texts against the videos of all ranks (distributed/exchange.py). The sums of rows
 stay on the rank; the sums of columns and the gradients of videos return to the rank that owns the videos.
@@ -33,6 +37,8 @@ from .no_double_backward import differentiable_once
 
 # Size of one block's matches and logits.
 BLOCK_BYTES = 16 << 20
+# Most bytes of matches and logits to keep for the backward pass: enough for 2,364 pairs of 32 words and 12 frames.
+KEPT_BYTES = 256 << 20
 # Copies of a block of logits that exist at once: logits, exponentials, temporaries.
 COPIES = 4
 # The fewest words in a block. The operator packs all videos again for every block, which costs about as much as 32
@@ -61,12 +67,19 @@ def token_contrastive_loss(
 ) -> Tensor:
     """Compute the loss of checked arguments, differentiable once in features, weights and ``logit_scale``."""
     tensors = (text, video, text_weight, video_weight, logit_scale, text_mask, video_mask, owner)
-    loss, *_ = Loss.apply(*tensors, rule, exchange)
+    # Autograd does not tell a Function's forward which inputs need gradients.
+    train = torch.is_grad_enabled()
+    needs = tuple(train and isinstance(x, Tensor) and x.requires_grad for x in tensors[:5])
+    loss, *_ = Loss.apply(*tensors, rule, exchange, needs)
     return loss
 
 
 class Loss(torch.autograd.Function):
-    """Return the loss and, for the backward, log-sum-exps in two parts: (2, A) of own rows, (2, B) of all columns."""
+    """Return the loss and what the backward needs.
+
+    That is: log-sum-exps in two parts, (2, A) of own rows and (2, B) of all columns; then, if they are kept, logits and
+    matches of all pairs. ``needs``: which of the first five inputs need gradients.
+    """
 
     @staticmethod
     def forward(
@@ -80,16 +93,21 @@ class Loss(torch.autograd.Function):
         owner: Tensor | None,
         rule: Rule,
         exchange: Exchange,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, ...]:
         text = WeightedTokens(text_features, text_weight, text_mask, owner)
         video = WeightedTokens(video_features, video_weight, video_mask, owner)
+        matches = any(needs[:4])
+        keeps = exchange.group is None and any(needs) and bytes_of_scores(text, video, matches=matches) <= KEPT_BYTES
+        kept = score(text, video, rule, matches) if keeps else ()
         rows, positive = empty_sums(text.features), text.weight.new_empty(len(text.features))
         visit = exchange.start(video, merge_sums, [2 * count for count in exchange.rows])
         for source, videos in visit:
             columns = empty_sums(videos.features)
             for block in blocks(text, videos, matches=False):
                 part, own = cut(text, block), block.start if source == exchange.rank else None
-                x = scaled(score(part, videos, rule, False)[0], scale, part, videos, own)
+                logits = kept[0][block] if kept else score(part, videos, rule, False)[0]
+                x = scaled(logits, scale, part, videos, own)
                 if own is not None:
                     positive[block] = x.diagonal(own)
                 add_logits(rows[:, block], x, 1)
@@ -100,23 +118,23 @@ class Loss(torch.autograd.Function):
         columns = torch.stack((columns[0], columns[1].log()))
         # Subtract the positive from the maximum first: the difference is exact if the positive is the maximum.
         loss = (rows[0] - positive + rows[1]).sum() + (columns[0] - positive + columns[1]).sum()
-        return exchange.add(loss) / (2 * sum(exchange.rows)), rows, exchange.gather(columns.T).T
+        return exchange.add(loss) / (2 * sum(exchange.rows)), rows, exchange.gather(columns.T).T, *kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        *tensors, ctx.rule, ctx.exchange = inputs
-        _, rows, columns = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.rule, ctx.exchange, _ = inputs
+        _, *found = output
         # save_for_backward takes no numbers.
         ctx.scale = None if isinstance(tensors[4], Tensor) else tensors[4]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in tensors), rows, columns)
-        ctx.mark_non_differentiable(rows, columns)
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in tensors), *found)
+        ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 10
-        *tensors, rows, columns = ctx.saved_tensors
+            return (None,) * 11
+        tensors, (rows, columns, *kept) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         text, video, text_weight, video_weight, scale, text_mask, video_mask, owner = tensors
         with torch.no_grad():
             grads = gradients(
@@ -128,11 +146,12 @@ class Loss(torch.autograd.Function):
                 ctx.exchange,
                 rows,
                 columns,
+                kept,
                 ctx.needs_input_grad[:5],
             )
         what, instead = "the token contrastive loss", "drl_fast.reference.token_contrastive_loss"
         grads = differentiable_once(grads, (grad_loss, *tensors), what, instead)
-        return (*grads, None, None, None, None, None)
+        return (*grads, *(None,) * 6)
 
 
 def gradients(
@@ -144,10 +163,12 @@ def gradients(
     exchange: Exchange,
     rows: Tensor,
     columns: Tensor,
+    kept: list[Tensor],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Compute the gradients of text, video, their weights and the scale; None if not needed.
 
+    ``kept``: logits and matches of all pairs, or nothing.
     Over a group of W ranks, those of features and weights are W times the whole batch's, and that of the scale is W
     times the share of this rank's texts. Their mean over ranks is then the gradient of a single process.
     """
@@ -164,7 +185,7 @@ def gradients(
         video_sums = Sums(videos, of_video)
         for block in blocks(text, videos, matches=tokens):
             part, own = cut(text, block), block.start if source == exchange.rank else None
-            logits, *matches = score(part, videos, rule, tokens)
+            logits, *matches = [x[block] for x in kept] if kept else score(part, videos, rule, tokens)
             x = scaled(logits, scale, part, videos, own)
             g = softmax(x, rows[:, block].unsqueeze(2)).add_(softmax(x, columns_of[source].unsqueeze(1)))
             if own is not None:
@@ -244,13 +265,22 @@ def blocks(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> Ite
     """Cut texts into blocks of similar size whose matches and logits against all videos fit ``BLOCK_BYTES``."""
     count, length = text.features.shape[:2]
     others, frames = video.features.shape[:2]
-    a_pair = COPIES * text.weight.itemsize
-    if matches:
-        a_pair += sum(index_dtype(n).itemsize * m for n, m in ((frames, length), (length, frames)))
+    a_pair = COPIES * text.weight.itemsize + matches * match_bytes(length, frames)
     rows = max(1, BLOCK_BYTES // (a_pair * max(1, others)), LEAST_WORDS // length)
     pieces = -(-count // rows) if others else 0
     for piece in range(pieces):
         yield slice(piece * count // pieces, (piece + 1) * count // pieces)
+
+
+def match_bytes(words: int, frames: int) -> int:
+    """Return the bytes of one pair's matches."""
+    return words * index_dtype(frames).itemsize + frames * index_dtype(words).itemsize
+
+
+def bytes_of_scores(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> int:
+    """Return the bytes of the logits, and of the matches if wanted, of all pairs."""
+    (texts, words), (videos, frames) = text.weight.shape, video.weight.shape
+    return texts * videos * (text.weight.itemsize + matches * match_bytes(words, frames))
 
 
 def cut(side: WeightedTokens, rows: slice) -> WeightedTokens:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from drl_fast import info_nce, reference, token_contrastive_loss, token_interaction
 from drl_fast.ops import token_contrastive_loss as ops
@@ -39,6 +40,37 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "LEAST_WORDS", 5 * SHAPE[1])
 
 
+@pytest.fixture(params=[True, False], ids=["kept", "scored again"])
+def keeps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Say whether the forward pass keeps logits and matches for the backward pass."""
+    if not request.param:
+        monkeypatch.setattr(ops, "KEPT_BYTES", 0)
+    return request.param
+
+
+class Scored(NamedTuple):
+    """A call of the operator: its texts, whether it returns matches, and where its results are."""
+
+    rows: int
+    matches: bool
+    storages: list[StorageWeakRef]
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Scored]:
+    """Record the calls of the operator."""
+    calls = []
+    score = ops.score
+
+    def record(text: Any, video: Any, rule: Any, matches: bool) -> tuple[Tensor, ...]:
+        found = score(text, video, rule, matches)
+        calls.append(Scored(len(text.features), matches, [StorageWeakRef(x.untyped_storage()) for x in found]))
+        return found
+
+    monkeypatch.setattr(ops, "score", record)
+    return calls
+
+
 def owners(problem: Problem) -> Tensor:
     return torch.arange(len(problem.text), device=problem.text.device) * 7 % 5
 
@@ -65,6 +97,7 @@ def of_all_logits(interaction: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
+@pytest.mark.usefixtures("keeps")
 @pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_against_the_reference(impl: Implementation, case: str, owned: bool) -> None:
@@ -82,6 +115,7 @@ def test_against_the_reference(impl: Implementation, case: str, owned: bool) -> 
         )
 
 
+@pytest.mark.usefixtures("keeps")
 @pytest.mark.parametrize("case", HALF)
 def test_half_precision(impl: Implementation, case: str) -> None:
     problem = make(SHAPE, **HALF[case])
@@ -95,6 +129,7 @@ def test_half_precision(impl: Implementation, case: str) -> None:
         assert_close(name, grad, rival_grads[name], want[name], ATOL[problem.text.dtype], 0.0)
 
 
+@pytest.mark.usefixtures("keeps")
 def test_blocks_change_only_rounding(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(SHAPE, weights=torch.float32, masks=("holes", "prefix")).map(lambda x: x.to(impl.device))
     loss, grads = step(token_contrastive_loss, problem)
@@ -106,6 +141,56 @@ def test_blocks_change_only_rounding(impl: Implementation, monkeypatch: pytest.M
     torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, want[name], rtol=1e-4, atol=1e-6 * float(want[name].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_what_is_kept_changes_no_bit(impl: Implementation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(SHAPE, dtype=dtype, weights=torch.float32, masks=("empty", "holes"))
+    problem = problem.map(lambda x: x.to(impl.device))
+    loss, grads = step(token_contrastive_loss, problem, owner=owners(problem))
+    monkeypatch.setattr(ops, "KEPT_BYTES", 0)
+    again, same = step(token_contrastive_loss, problem, owner=owners(problem))
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+
+
+def test_shapes_decide_what_is_kept(scored: list[Scored], monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(SHAPE)
+    rows, words, _, frames = SHAPE
+    # float32 logits and one byte of matches per token
+    bytes_of_all = rows * rows * (4 + words + frames)
+    monkeypatch.setattr(ops, "KEPT_BYTES", bytes_of_all)
+    step(token_contrastive_loss, problem)
+    assert [(x.rows, x.matches) for x in scored] == [(rows, True)]
+    scored.clear()
+    monkeypatch.setattr(ops, "KEPT_BYTES", bytes_of_all - 1)
+    step(token_contrastive_loss, problem)
+    assert sum(x.rows for x in scored if not x.matches) == sum(x.rows for x in scored if x.matches) == rows
+    assert max(x.rows for x in scored) < rows
+
+
+def test_what_is_kept_is_freed_with_the_graph(scored: list[Scored]) -> None:
+    problem = make(SHAPE)
+    text = problem.text.clone().requires_grad_()
+    loss = token_contrastive_loss(text, problem.video, logit_scale=SCALE)
+    (one,) = scored
+    assert not any(x.expired() for x in one.storages)
+    loss.backward()
+    assert all(x.expired() for x in one.storages)
+
+
+def test_nothing_is_kept_without_gradients(scored: list[Scored]) -> None:
+    problem = make(SHAPE)
+    losses = [token_contrastive_loss(*problem.args(), logit_scale=SCALE)]
+    problem.text.requires_grad_()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            losses.append(token_contrastive_loss(*problem.args(), logit_scale=SCALE))
+    assert not any(x.requires_grad for x in losses)
+    assert sum(x.rows for x in scored) == 3 * SHAPE[0]
+    assert max(x.rows for x in scored) < SHAPE[0]
+    assert not any(x.matches for x in scored)
+    assert all(storage.expired() for x in scored for storage in x.storages)
 
 
 def test_blocks_are_even_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +250,7 @@ def test_one_pair_scores_zero(impl: Implementation) -> None:
     assert all(bool((grad == 0).all()) for grad in grads.values())
 
 
+@pytest.mark.usefixtures("keeps")
 def test_gradcheck() -> None:
     problem = make((6, 3, 6, 2), 4, torch.float64, masks=("holes", "prefix"), weights=torch.float64)
     leaves = [getattr(problem, name).requires_grad_() for name in LEAVES]
@@ -177,22 +263,24 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("wanted", [*LEAVES, "logit_scale"])
-def test_only_needed_gradients_are_computed(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_needed_gradients_are_computed(
+    wanted: str, keeps: bool, scored: list[Scored], monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = make(SHAPE, weights=torch.float32)
     _, want = step(token_contrastive_loss, problem)
-    asked, kept = [], []
-    differentiate, score = ops.differentiate, ops.score
+    scored.clear()
+    asked = []
+    differentiate = ops.differentiate
     monkeypatch.setattr(ops, "differentiate", lambda *x: asked.append(x[-1]) or differentiate(*x))
-    monkeypatch.setattr(ops, "score", lambda *x: kept.append(x[-1]) or score(*x))
     leaves = {**{name: getattr(problem, name) for name in LEAVES}, "logit_scale": torch.tensor(SCALE)}
     leaves[wanted] = leaves[wanted].clone().requires_grad_()
     loss = token_contrastive_loss(**leaves)
-    assert not any(kept)
+    assert any(x.matches for x in scored) is (keeps and wanted != "logit_scale")
     (grad,) = torch.autograd.grad(loss, leaves[wanted])
     assert torch.equal(grad, want[wanted])
     if wanted == "logit_scale":
         assert not asked
-        assert not any(kept)
+        assert not any(x.matches for x in scored)
     else:
         assert {needs.index(True) for needs in asked} == {LEAVES.index(wanted)}
         assert {sum(needs) for needs in asked} == {1}
@@ -219,6 +307,7 @@ def test_a_scale_of_another_dtype_and_shape() -> None:
         assert scale.grad.item() == pytest.approx(want["logit_scale"].item(), rel=1e-2)
 
 
+@pytest.mark.usefixtures("keeps")
 def test_real_nan_is_kept_and_masked_nan_is_ignored(impl: Implementation) -> None:
     problem = make(SHAPE, masks=("prefix", "prefix"), weights=torch.float32).map(lambda x: x.to(impl.device))
     problem.text_mask[3, -1] = problem.video_mask[20, -1] = False
@@ -260,6 +349,7 @@ def test_autocast_casts_features() -> None:
     assert grads["text"].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("keeps")
 @pytest.mark.parametrize("case", ["uniform", "holes"])
 def test_compiles(case: str) -> None:
     torch._dynamo.reset()
@@ -274,6 +364,7 @@ def test_compiles(case: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("keeps")
 def test_functional_gradient() -> None:
     problem = make(SHAPE)
     _, want = step(token_contrastive_loss, problem)
@@ -281,6 +372,7 @@ def test_functional_gradient() -> None:
     torch.testing.assert_close(grad, want["text"])
 
 
+@pytest.mark.usefixtures("keeps")
 def test_no_second_derivative_and_no_forward_mode() -> None:
     problem = make((3, 2, 3, 2), 4)
     text = problem.text.clone().requires_grad_()

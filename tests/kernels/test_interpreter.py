@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/ops/test_token_interaction"
 CDCR = "tests/ops/test_cdcr.py"
+CONTRASTIVE = "tests/functional/test_token_contrastive_loss.py"
 ROW = "interpreter"
 # File, test, and the parameters after the row's name.
 SUITE: list[tuple[str, str, list[str]]] = [
@@ -109,6 +110,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
     ("tests/kernels/test_recompute.py", "test_small_gradients_in_one_block_and_large_ones_in_another", ["blocks"]),
     ("tests/kernels/test_recompute.py", "test_the_graph_keeps_matches_only_within_the_budget", ["True"]),
+    (CONTRASTIVE, "test_against_the_reference", ["kept-holes-True", "scored again-empty rows, exclude-False"]),
     (
         CDCR,
         "test_shapes",

@@ -101,6 +101,22 @@ def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: obje
         torch.ops.drl_fast.token_interaction_backward(*arguments)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_the_gradient_of_a_weight_needs_only_its_own_matches(side: int) -> None:
+    """A token's gradient also needs the tokens that chose it; these matches are checked where they are read."""
+    _, *matches = torch.ops.drl_fast.token_interaction(*FORWARD.values())
+    matches[1 - side].fill_(9)  # beyond every row
+
+    def backward(gradient: int) -> tuple[torch.Tensor, ...]:
+        wanted = [i == gradient for i in range(4)]
+        arguments = [torch.ones(4, 2), *list(FORWARD.values())[:6], *matches, True, True, wanted]
+        return torch.ops.drl_fast.token_interaction_backward(*arguments)
+
+    backward(2 + side)
+    with pytest.raises(RuntimeError, match="a match names a token that is masked or beyond its row"):
+        backward(side)
+
+
 def test_token_interaction_without_channels() -> None:
     """With D = 0 every similarity is 0. The kernels once read uninitialized scores and divided by zero."""
     inputs = {**FORWARD, "text": torch.zeros(4, 3, 0), "video": torch.zeros(2, 5, 0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -128,6 +129,27 @@ def test_two_runs(impl: Implementation, shape: tuple[int, ...], dtype: torch.dty
     assert torch.equal(bits(first.logits), bits(second.logits))
     for name, grad in first.grads.items():
         assert torch.equal(bits(grad), bits(second.grads[name])), name
+
+
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_choice_of_gradients(
+    impl: Implementation, shape: tuple[int, ...], dtype: torch.dtype, masks: tuple[str, str]
+) -> None:
+    p = problem_of(shape, dtype, masks).map(lambda x: x.to(impl.device))
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = (p.text, p.video, p.text_weight.to(wide), p.video_weight.to(wide), p.text_mask, p.video_mask)
+    logits, *matches = torch.ops.drl_fast.token_interaction(*tensors, True, True, True)
+    probe = torch.randn_like(logits)
+
+    def gradients(wanted: list[bool]) -> tuple[Tensor, ...]:
+        return torch.ops.drl_fast.token_interaction_backward(probe, *tensors, *matches, True, True, wanted)
+
+    whole = gradients([True] * 4)
+    for wanted in product([False, True], repeat=4):
+        for found, want, needed in zip(gradients(list(wanted)), whole, wanted, strict=True):
+            assert torch.equal(bits(found), bits(want)) if needed else found.numel() == 0, wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
