@@ -245,6 +245,60 @@ def _parts_memory(laps: list[Result]) -> dict[str, float]:
     return {**found, "peak of the whole step": max(lap["peak_mb"] for lap in laps if lap["phase"] != "dense")}
 
 
+# --- training on features -------------------------------------------------------------------------------------------
+def features_time(result: Result) -> Table:
+    """Show a step on stored tokens by part, and an epoch of MSR-VTT's size: steps counted, not run."""
+    rows = []
+    for row in result["time"]:
+        ms = row["ms"]
+        module = row["temporal"] or "none"
+        parts = (milliseconds(ms[part]) for part in ("load", "temporal", "ours", "dense", "optimizer", "step"))
+        relative = {key: 1 / value for key, value in row["dense_over_ours"].items() if key != "rounds"}
+        epochs = (f"{row[key] / 60:.1f} min" for key in ("epoch_seconds", "epoch_seconds_dense"))
+        rows.append([f"{row['batch']}, {row['precision']}, {module}", *parts, f"{relative['median']:.2f}", *epochs])
+    parts = ["load", "temporal module", "loss", "loss, eager", "Adam", "step", "step relative to eager"]
+    heads = ["batch, precision, temporal module", *parts, "epoch", "epoch, eager"]
+    return Table("A training step on features", heads, rows)
+
+
+def features_memory(result: Result) -> Table:
+    """Show the peak of a step beyond the head and Adam's state."""
+    cells: dict[int, dict[str, str]] = {}
+    for row in result["memory"]:
+        name = "eager" if row["form"] == "dense" else f"chunk={row['chunk']}" if row["chunk"] else "drl-fast"
+        cells.setdefault(row["batch"], {})[name] = megabytes(row)
+    names = ("drl-fast", "eager", "chunk=256")
+    rows = [[str(batch), *(found.get(name, NOTHING) for name in names)] for batch, found in cells.items()]
+    precision = result["memory"][0]["precision"]
+    return Table(f"Peak memory of a training step on features, {precision}, seqTransf", ["batch", *names], rows)
+
+
+def features_ratios(result: Result) -> Table:
+    """Show what each means of saving time is worth, as time relative to its absence."""
+    (shared,), (kept,), (weights,), (pair,) = (result[name] for name in ("shared", "kept", "backward", "pair"))
+    towers = pair["results"]["end_to_end"]["ratio"]["median"]
+    texts = {
+        f"4 captions a video, batch {shared['batch']}, against random captions": shared["results"]["four"],
+        f"contrastive loss with logits and matches kept, {shape_of(kept)}, against scoring twice": kept["results"][
+            "kept"
+        ],
+        f"backward of the weights alone, {shape_of(weights)}, against all gradients": weights["results"]["weights"],
+    }
+    rows = [[name, quartiles(found["ratio"])] for name, found in texts.items()]
+    rows.append(
+        [f"a pair on features (fp32, seqTransf) against one end to end with {pair['clip']}", f"{1 / towers:.4f}"]
+    )
+    return Table("Time relative to doing without", ["", "relative time"], rows)
+
+
+def features_rounding(result: Result) -> Table:
+    rows = [
+        [row["dtype"], f"{row['similarity_moved']:.1e}", f"{row['other_answers']} of {row['texts']}"]
+        for row in result["rounding"]
+    ]
+    return Table("What rounding stored tokens changes", ["stored as", "largest change", "other top answers"], rows)
+
+
 # --- the model of many GPUs -------------------------------------------------------------------------------------------
 def scaling(result: Result) -> Table:
     rows = []
@@ -349,12 +403,14 @@ def static(result: list[Result]) -> Table:
 
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
 _MORE = (model_memory, scaling, scaling_check, ablation, demo, static)
-TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE)}
+_FEATURES = (features_time, features_memory, features_ratios, features_rounding)
+TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_FEATURES)}
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),
     "contrastive": (contrastive, memory, budget),
     "cdcr": (cdcr, memory),
+    "features": _FEATURES,
     "model": (model_time, model_memory, memory, budget),
     "scaling": (scaling,),
     "scaling_check": (scaling_check,),

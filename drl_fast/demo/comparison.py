@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +56,8 @@ class Row:
     """One per step."""
     sim: Tensor
     """(B, B) similarities of the held-out captions and clips."""
+    seconds: float = 0.0
+    """Of the training."""
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -96,7 +99,7 @@ def tokenizer() -> open_clip.SimpleTokenizer:
 
 def compare(
     training: Pairs, test: Split, decoded: Sequence[Tensor], steps: int, seed: int, bars: Progress
-) -> tuple[list[Row], DRL]:
+) -> tuple[list[Row], dict[str, DRL]]:
     """Train and score a model for each of ``ROWS``: the same towers at first, the same batches, no row tuned.
 
     The towers train first, by DP as CLIP does: XTI and MLP learn nothing in so few steps when towers and network are
@@ -106,23 +109,26 @@ def compare(
         decoded: the real frames of each of ``test``'s clips.
 
     Returns:
-        the rows, and the last one's model.
+        the rows, and their models by name.
     """
-    towers, rows = None, []
+    towers, rows, models = None, [], {}
     for name, options in {"towers": ROWS["DP"], **ROWS}.items():
         model, _ = small_model(SIZE, CONTEXT, seed, towers, **options)
         config = RunConfig("folder", pretrained=None, temporal=None, seed=seed, **RECIPE, **options)
         task = bars.add_task(name, total=steps, note="")
         losses: list[float] = []
+        start = time.perf_counter()
         for loss in train(model, training, config, steps, together=ARRANGEMENTS):
             losses.append(loss)
             bars.update(task, completed=len(losses), note=f"loss {loss:.2f}")
         if towers is None:
             towers = model.clip
             continue
+        seconds = time.perf_counter() - start
         found = evaluate(model, test, tokenizer(), SAMPLING, max_words=CONTEXT, decoded=decoded)
-        rows.append(Row(name, losses, found.sim))
-    return rows, model
+        rows.append(Row(name, losses, found.sim, seconds))
+        models[name] = model
+    return rows, models
 
 
 def draw(rows: list[Row], batch: int, folder: Path) -> list[Path]:

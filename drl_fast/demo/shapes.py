@@ -28,6 +28,7 @@ from ..filmstrip import plot_matches
 from ..metrics import ranks
 from ..model.drl import DRL
 from ..model.small import LAYERS
+from . import frozen
 from .choices import choose, tables
 from .comparison import CDCR, RECIPE, ROWS, SAMPLING, Row, as_json, compare, draw, findings, table, tokenizer
 
@@ -79,17 +80,34 @@ def run_shapes(
     pairs = Pairs(train_frames, train_mask, tokenizer()(list(train.captions)))
     decoded = [frames[real] for frames, real in zip(test_frames, test_mask, strict=True)]
     with progress(console) as bars:
-        rows, model = compare(pairs, test, decoded, steps, seed, bars)
+        rows, models = compare(pairs, test, decoded, steps, seed, bars)
     console.print(table(rows))
     console.print(INTERVALS)
     console.print("\n".join(findings(rows)), "\n", highlight=False)
+    held = Pairs(test_frames, test_mask, tokenizer()(list(test.captions)))
+    with progress(console) as bars:
+        on_tokens = frozen.train_frozen(models["DP"], pairs, held, steps, seed, bars)
+    console.print(frozen.table(on_tokens, rows))
+    console.print(
+        f"The trained DP row's towers encoded all clips once, in {on_tokens.encoding:.1f} s. On their tokens a "
+        f"temporal module ({frozen.TEMPORAL}) and the interaction train by the same recipe, for {steps} steps.",
+        highlight=False,
+    )
+    console.print("\n".join(frozen.findings(on_tokens)), "\n", highlight=False)
     for path in draw(rows, batch, out):
         print_line(console, f"plot: {path}")
-    _show_choices(model, made[clips], decoded[0], rows[-1], console, out / MATCHES)
+    _show_choices(models[CDCR], made[clips], decoded[0], rows[-1], console, out / MATCHES)
     seconds = time.perf_counter() - start
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     options = {"clips": clips, "steps": steps, "seed": seed}
-    numbers = {**options, **machine, "torch": torch.__version__, "seconds": round(seconds, 1), **as_json(rows)}
+    numbers = {
+        **options,
+        **machine,
+        "torch": torch.__version__,
+        "seconds": round(seconds, 1),
+        **as_json(rows),
+        "frozen": on_tokens.as_json(),
+    }
     write_atomically(out / NUMBERS, lambda name: Path(name).write_text(json.dumps(numbers, indent=1) + "\n"))
     print_line(console, f"numbers: {out / NUMBERS}")
     print_line(console, f"The demo took {seconds:.0f} s.")

@@ -1,4 +1,4 @@
-"""Training on decoded clips in memory: a source of batches beside files; schedule, optimizer and step are the same."""
+"""Training on clips or tokens in memory: a source of batches beside files; schedule, optimizer and step are shared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.drl import DRL
+from ..model.head import Head
 from . import schedule
 from .config import RunConfig
 from .step import take_step
@@ -18,20 +18,22 @@ from .step import take_step
 class Pairs:
     """Videos and their captions, row by row."""
 
-    frames: Tensor
-    """(N, Nv, 3, H, W) uint8"""
+    video: Tensor
+    """Frames (N, Nv, 3, H, W) uint8, or tokens (N, Nv, D)"""
     mask: Tensor
-    """(N, Nv) bool"""
-    ids: Tensor
-    """(N, Nt) token ids"""
+    """(N, Nv) bool, of the video"""
+    text: Tensor
+    """Token ids (N, Nt), or tokens (N, Nt, D)"""
+    text_mask: Tensor | None = None
+    """(N, Nt) bool, of tokens"""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.text)
 
     def batches(
         self, steps: int, batch: int, *, frames: int, together: int = 1, seed: int = 0
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield a batch a step, as of :meth:`DRL.forward`; the same seed gives the same batches.
+        """Yield a batch a step, as of the model's ``forward``; the same seed gives the same batches.
 
         Args:
             batch: pairs a step, at most all; none comes twice, which would make a caption its own negative.
@@ -56,8 +58,11 @@ class Pairs:
                 order = torch.randperm(len(self) // together, generator=generator)
             rows = (order[:heads, None] * together + torch.arange(together)).flatten()
             order = order[heads:]
-            video, mask = some_frames(self.frames[rows], self.mask[rows], frames, generator)
-            yield {"text_ids": self.ids[rows], "video": video, "video_mask": mask}
+            video, mask = some_frames(self.video[rows], self.mask[rows], frames, generator)
+            texts = {"text_ids": self.text[rows]}
+            if self.text_mask is not None:
+                texts = {"text": self.text[rows], "text_mask": self.text_mask[rows]}
+            yield {**texts, "video": video, "video_mask": mask}
 
 
 def some_frames(frames: Tensor, mask: Tensor, limit: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -69,7 +74,7 @@ def some_frames(frames: Tensor, mask: Tensor, limit: int, generator: torch.Gener
 
 
 def train(
-    model: DRL, pairs: Pairs, config: RunConfig, steps: int, *, frames: int = 4, together: int = 1
+    model: Head, pairs: Pairs, config: RunConfig, steps: int, *, frames: int = 4, together: int = 1
 ) -> Iterator[float]:
     """Train in place, yielding every step's loss; equal arguments give equal weights on one machine.
 

@@ -112,7 +112,7 @@ def test_one_recipe_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     names = tuple(f"clip{i}.mp4" for i in range(8))
     test = Split("folder", "test", tuple(captions[8:]), tuple(range(8)), tuple(map(Path, names)), names)
     with progress(Console(quiet=True)) as bars:
-        done, last = compare(training, test, list(frames[8:]), 1, 5, bars)
+        done, by_name = compare(training, test, list(frames[8:]), 1, 5, bars)
     assert [one.name for one in done] == ["DP", "HI", "MLP", "XTI", "TI", "WTI", "WTI + CDCR"]
     towers, models = seen[0][0], seen[1:]
     assert towers.config.interaction == "dp"
@@ -126,7 +126,8 @@ def test_one_recipe_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert steps == 1
         assert (by.seed, {name: getattr(by, name) for name in RECIPE}) == (5, RECIPE)
     assert all(one.sim.shape == (8, 8) for one in done)
-    assert last is seen[-1][0]
+    assert list(by_name) == [one.name for one in done]
+    assert by_name["WTI + CDCR"] is seen[-1][0]
 
 
 def test_every_row_is_drawn(tmp_path: Path) -> None:

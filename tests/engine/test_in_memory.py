@@ -128,7 +128,7 @@ def test_no_weight_decay_on_biases_and_norms(tiny_clip: str) -> None:
 
 def repaint(pairs: Pairs) -> Pairs:
     """Change the pictures of masked frames."""
-    return Pairs(torch.where(pairs.mask[:, :, None, None, None], pairs.frames, 0), pairs.mask, pairs.ids)
+    return Pairs(torch.where(pairs.mask[:, :, None, None, None], pairs.video, 0), pairs.mask, pairs.text)
 
 
 def run(

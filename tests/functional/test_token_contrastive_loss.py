@@ -97,10 +97,9 @@ def of_all_logits(interaction: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-@pytest.mark.usefixtures("keeps")
 @pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_against_the_reference(impl: Implementation, case: str, owned: bool) -> None:
+def test_against_the_reference(impl: Implementation, keeps: bool, case: str, owned: bool) -> None:
     problem = make(SHAPE, **CASES[case]).map(lambda x: x.to(impl.device))
     owner = owners(problem) if owned else None
     loss, grads = step(token_contrastive_loss, problem, owner=owner)
