@@ -432,13 +432,15 @@ class _Shards:
         for item in items[~self.checked[items]]:
             self._check(item)
         real = np.arange(self.length) < self.count[items, None]
-        found = np.zeros((len(items), self.length, self.side.width), STORED[self.dtype])
+        found = torch.zeros(len(items), self.length, self.side.width)
         for number, tokens in enumerate(self.maps):
             here = np.flatnonzero(self.shard[items] == number)
             rows, places = np.nonzero(real[here])
-            found[here[rows], places] = tokens[self.start[items[here[rows]]] + places]
-        bits = torch.from_numpy(found)
-        return (bits.view(torch.bfloat16) if self.dtype == "bf16" else bits).float(), torch.from_numpy(real)
+            # Only real tokens are converted: most of a batch of captions is padding.
+            bits = torch.from_numpy(tokens[self.start[items[here[rows]]] + places])
+            values = bits.view(torch.bfloat16) if self.dtype == "bf16" else bits
+            found[torch.from_numpy(here[rows]), torch.from_numpy(places)] = values.float()
+        return found, torch.from_numpy(real)
 
     def _check(self, item: int) -> None:
         """Compare an item with its checksum, at its first reading."""

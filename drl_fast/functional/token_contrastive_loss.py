@@ -38,10 +38,11 @@ def token_contrastive_loss(
     Up to a batch of about 1,000 use ``info_nce(wti(...))``: it is faster. Beyond that, this trades about 1.4x time for
     memory that grows linearly with B.
 
-    It scores blocks of texts against all videos, once in the forward pass and once more in the backward pass. Memory
-    beyond the inputs and their gradients is one block (about 16 MB), six numbers per training example, and on the CPU
-    copies of masks, ids and weights that need no gradient. The loss is differentiable once in features, weights and
-    ``logit_scale``; a second derivative or forward-mode AD raises.
+    In one process, logits and matches of all pairs are kept for the backward pass if they fit 256 MB; the shapes alone
+    decide. That is enough for 2,364 pairs of 32 words and 12 frames. Otherwise blocks of texts are scored against all
+    videos twice, once in each pass, and memory beyond the inputs and their gradients is one block (about 16 MB), six
+    numbers per training example, and on the CPU copies of masks, ids and weights that need no gradient. The loss is
+    differentiable once in features, weights and ``logit_scale``; a second derivative or forward-mode AD raises.
 
     With ``process_group`` each of W ranks passes its own pairs, and all get the loss of the whole batch, with the same
     bits. The number of pairs, Nt and Nv may differ between ranks, and a rank may have no pair; options and D must be

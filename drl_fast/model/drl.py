@@ -292,6 +292,11 @@ class DRL(Head):
         """
         path = Path(source)
         state, theirs = read_source(path)
+        if theirs.get("sizes") is not None:
+            raise ValueError(
+                f"{path} must hold a DRL, got a Head without a CLIP; join them first: DRL.from_head({str(path)!r}, "
+                "towers).save_pretrained(folder)"
+            )
         ours = self.describe_config()
         differences = architecture_differences(ours, theirs, "quick_gelu", "mean", "std")
         if theirs["clip"] is None:

@@ -353,7 +353,8 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state, inferred = upstream.read(path)
         return state, {"clip": None, "quick_gelu": True, **inferred}
     state, saved = pretrained.read_folder(path)
-    return state, {"clip": saved.clip, "quick_gelu": saved.quick_gelu, **saved.statistics, **saved.options}
+    described = {"clip": saved.clip, "quick_gelu": saved.quick_gelu, "sizes": saved.sizes}
+    return state, {**described, **saved.statistics, **saved.options}
 
 
 def architecture_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *more: str) -> list[str]:

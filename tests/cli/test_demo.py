@@ -72,6 +72,9 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         "Highest R@1, text to video:",
         "WTI against DP:",
         "WTI + CDCR against WTI:",
+        "On frozen towers: R@1, text to video, mean of 3 seeds",
+        "On frozen towers WTI against DP:",
+        "this does not compare the two ways to train",
         "The first held-out clip,",
         "Which frame each word chose",
         "(start)",
@@ -97,6 +100,8 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
     for row in numbers["rows"]:
         assert re.search(rf"^ *{re.escape(row['name'])} +{row['metrics']['t2v']['R1']:.1f} ", table, re.MULTILINE)
     assert all(sentence in result.flat for sentence in numbers["findings"])
+    assert list(numbers["frozen"]["R1"]) == ["DP", "TI", "WTI"]
+    assert all(len(values) == 3 for key in ("R1", "seconds") for values in numbers["frozen"][key].values())
     for name in ("loss.png", "matches.png", "recall.png"):
         assert f"plot: {tmp_path / 'out' / name}" in result.stdout
         with Image.open(tmp_path / "out" / name) as picture:

@@ -161,6 +161,8 @@ def test_a_head_becomes_a_drl(folder: Path, features: Path, tmp_path: Path) -> N
         DRL.from_head(head, towers)
     with pytest.raises(ValueError, match=r"must hold a DRL, got a Head without a CLIP; .* DRL.from_head"):
         DRL.from_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"must hold a DRL, got a Head without a CLIP; join them first: DRL.from_head"):
+        model.load_weights(tmp_path / "run")
     with pytest.raises(
         ValueError, match=r"must hold a Head, got a DRL with its CLIP; read it with DRL.from_pretrained"
     ):
