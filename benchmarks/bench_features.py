@@ -230,7 +230,9 @@ def memory_of_step(
     folder = Path(features)
     small = Steps(folder, configured(folder, 8, precision, "seqTransf"), device)
     steps = Steps(folder, configured(folder, batch, precision, "seqTransf", chunk=chunk), device)
-    steps.optimizer.step()  # Adam's state exists before
+    for p in steps.head.parameters():  # Adam's state exists before
+        p.grad = torch.zeros_like(p)
+    steps.optimizer.step()
 
     def dense() -> None:
         losses, steps.head.losses = steps.head.losses, _dense_losses(steps.head)  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_fold
 
 if TYPE_CHECKING:
     from ..data.feature_store import Contents
+    from ..data.loading import Unreadable
     from ..data.token_files import TokenFiles
     from ..engine.config import RunConfig
     from ..engine.encode import Encode
@@ -239,7 +240,11 @@ class _Encoding:
                 tasks[name] = bars.add_task(STAGES[name], total=total, note="")
             bars.update(tasks[name], completed=done)
 
-        stderr = Console(stderr=True)
+        def unreadable(video: Unreadable) -> None:
+            if self.strict:
+                raise ValueError(f"{video.name} cannot be read, and --strict wants all of them: {video.reason}")
+            print_unreadable(Console(stderr=True), video)
+
         with bars:
             write_store(
                 out,
@@ -249,7 +254,7 @@ class _Encoding:
                 encoders,
                 self.here,
                 on_progress=show,
-                on_unreadable=lambda video: print_unreadable(stderr, video),
+                on_unreadable=unreadable,
             )
         if not self.here.first:
             return

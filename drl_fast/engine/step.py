@@ -152,21 +152,18 @@ def add_gradients(
 
     with torch.no_grad():
         text, video, text_mask, video_mask = (torch.cat(x) for x in zip(*map(encode, range(chunks)), strict=True))
-    leaves = text.requires_grad_(), video.requires_grad_()
+    leaves = text.requires_grad_(model.trains("text")), video.requires_grad_(model.trains("video"))
     reseed(-1)
     with context():
         losses = model.losses(*leaves, text_mask, video_mask, batch.get("owner"), group, video_of=batch.get("video_of"))
     losses["total"].backward()
-    gradients = [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
-    text_name = "text_ids" if "text_ids" in batch else "text"
+    names = ["text_ids" if "text_ids" in batch else "text", "video"]
     for part in range(chunks):
         if part == chunks - 1:
             before_last()
-        encoded = encode(part)
-        # A frozen tower's tokens need no gradient.
         sides = [
-            (tokens, gradient[part_of(name, part)])
-            for tokens, gradient, name in zip(encoded[:2], gradients, (text_name, "video"), strict=True)
+            (tokens, leaf.new_zeros(tokens.shape) if leaf.grad is None else leaf.grad[part_of(name, part)])
+            for tokens, leaf, name in zip(encode(part)[:2], leaves, names, strict=True)
             if tokens.requires_grad
         ]
         if sides:

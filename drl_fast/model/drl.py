@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -446,6 +446,12 @@ class DRL(Head):
         if not isinstance(mask, Tensor) or mask.shape != frames.shape[:2]:
             raise ValueError(f"mask must be (B, Nv) = {tuple(frames.shape[:2])} to match frames, got {describe(mask)}")
         return mask != 0
+
+    def _before_interaction(self, side: str) -> Iterator[nn.Parameter]:
+        yield from super()._before_interaction(side)
+        for name, p in self.clip.named_parameters():
+            if name != "logit_scale" and name.startswith("visual.") == (side == "video"):
+                yield p
 
     def encode(self, batch: Mapping[str, Tensor]) -> Encoded:
         """Encode the captions and the videos of a batch; their numbers may differ.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -235,6 +235,15 @@ class Head(nn.Module):
         """
         video, real = _project("video", tokens, mask, self.sizes.video_dim, self.video_projection)
         return (video if self.temporal is None else zero_masked(self.temporal(video, real), real)), real
+
+    def trains(self, side: str) -> bool:
+        """Return whether the tokens of a side, ``"text"`` or ``"video"``, depend on a parameter that trains."""
+        return any(p.requires_grad for p in self._before_interaction(side))
+
+    def _before_interaction(self, side: str) -> Iterator[nn.Parameter]:
+        modules = (self.text_projection,) if side == "text" else (self.video_projection, self.temporal)
+        for module in modules:
+            yield from () if module is None else module.parameters()
 
     @overload
     def similarity(

@@ -49,6 +49,8 @@ def test_from_videos_to_scores(command: Command, videos: Path, tmp_path: Path) -
     assert "unreadable, left out: clip3.mp4" in result.stderr
     assert "CLIP's weights are random, and the features mean nothing" in result.flat
     assert "train on them with drl-fast train --config wti --features" in result.flat
+    result = encode(command, videos, tmp_path / "strict", "--strict")
+    assert "videos must hold all the videos that folder's train part lists" in result.stderr
     run = tmp_path / "run"
     recipe = ("--set", "epochs=2", "--set", "batch=4", "--set", "captions_per_video=2", "--set", "precision=fp32")
     result = command("train", "--config", "wti_cdcr", "--features", tmp_path / "f", "--out", run, *recipe)
@@ -173,6 +175,14 @@ def test_a_stopped_encoding_continues(
         assert path.read_bytes() == (tmp_path / "f" / path.name).read_bytes(), path.name
     result = encode(command, videos, tmp_path / "f")
     assert "which holds finished features; name another" in result.stderr
+
+
+def test_strict_rejects_unreadable_videos(command: Command, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "videos", 2)
+    (folder / "clip1.mp4").write_bytes(b"no video")
+    result = encode(command, folder, tmp_path / "f", "--strict")
+    assert result.exit_code == 1
+    assert "clip1.mp4 cannot be read, and --strict wants all of them: " in result.stderr
 
 
 @pytest.mark.parametrize(

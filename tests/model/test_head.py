@@ -149,3 +149,17 @@ def test_bad_batches(change: Any, error: type[Exception], words: str) -> None:
     change(batch)
     with pytest.raises(error, match=words):
         head_of(ROWS["ti"], cdcr=0)(batch)
+
+
+def test_which_side_trains(tiny_clip: str) -> None:
+    assert [Head(64, temporal=None).trains(side) for side in ("text", "video")] == [False, False]
+    assert [Head(64).trains(side) for side in ("text", "video")] == [False, True]
+    assert [Head(32, 64, temporal=None).trains(side) for side in ("text", "video")] == [False, True]
+    assert [Head(32, 64, 64, temporal=None).trains(side) for side in ("text", "video")] == [True, False]
+    model = drl_fast.DRL(tiny_clip, temporal=None)
+    assert [model.trains(side) for side in ("text", "video")] == [True, True]
+    model.clip.requires_grad_(False)
+    model.clip.logit_scale.requires_grad_(True)
+    assert [model.trains(side) for side in ("text", "video")] == [False, False]
+    model.clip.visual.requires_grad_(True)
+    assert [model.trains(side) for side in ("text", "video")] == [False, True]
