@@ -1,4 +1,4 @@
-"""Options that train and eval share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 

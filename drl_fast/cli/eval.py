@@ -132,6 +132,8 @@ def evaluate(
             part, model = stored.split, load_head(checkpoint, found_settings, store).to(here.device)
             _introduce(console, checkpoint, model, part, precision, here)
             print_features(console, store)
+            if store.about.inputs is not None:
+                _print_other_inputs(console, checkpoint, model, store.about.inputs)
             warning = untrained(settings) if checkpoint is None else None
             score: Callable[[], Evaluation] = partial(engine.evaluate_features, model, store, stored, **options)
         else:
@@ -242,9 +244,15 @@ def _introduce(
 def _print_inputs(console: Console, checkpoint: Path | None, model: Head, sampling: Sampling, words: int) -> None:
     """Print how frames are sampled, and how the model was trained if that differs."""
     print_line(console, f"frames: {sampling.rate:g} per second, at most {sampling.max_frames} per video")
-    trained = None if model.inputs is None else dataclasses.asdict(model.inputs)
     used = {"max_words": words, "rate": sampling.rate, "max_frames": sampling.max_frames}
-    if trained is not None and checkpoint is not None and any(trained[key] != used[key] for key in used):
+    _print_other_inputs(console, checkpoint, model, used)
+
+
+def _print_other_inputs(console: Console, checkpoint: Path | None, model: Head, used: dict[str, Any]) -> None:
+    """Print how the model's inputs were prepared in training, if that differs."""
+    trained = None if model.inputs is None else dataclasses.asdict(model.inputs)
+    names = ("max_words", "rate", "max_frames")
+    if trained is not None and checkpoint is not None and any(trained[key] != used[key] for key in names):
         print_line(
             console,
             f"the model was trained with {trained['rate']:g} frames per second, at most {trained['max_frames']} "

@@ -21,7 +21,9 @@ from ._errors import report_errors
 from ._options import Annotations, Dataset, Overrides, Strict, Videos, with_folders
 
 if TYPE_CHECKING:
-    from ..data.feature_store import Contents
+    from torch import Tensor
+
+    from ..data.feature_store import Contents, Side
     from ..data.loading import Unreadable
     from ..data.token_files import TokenFiles
     from ..engine.config import RunConfig
@@ -34,10 +36,12 @@ IMPORTED = 128
 
 
 def features(
-    out: Annotated[Path, typer.Option(help="Folder of the features: new, or of the same command that was stopped.")],
+    out: Annotated[Path, typer.Option(help="Output folder: new, or one that the same command left unfinished.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="A row of the ablation, such as wti_cdcr, or a YAML file: its CLIP and inputs count."),
+        typer.Option(
+            help="A row of the ablation, such as wti_cdcr, or a YAML file; only its CLIP and inputs are used."
+        ),
     ] = None,
     dataset: Dataset = None,
     videos: Videos = None,
@@ -93,8 +97,14 @@ def features(
                     raise ValueError(f"{name} goes with --from, got {value} without it; add --from DIR")
             if config is None:
                 raise ValueError("config must be a row or a YAML file, got none; for instance --config wti")
+        elif workers is not None:
+            raise ValueError(f"workers decode videos, got {workers} beside --from; drop it")
         elif dataset is not None or videos is not None or annotations is not None:
             raise ValueError("from goes without --dataset, --videos and --annotations; name captions by --captions")
+        if text_from is not None and (config is not None or overrides or precision != "fp32"):
+            raise ValueError(
+                "text-from goes without --config, --set and --precision, which are options of CLIP; drop them"
+            )
         named = "folder" if source is not None else dataset
         values = (
             merge({}, "--set", overrides or (), named)
@@ -126,7 +136,7 @@ class _Encoding:
 
     def encode(self, out: Path, videos: Path, annotations: Path) -> None:
         """Encode captions and video files with the configured CLIP."""
-        from ..data.feature_store import Contents, Side
+        from ..data.feature_store import Contents, Side, files_hash
         from ..engine.encode import VIDEOS, encode_videos, head_start
 
         splits = {
@@ -137,7 +147,14 @@ class _Encoding:
         contents = Contents.of(splits)
         model, text, captions = self._clip(contents)
         sampling = self.settings.sampling(model.picture_size[0])
-        side = Side(len(contents.videos), model.dim, VIDEOS, sampling.max_frames, self._encoder(model, "video"))
+        side = Side(
+            len(contents.videos),
+            model.dim,
+            VIDEOS,
+            sampling.max_frames,
+            self._encoder(model, "video"),
+            files_hash(contents.paths),
+        )
         context = autocast_for(self.precision, self.here.device.type)
         encoders = {
             "text": captions,
@@ -182,7 +199,7 @@ class _Encoding:
         for split in splits.values():
             print_split(self.console, split)
 
-    def _clip(self, contents: Contents) -> tuple[DRL, Any, Encode]:
+    def _clip(self, contents: Contents) -> tuple[DRL, Side, Encode]:
         """Build the model whose CLIP encodes captions; return it with the text side and its encoder."""
 
         from ..data.feature_store import Side
@@ -223,15 +240,25 @@ class _Encoding:
         self,
         out: Path,
         contents: Contents,
-        sides: Mapping[str, Any],
+        sides: Mapping[str, Side],
         encoders: dict[str, Encode],
-        start: dict[str, Any],
+        start: dict[str, Tensor],
         inputs: dict[str, Any] | None,
     ) -> None:
-        from ..data.feature_store import About
+        from ..data.feature_store import About, FeatureStore, start_bytes
         from ..engine.encode import write_store
 
-        about = About(self.settings.dataset, self.dtype, self.precision, inputs, contents.digest(), **sides)
+        data, digest = start_bytes(start)
+        about = About(
+            self.settings.dataset,
+            self.dtype,
+            self.precision,
+            inputs,
+            contents.digest(),
+            digest,
+            sides["text"],
+            sides["video"],
+        )
         bars = progress(self.console)
         tasks: dict[str, Any] = {}
 
@@ -250,7 +277,7 @@ class _Encoding:
                 out,
                 about,
                 contents,
-                start,
+                data,
                 encoders,
                 self.here,
                 on_progress=show,
@@ -258,6 +285,9 @@ class _Encoding:
             )
         if not self.here.first:
             return
+        absent = int((FeatureStore(out).counts("video") == 0).sum())
+        if absent:
+            print_line(self.console, f"left out: {absent} of {about.video.items} videos could not be decoded", "yellow")
         size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
         print_line(
             self.console,
@@ -266,11 +296,11 @@ class _Encoding:
         )
 
 
-def _imported(files: TokenFiles, entries: Sequence[Path]) -> Any:
+def _imported(files: TokenFiles, entries: Sequence[Path]) -> Side:
     """Describe a side whose tokens are imported; its width is that of the first entry."""
-    from ..data.feature_store import Side
+    from ..data.feature_store import Side, files_hash
 
-    return Side(len(entries), files.read(entries[0]).shape[1], IMPORTED, None, None)
+    return Side(len(entries), files.read(entries[0]).shape[1], IMPORTED, None, None, files_hash(entries))
 
 
 def _reader(files: TokenFiles, entries: Sequence[Path]) -> Encode:

@@ -252,7 +252,7 @@ def untrained(config: RunConfig) -> str | None:
     """Return a warning that names the untrained parts of a newly built model; None if all of it is CLIP's."""
     if config.init_from is not None:
         return None
-    if config.pretrained is None:
+    if config.pretrained is None and (config.features is None or config.clip is not None):
         return (
             "Untrained: all weights are random, and the scores mean nothing; pass --checkpoint, or CLIP's weights with "
             "--set pretrained=openai."
@@ -261,6 +261,8 @@ def untrained(config: RunConfig) -> str | None:
     new += [f"the temporal module {config.temporal}"] * (config.temporal is not None)
     if not new:
         return None
+    if config.features is not None:
+        return f"Untrained: the features bring no weights for {' and '.join(new)}; pass --checkpoint."
     return (
         f"Untrained: CLIP has no weights for {' and '.join(new)}. Its own zero-shot retrieval is --set interaction=dp "
         "--set temporal=null."

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 # The size of a dry run, which shows that a configuration works, not how fast it is.
 DRY_STEPS, DRY_BATCH = 2, 8
 DRY_HINT = ", or try it on generated clips with --dry-run"
+# Unreadable videos of a part that are named.
+SHOWN = 10
 # Seconds within which a second signal counts as the first one repeated.
 REPEATED = 1.0
 
@@ -170,6 +172,11 @@ def _with_features(
     parts = {part: store.part(part, strict=strict) for part in ("train", "val")}
     _introduce(config, {part: found.split for part, found in parts.items()}, here, False, console)
     print_features(console, store)
+    for found in parts.values():
+        for video in found.unreadable[:SHOWN]:
+            print_unreadable(console, video)
+        if len(found.unreadable) > SHOWN:
+            print_line(console, f"... and {len(found.unreadable) - SHOWN} more unreadable videos", "yellow")
     return build_head(config, store, load_weights=load_weights), StoredData(store, parts["train"], parts["val"], strict)
 
 
@@ -180,10 +187,10 @@ def _fetches(config: RunConfig) -> bool:
 
 def _recorded_source(folder: Path) -> str | None:
     """Return what a run that is resumed was initialized from."""
-    from ..engine.config import read_config
+    from ..engine.config import read_recorded
     from ..engine.train import CONFIG
 
-    return read_config(folder / CONFIG).init_from if (folder / CONFIG).is_file() else None
+    return read_recorded(folder / CONFIG).get("init_from") if (folder / CONFIG).is_file() else None
 
 
 def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, dry: bool, console: Console) -> None:

@@ -1,12 +1,13 @@
-"""Tokens of a whole data set on disk, written once and read at the speed of a copy.
+"""Store the tokens of a data set on disk, and read them through a memory map.
 
 A store is a folder. ``features.json`` says what encoded the tokens and how, ``splits.json`` holds captions and videos,
 and ``start.safetensors`` what a head starts from. For each side (``text``, ``video``) and each process that wrote there
 are two files: ``text-0.tokens`` has the real tokens of its items one after another, and ``text-0.index`` one
 :data:`RECORD` for each item.
 
-Items are written in chunks. A chunk's tokens reach the disk before its records, and opening a store for writing removes
-what no whole chunk names. So a store whose writer was killed continues with the bytes that it would have had.
+Items are written in chunks. A chunk's tokens reach the disk before its records. Opening a store for writing truncates
+each file to its last complete chunk. So a killed encoding can be continued, and one process writes the same bytes as
+without the kill.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +31,7 @@ from .. import validation
 from ..atomic_write import remove_parts, write_atomically
 from .annotations import read_json
 from .loading import Unreadable
-from .split import Split
+from .split import Split, some
 
 FORMAT = "drl-fast features 1"
 ABOUT, SPLITS, START, LOCK = "features.json", "splits.json", "start.safetensors", ".lock"
@@ -39,6 +41,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # bfloat16 has no numpy type: its bits are stored as 16-bit integers.
 STORED = {"fp16": "<f2", "bf16": "<i2", "fp32": "<f4"}
 SIDES = ("text", "video")
+# How an error names what is known by its hash alone.
+NAMED = {
+    "splits": "other captions, videos or parts",
+    "start": "other weights of the text tower",
+    "video.source": "other or changed files of videos",
+    "text.source": "other or changed files of captions",
+}
 AGAIN = "encode the features again, into another folder"
 
 
@@ -55,6 +64,8 @@ class Side:
     """Tokens that an item is cut to; None: as many as it has."""
     encoder: dict[str, Any] | None
     """The CLIP that encoded it: name, weights and their hash; None: tokens that were imported."""
+    source: str = ""
+    """Hash of the names, sizes and times of the files that were encoded, see :func:`files_hash`."""
 
     def __post_init__(self) -> None:
         for name in ("items", "width", "chunk"):
@@ -80,6 +91,8 @@ class About:
     """How captions and frames were prepared, as :class:`drl_fast.model.config.Inputs` has it; None: imported."""
     splits: str
     """Hash of ``splits.json``."""
+    start: str
+    """Hash of ``start.safetensors``."""
     text: Side
     video: Side
     finished: bool = False
@@ -146,11 +159,30 @@ class Part:
     """Videos that could not be decoded; they and their captions are left out."""
 
 
-def begin(folder: Path, about: About, contents: Contents, start: Mapping[str, Tensor]) -> None:
+def files_hash(paths: Sequence[Path]) -> str:
+    """Hash files by name, size and time of change; an entry of a collection counts as its file and its name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        file = next(found for found in (path, *path.parents) if found.exists())
+        status = file.stat()
+        digest.update(f"{path.name}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def start_bytes(start: Mapping[str, Tensor]) -> tuple[bytes, str]:
+    """Return what ``start.safetensors`` holds, and its hash."""
+    data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in sorted(start.items())})
+    return data, hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def begin(folder: Path, about: About, contents: Contents, start: bytes) -> None:
     """Make a store's folder and description, or check that an unfinished store there is of the same features.
 
+    Half-written chunks of all shards are removed. Nobody else may be writing.
+
     Args:
-        start: what a head starts from, empty for imported tokens; see :meth:`FeatureStore.start`.
+        start: what a head starts from, see :func:`start_bytes` and :meth:`FeatureStore.start`; no tensors for imported
+            tokens.
 
     Raises:
         ValueError: a finished store, one of other features, or a folder with something else.
@@ -162,7 +194,9 @@ def begin(folder: Path, about: About, contents: Contents, start: Mapping[str, Te
         if then.pop("finished"):
             raise ValueError(f"out must be a new folder, got {folder}, which holds finished features; name another")
         changed = [
-            f"{key} {_short(then[key])} then and {_short(now[key])} now" for key in then if then[key] != now[key]
+            NAMED.get(key, f"{key} {then.get(key)!r} then and {now.get(key)!r} now")
+            for key in {**then, **now}
+            if key != "finished" and then.get(key) != now.get(key)
         ]
         if changed:
             raise ValueError(
@@ -170,6 +204,9 @@ def begin(folder: Path, about: About, contents: Contents, start: Mapping[str, Te
                 f"{'; '.join(changed)}; name another"
             )
         remove_parts(folder)
+        for name in SIDES:
+            for path in folder.glob(f"{name}-*.index"):
+                _truncate(path, about.side(name), about.dtype)
         return
     others = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     others = [name for name in others if name not in (SPLITS, START, LOCK) and not name.endswith(".part")]
@@ -179,9 +216,8 @@ def begin(folder: Path, about: About, contents: Contents, start: Mapping[str, Te
     remove_parts(folder)
     text = contents.to_json()
     write_atomically(folder / SPLITS, lambda name: Path(name).write_text(text, encoding="utf-8"))
-    tensors = {name: x.detach().cpu().contiguous() for name, x in start.items()}
-    write_atomically(folder / START, lambda name: safetensors.torch.save_file(tensors, name))
-    write_about(folder, about)  # the last: a folder that has it has all three
+    write_atomically(folder / START, lambda name: Path(name).write_bytes(start))
+    write_about(folder, about)  # written last: if it exists, so do the other two
 
 
 def write_about(folder: Path, about: About) -> None:
@@ -226,15 +262,9 @@ class Writer:
 
     def __init__(self, folder: Path, name: str, side: Side, dtype: str, shard: int) -> None:
         self.side, self.dtype = side, dtype
-        index, tokens = folder / f"{name}-{shard}.index", folder / f"{name}-{shard}.tokens"
-        index.touch()
-        tokens.touch()
-        records = _whole_chunks(_read_records(index), side)
-        self._rows = int(records["start"][-1] + records["count"][-1]) if len(records) else 0
-        size = self._rows * _row_bytes(side, dtype)
-        if tokens.stat().st_size < size:
-            raise ValueError(f"{tokens} must have at least {size} bytes, got {tokens.stat().st_size}; {AGAIN}")
-        self._index, self._tokens = (_open_at(path, n) for path, n in ((index, records.nbytes), (tokens, size)))
+        index = folder / f"{name}-{shard}.index"
+        self._rows = _truncate(index, side, dtype)
+        self._index, self._tokens = (_open_end(path) for path in (index, index.with_suffix(".tokens")))
 
     def append(self, items: range, tokens: Sequence[Tensor], names: Sequence[str]) -> None:
         """Write a chunk.
@@ -314,6 +344,10 @@ class FeatureStore:
         """Return the number of tokens that :meth:`read` pads items to."""
         return self._sides[side].length
 
+    def counts(self, side: str) -> np.ndarray:
+        """Return the number of tokens of every item; 0: the video could not be decoded."""
+        return self._sides[side].count
+
     def longest(self, side: str) -> tuple[int, str]:
         """Return the largest number of tokens of an item, and the item's name."""
         item = int(self._sides[side].count.argmax())
@@ -331,10 +365,19 @@ class FeatureStore:
             ValueError: a damaged file.
         """
         path = self.folder / START
-        try:
-            return safetensors.torch.load_file(path)
-        except Exception as error:
-            raise ValueError(f"{path} must be a whole file, got: {error}; copy the features again") from error
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.blake2b(data, digest_size=16).hexdigest() != self.about.start:
+            raise ValueError(f"{path} must be the file that was written, got another; copy the features again")
+        return safetensors.torch.load(data)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all tokens, by their checksums."""
+        digest = hashlib.blake2b(self.about.splits.encode(), digest_size=16)
+        for name in SIDES:
+            for values in (self._sides[name].count, self._sides[name].checksum):
+                digest.update(values.tobytes())
+        return digest.hexdigest()
 
     def part(self, name: str, *, strict: bool = False) -> Part:
         """Return a part of the data set.
@@ -348,7 +391,7 @@ class FeatureStore:
         if name not in self._contents.parts:
             raise ValueError(
                 f"split must be one of {', '.join(self._contents.parts)}, which {self.folder} holds, got {name}; "
-                "encode it into other features"
+                f"encode {name} into another folder"
             )
         values = self._contents.parts[name]
         found = self._sides["video"].count[values["videos"]] > 0
@@ -359,11 +402,12 @@ class FeatureStore:
             Unreadable(self._name("video", item), "it could not be decoded when the features were encoded")
             for item in np.asarray(values["videos"])[~found]
         ]
-        if not kept.any() or (strict and (unreadable or values["missing"] or values["uncaptioned"])):
-            absent = [*values["missing"], *values["uncaptioned"], *(video.name for video in unreadable)]
+        absent = [*values["missing"], *values["uncaptioned"], *(video.name for video in unreadable)]
+        if not kept.any() or (strict and absent):
+            wanted = "all videos" if strict else "at least one video with a caption"
             raise ValueError(
-                f"{self.folder} must hold all videos of {self.about.dataset}'s {name} part, got it without "
-                f"{', '.join(absent[:5])}{' and others' * (len(absent) > 5)}; encode them, or drop --strict"
+                f"{self.folder} must hold {wanted} of {self.about.dataset}'s {name} part, got it without "
+                f"{some(absent)}; encode them" + ", or drop --strict" * strict
             )
         texts, videos = np.asarray(values["texts"])[kept], np.asarray(values["videos"])[found]
         names = tuple(self._name("video", item) for item in videos)
@@ -457,11 +501,27 @@ def _row_bytes(side: Side, dtype: str) -> int:
     return side.width * np.dtype(STORED[dtype]).itemsize
 
 
-def _open_at(path: Path, size: int) -> BinaryIO:
-    file = path.open("r+b")
-    file.truncate(size)
-    file.seek(size)
-    return file
+def _truncate(index: Path, side: Side, dtype: str) -> int:
+    """Cut a shard's two files, which may be missing, to their last complete chunk; return its rows of tokens.
+
+    Raises:
+        ValueError: tokens that are missing.
+    """
+    tokens = index.with_suffix(".tokens")
+    index.touch()
+    tokens.touch()
+    records = _whole_chunks(_read_records(index), side)
+    rows = int(records["start"][-1] + records["count"][-1]) if len(records) else 0
+    size = rows * _row_bytes(side, dtype)
+    if tokens.stat().st_size < size:
+        raise ValueError(f"{tokens} must have at least {size} bytes, got {tokens.stat().st_size}; {AGAIN}")
+    os.truncate(index, records.nbytes)
+    os.truncate(tokens, size)
+    return rows
+
+
+def _open_end(path: Path) -> BinaryIO:
+    return path.open("ab")
 
 
 def _read_records(path: Path) -> np.ndarray:
@@ -482,13 +542,9 @@ def _whole_chunks(records: np.ndarray, side: Side) -> np.ndarray:
 
 
 def _plain(about: About) -> dict[str, Any]:
-    """Return the fields, those of sides under names such as ``text.width``."""
+    """Return the fields, those of dicts in them under names such as ``text.width``."""
     values = asdict(about)
-    for name in SIDES:
-        values |= {f"{name}.{key}": value for key, value in values.pop(name).items()}
+    while nested := [name for name, value in values.items() if isinstance(value, dict)]:
+        for name in nested:
+            values |= {f"{name}.{key}": value for key, value in values.pop(name).items()}
     return values
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."

@@ -69,5 +69,5 @@ def _caption(path: Path, number: int, row: Mapping[str, Any]) -> Caption:
             f"{path}, caption {number} must have a non-empty video and caption, got video={video!r}, caption={text!r} "
             f"among columns {keys}; {FIX}"
         )
-    split, own = (str(row.get(key) or "").strip() for key in ("split", "id"))
+    split, own = ("" if row.get(key) is None else str(row[key]).strip() for key in ("split", "id"))
     return Caption(video.strip(), text.strip(), split, own)

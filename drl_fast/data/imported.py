@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .annotations import Listing
 from .datasets import split_of
-from .folder import read_captions
+from .folder import Caption, read_captions
 from .formats import captions_of_part
 from .split import Split, some
 from .token_files import TokenFiles
@@ -31,16 +33,13 @@ def read_splits(captions: Path, videos: TokenFiles, texts: TokenFiles | None, pa
     Raises:
         ValueError: a malformed captions file, or one of which no caption or no video has tokens.
     """
-    rows = [row._replace(id=row.id or str(number)) for number, row in enumerate(read_captions(captions))]
+    if not captions.exists():
+        raise ValueError(f"captions not found: {captions}; name a CSV or JSONL file with --captions")
+    rows = read_captions(captions)
     entries: dict[str, Path] = {}
-    absent = []
+    absent: list[str] = []
     if texts is not None:
-        for row in rows:
-            entry = texts.find(row.id)
-            if entry is None:
-                absent.append(row.id)
-            else:
-                entries.setdefault(row.text, entry)
+        entries, absent = _text_entries(_with_ids(rows, captions), texts)
         if not entries:
             raise ValueError(
                 f"text-from must hold tokens of the captions in {captions}, by id ({some(absent)}), got {texts.folder} "
@@ -59,3 +58,45 @@ def read_splits(captions: Path, videos: TokenFiles, texts: TokenFiles | None, pa
                 f"{some(videos.names)}; name the files by the captions' video"
             )
     return Imported(splits, entries, absent)
+
+
+def _with_ids(rows: list[Caption], captions: Path) -> list[Caption]:
+    """Return captions with their own ids, or numbered from 0 if none has an id.
+
+    Raises:
+        ValueError: an id that is missing or there twice.
+    """
+    if not any(row.id for row in rows):
+        return [row._replace(id=str(number)) for number, row in enumerate(rows)]
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=1):
+        if not row.id or row.id in seen:
+            found = f"{row.id!r} twice" if row.id else f"none for caption {number}"
+            raise ValueError(
+                f"{captions} must have a different id for every caption, or no column id, got {found}; correct it"
+            )
+        seen.add(row.id)
+    return rows
+
+
+def _text_entries(rows: list[Caption], texts: TokenFiles) -> tuple[dict[str, Path], list[str]]:
+    """Return the entry of every caption that has tokens, and the ids of the captions that have none.
+
+    Equal captions are stored once.
+
+    Raises:
+        ValueError: equal captions with different tokens.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for row in rows:
+        entry = texts.find(row.id)
+        if entry is None:
+            continue
+        other, before = found.setdefault(row.text, (row.id, entry))
+        if before != entry and not torch.equal(texts.read(before), texts.read(entry)):
+            raise ValueError(
+                f"text-from must hold equal tokens for equal captions, got different ones for {other} and {row.id} "
+                f"({row.text!r}); encode them alike"
+            )
+    entries = {text: entry for text, (_, entry) in found.items()}
+    return entries, [row.id for row in rows if row.text not in entries]

@@ -50,7 +50,7 @@ def train_frozen(model: DRL, training: Pairs, test: Pairs, steps: int, seed: int
     """Encode both parts with a model's towers, then train each row from every seed; the recipe is the demo's.
 
     Args:
-        model: its towers encode; its other parts are not used.
+        model: its towers encode; it has no temporal module.
         training, test: frames and token ids.
     """
     start = time.perf_counter()
@@ -100,7 +100,7 @@ def table(found: Frozen, rows: Sequence[Row]) -> Table:
     end_to_end = {row.name: row for row in rows}
     title = f"On frozen towers: R@1, text to video, mean of {SEEDS} seeds and their range; seconds of one training"
     made = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("R@1", "lowest to highest", "seconds", "end to end: R@1", "seconds"):
+    for name in ("R@1", "lowest to highest", "seconds", "end to end: R@1", "its seconds"):
         made.add_column(name, justify="right", no_wrap=True)
     for name, values in found.recalls.items():
         row, taken = end_to_end[name], found.seconds[name]
@@ -120,7 +120,7 @@ def findings(found: Frozen) -> list[str]:
         verdict = "the ranges are apart" if clear else "the ranges of the seeds overlap, this run does not order them"
         said.append(f"On frozen towers {one} against {other}: {apart:+.1f} points; {verdict}.")
     said.append(
-        "These rows have a temporal module and the rows end to end have none: this does not compare the two ways to "
-        "train, and frozen towers are not shown to be as good."
+        "These rows have a temporal module and the rows trained end to end have none, so this table does not compare "
+        "frozen towers with end-to-end training."
     )
     return said

@@ -87,8 +87,8 @@ class RunConfig:
         captions_per_video: 0 draws captions at random, as the paper does. k > 0 draws groups of up to k captions of one
             video; a batch encodes every video once, and captions of one video are not negatives of each other.
         freeze: ``"clip"`` freezes CLIP's weights; the temperature still trains, at ``lr``. null freezes nothing.
-        skip_same_video: do not use captions of one video as negatives of each other (the paper does). On features the
-            default is True.
+        skip_same_video: do not use captions of one video as negatives of each other (the paper does).
+            :func:`read_config` sets it to True for features, unless told otherwise.
         parallel: over several processes, ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
         max_words, max_frames: tokens per caption and frames per video; None: the data set's own.
         rate: frames per second before thinning.
@@ -224,8 +224,9 @@ def merge(
     for override, (key, _, text) in zip(overrides, pairs, strict=True):
         checked[key.strip()] = _typed(key.strip(), parse_yaml(text, f"the value in --set {override}"), "--set")
     if features is not None:
-        checked["features"] = str(features.resolve())
+        checked["features"] = str(features)
     if checked.get("features") is not None:
+        checked["features"] = str(Path(checked["features"]).resolve())
         return _with_features(checked, path, dataset)
     named = checked.setdefault("dataset", dataset)
     if named is None:
@@ -244,17 +245,34 @@ def _with_features(values: dict[str, Any], path: str, dataset: str | None) -> di
     """Add what the features say; raise ValueError if the configuration says otherwise."""
     about = read_about(values["features"])
     encoder = about.video.encoder or about.text.encoder or {"clip": None, "pretrained": None}
-    own = {"dataset": about.dataset, "clip": encoder["clip"], "pretrained": encoder["pretrained"]}
-    own |= {name: (about.inputs or {}).get(name, getattr(RunConfig, name)) for name in OF_INPUTS}
-    asked = {**values, "dataset": values.get("dataset", dataset or about.dataset)}
-    other = [name for name, value in own.items() if asked.get(name, value) not in (value, None)]
-    if other:
+    stored = {"dataset": about.dataset, "clip": encoder["clip"], "pretrained": encoder["pretrained"]}
+    stored |= {name: (about.inputs or {}).get(name, getattr(RunConfig, name)) for name in OF_INPUTS}
+    configured = {**values, "dataset": values.get("dataset", dataset or about.dataset)}
+    weights = configured.get("pretrained")
+    if weights is not None and Path(weights).is_file():
+        configured["pretrained"] = str(Path(weights).resolve())
+    different = [name for name, value in stored.items() if configured.get(name, value) not in (value, None)]
+    if different:
         raise ValueError(
-            f"{path} must agree with the features in {values['features']}, got "
-            + "; ".join(f"{name} {own[name]!r} there and {asked[name]!r} here" for name in other)
+            f"{path} must agree with the features in {values['features']}, which have "
+            + ", ".join(f"{name} {stored[name]!r}" for name in different)
+            + "; got "
+            + ", ".join(f"{name} {configured[name]!r}" for name in different)
             + "; change the configuration, or take other features"
         )
-    return {"skip_same_video": True, **values, **own}
+    return {"skip_same_video": True, **values, **stored}
+
+
+def read_recorded(path: Path) -> dict[str, Any]:
+    """Read the fields of a run's configuration as they were recorded; folders that it names need not exist.
+
+    Raises:
+        ValueError: a file that is no configuration.
+    """
+    values = parse_yaml(_text(path)[1], str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must map names to values, got {type(values).__name__}; start a new run")
+    return values
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -358,7 +376,9 @@ def build_head(config: RunConfig, store: FeatureStore, *, load_weights: bool = T
             frames in a video than the model has positions.
     """
     about, start = store.about, store.start()
-    positions = len(start["positional_embedding"]) if start else max(store.longest("video")[0], POSITIONS)
+    # XTI reads the text's end token before the frames.
+    longest = store.longest("video")[0] + 1
+    positions = len(start["positional_embedding"]) if start else max(longest, POSITIONS)
     options = config.model_options()
     torch.manual_seed(config.seed + 1)
     head = Head(about.text.width, about.video.width, config.dim, max_positions=positions, **options)
@@ -380,9 +400,14 @@ def check_positions(head: Head, store: FeatureStore) -> None:
     Raises:
         ValueError: a video that is longer; it is named.
     """
+    most = head.sizes.max_positions
+    if head.config.interaction == "xti":
+        most -= 1  # the text's end token has one
+    elif head.config.temporal != "seqTransf":
+        return
     longest, name = store.longest("video")
-    if longest > head.sizes.max_positions:
+    if longest > most:
         raise ValueError(
-            f"{name} in {store.folder} must have at most {head.sizes.max_positions} tokens, the model's positions, got "
-            f"{longest}; encode fewer frames"
+            f"{name} in {store.folder} must have at most {most} tokens, the model's positions, got {longest}; encode "
+            "fewer frames"
         )

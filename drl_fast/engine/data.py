@@ -126,10 +126,8 @@ class StoredData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all pairs, of what encoded them, and of what was left out."""
-        about, parts = self.store.about, (self.train_part, self.val_part)
-        encoded = (about.splits, about.dtype, about.precision, about.text.encoder, about.video.encoder)
-        return _hash([encoded, *((part.split.names, part.split.captions, part.split.owner) for part in parts)])
+        """Hash of captions, videos and all tokens."""
+        return _hash((self.store.digest, self.store.about.dtype, self.train.part, self.val.part))
 
     @cached_property
     def _owner(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..data.feature_store import LOCK, SIDES, About, Contents, Side, Writer, begin, done_chunks, write_about
+from ..data.feature_store import ABOUT, LOCK, SIDES, About, Contents, Side, Writer, begin, done_chunks, write_about
 from ..data.loading import Tokenizer, Unreadable, tokenize, video_loader
 from ..data.video import Sampling
 from ..model.drl import DRL
@@ -18,7 +18,7 @@ from .features import TEXTS, device_of, encode_frames
 from .precision import Autocast
 from .processes import Processes
 
-# Videos whose tokens are written together: what a kill costs at most.
+# Videos per write; a kill loses at most this many per process.
 VIDEOS = 16
 # CLIP's text blocks that a head starts from; the temporal module has four.
 BLOCKS = 4
@@ -32,7 +32,7 @@ def write_store(
     folder: Path,
     about: About,
     contents: Contents,
-    start: dict[str, Tensor],
+    start: bytes,
     encoders: dict[str, Encode],
     processes: Processes,
     *,
@@ -42,6 +42,7 @@ def write_store(
     """Write a store, or finish one that was stopped; every process writes a shard of its own.
 
     Args:
+        start: see :func:`drl_fast.data.feature_store.begin`.
         encoders: by side.
         on_progress: called with ``"text"`` or ``"video"``, items done and all items; of this process alone.
         on_unreadable: called for a video that cannot be decoded.
@@ -60,7 +61,9 @@ def write_store(
         except Timeout:
             busy = True
     if processes.any(busy):
-        raise ValueError(f"out must be a folder of one encoding at a time, got {folder}, where another one runs")
+        raise ValueError(
+            f"out must be a folder of one encoding at a time, got {folder}, where another one runs; wait for it"
+        )
     try:
         if processes.first:
             begin(folder, about, contents, start)
@@ -69,9 +72,18 @@ def write_store(
         for name in SIDES:
             _write_side(folder, about, name, names[name], encoders[name], processes, on_progress, on_unreadable)
         if processes.first:
+            for name in SIDES:
+                lacking = len(about.side(name).chunks()) - len(done_chunks(folder, name, about.side(name)))
+                if lacking:
+                    raise ValueError(
+                        f"out must be a folder that all processes share, got {folder} without {lacking} chunks of "
+                        f"{name}; repeat the command"
+                    )
             write_about(folder, replace(about, finished=True))
     finally:
         lock.release()
+        if processes.first and not (folder / ABOUT).exists():  # it was refused
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def _write_side(

@@ -30,7 +30,7 @@ from ..model.pretrained import BEST
 from ..validation import printable
 from . import checkpoint, plots, sanity_checks, schedule
 from .checkpoint import Progress
-from .config import RunConfig, read_config
+from .config import RunConfig, read_recorded
 from .data import Loaded, Source
 from .evaluate import Evaluation
 from .fsdp import distribute
@@ -135,8 +135,7 @@ class Run:
             if self.progress.step > len(self.batches):
                 raise ValueError(f"{last} must be of a run of {len(self.batches)} steps, got step {self.progress.step}")
         elif (self.folder / CONFIG).exists():
-            then = asdict(read_config(self.folder / CONFIG))
-            checkpoint.require_same(self.config, then, self.folder / CONFIG)
+            checkpoint.require_same(self.config, read_recorded(self.folder / CONFIG), self.folder / CONFIG)
         self._check_agreement()
         if self.processes.first:
             text = yaml.safe_dump(asdict(self.config), sort_keys=False)

@@ -62,7 +62,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What encoded the tokens that a head was trained on, by side; None: another encoder, which we do not know.
+    """What encoded the tokens that a head was trained on, by side; None: imported tokens, whose encoder is unknown.
 
     Each is a dict of ``clip`` (the model's name), ``pretrained`` or ``init_from`` (its weights) and ``weights``, the
     hash of that tower.

@@ -224,7 +224,10 @@ class DRL(Head):
         """
         head = head if isinstance(head, Head) else Head.from_pretrained(head)
         if {head.sizes.text_dim, head.sizes.video_dim, head.dim} != {towers.dim}:
-            raise ValueError(f"towers must have the head's widths, {head.sizes}, got {towers.dim} channels")
+            raise ValueError(
+                f"head must read, and compare, tokens of the towers' width {towers.dim}, got {head.sizes}; a head with "
+                "projections is scored on features"
+            )
         for side, known in (asdict(head.encoders) if head.encoders is not None else {}).items():
             if known is None or known["weights"] != towers.encoder_hash(side):
                 name = "imported from elsewhere" if known is None else f"encoded by {known['clip']} with other weights"

@@ -1,4 +1,4 @@
-"""What stands behind two encoders: projections, temporal module, interaction, temperature and losses."""
+"""The model after the encoders: projections, temporal module, interaction, temperature and losses."""
 
 from __future__ import annotations
 
@@ -373,7 +373,7 @@ def architecture_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any],
         more: names of further options to compare.
     """
     # Neither DP nor TI has weights: a public file of one is a file of the other.
-    either = theirs["clip"] is None and (theirs["interaction"], ours["interaction"]) == ("dp", "ti")
+    either = "sizes" not in theirs and (theirs["interaction"], ours["interaction"]) == ("dp", "ti")
     keys = [*more, *["interaction"] * (not either), "temporal", *["wti_arch"] * (ours["interaction"] == "wti")]
     return [
         f"{key} {theirs[key]!r} there and {ours[key]!r} here"

@@ -71,5 +71,10 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert [row["dtype"] for row in result["rounding"]] == ["fp16", "bf16"]
     assert all(0 < row["similarity_moved"] < 0.1 for row in result["rounding"])
     shown = capsys.readouterr().out
-    for title in ("A training step on features", "Peak memory", "Time relative to doing without", "rounding stored"):
+    for title in (
+        "A training step on features",
+        "Peak memory",
+        "Time relative to running without it",
+        "rounding stored",
+    ):
         assert title in shown

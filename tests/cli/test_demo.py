@@ -74,7 +74,7 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         "WTI + CDCR against WTI:",
         "On frozen towers: R@1, text to video, mean of 3 seeds",
         "On frozen towers WTI against DP:",
-        "this does not compare the two ways to train",
+        "this table does not compare frozen towers with",
         "The first held-out clip,",
         "Which frame each word chose",
         "(start)",

@@ -65,6 +65,10 @@ def test_from_videos_to_scores(command: Command, videos: Path, tmp_path: Path) -
     assert of_videos["scores"]["captions"] == stored["scores"]["captions"]
     assert of_videos["scores"]["videos"] == stored["scores"]["videos"]
     shutil.move(tmp_path / "f", tmp_path / "moved")
+    moved = ("--features", tmp_path / "moved", "--out", run, "--resume")
+    result = command("train", "--config", "wti_cdcr", *moved, *recipe)
+    assert result.exit_code == 0, result.output
+    assert "unreadable, left out: clip3.mp4" in result.flat
     shutil.move(run / "best", tmp_path / "best")
     _, again = scores(command, tmp_path, "--checkpoint", tmp_path / "best", "--features", tmp_path / "moved")
     assert np.array_equal(sim, again)
@@ -132,6 +136,53 @@ def test_imported_tokens(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / "g").exists()
 
 
+def write_captions(folder: Path, rows: list[tuple[str, ...]]) -> None:
+    with (folder / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("clip0.mp4", "one", "c0-0"), ("clip1.mp4", "two", "c0-0")], "got 'c0-0' twice; correct it"),
+        ([("clip0.mp4", "one", "c0-0"), ("clip1.mp4", "two", "")], "got none for caption 2; correct it"),
+        ([("clip0.mp4", "one", "c0-0"), ("clip1.mp4", "one", "c1-0")], "different ones for c0-0 and c1-0 ('one')"),
+    ],
+)
+def test_ids_of_captions(command: Command, tmp_path: Path, rows: list[tuple[str, ...]], message: str) -> None:
+    folder = write_tokens(tmp_path / "tokens")
+    write_captions(folder, [("video", "caption", "id"), *rows])
+    result = import_tokens(command, folder, tmp_path / "f")
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_numbers_as_ids(command: Command, tmp_path: Path) -> None:
+    """An id of 0 is an id, and equal captions with equal tokens are stored once."""
+    folder = write_tokens(tmp_path / "tokens")
+    for number in range(3):
+        np.save(folder / "t" / f"{number}.npy", np.full((2, 12), max(number, 1), np.float32))
+    lines = [{"video": f"clip{n}.mp4", "caption": "b" if n else "a", "id": n} for n in (2, 1, 0)]
+    lines[0]["caption"] = "c"
+    (folder / "captions.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (folder / "captions.csv").unlink()
+    paths = ("--from", folder / "v", "--captions", folder, "--text-from", folder / "t", "--out", tmp_path / "f")
+    assert command("features", *paths).exit_code == 0
+    store = FeatureStore(tmp_path / "f")
+    part = store.part("train")
+    assert part.split.captions == ("c", "b", "a")
+    assert store.read("text", part.texts)[0][:, 0, 0].tolist() == [2, 1, 1]
+
+
+def test_a_stopped_import_takes_no_other_files(command: Command, tmp_path: Path) -> None:
+    folder = write_tokens(tmp_path / "tokens")
+    np.save(folder / "v" / "clip5.npy", np.full((2, 20), np.nan, np.float32))
+    assert import_tokens(command, folder, tmp_path / "f").exit_code == 1
+    np.save(folder / "v" / "clip5.npy", np.ones((2, 20), np.float32))
+    result = import_tokens(command, folder, tmp_path / "f")
+    assert "with other or changed files of videos; name another" in result.stderr
+
+
 def test_imported_videos_with_captions_by_clip(command: Command, tmp_path: Path) -> None:
     folder = write_tokens(tmp_path / "tokens")
     paths = ("--from", folder / "v", "--captions", folder / "captions.csv")
@@ -195,6 +246,8 @@ def test_strict_rejects_unreadable_videos(command: Command, tmp_path: Path) -> N
         (["--config", "wti", "--split", "all"], "split must be one of 'train', 'val', 'test', got 'all'"),
         (["--config", "wti", "--dtype", "int8"], "dtype must be one of 'fp16', 'bf16', 'fp32', got 'int8'"),
         (["--config", "wti", "--dataset", "folder"], "videos must name a folder, got none; pass --videos"),
+        (["--from", "v", "--workers", "1"], "workers decode videos, got 1 beside --from; drop it"),
+        (["--from", "v", "--text-from", "t", "--config", "wti"], "text-from goes without --config, --set and --precis"),
         (["--from", "nowhere"], "tokens folder or file not found: nowhere; check the path"),
     ],
 )

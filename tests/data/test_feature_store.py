@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from drl_fast.data import feature_store
-from drl_fast.data.feature_store import About, Contents, FeatureStore, Side, Writer, begin, done_chunks, write_about
+from drl_fast.data.feature_store import (
+    About,
+    Contents,
+    FeatureStore,
+    Side,
+    Writer,
+    begin,
+    done_chunks,
+    start_bytes,
+    write_about,
+)
 from drl_fast.data.split import Split
 
 WIDTH, TEXTS, VIDEOS = 24, 23, 11
@@ -41,6 +51,7 @@ def split_of(part: str, videos: Sequence[int]) -> Split:
 
 SPLITS = {"train": split_of("train", range(8)), "test": split_of("test", range(7, 11))}
 CONTENTS = Contents.of(SPLITS)
+START, START_HASH = start_bytes({"logit_scale": torch.tensor(2.5)})
 
 
 def about_of(dtype: str = "fp32") -> About:
@@ -49,13 +60,13 @@ def about_of(dtype: str = "fp32") -> About:
         "video": Side(len(CONTENTS.videos), WIDTH, 3, 4, {"clip": "toy", "weights": "2"}),
     }
     inputs = {"max_words": 9, "rate": 1.0, "max_frames": 4, "seconds": None}
-    return About("folder", dtype, "fp32", inputs, CONTENTS.digest(), **sides)
+    return About("folder", dtype, "fp32", inputs, CONTENTS.digest(), START_HASH, **sides)
 
 
 def fill(folder: Path, dtype: str = "fp32", on_chunk: Callable[[], object] = lambda: None) -> int:
     """Write what the store lacks; return how many chunks that was."""
     about, written = about_of(dtype), 0
-    begin(folder, about, CONTENTS, {"logit_scale": torch.tensor(2.5)})
+    begin(folder, about, CONTENTS, START)
     for name in ("text", "video"):
         side, tokens = about.side(name), tokens_of(name)
         known = done_chunks(folder, name, side)
@@ -122,8 +133,8 @@ class Killed:
 
     def install(self) -> None:
         feature_store.os.fsync = self.sync  # type: ignore[attr-defined, assignment]
-        opened = feature_store._open_at
-        feature_store._open_at = lambda path, size: Cut(opened(path, size), self)  # type: ignore[assignment]
+        opened = feature_store._open_end
+        feature_store._open_end = lambda path: Cut(opened(path), self)  # type: ignore[assignment]
 
     def now(self) -> bool:
         self.left -= 1
@@ -179,7 +190,7 @@ def test_a_killed_writer_continues_with_the_same_bytes(store: Path, tmp_path: Pa
 
 def test_shards_of_several_processes_are_one_store(store: Path, tmp_path: Path) -> None:
     folder, about = tmp_path / "shards", about_of()
-    begin(folder, about, CONTENTS, {})
+    begin(folder, about, CONTENTS, START)
     for name in ("text", "video"):
         side, tokens = about.side(name), tokens_of(name)
         for shard in range(3):
@@ -207,7 +218,7 @@ def test_shards_of_several_processes_are_one_store(store: Path, tmp_path: Path) 
     ],
 )
 def test_tokens_that_cannot_be_stored(tmp_path: Path, tokens: Tensor, message: str) -> None:
-    begin(tmp_path / "store", about_of("fp16"), CONTENTS, {})
+    begin(tmp_path / "store", about_of("fp16"), CONTENTS, START)
     side = about_of().video
     writer = Writer(tmp_path / "store", "video", side, "fp16", 0)
     with pytest.raises(ValueError, match=message):
@@ -223,7 +234,7 @@ def test_folders_of_something_else(store: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"out must be a new or an empty folder, got .* with other files"):
         fill(tmp_path / "mine")
-    begin(tmp_path / "begun", about_of("fp16"), CONTENTS, {})
+    begin(tmp_path / "begun", about_of("fp16"), CONTENTS, START)
     with pytest.raises(ValueError, match=r"of the same kind, got .* with dtype 'fp16' then and 'fp32' now"):
         fill(tmp_path / "begun")
     # Killed before features.json was written.
@@ -304,10 +315,40 @@ def test_a_lost_shard(store: Path) -> None:
         FeatureStore(store)
 
 
-def test_a_lost_start(store: Path) -> None:
-    change(store / "start.safetensors", lambda data: data[:20])
-    with pytest.raises(ValueError, match=r"start.safetensors must be a whole file, got: .*; copy the features again"):
+@pytest.mark.parametrize("edit", [lambda data: data[:20], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_damaged_start(store: Path, edit: Callable[[bytes], bytes]) -> None:
+    change(store / "start.safetensors", edit)
+    with pytest.raises(ValueError, match=r"start.safetensors must be the file that was written, got another; copy"):
         FeatureStore(store).start()
+
+
+def test_the_digest_is_of_all_tokens(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "same")
+    assert FeatureStore(tmp_path / "same").digest == FeatureStore(store).digest
+    changed = tokens_of
+    monkeypatch.setitem(globals(), "tokens_of", lambda side: [x + 1e-3 for x in changed(side)])
+    fill(tmp_path / "other")
+    assert FeatureStore(tmp_path / "other").digest != FeatureStore(store).digest
+
+
+def test_several_writers_that_were_killed_are_continued_by_one(store: Path, tmp_path: Path) -> None:
+    """Their shards keep whole chunks, and lose the rest."""
+    folder, about = tmp_path / "killed", about_of()
+    begin(folder, about, CONTENTS, START)
+    side, tokens = about.video, tokens_of("video")
+    for shard in range(2):
+        writer = Writer(folder, "video", side, "fp32", shard)
+        items = side.chunks()[shard]
+        writer.append(items, [tokens[item] for item in items], ["" for _ in items])
+        writer.close()
+        with (folder / f"video-{shard}.tokens").open("ab") as file:
+            file.write(b"half a chunk")
+        with (folder / f"video-{shard}.index").open("ab") as file:
+            file.write((folder / f"video-{shard}.index").read_bytes()[:20])
+    fill(folder)
+    for name in ("text", "video"):
+        items = np.arange(about.side(name).items)
+        assert torch.equal(FeatureStore(folder).read(name, items)[0], FeatureStore(store).read(name, items)[0])
 
 
 def test_a_shard_that_lost_tokens_is_not_continued(store: Path, tmp_path: Path) -> None:
