@@ -131,7 +131,8 @@ class Steps:
     def load(self) -> dict[str, Tensor]:
         batch, _ = next(self.loaded)
         assert batch is not None
-        return {name: x.to(self.device) for name, x in batch.items()}
+        unused = "owner" if "video_of" in batch else ""
+        return {name: x.to(self.device) for name, x in batch.items() if name != unused}
 
     def step(self) -> None:
         """Take a step as training does."""

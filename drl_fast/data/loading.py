@@ -94,7 +94,7 @@ class VideoCaptions(Dataset):
 class CaptionsOfVideos(VideoCaptions):
     """The same captions, asked for by tuples of captions of one video, which is decoded once.
 
-    An item is a dict of ``text_ids`` (captions, max_words), ``video`` and ``video_mask`` as above; or an
+    An item is a dict of ``text_ids`` (captions, max_words), ``video``, ``video_mask`` and ``owner`` as above; or an
     :class:`Unreadable`.
     """
 
@@ -104,7 +104,7 @@ class CaptionsOfVideos(VideoCaptions):
         if isinstance(decoded, Unreadable):
             return decoded
         ids = tokenize(self.tokenizer, [self.split.captions[i] for i in index], self.max_words)
-        return {"text_ids": ids, "video": decoded[0], "video_mask": decoded[1]}
+        return {"text_ids": ids, "video": decoded[0], "video_mask": decoded[1], "owner": torch.tensor(owner)}
 
     def groups(self, batch: Sequence[int]) -> list[tuple[int, ...]]:
         """Cut a batch's captions into tuples, one for each video, in the order in which the videos first appear."""
@@ -143,7 +143,10 @@ def collate(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, list[Unr
 
 
 def collate_shared(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
-    """Join items of :class:`CaptionsOfVideos`; ``video_of`` (captions,) is the row of each caption's video."""
+    """Join items of :class:`CaptionsOfVideos`.
+
+    ``video_of`` (captions,) is the row of each caption's video, ``owner`` (captions,) the video's index in the split.
+    """
     read = [item for item in items if not isinstance(item, Unreadable)]
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     if not read:
@@ -154,6 +157,7 @@ def collate_shared(items: Sequence[Batch | Unreadable]) -> tuple[Batch | None, l
         "video": torch.stack([item["video"] for item in read]),
         "video_mask": torch.stack([item["video_mask"] for item in read]),
         "video_of": torch.arange(len(read)).repeat_interleave(captions),
+        "owner": torch.stack([item["owner"] for item in read]).repeat_interleave(captions),
     }, unreadable
 
 

@@ -83,11 +83,13 @@ class Data:
     def empty(self, model: Head, config: RunConfig) -> Batch:
         assert isinstance(model, DRL)
         sampling = config.sampling(model.picture_size[0])
+        shared = {"video_of": torch.zeros(0, dtype=torch.int64)} if config.captions_per_video else {}
         return {
             "text_ids": torch.zeros(0, config.words, dtype=torch.int64),
             "video": torch.zeros(0, sampling.max_frames, 3, sampling.size, sampling.size, dtype=torch.uint8),
             "video_mask": torch.zeros(0, sampling.max_frames, dtype=torch.bool),
-            "video_of" if config.captions_per_video else "owner": torch.zeros(0, dtype=torch.int64),
+            "owner": torch.zeros(0, dtype=torch.int64),
+            **shared,
         }
 
     def evaluate(
@@ -146,7 +148,8 @@ class StoredData:
         text, text_mask = self.store.read("text", self.train_part.texts[captions])
         video, video_mask = self.store.read("video", self.train_part.videos[videos])
         sides: dict[str, Tensor] = {"text": text, "text_mask": text_mask, "video": video, "video_mask": video_mask}
-        return {**sides, "video_of" if shared else "owner": torch.from_numpy(video_of)}
+        ids = {"owner": torch.from_numpy(owner)}
+        return {**sides, **ids, "video_of": torch.from_numpy(video_of)} if shared else {**sides, **ids}
 
     def evaluate(
         self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnProgress | None

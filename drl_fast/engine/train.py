@@ -287,7 +287,10 @@ class Run:
         """Move a batch to the model; it has 0 rows if nothing could be read, and ``owner`` only where it is needed."""
         if batch is None:
             batch = self.data.empty(self.whole, self.config)
-        wanted = {name: x for name, x in batch.items() if name != "owner" or self.config.skip_same_video}
+        # Captions of a shared row say themselves that they are no negatives; those on two processes need ids.
+        shared = self.config.captions_per_video > 0
+        ids = self.processes.group is not None if shared else self.config.skip_same_video
+        wanted = {name: x for name, x in batch.items() if name != "owner" or ids}
         return {name: x.to(self.processes.device, non_blocking=True) for name, x in wanted.items()}
 
     def unreadable(self) -> set[str]:

@@ -318,8 +318,9 @@ class Head(nn.Module):
         """Compute the losses of :meth:`forward` from encoded tokens (A, Nt, D), (B, Nv, D) and masks.
 
         Args:
-            owner: (A,) integers: captions with one id are not negatives of each other. With ``video_of`` leave it out:
-                captions of one row of ``video`` are never negatives of each other.
+            owner: (A,) integers: captions with one id are not negatives of each other. With ``video_of`` leave it out
+                in one process: captions of one row of ``video`` are never negatives of each other. Over a group pass ids
+                that ranks share, so that this holds for one video on two ranks as well.
             process_group: its ranks' pairs are negatives of each other. TI and WTI never form the batch's logits; with
                 the others every rank gathers all videos and scores its own texts against them.
             video_of: (A,) integers, the row of ``video`` that each caption describes; None: row i describes row i. The
@@ -335,10 +336,12 @@ class Head(nn.Module):
         if video_of is None:
             info_nce = losses.contrastive_loss(self.interaction, batch, self.logit_scale, owner, process_group)
         else:
-            if owner is not None:
+            if owner is not None and process_group is None:
                 raise ValueError("owner must be None with video_of, which says it already, got both; drop owner")
             video_of = losses.check_video_of(video_of, len(text), len(video))
-            info_nce = losses.shared_videos_loss(self.interaction, batch, self.logit_scale, video_of, process_group)
+            info_nce = losses.shared_videos_loss(
+                self.interaction, batch, self.logit_scale, video_of, owner, process_group
+            )
             batch = losses.repeat_videos(batch, video_of)
         cdcr = losses.decorrelation_loss(self.config, batch, padded, process_group)
         total = info_nce if self.config.cdcr == 0 else info_nce + self.config.cdcr_weight * cdcr

@@ -117,7 +117,12 @@ def repeat_videos(batch: Batch, video_of: Tensor) -> Batch:
 
 
 def shared_videos_loss(
-    interaction: nn.Module, batch: Batch, logit_scale: Tensor, video_of: Tensor, group: ProcessGroup | None
+    interaction: nn.Module,
+    batch: Batch,
+    logit_scale: Tensor,
+    video_of: Tensor,
+    owner: Tensor | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """Compute InfoNCE of captions (A) that share videos (B) from the (A, B) logits, a scalar.
 
@@ -125,10 +130,12 @@ def shared_videos_loss(
     other video counts as often as it has captions in the batch. From video to text each caption is its video's answer
     once, and the video's other captions are left out.
 
-    Over a group the videos are repeated: the ranks exchange pairs.
+    Over a group the videos are repeated: the ranks exchange pairs. ``owner`` (A,) are ids of the captions' videos;
+    None: no video is on two ranks.
     """
     if group is not None:
-        owner = video_of + _first_video(len(batch.video), Group(group), video_of.device)
+        if owner is None:
+            owner = video_of + _first_video(len(batch.video), Group(group), video_of.device)
         return contrastive_loss(interaction, repeat_videos(batch, video_of), logit_scale, owner, group)
     if len(batch.text) == 0:
         raise ValueError("text must hold at least one caption, got none; a batch without pairs has no loss")

@@ -22,6 +22,8 @@ from ..engine.test_train import losses
 from .ranks import error_of, on_ranks
 
 WAYS = ("ddp", "fsdp")
+# Captions of one video share a batch; two processes take two and three of five, which cuts a video's captions apart.
+SHARED = {"captions_per_video": 2, "batch": 5}
 # First and last row of each process, of seven: unequal shares, or none.
 SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
 INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti")
@@ -100,6 +102,7 @@ def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
         run, _ = opened(configured(folder, parallel=second), out / name, resume=True, processes=here(rank, size))
         steps.append(run.progress.step)
         run.train()
+    opened(configured(folder, **SHARED), out / "shared", processes=here(rank, size))[0].train()
     return steps
 
 
@@ -144,6 +147,9 @@ def test_a_run_equals_one_process(tmp_path: Path) -> None:
     opened(configured(folder), tmp_path / "one")[0].train()
     expected = [float(row["total"]) for row in losses(tmp_path / "one")]
     assert on_ranks(2, _runs, tmp_path, folder, tmp_path) == [[5, 5, 5]] * 2
+    opened(configured(folder, **SHARED), tmp_path / "shared_by_one")[0].train()
+    found, shared = ([float(row["total"]) for row in losses(tmp_path / name)] for name in ("shared", "shared_by_one"))
+    assert found == pytest.approx(shared, rel=5e-3)
     for name in ("ddp", "fsdp", "both"):
         found = [float(row["total"]) for row in losses(tmp_path / name)]
         assert found == pytest.approx(expected, rel=5e-3), name
