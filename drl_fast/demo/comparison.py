@@ -208,7 +208,15 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
     return {
         "held_out": len(rows[0].sim),
         "chance": chance(len(rows[0].sim)),
-        "rows": [{"name": row.name, "metrics": row.metrics, "R1_interval_95": row.intervals} for row in rows],
+        "rows": [
+            {
+                "name": row.name,
+                "metrics": row.metrics,
+                "R1_interval_95": row.intervals,
+                "seconds": round(row.seconds, 1),
+            }
+            for row in rows
+        ],
         "findings": findings(rows),
     }
 

@@ -99,7 +99,8 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [row["name"] for row in numbers["rows"]] == list(ROWS)
     for row in numbers["rows"]:
         assert re.search(rf"^ *{re.escape(row['name'])} +{row['metrics']['t2v']['R1']:.1f} ", table, re.MULTILINE)
-    assert all(sentence in result.flat for sentence in numbers["findings"])
+    assert all(sentence in result.flat for sentence in numbers["findings"] + numbers["frozen"]["findings"])
+    assert all(row["seconds"] >= 0 for row in numbers["rows"])
     assert list(numbers["frozen"]["R1"]) == ["DP", "TI", "WTI"]
     assert all(len(values) == 3 for key in ("R1", "seconds") for values in numbers["frozen"][key].values())
     for name in ("loss.png", "matches.png", "recall.png"):

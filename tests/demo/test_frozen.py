@@ -50,5 +50,6 @@ def test_findings() -> None:
     found = Frozen(1.0, {"DP": [50.0, 51.0], "TI": [60.0, 64.0], "WTI": [62.0, 66.0]}, {})
     shown = "\n".join(findings(found))
     assert "WTI against DP: +13.5 points; the ranges are apart." in shown
+    assert "The ranges are of 3 seeds on generated clips. The towers were trained with DP" in shown
     assert "WTI against TI: +2.0 points; the ranges of the seeds overlap, this run does not order them." in shown
     assert "this table does not compare frozen towers with end-to-end training" in shown
