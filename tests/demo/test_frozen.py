@@ -11,6 +11,7 @@ from drl_fast.demo import frozen
 from drl_fast.demo.comparison import tokenizer
 from drl_fast.demo.frozen import Frozen, findings, train_frozen
 from drl_fast.engine.in_memory import Pairs
+from drl_fast.model.head import Head
 from drl_fast.model.small import small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_heads_learn_on_the_towers_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = small_model(64, 16, 0, interaction="dp")
+    model.stored_scale.data.fill_(1.5)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     frames = torch.randint(0, 256, (8, 3, 3, 64, 64), dtype=torch.uint8)
     mask = torch.ones(8, 3, dtype=torch.bool)
@@ -32,8 +34,9 @@ def test_heads_learn_on_the_towers_tokens(monkeypatch: pytest.MonkeyPatch) -> No
     losses: list[list[float]] = []
     train = frozen.train
 
-    def recorded(*arguments: object, **options: object) -> list[float]:
-        losses.append(list(train(*arguments, **options)))  # type: ignore[arg-type]
+    def recorded(head: Head, *arguments: object, **options: object) -> list[float]:
+        assert head.stored_scale.item() == 1.5
+        losses.append(list(train(head, *arguments, **options)))  # type: ignore[arg-type]
         return losses[-1]
 
     monkeypatch.setattr(frozen, "train", recorded)
