@@ -150,7 +150,7 @@ def test_known_imports_are_found() -> None:
     assert ("drl_fast.ops.token_interaction", "drl_fast.ops.chunked.token_interaction") in pairs
     assert ("drl_fast.functional.token_interaction", "drl_fast.ops.token_interaction") in pairs
     assert ("drl_fast.ops.dispatch", "drl_fast._C") in pairs
-    assert ("drl_fast.engine.in_memory", "drl_fast.model.drl") in pairs
+    assert ("drl_fast.engine.in_memory", "drl_fast.model.head") in pairs
 
 
 def test_imports_go_down() -> None:

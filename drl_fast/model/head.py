@@ -319,8 +319,8 @@ class Head(nn.Module):
 
         Args:
             owner: (A,) integers: captions with one id are not negatives of each other. With ``video_of`` leave it out
-                in one process: captions of one row of ``video`` are never negatives of each other. Over a group pass ids
-                that ranks share, so that this holds for one video on two ranks as well.
+                in one process: captions of one row of ``video`` are never negatives of each other. Over a group pass
+                ids that ranks share, so that this holds for one video on two ranks as well.
             process_group: its ranks' pairs are negatives of each other. TI and WTI never form the batch's logits; with
                 the others every rank gathers all videos and scores its own texts against them.
             video_of: (A,) integers, the row of ``video`` that each caption describes; None: row i describes row i. The
