@@ -35,7 +35,12 @@ if TYPE_CHECKING:
     from .model.drl import DRL
 
 SERVED_BY = {"cpp": "the C++ extension", "chunked": "chunked PyTorch"}
-STAGES = {"videos": "decode and encode videos", "texts": "encode captions", "scores": "score"}
+STAGES = {
+    "videos": "decode and encode videos",
+    "texts": "encode captions",
+    "tokens": "read tokens",
+    "scores": "score",
+}
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 15.0
 

@@ -43,3 +43,12 @@ def with_folders(
             raise ValueError(f"{name} must name a folder, got none; pass --{name} or set it in the configuration{hint}")
         folders.append(Path(folder).resolve())
     return dataclasses.replace(config, videos=str(folders[0]), annotations=str(folders[1])), folders[0], folders[1]
+
+
+def check_alone(features: str, **others: object) -> None:
+    """Reject options of videos beside features, instead of silently ignoring them."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name.replace('_', '-')} goes without features, got {value} beside {features}; drop one of them"
+            )

@@ -40,7 +40,7 @@ from ..engine.sanity_checks import equal_scores
 from ..metrics import DIRECTIONS, dual_softmax_metrics, recall_interval
 from ..validation import option
 from ._errors import report_errors
-from ._options import Annotations, Dataset, Features, Overrides, Strict, Videos, with_folders
+from ._options import Annotations, Dataset, Features, Overrides, Strict, Videos, check_alone, with_folders
 
 if TYPE_CHECKING:
     from ..data.split import Split
@@ -126,7 +126,7 @@ def evaluate(
             "on_progress": watch,
         }
         if settings.features is not None:
-            _check_alone(settings.features, videos=videos, annotations=annotations, cache=cache, workers=workers)
+            check_alone(settings.features, videos=videos, annotations=annotations, cache=cache, workers=workers)
             store = FeatureStore(settings.features)
             stored = store.part(split, strict=strict)
             part, model = stored.split, load_head(checkpoint, found_settings, store).to(here.device)
@@ -214,15 +214,6 @@ def evaluate(
             _print(report, found, console)
             for line in written:
                 print_line(console, line)
-
-
-def _check_alone(features: str, **others: object) -> None:
-    """Reject options of videos beside features, instead of silently ignoring them."""
-    for name, value in others.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} goes without features, got {value} beside the features {features}; drop one of them"
-            )
 
 
 def _introduce(

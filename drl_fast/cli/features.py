@@ -173,17 +173,17 @@ class _Encoding:
         texts = None if text_from is None else TokenFiles(text_from)
         found = read_splits(captions, files, texts, self.parts)
         self._introduce(found.splits)
+        missing = {name for split in found.splits.values() for name in (*split.missing, *split.uncaptioned)}
+        for what, names, folder in (("videos", sorted(missing), source), ("captions", found.absent, text_from)):
+            if names and self.strict:
+                raise ValueError(
+                    f"{folder} must hold tokens of all {what}, got none of {some(names)}; add them, or drop --strict"
+                )
         if found.absent:
             print_line(
                 self.console,
                 f"left out: {len(found.absent)} captions have no tokens in {text_from}: {some(found.absent)}",
                 "yellow",
-            )
-        missing = [name for split in found.splits.values() for name in (*split.missing, *split.uncaptioned)]
-        if self.strict and (missing or found.absent):
-            raise ValueError(
-                f"{source} must hold tokens of all videos and captions, got it without "
-                f"{some([*missing, *found.absent])}; add them, or drop --strict"
             )
         contents = Contents.of(found.splits)
         video = _imported(files, contents.paths)
@@ -212,14 +212,15 @@ class _Encoding:
         if self.settings.pretrained is None and self.settings.init_from is None:
             print_line(
                 self.console,
-                "CLIP's weights are random, and the features mean nothing; take trained ones with --set "
+                "warning: CLIP's weights are random, and the features mean nothing; take trained ones with --set "
                 "pretrained=openai",
                 "bold yellow",
             )
         words = model.words(self.settings.words)
         print_line(
             self.console,
-            f"{self.settings.clip} ({self.settings.init_from or self.settings.pretrained}), {self.precision} on "
+            f"{self.settings.clip}, {self.settings.init_from or self.settings.pretrained or 'random weights'}, "
+            f"{self.precision} on "
             f"{self.here.device}, stored as {self.dtype}",
         )
         print_cut(self.console, contents.texts, model, tokenizer, self.settings.words)
@@ -264,6 +265,8 @@ class _Encoding:
 
         def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
+                if done:
+                    print_line(self.console, f"continuing: {done} of {total} {STAGES[name]} are there already")
                 tasks[name] = bars.add_task(STAGES[name], total=total, note="")
             bars.update(tasks[name], completed=done)
 
@@ -272,17 +275,21 @@ class _Encoding:
                 raise ValueError(f"{video.name} cannot be read, and --strict wants all of them: {video.reason}")
             print_unreadable(Console(stderr=True), video)
 
-        with bars:
-            write_store(
-                out,
-                about,
-                contents,
-                data,
-                encoders,
-                self.here,
-                on_progress=show,
-                on_unreadable=unreadable,
-            )
+        try:
+            with bars:
+                write_store(
+                    out,
+                    about,
+                    contents,
+                    data,
+                    encoders,
+                    self.here,
+                    on_progress=show,
+                    on_unreadable=unreadable,
+                )
+        except KeyboardInterrupt:
+            print_line(self.console, f"stopped; the same command continues from what is in {out}")
+            raise
         if not self.here.first:
             return
         absent = int((FeatureStore(out).counts("video") == 0).sum())

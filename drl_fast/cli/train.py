@@ -33,7 +33,7 @@ from ..data.split import Split
 from ..engine.processes import Processes, processes
 from ..metrics import DIRECTIONS
 from ._errors import INTERRUPTED, report_errors
-from ._options import Annotations, Dataset, Features, Overrides, Strict, Videos, with_folders
+from ._options import Annotations, Dataset, Features, Overrides, Strict, Videos, check_alone, with_folders
 
 if TYPE_CHECKING:
     from ..data.loading import Unreadable
@@ -97,11 +97,8 @@ def train(
             )
         settings = read_config(config, overrides or (), dataset, features)
         on_features = settings.features is not None
-        if on_features and (dry_run or videos is not None or annotations is not None):
-            raise ValueError(
-                f"features go without --videos, --annotations and --dry-run, got {settings.features} beside them; drop "
-                "one of them"
-            )
+        if settings.features is not None:
+            check_alone(settings.features, videos=videos, annotations=annotations, dry_run=dry_run or None)
         with processes() as here, contextlib.ExitStack() as stack:
             console = Console(quiet=not here.first)
             name = settings.dataset if on_features else dataset

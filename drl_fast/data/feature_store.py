@@ -176,7 +176,7 @@ def start_bytes(start: Mapping[str, Tensor]) -> tuple[bytes, str]:
 
 
 def begin(folder: Path, about: About, contents: Contents, start: bytes) -> None:
-    """Make a store's folder and description, or check that an unfinished store there is of the same features.
+    """Make a store's folder and description, or check that a store there is of the same features.
 
     Half-written chunks of all shards are removed. Nobody else may be writing.
 
@@ -185,14 +185,12 @@ def begin(folder: Path, about: About, contents: Contents, start: bytes) -> None:
             tokens.
 
     Raises:
-        ValueError: a finished store, one of other features, or a folder with something else.
+        ValueError: a store of other features, or a folder with something else.
         OSError: files that cannot be written.
     """
     if (folder / ABOUT).exists():
         then = _plain(read_about(folder))
         now = _plain(about)
-        if then.pop("finished"):
-            raise ValueError(f"out must be a new folder, got {folder}, which holds finished features; name another")
         changed = [
             NAMED.get(key, f"{key} {then.get(key)!r} then and {now.get(key)!r} now")
             for key in {**then, **now}
@@ -200,8 +198,7 @@ def begin(folder: Path, about: About, contents: Contents, start: bytes) -> None:
         ]
         if changed:
             raise ValueError(
-                f"out must be a new folder or unfinished features of the same kind, got {folder} with "
-                f"{'; '.join(changed)}; name another"
+                f"out must be a new folder or the same features, got {folder} with {'; '.join(changed)}; name another"
             )
         remove_parts(folder)
         for name in SIDES:
@@ -233,8 +230,13 @@ def read_about(folder: str | Path) -> About:
         ValueError: a folder without it, or one that is damaged or of another version.
     """
     path = Path(folder) / ABOUT
+    if not Path(folder).exists():
+        raise ValueError(f"features not found: {folder}; check the path")
     if not path.is_file():
-        raise ValueError(f"features must be a folder of drl-fast features, got {folder} without {ABOUT}")
+        raise ValueError(
+            f"features must be a folder that drl-fast features wrote, got {folder} without {ABOUT}; to encode "
+            "videos run drl-fast features"
+        )
     try:
         values = dict(read_json(path, dict))
         if values.pop("format", None) != FORMAT:

@@ -33,6 +33,8 @@ def read_splits(captions: Path, videos: TokenFiles, texts: TokenFiles | None, pa
     Raises:
         ValueError: a malformed captions file, or one of which no caption or no video has tokens.
     """
+    if captions.is_dir() and not any((captions / f"captions.{kind}").is_file() for kind in ("csv", "jsonl")):
+        raise ValueError(f"captions must be named, got {captions} without captions.csv; add --captions FILE")
     if not captions.exists():
         raise ValueError(f"captions not found: {captions}; name a CSV or JSONL file with --captions")
     rows = read_captions(captions)
@@ -54,8 +56,8 @@ def read_splits(captions: Path, videos: TokenFiles, texts: TokenFiles | None, pa
         splits[part] = split_of("folder", part, listing, videos)
         if not splits[part].names:
             raise ValueError(
-                f"from must hold tokens of the videos in {captions} ({some(listing.ids)}), got {videos.folder} with "
-                f"{some(videos.names)}; name the files by the captions' video"
+                f"from must hold tokens of the {part} part's videos ({some(listing.ids)}), got {videos.folder} with "
+                f"{some(videos.names)}; name the files by the captions' video, or import other parts alone with --split"
             )
     return Imported(splits, entries, absent)
 

@@ -142,7 +142,7 @@ def evaluate(
             # A chunk's tokens replace its features.
             video_tokens=features,
         )
-        sim = _similarities(model, sides, block, context, group, report)
+        sim = _similarities(model, sides, block, context, group, report, "texts")
     names = [split.names[i] for i in columns.tolist()]
     return Evaluation(sim, owner, retrieval_metrics(sim, owner), unreadable, captions, names)
 
@@ -189,7 +189,7 @@ def evaluate_features(
             text_tokens=torch.zeros(len(part.texts), store.length("text"), model.dim),
             video_tokens=torch.zeros(len(part.videos), store.length("video"), model.dim),
         )
-        sim = _similarities(model, sides, block, context, group, on_progress or _ignore)
+        sim = _similarities(model, sides, block, context, group, on_progress or _ignore, "tokens")
     owner = torch.tensor(split.owner)
     names, captions = list(split.names), list(split.captions)
     return Evaluation(sim, owner, retrieval_metrics(sim, owner), part.unreadable, captions, names)
@@ -209,11 +209,17 @@ class _Sides(NamedTuple):
 
 
 def _similarities(
-    model: Head, sides: _Sides, block: int, context: Autocast, group: Group | None, report: Callable[..., None]
+    model: Head,
+    sides: _Sides,
+    block: int,
+    context: Autocast,
+    group: Group | None,
+    report: Callable[..., None],
+    stage: str,
 ) -> Tensor:
     """Encode both sides and score them (A, B)."""
     videos = encode_rows(model, "video", sides.video, sides.video_tokens, context, group)
-    texts = encode_rows(model, "text", sides.text, sides.text_tokens, context, group, partial(report, "texts"))
+    texts = encode_rows(model, "text", sides.text, sides.text_tokens, context, group, partial(report, stage))
     with context():
         return _score(model, texts, videos, block, group, partial(report, "scores"))
 

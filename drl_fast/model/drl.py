@@ -230,7 +230,10 @@ class DRL(Head):
             )
         for side, known in (asdict(head.encoders) if head.encoders is not None else {}).items():
             if known is None or known["weights"] != towers.encoder_hash(side):
-                name = "imported from elsewhere" if known is None else f"encoded by {known['clip']} with other weights"
+                name = "imported from elsewhere"
+                if known is not None:
+                    weights = known["init_from"] or known["pretrained"] or f"random weights of seed {known['seed']}"
+                    name = f"encoded by {known['clip']}, {weights}"
                 raise ValueError(
                     f"towers must be what the head was trained on, got another CLIP: the head's {side} tokens were "
                     f"{name}; load those weights"

@@ -156,6 +156,8 @@ class Head(nn.Module):
         path = Path(source)
         state, theirs = read_source(path)
         differences = architecture_differences(self.describe_config(), theirs)
+        if theirs.get("sizes") not in (None, self.sizes):
+            differences.append(f"{theirs['sizes']} there and {self.sizes} here")
         if differences:
             raise ValueError(f"{path} must hold a model of this architecture, got {'; '.join(differences)}")
         load_strictly(self, without_towers(state), str(path))

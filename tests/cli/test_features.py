@@ -132,7 +132,7 @@ def test_imported_tokens(command: Command, tmp_path: Path) -> None:
     assert "was trained on imported tokens, not on a CLIP's; score it with --features" in result.stderr
     result = import_tokens(command, folder, tmp_path / "g", "--strict")
     assert result.exit_code == 1
-    assert "must hold tokens of all videos and captions, got it without clip4.mp4, " in result.stderr
+    assert "must hold tokens of all videos, got none of clip4.mp4; add them, or drop --strict" in result.stderr
     assert not (tmp_path / "g").exists()
 
 
@@ -222,10 +222,13 @@ def test_a_stopped_encoding_continues(
     result = encode(command, videos, tmp_path / "f")
     assert result.exit_code == 0, result.output
     assert "clip3.mp4" not in result.stderr  # found before the stop
+    assert "continuing: 4 of 12 videos are there already" in result.flat
+    assert "left out: 1 of 12 videos could not be decoded" in result.flat
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "f" / path.name).read_bytes(), path.name
     result = encode(command, videos, tmp_path / "f")
-    assert "which holds finished features; name another" in result.stderr
+    assert result.exit_code == 0, result.output
+    assert "continuing: 12 of 12 videos are there already" in result.flat
 
 
 def test_strict_rejects_unreadable_videos(command: Command, tmp_path: Path) -> None:
@@ -303,7 +306,7 @@ def test_more_frames_than_positions(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--config", "wti", "--videos", "v"], "features go without --videos, --annotations and --dry-run"),
+        (["train", "--config", "wti", "--videos", "v"], "videos goes without features, got v beside"),
         (["train", "--config", "wti", "--set", "max_frames=2"], "wti must agree with the features in"),
         (["eval", "--config", "wti", "--cache", "c"], "cache goes without features, got c beside"),
         (["eval", "--config", "wti", "--split", "val"], "split must be one of test, which"),

@@ -223,7 +223,7 @@ def test_the_configuration_takes_from_the_features_what_they_say(features: Path,
             read_config("wti", [override], features=features)
     with pytest.raises(ValueError, match=r"which have dataset 'folder'; got dataset 'msvd'"):
         read_config("wti", dataset="msvd", features=features)
-    with pytest.raises(ValueError, match=r"features must be a folder of drl-fast features, got .*nowhere without"):
+    with pytest.raises(ValueError, match=r"features not found: .*nowhere; check the path"):
         read_config("wti", features=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="dim must be None without features, got 64"):
         RunConfig("folder", dim=64)
