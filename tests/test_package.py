@@ -40,7 +40,8 @@ def test_what_is_required() -> None:
 
 
 def test_extras() -> None:
-    assert set(INSTALLED.metadata.get_all("Provides-Extra") or []) == {"cli", "video", "train", "bench", "dev"}
+    extras = {"cli", "video", "train", "hdf5", "bench", "dev"}
+    assert set(INSTALLED.metadata.get_all("Provides-Extra") or []) == extras
 
 
 def test_the_bare_library_needs_torch_and_numpy_alone() -> None:
