@@ -1,4 +1,4 @@
-"""InfoNCE from tokens and weights, without the logit matrix."""
+"""InfoNCE from tokens and weights, without the logit matrix where that is large."""
 
 from __future__ import annotations
 
@@ -33,10 +33,7 @@ def token_contrastive_loss(
     owner: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Compute ``info_nce(token_interaction(...), logit_scale)`` without the B x B logits.
-
-    Up to a batch of about 1,000 use ``info_nce(wti(...))``: it is faster. Beyond that, this trades about 1.4x time for
-    memory that grows linearly with B.
+    """Compute ``info_nce(token_interaction(...), logit_scale)`` with memory that does not grow with B^2 for large B.
 
     In one process, logits and matches of all pairs are kept for the backward pass if they fit 256 MB; the shapes alone
     decide. That is enough for 2,364 pairs of 32 words and 12 frames. Otherwise blocks of texts are scored against all
