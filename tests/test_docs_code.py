@@ -278,7 +278,8 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
         shape, times = record["shape"], record["results"]
         if record["mode"] == "train" and (shape["batch"], shape["nt"], shape["dim"]) == (256, 32, 512):
             share[shape["lengths"]] = times["drl_fast"]["ratio"]["median"] / times["eager"]["ratio"]["median"]
-    assert f"the interaction alone takes {share['full']:.2f} of the einsum code's time, {share['real']:.2f} with" in text
+    full, real = share["full"], share["real"]
+    assert f"the interaction alone takes {full:.2f} of the einsum code's time, {real:.2f} with" in text
 
 
 def test_the_readme_says_what_a_whole_step_gains() -> None:
