@@ -41,6 +41,7 @@ STAGES = {
     "tokens": "read tokens",
     "scores": "score",
 }
+UNREADABLE_SHOWN = 10
 # Seconds between lines of progress where the output is no terminal.
 LINE_EVERY = 15.0
 
@@ -105,6 +106,14 @@ def print_features(console: Console, store: FeatureStore) -> None:
 def print_unreadable(console: Console, video: Unreadable) -> None:
     """Print that a video cannot be read, and why."""
     print_line(console, f"unreadable, left out: {video.name}: {video.reason}", "yellow")
+
+
+def print_all_unreadable(console: Console, videos: Sequence[Unreadable]) -> None:
+    """Print the first unreadable videos, and how many more there are."""
+    for video in videos[:UNREADABLE_SHOWN]:
+        print_unreadable(console, video)
+    if len(videos) > UNREADABLE_SHOWN:
+        print_line(console, f"... and {len(videos) - UNREADABLE_SHOWN} more unreadable videos")
 
 
 def progress(console: Console, clock: Callable[[], float] = time.monotonic) -> Progress:

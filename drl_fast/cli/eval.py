@@ -24,12 +24,12 @@ from ..console import (
     STAGES,
     chance,
     metrics_table,
+    print_all_unreadable,
     print_cut,
     print_features,
     print_line,
     print_machine,
     print_split,
-    print_unreadable,
     progress,
 )
 from ..data.datasets import load_split
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from ..engine.evaluate import Evaluation
     from ..model.head import Head
 
-SHOWN = 10
 POST = "Post-processing by dual softmax, not comparable with the table above"
 POST_NOTE = "Dual softmax weights every score by those of all test queries, which a search does not have."
 
@@ -134,7 +133,6 @@ def evaluate(
             print_features(console, store)
             if store.about.inputs is not None:
                 _print_other_inputs(console, checkpoint, model, store.about.inputs)
-            warning = untrained(settings) if checkpoint is None else None
             score: Callable[[], Evaluation] = partial(engine.evaluate_features, model, store, stored, **options)
         else:
             settings, videos, annotations = with_folders(settings, videos, annotations)
@@ -147,7 +145,6 @@ def evaluate(
             _introduce(console, checkpoint, model, part, precision, here)
             _print_inputs(console, checkpoint, model, sampling, settings.words)
             print_cut(console, part.captions, drl, tokenizer, settings.words)
-            warning = untrained(settings) if checkpoint is None else None
             score = partial(
                 engine.evaluate,
                 drl,
@@ -160,6 +157,7 @@ def evaluate(
                 strict=strict,
                 **options,
             )
+        warning = untrained(settings) if checkpoint is None else None
         if warning is not None:
             print_line(console, warning, "bold yellow")
         with watch.bars:
@@ -279,10 +277,7 @@ class _Watch:
 
 
 def _print(report: dict[str, Any], found: Evaluation, console: Console) -> None:
-    for video in found.unreadable[:SHOWN]:
-        print_unreadable(console, video)
-    if len(found.unreadable) > SHOWN:
-        print_line(console, f"... and {len(found.unreadable) - SHOWN} more unreadable videos")
+    print_all_unreadable(console, found.unreadable)
     count = f"{report['texts']} captions against {report['videos']} videos"
     title = f"\n{report['dataset']}, {report['part']}: {count}, recalls in percent"
     console.print(metrics_table(title, report["metrics"], report["R1_interval_95"], report["videos"]))

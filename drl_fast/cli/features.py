@@ -201,14 +201,13 @@ class _Encoding:
 
     def _clip(self, contents: Contents) -> tuple[DRL, Side, Encode]:
         """Build the model whose CLIP encodes captions; return it with the text side and its encoder."""
-
         from ..data.feature_store import Side
         from ..engine.config import build_model
         from ..engine.encode import encode_captions
         from ..engine.features import TEXTS
 
         model, tokenizer = build_model(self.settings)
-        model.to(self.here.device).eval()
+        model.to(self.here.device)
         if self.settings.pretrained is None and self.settings.init_from is None:
             print_line(
                 self.console,

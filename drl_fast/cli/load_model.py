@@ -16,6 +16,7 @@ from ..engine.config import OF_INPUTS, RunConfig, build_head, build_model, check
 from ..engine.train import CONFIG
 from ..model import upstream
 from ..model.clip import QUICK, check_name
+from ..model.config import Encoders
 from ..model.drl import DRL
 from ..model.head import Head
 from ..model.pretrained import BEST, Saved, read_saved
@@ -72,8 +73,8 @@ def settings_of(
         raise ValueError(f"checkpoint not found: {checkpoint}")
     saved = read_saved(checkpoint) if checkpoint is not None and checkpoint.is_dir() else None
     if on_videos:
-        if saved is not None and saved.sizes is not None and (saved.encoders is None or saved.encoders.video is None):
-            raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
+        if saved is not None and saved.sizes is not None:
+            _video_encoder(saved.encoders, checkpoint)
         overrides = ["features=null", "dim=null", *overrides]
     if checkpoint is not None and checkpoint.is_dir():
         run = checkpoint.parent if checkpoint.name == BEST else checkpoint
@@ -156,12 +157,17 @@ def _is_head(checkpoint: Path) -> bool:
     return checkpoint.is_dir() and read_saved(checkpoint).sizes is not None
 
 
+def _video_encoder(encoders: Encoders | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return the record of the CLIP that encoded a head's frames; ValueError if they were imported."""
+    if encoders is None or encoders.video is None:
+        raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
+    return encoders.video
+
+
 def _with_towers(checkpoint: Path, settings: Settings) -> DRL:
     """Load a head and the CLIP whose tokens it was trained on."""
     head = Head.from_pretrained(checkpoint)
-    encoder = head.encoders.video if head.encoders is not None else None
-    if encoder is None:  # settings_of says so where the command names videos
-        raise ValueError(f"{checkpoint} was trained on imported tokens, not on a CLIP's; score it with --features")
+    encoder = _video_encoder(head.encoders, checkpoint)
     source, pretrained = encoder["init_from"], settings.config.pretrained
     if source is not None:
         towers = DRL.from_pretrained(source) if Path(source).is_dir() else DRL.from_upstream(source)

@@ -20,6 +20,7 @@ from rich.console import Console
 from ..console import (
     STAGES,
     metrics_table,
+    print_all_unreadable,
     print_cut,
     print_features,
     print_line,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
 # The size of a dry run, which shows that a configuration works, not how fast it is.
 DRY_STEPS, DRY_BATCH = 2, 8
 DRY_HINT = ", or try it on generated clips with --dry-run"
-# Unreadable videos of a part that are named.
-SHOWN = 10
 # Seconds within which a second signal counts as the first one repeated.
 REPEATED = 1.0
 
@@ -170,10 +169,7 @@ def _with_features(
     _introduce(config, {part: found.split for part, found in parts.items()}, here, False, console)
     print_features(console, store)
     for found in parts.values():
-        for video in found.unreadable[:SHOWN]:
-            print_unreadable(console, video)
-        if len(found.unreadable) > SHOWN:
-            print_line(console, f"... and {len(found.unreadable) - SHOWN} more unreadable videos", "yellow")
+        print_all_unreadable(console, found.unreadable)
     return build_head(config, store, load_weights=load_weights), StoredData(store, parts["train"], parts["val"], strict)
 
 

@@ -142,7 +142,7 @@ class Contents:
         return json.dumps({"texts": self.texts, "videos": self.videos, "parts": self.parts}, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
-        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+        return _hash(self.to_json().encode())
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,18 @@ class Part:
 
 def files_hash(paths: Sequence[Path]) -> str:
     """Hash files by name, size and time of change; an entry of a collection counts as its file and its name."""
-    digest = hashlib.blake2b(digest_size=16)
+    found = []
     for path in paths:
-        file = next(found for found in (path, *path.parents) if found.exists())
+        file = next(place for place in (path, *path.parents) if place.exists())
         status = file.stat()
-        digest.update(f"{path.name}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="replace"))
-    return digest.hexdigest()
+        found.append(f"{path.name}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0")
+    return _hash("".join(found).encode(errors="replace"))
 
 
 def start_bytes(start: Mapping[str, Tensor]) -> tuple[bytes, str]:
     """Return what ``start.safetensors`` holds, and its hash."""
     data = safetensors.torch.save({name: x.detach().cpu().contiguous() for name, x in sorted(start.items())})
-    return data, hashlib.blake2b(data, digest_size=16).hexdigest()
+    return data, _hash(data)
 
 
 def begin(folder: Path, about: About, contents: Contents, start: bytes) -> None:
@@ -338,7 +338,7 @@ class FeatureStore:
             contents = Contents(tuple(values["texts"]), tuple(values["videos"]), values["parts"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must list captions and videos, got: {error}; copy the features again") from error
-        if contents.digest() != self.about.splits:
+        if _hash(path.read_bytes()) != self.about.splits:
             raise ValueError(f"{path} must be the file that was written, got another; copy the features again")
         return contents
 
@@ -368,18 +368,15 @@ class FeatureStore:
         """
         path = self.folder / START
         data = path.read_bytes() if path.is_file() else b""
-        if hashlib.blake2b(data, digest_size=16).hexdigest() != self.about.start:
+        if _hash(data) != self.about.start:
             raise ValueError(f"{path} must be the file that was written, got another; copy the features again")
         return safetensors.torch.load(data)
 
     @cached_property
     def digest(self) -> str:
         """Hash of all tokens, by their checksums."""
-        digest = hashlib.blake2b(self.about.splits.encode(), digest_size=16)
-        for name in SIDES:
-            for values in (self._sides[name].count, self._sides[name].checksum):
-                digest.update(values.tobytes())
-        return digest.hexdigest()
+        values = [x.tobytes() for side in self._sides.values() for x in (side.count, side.checksum)]
+        return _hash(b"".join([self.about.splits.encode(), *values]))
 
     def part(self, name: str, *, strict: bool = False) -> Part:
         """Return a part of the data set.
@@ -497,6 +494,10 @@ class _Shards:
                 "copy the features again"
             )
         self.checked[item] = True
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _row_bytes(side: Side, dtype: str) -> int:

@@ -121,6 +121,11 @@ def didemo(annotations: Path, part: str) -> Listing:
 def folder(annotations: Path, part: str) -> Listing:
     """Read a user's captions: all of them without a ``split`` column; val and test stand in for each other."""
     captions, stands_in = captions_of_part(read_captions(annotations), annotations, part)
+    return listing_of(captions, stands_in)
+
+
+def listing_of(captions: list[Caption], stands_in: bool = False) -> Listing:
+    """List captions and the videos that they name."""
     pairs = [(caption.video, caption.text) for caption in captions]
     return Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs, stands_in=stands_in)
 

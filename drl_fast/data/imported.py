@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from .annotations import Listing
 from .datasets import split_of
 from .folder import Caption, read_captions
-from .formats import captions_of_part
+from .formats import captions_of_part, listing_of
 from .split import Split, some
 from .token_files import TokenFiles
 
@@ -50,9 +49,7 @@ def read_splits(captions: Path, videos: TokenFiles, texts: TokenFiles | None, pa
         rows = [row for row in rows if row.text in entries]
     splits = {}
     for part in parts:
-        own, stands_in = captions_of_part(rows, captions, part)
-        pairs = [(row.video, row.text) for row in own]
-        listing = Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs, stands_in=stands_in)
+        listing = listing_of(*captions_of_part(rows, captions, part))
         splits[part] = split_of("folder", part, listing, videos)
         if not splits[part].names:
             raise ValueError(

@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ..console import metrics_table, print_cut, print_line, print_machine, progress, served_by
-from ..data.annotations import Listing
 from ..data.datasets import split_of
 from ..data.feature_cache import FeatureCache
 from ..data.folder import Caption, read_captions
+from ..data.formats import listing_of
 from ..data.split import Split, some
 from ..data.video import Sampling
 from ..data.video_files import VideoFiles
@@ -92,8 +92,7 @@ def run_folder(
 def _split(folder: Path, captions: list[Caption], console: Console) -> Split:
     """Find each caption's video in the folder, by the rules of training; print what has no caption or no file."""
     files = VideoFiles(folder)
-    pairs = [(caption.video, caption.text) for caption in captions]
-    split = split_of("folder", "test", Listing(list(dict.fromkeys(video for video, _ in pairs)), pairs), files)
+    split = split_of("folder", "test", listing_of(captions), files)
     for name in split.missing:
         print_line(
             console, f"skipped: {folder / name} must be a video file in the folder, not found; check the path", "yellow"

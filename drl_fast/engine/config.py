@@ -202,11 +202,7 @@ def read_values(
     Raises:
         ValueError: as :func:`read_config`, except that ranges are not checked.
     """
-    name, text = _text(Path(path))
-    values = parse_yaml(text, name)
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} must map names to values, got {type(values).__name__}; for instance batch: 64")
-    return merge(values, name, overrides, dataset, features)
+    return merge(*_read_map(Path(path)), overrides, dataset, features)
 
 
 def merge(
@@ -269,10 +265,7 @@ def read_recorded(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: a file that is no configuration.
     """
-    values = parse_yaml(_text(path)[1], str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must map names to values, got {type(values).__name__}; start a new run")
-    return values
+    return _read_map(path)[0]
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -289,6 +282,15 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source} must be YAML, got {' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError(f"{source} must be YAML of names and values, got lists or maps nested too deeply") from error
+
+
+def _read_map(path: Path) -> tuple[dict[str, Any], str]:
+    """Read the fields of a configuration file or a shipped row, and return its name for errors."""
+    name, text = _text(path)
+    values = parse_yaml(text, name)
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must map names to values, got {type(values).__name__}; for instance batch: 64")
+    return values, name
 
 
 def _text(path: Path) -> tuple[str, str]:

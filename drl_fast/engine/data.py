@@ -22,7 +22,7 @@ from .config import RunConfig
 from .evaluate import Evaluation, evaluate, evaluate_features
 
 Loaded = tuple[Batch | None, list[Unreadable]]
-OnProgress = Callable[[str, int, int], None]
+OnStage = Callable[[str, int, int], None]
 
 
 class Source(Protocol):
@@ -50,7 +50,7 @@ class Source(Protocol):
         """Return a batch of 0 rows."""
 
     def evaluate(
-        self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnProgress | None
+        self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnStage | None
     ) -> Evaluation:
         """Score the val part."""
 
@@ -93,7 +93,7 @@ class Data:
         }
 
     def evaluate(
-        self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnProgress | None
+        self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnStage | None
     ) -> Evaluation:
         assert isinstance(model, DRL)
         return evaluate(
@@ -152,7 +152,7 @@ class StoredData:
         return {**sides, **ids, "video_of": torch.from_numpy(video_of)} if shared else {**sides, **ids}
 
     def evaluate(
-        self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnProgress | None
+        self, model: Head, config: RunConfig, group: ProcessGroup | None, on_progress: OnStage | None
     ) -> Evaluation:
         return evaluate_features(model, self.store, self.val_part, process_group=group, on_progress=on_progress)
 

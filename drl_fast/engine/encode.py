@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 
-from ..data.feature_store import ABOUT, LOCK, SIDES, About, Contents, Side, Writer, begin, done_chunks, write_about
+from ..data.feature_store import ABOUT, LOCK, SIDES, About, Contents, Writer, begin, done_chunks, write_about
 from ..data.loading import Tokenizer, Unreadable, tokenize, video_loader
 from ..data.video import Sampling
 from ..model.drl import DRL
-from .features import TEXTS, device_of, encode_frames
+from .features import device_of, encode_frames
 from .precision import Autocast
 from .processes import Processes
 
@@ -53,14 +53,7 @@ def write_store(
         OSError: files that cannot be written.
     """
     lock = FileLock(folder / LOCK)
-    busy = False
-    if processes.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            busy = True
-    if processes.any(busy):
+    if not processes.acquire(lock):
         raise ValueError(
             f"out must be a folder of one encoding at a time, got {folder}, where another one runs; wait for it"
         )
@@ -118,11 +111,6 @@ def _write_side(
     finally:
         writer.close()
     processes.wait()
-
-
-def text_side(model: DRL, items: int, words: int, encoder: dict[str, object]) -> Side:
-    """Describe captions that a model's CLIP encodes."""
-    return Side(items, model.dim, TEXTS, words, encoder)
 
 
 def encode_captions(model: DRL, tokenizer: Tokenizer, texts: Sequence[str], words: int, context: Autocast) -> Encode:

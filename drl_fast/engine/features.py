@@ -182,12 +182,10 @@ def fingerprint(model: DRL) -> str:
     Call it under the autocast that the tower runs under. torch's version and the number of threads, which may change
     last bits, are left out.
     """
-    device, visual = device_of(model).type, model.clip.visual
-    heads = [(name, module.num_heads) for name, module in visual.named_modules() if hasattr(module, "num_heads")]
+    device = device_of(model).type
     active = torch.get_autocast_dtype(device) if autocast.is_on(device) else None
-    build = (repr(visual), heads, visual.image_size, device, active, torch.get_float32_matmul_precision())
-    parts = {**visual.state_dict(), "mean": model.mean, "std": model.std}
-    return weights_hash(parts, repr(build))
+    build = (repr(model.clip.visual), device, active, torch.get_float32_matmul_precision())
+    return weights_hash({}, repr((model.encoder_hash("video"), *build)))
 
 
 def for_model(model: Head, x: Tensor) -> Tensor:

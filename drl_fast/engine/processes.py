@@ -8,9 +8,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.distributed import ProcessGroup
 
 # Only rank 0 writes checkpoints, and the others wait for it: longer than NCCL's default of ten minutes.
@@ -53,6 +55,17 @@ class Processes:
         value = torch.tensor(count, device=self.device)
         dist.all_reduce(value, group=self.group)
         return int(value)
+
+    def acquire(self, lock: FileLock) -> bool:
+        """Take a folder's lock on the first process, which makes the folder; return on all whether it was free."""
+        free = True
+        if self.first:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                free = False
+        return not self.any(not free)
 
     def wait(self) -> None:
         """Return when all processes have called this."""

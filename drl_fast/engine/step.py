@@ -157,7 +157,7 @@ def add_gradients(
     with context():
         losses = model.losses(*leaves, text_mask, video_mask, batch.get("owner"), group, video_of=batch.get("video_of"))
     losses["total"].backward()
-    names = ["text_ids" if "text_ids" in batch else "text", "video"]
+    names = [text_name(batch), "video"]
     for part in range(chunks):
         if part == chunks - 1:
             before_last()
@@ -171,6 +171,6 @@ def add_gradients(
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def texts_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the texts of a batch, ids or tokens, one a row."""
-    return batch["text_ids"] if "text_ids" in batch else batch["text"]
+def text_name(batch: Mapping[str, Tensor]) -> str:
+    """Return the name of a batch's texts: token ids, or tokens."""
+    return "text_ids" if "text_ids" in batch else "text"

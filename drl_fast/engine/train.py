@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -36,7 +36,7 @@ from .evaluate import Evaluation
 from .fsdp import distribute
 from .logs import LOG, Logs, read_log, write_evaluations
 from .processes import Processes
-from .step import take_step, texts_of
+from .step import take_step, text_name
 
 LAST, CONFIG, UNREADABLE, LOCK = "last.pt", "config.yaml", "unreadable.txt", ".lock"
 
@@ -100,17 +100,10 @@ class Run:
                 f"out must be a new folder, got {self.folder}, which holds a run; add --resume to go on with it, or "
                 "name another"
             )
-        busy = False
-        if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-                # Another training may have come and gone since the first look.
-                busy = self._started() and not resume
-            except Timeout:
-                busy = True
+        free = self.processes.acquire(self._lock)
         try:
-            if self.processes.any(busy):  # this waits for the folder, too
+            # Another training may have come and gone since the first look.
+            if self.processes.any(not free or (self._started() and not resume)):
                 raise ValueError(
                     f"out must be a folder of one training at a time, got {self.folder}, where another one runs"
                 )
@@ -243,7 +236,7 @@ class Run:
             raise
         self._report_unreadable(unreadable)
         batch = self._on_device(batch)
-        if self.processes.size == 1 and not len(texts_of(batch)):
+        if self.processes.size == 1 and not len(batch[text_name(batch)]):
             raise ValueError(
                 f"videos must be readable, got a batch without one, at step {step + 1} of {config.dataset}; see "
                 f"{self.folder / UNREADABLE}"
@@ -279,7 +272,7 @@ class Run:
             "grad_norm": float(norm),
             "lr": config.lr * factor,
             "clip_lr": config.clip_lr * factor,
-            "pairs": self.processes.sum(len(texts_of(batch))),
+            "pairs": self.processes.sum(len(batch[text_name(batch)])),
             "seconds": time.perf_counter() - start,
         }
 
