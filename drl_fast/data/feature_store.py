@@ -41,7 +41,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # bfloat16 has no numpy type: its bits are stored as 16-bit integers.
 STORED = {"fp16": "<f2", "bf16": "<i2", "fp32": "<f4"}
 SIDES = ("text", "video")
-# How an error names what is known by its hash alone.
+# What an error says where a hash differs.
 NAMED = {
     "splits": "other captions, videos or parts",
     "start": "other weights of the text tower",
@@ -114,7 +114,7 @@ class Contents:
     videos: tuple[str, ...]
     """Names, each video once."""
     parts: dict[str, dict[str, Any]]
-    """By part: its texts and videos by item, each text's owner, and what :class:`Split` says was left out."""
+    """For each part: the items of its texts and videos, texts' owners, and what :class:`Split` lists as left out."""
     paths: tuple[Path, ...] = ()
     """The videos' files, while they are encoded."""
 

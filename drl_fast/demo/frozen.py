@@ -70,7 +70,7 @@ def train_frozen(model: DRL, training: Pairs, test: Pairs, steps: int, seed: int
             torch.manual_seed(config.seed)
             head = Head(model.dim, **options)
             head.init_from_clip(model.clip.positional_embedding, model.clip.transformer.resblocks.state_dict())
-            # As a head that trains on a store of CLIP's features starts.
+            # Heads on a store of CLIP's features start with CLIP's temperature, too.
             head.stored_scale.data.copy_(model.stored_scale.detach())
             start = time.perf_counter()
             for loss in train(head, parts[0], config, steps, together=ARRANGEMENTS):

@@ -75,7 +75,7 @@ def write_store(
             write_about(folder, replace(about, finished=True))
     finally:
         lock.release()
-        if processes.first and not (folder / ABOUT).exists():  # it was refused
+        if processes.first and not (folder / ABOUT).exists():  # begin refused the folder
             (folder / LOCK).unlink(missing_ok=True)
 
 

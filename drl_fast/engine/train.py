@@ -280,7 +280,7 @@ class Run:
         """Move a batch to the model; it has 0 rows if nothing could be read, and ``owner`` only where it is needed."""
         if batch is None:
             batch = self.data.empty(self.whole, self.config)
-        # Captions of a shared row say themselves that they are no negatives; those on two processes need ids.
+        # Captions that share a video's row are no negatives of each other. Across processes this takes an id.
         shared = self.config.captions_per_video > 0
         ids = self.processes.group is not None if shared else self.config.skip_same_video
         wanted = {name: x for name, x in batch.items() if name != "owner" or ids}
