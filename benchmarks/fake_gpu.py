@@ -1,0 +1,153 @@
+"""Compile and "launch" the Triton kernels for a GPU that is not there.
+
+``install`` replaces Triton's driver. CPU tensors then reach the real launchers, Triton specialises and compiles each
+kernel exactly as on that GPU, and the launch itself does nothing. So registers, spills and machine code are those that
+training meets, and the host's share of a call can be timed. Outputs hold garbage.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from drl_fast.kernels import tuning
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from drl_fast.ops import gpu
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPERATORS = ("token_interaction", "token_interaction_backward", "cdcr_statistics", "cdcr_correlation", "cdcr_gradient")
+# Streaming multiprocessors of an A100, H100 and B200.
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+
+
+class Utilities:
+    """What Triton asks of a GPU's driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_MEMORY[self.capability],
+            "multiprocessor_count": PROCESSORS[self.capability],
+            "max_num_regs": 65536,
+            "warpSize": 32,
+            "sm_clock_rate": 1,
+            "mem_clock_rate": 1,
+            "mem_bus_width": 1,
+        }
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        registers, stack = resource_usage(cubin)
+        return 1, name, registers, stack, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+
+class Driver:
+    """A CUDA driver whose launches do nothing but count."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability, self.launches = capability, 0
+        self.utils = Utilities(capability)
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                pass
+
+            def __call__(launcher, *arguments: Any) -> None:
+                self.launches += 1
+
+        self.launcher_cls = Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def install(capability: int = 90) -> Driver:
+    """Let CPU tensors reach the kernels' launchers as on a GPU of this compute capability, for this whole process."""
+    fake = Driver(capability)
+    driver.set_active(fake)
+    tuning.architecture = lambda device: f"sm_{capability}"
+    return fake
+
+
+@contextmanager
+def serving_cpu_tensors() -> Iterator[None]:
+    """Let the Triton launchers serve the operators' CPU tensors in a ``with`` block."""
+    with torch.library._scoped_library("drl_fast", "IMPL") as library:
+        for name in OPERATORS:
+            library.impl(name, getattr(gpu, name), "CPU", allow_override=True)
+        yield
+
+
+@contextmanager
+def compiled_kernels() -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+    """Collect name, grid and compiled kernel of every launch in a ``with`` block."""
+    found: list[tuple[str, tuple[int, ...], Any]] = []
+    run: Callable[..., Any] = triton.runtime.jit.JITFunction.run
+
+    def record(self: Any, *arguments: Any, **options: Any) -> Any:
+        kernel = run(self, *arguments, **options)
+        found.append((self.__name__, options["grid"], kernel))
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = record
+    try:
+        yield found
+    finally:
+        triton.runtime.jit.JITFunction.run = run
+
+
+def _tool(*command: str) -> str:
+    done = subprocess.run([str(TOOLS / command[0]), *command[1:]], capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode == 0 else ""
+
+
+@contextmanager
+def _file(cubin: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        yield file.name
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers per thread and bytes of stack per thread."""
+    with _file(cubin) as name:
+        usage = _tool("cuobjdump", "-res-usage", name)
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
+    return registers, stack
+
+
+def machine_code(cubin: bytes) -> str:
+    """Disassemble, with the tools in Triton's wheel."""
+    with _file(cubin) as name:
+        return _tool("nvdisasm", "-c", name) or _tool("cuobjdump", "-sass", name)
