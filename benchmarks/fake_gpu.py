@@ -96,6 +96,7 @@ def install(capability: int = 90) -> Driver:
     fake = Driver(capability)
     driver.set_active(fake)
     tuning.architecture = lambda device: f"sm_{capability}"
+    tuning.processors = lambda device: PROCESSORS[capability]
     return fake
 
 

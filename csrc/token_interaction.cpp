@@ -269,19 +269,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_logits, c
   return {grads[0], grads[1], grads[2], grads[3]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_interaction(Tensor text, Tensor video, Tensor text_weight,
-                                                     OptionalTensor video_weight, OptionalTensor text_mask,
-                                                     OptionalTensor video_mask, bool normalize, bool zero_competes,
-                                                     bool keep_matches) {
+// Maxima and packed form are empty: the backward finds the weights' gradients while it gathers the features'.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_interaction(Tensor text, Tensor video, Tensor text_weight,
+                                                                     OptionalTensor video_weight,
+                                                                     OptionalTensor text_mask,
+                                                                     OptionalTensor video_mask, bool normalize,
+                                                                     bool zero_competes, bool keep_matches, bool) {
   const auto run = computes_in_double(text) ? forward<double> : forward<float>;
-  return run(text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches);
+  auto [logits, video_index, text_index] =
+      run(text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches);
+  return {logits, video_index, text_index, empty({0}, ScalarType::Float), empty({0}, text.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(Tensor grad_logits, Tensor text, Tensor video,
                                                                       Tensor text_weight, OptionalTensor video_weight,
                                                                       OptionalTensor text_mask,
                                                                       OptionalTensor video_mask, Tensor video_index,
-                                                                      Tensor text_index, bool normalize, bool,
+                                                                      Tensor text_index, Tensor, Tensor,
+                                                                      bool normalize, bool,
                                                                       std::vector<bool> output_mask) {
   const auto run = computes_in_double(text) ? backward<double> : backward<float>;
   return run(grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,

@@ -1,17 +1,12 @@
-"""Pack real tokens into dense slots, and unpack gradients of slots into the padded rows.
+"""Pack the real tokens of both sides into dense slots (layout.py), and turn gradients of slots into those of the rows.
 
     slot s of row r   <-  the s-th real token x of the row, unchanged; masked tokens are never read
     scale             =   1 / |x|  (float32; 0 where |x| <= 1e-12 or overflows; 1 without normalisation)
     weight            =   the token's weight; NaN if the token holds a NaN or Inf; its slot is then zero
-    grad x            =   scale (G - u <u, G>),  u = scale x,  G the gradient of the unit token
+    grad x            =   H - u <u, H>,  u = scale x,  H the gradient of the token's raw dot products times the tokens
 
-All rows of words (text) share one array of slots. A row has a multiple of ``grain`` slots or, with length classes, the
-smallest of 16, 32, 64, 128 slots that holds it; rows of one class are adjacent. Frames (video) have the same number of
-slots in every row. Their companion arrays (scale, weight, position) are frame-major, so that a tile of videos reads
-adjacent values.
-
-        words   | r0 w0 w1 w2 . | r1 w0 . . . | r2 ...          '.' is a copy of the row's first token (``copies``, for
-        frames  | r0 f0 f1 f2 | r1 f0 . . | ...                 maxima), or zero with position -2 (for gradients)
+Slots beyond a row's real tokens hold copies of its first real token: a copy changes no maximum and, because it comes
+later, wins no tie. Their weight is 0.
 
 Tile: a few slots of one row x all D channels, on chip. Per slot: D itemsize bytes read and written, 2 D FLOP.
 """
@@ -24,17 +19,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A length class of 8 would waste less on short captions, but costs one more launch and doubles the chunk tables.
-GRAIN = 16
-LONGEST_CLASS = 128
-# Zeroed slots after the last word. No kernel reads beyond them.
-TAIL = 128
+from . import layout
+
 NORM_EPS = 1e-12
 NOWHERE = tl.constexpr(1 << 30)  # position of a slot in a row without a token to copy
-PADDING = tl.constexpr(-2)  # position of a zero slot
 # The same values for the kernels, which can only read constexpr globals.
-CHUNK, TAIL_SLOTS, TINY = tl.constexpr(GRAIN), tl.constexpr(TAIL), tl.constexpr(NORM_EPS)
+CHUNK, TAIL, TINY = tl.constexpr(layout.CHUNK), tl.constexpr(layout.TAIL), tl.constexpr(NORM_EPS)
+VIDEO_BLOCK, COUNT_BLOCK = tl.constexpr(layout.VIDEO_BLOCK), tl.constexpr(layout.COUNT_BLOCK)
+CLASSES = tl.constexpr(layout.CLASSES)
+LONGEST_CLASS = tl.constexpr(layout.LONGEST_CLASS)
+# Shapes change with the last batch of an epoch. Compiling for their divisibility would compile again for it.
+SIZES = ["texts", "words", "videos", "frames"]
 
 
 class Strided(NamedTuple):
@@ -52,156 +49,370 @@ class Side(NamedTuple):
     mask: Tensor | None  # (rows, N) bool
 
 
-class PackedRows(NamedTuple):
-    """One side in slots; also passed to kernels. Companion arrays are (slots,) or, for frames, (N, allocated)."""
+class Sizes(NamedTuple):
+    """Numbers of texts, words (Nt), videos and frames (Nv); every kernel's last arguments."""
 
-    features: Tensor  # words (slots, D'), frames (rows allocated, N D'); D' is D padded with zeros
-    scale: Tensor
-    weight: Tensor
-    position: Tensor  # int32, the token's index in the padded row
-    length: Tensor  # int32, real tokens of each row; words have one more row, the tail
-    start: Tensor | None  # words: (2, rows + 1) int32, first slot and number of slots; the last column is the tail
-    order: Tensor | None  # words by length class: the rows in slot order
-    class_begin: Tensor | None  # words by length class: start of each class in ``order``, and the end of the last
-    chunk_row: Tensor | None  # words: the row of each GRAIN slots, -1 in the tail
-    rows: int
-    tokens: int  # N
-    allocated: int  # last dimension of a companion array
-    dim: int  # D'
-    most_slots: int  # the most slots of a row
+    texts: int
+    words: int
+    videos: int
+    frames: int
+
+
+class Form(NamedTuple):
+    """Compile-time constants of the kernels in this module."""
+
+    dim: int  # D
+    padded: int  # D'
+    channels: int  # the power of two that holds D'
+    slots: int  # slots per step
+    words: int  # the power of two that holds Nt
+    frames: int  # the power of two that holds Nv
+    most: int  # the most slots of a text
+    long: bool  # texts may take several tiles
+    normalize: bool
+    clear: bool  # zero every unused word slot, not only the tail
+
+
+class Packed(NamedTuple):
+    """Both sides in slots."""
+
+    data: Tensor  # 1-D, layout.packed_size elements of the features' dtype
+    sizes: Sizes
+    form: Form
+
+    @property
+    def word_slots(self) -> int:
+        return layout.word_slots(self.sizes.texts, self.sizes.words)
+
+    @property
+    def videos(self) -> int:
+        """Videos with padding."""
+        return layout.padded_videos(self.sizes.videos)
 
 
 @triton.jit
-def row_layout(
-    mask, length, slots, real, rows, tokens, CLASSES: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Count one row's real tokens, choose its number of slots, and list the indices of its real tokens."""
-    row = tl.program_id(0)
+def companions(packed, texts, videos, frames, MOST: tl.constexpr, D: tl.constexpr):
+    """Return pointers to scale, weight, position, length, first slot, text of a chunk, and slots by class."""
+    rows = (texts * MOST + TAIL).to(tl.int64) + tl.cdiv(videos, VIDEO_BLOCK).to(tl.int64) * VIDEO_BLOCK * frames
+    scale = (packed + rows * D).to(tl.pointer_type(tl.float32), bitcast=True)
+    weight = scale + rows
+    position = (weight + rows).to(tl.pointer_type(tl.int32), bitcast=True)
+    length = position + rows
+    start = length + texts + tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK
+    chunk_text = start + texts + 1
+    by_class = chunk_text + (texts * MOST + TAIL) // CHUNK
+    return scale, weight, position, length, start, chunk_text, by_class
+
+
+@triton.jit
+def slots_for(count, LONG: tl.constexpr):
+    """Return the number of slots of a text with ``count`` real words."""
+    if LONG:
+        return tl.maximum(tl.cdiv(count, LONGEST_CLASS), 1) * LONGEST_CLASS
+    else:
+        return tl.where(count <= 16, 16, tl.where(count <= 32, 32, tl.where(count <= 64, 64, 128)))
+
+
+@triton.jit
+def class_of(slots, LONG: tl.constexpr):
+    """Return a text's place in the order of classes: 0 for 128 slots, 3 for 16. All long texts are of class 0."""
+    if LONG:
+        return slots * 0
+    else:
+        return tl.where(slots == 128, 0, tl.where(slots == 64, 1, tl.where(slots == 32, 2, 3)))
+
+
+@triton.jit
+def _count(mask, row, rows, tokens):
+    """Count the real tokens of COUNT_BLOCK rows."""
     count = tl.where(row < rows, tokens, 0)
     if mask is not None:
-        n = tl.arange(0, BLOCK)
-        flag = mask.data + row.to(tl.int64) * mask.strides[0] + n * mask.strides[1]
-        there = tl.load(flag, mask=n < count, other=0) != 0
-        rank = tl.cumsum(there.to(tl.int32), 0) - 1
-        count = tl.sum(there.to(tl.int32), 0)
-        tl.store(real + row.to(tl.int64) * tokens + rank, n, mask=there)
-    need = tl.cdiv(count, GRAIN) * GRAIN
-    if CLASSES:
-        need = tl.where(count <= 16, 16, tl.where(count <= 32, 32, tl.where(count <= 64, 64, 128)))
-    tl.store(length + row, count)
-    tl.store(slots + row, tl.where(row < rows, need, 0))
+        count = tl.zeros((COUNT_BLOCK,), tl.int32)
+        for n0 in tl.range(0, tokens, 32):
+            n = n0 + tl.arange(0, 32)[None, :]
+            flag = mask + row[:, None].to(tl.int64) * tokens + n
+            there = tl.load(flag, mask=(row < rows)[:, None] & (n < tokens), other=0)
+            count += tl.sum((there != 0).to(tl.int32), 1)
+    return count
+
+
+@triton.jit(do_not_specialize=SIZES)
+def count_tokens(text_mask, video_mask, packed, texts, words, videos, frames, FORM: tl.constexpr):
+    """Count the real tokens of COUNT_BLOCK rows; for texts also sum their slots by class."""
+    _, _, _, length, _, _, by_class = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
+    text_blocks = tl.cdiv(texts, COUNT_BLOCK)
+    block = tl.program_id(0)
+    if block < text_blocks:
+        row = block * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
+        count = _count(text_mask, row, texts, words)
+        tl.store(length + row, count, mask=row < texts)
+        need = slots_for(count, FORM.long)
+        kind = tl.arange(0, CLASSES)
+        here = (row < texts)[:, None] & (class_of(need, FORM.long)[:, None] == kind[None, :])
+        tl.store(by_class + block * CLASSES + kind, tl.sum(tl.where(here, need[:, None], 0), 0))
+    else:
+        row = (block - text_blocks) * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
+        tl.store(length + texts + row, _count(video_mask, row, videos, frames))
 
 
 @triton.jit
-def pack_slots(
+def total_slots(by_class, texts):
+    """Return the number of word slots in use."""
+    total = tl.zeros((COUNT_BLOCK, CLASSES), tl.int32)
+    kind = tl.arange(0, CLASSES)[None, :]
+    for j0 in tl.range(0, tl.cdiv(texts, COUNT_BLOCK), COUNT_BLOCK):
+        j = j0 + tl.arange(0, COUNT_BLOCK)[:, None]
+        total += tl.load(by_class + j * CLASSES + kind, mask=j < tl.cdiv(texts, COUNT_BLOCK), other=0)
+    return tl.sum(tl.sum(total, 1), 0)
+
+
+@triton.jit
+def _first_slot(length, by_class, row, count, texts, LONG: tl.constexpr):
+    """Return a text's first slot: after all texts of larger classes, and the earlier ones of its own."""
+    block = row // COUNT_BLOCK
+    need = slots_for(count, LONG)
+    mine = class_of(need, LONG)
+    kind = tl.arange(0, CLASSES)[None, :]
+    before = tl.zeros((COUNT_BLOCK, CLASSES), tl.int32)
+    for j0 in tl.range(0, tl.cdiv(texts, COUNT_BLOCK), COUNT_BLOCK):
+        j = j0 + tl.arange(0, COUNT_BLOCK)[:, None]
+        slots = tl.load(by_class + j * CLASSES + kind, mask=j < tl.cdiv(texts, COUNT_BLOCK), other=0)
+        before += tl.where((kind < mine) | ((kind == mine) & (j < block)), slots, 0)
+    others = block * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
+    slots = slots_for(tl.load(length + others, mask=others < row, other=0), LONG)
+    same = (others < row) & (class_of(slots, LONG) == mine)
+    return tl.sum(tl.sum(before, 1), 0) + tl.sum(tl.where(same, slots, 0), 0)
+
+
+@triton.jit
+def _real(mask, row, tokens, BLOCK: tl.constexpr):
+    """Return which of a row's tokens are real, 0 or 1."""
+    n = tl.arange(0, BLOCK)
+    if mask is None:
+        return (n < tokens).to(tl.int32)
+    else:
+        return (tl.load(mask + row * tokens + n, mask=n < tokens, other=0) != 0).to(tl.int32)
+
+
+@triton.jit
+def _fill(
     features,
     weights,
-    real,
+    mask,
     packed,
-    dim,
-    blocks,
-    D: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    COPIES: tl.constexpr,
+    scale,
+    weight,
+    position,
+    row,
+    count,
+    tokens,
+    slots,
+    first,
+    step,
+    BLOCK: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """Fill the slots of one row, SLOTS at a time."""
-    FRAMES: tl.constexpr = packed.start is None
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    count = tl.load(packed.length + row)
-    if FRAMES:
-        begin, end = row * packed.tokens, packed.tokens
-    else:
-        begin = tl.load(packed.start + row).to(tl.int64)
-        end = tl.where(row == packed.rows, TAIL_SLOTS, tl.load(packed.start + packed.rows + 1 + row))
-    channel = tl.arange(0, CHANNELS)[None, :]
-    for s0 in range(tl.program_id(0) % blocks * SLOTS, end, blocks * SLOTS):
-        s = s0 + tl.arange(0, SLOTS)
+    """Fill the slots first, first + step, ... of one row."""
+    there = _real(mask, row, tokens, BLOCK)
+    rank = tl.cumsum(there, 0) - 1
+    n = tl.arange(0, BLOCK)
+    channel = tl.arange(0, FORM.channels)[None, :]
+    for s0 in tl.range(0, slots, FORM.slots):
+        s = s0 + tl.arange(0, FORM.slots)
         is_real = s < count
-        filled = s < (tl.where(count > 0, end, 0) if COPIES else count)
-        token = tl.where(is_real, s, 0)
-        if real is not None:
-            token = tl.load(real + row * packed.tokens + token, mask=filled, other=0)
-        at = row * features.strides[0] + token[:, None].to(tl.int64) * features.strides[1]
-        at = at + channel.to(tl.int64) * features.strides[2]
-        x = tl.load(features.data + at, mask=filled[:, None] & (channel < dim), other=0.0)
+        filled = s < tl.where(count > 0, slots, 0)
+        wanted = tl.where(is_real, s, 0)
+        # The token of rank s, by comparison: a gather would need a table in memory.
+        token = tl.sum(tl.where((there != 0)[None, :] & (rank[None, :] == wanted[:, None]), n[None, :], 0), 1)
+        at = (row * tokens + token)[:, None] * FORM.dim + channel
+        x = tl.load(features + at, mask=filled[:, None] & (channel < FORM.dim), other=0.0)
         wide = x.to(tl.float32)
         broken = tl.sum(wide * 0.0, 1) != 0.0
         inverse = tl.where(filled & (broken == 0), 1.0, 0.0)
-        if NORMALIZE:
+        if FORM.normalize:
             norm = tl.sqrt_rn(tl.sum(wide * wide, 1))
             alive = (norm > TINY) & (norm < float("inf"))
-            inverse = tl.where(alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0)
-        w = tl.zeros((SLOTS,), tl.float32)
+            inverse = tl.where(
+                alive, tl.div_rn(tl.full((FORM.slots,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0
+            )
+        w = tl.zeros((FORM.slots,), tl.float32)
         if weights is not None:
-            of_token = row * weights.strides[0] + token.to(tl.int64) * weights.strides[1]
-            w = tl.load(weights.data + of_token, mask=is_real, other=0.0).to(tl.float32)
+            w = tl.load(weights + row * tokens + token, mask=is_real, other=0.0).to(tl.float32)
         w = tl.where(broken & is_real, float("nan"), w)
-        slot = begin + s
-        inside = s < end
+        slot = first + s.to(tl.int64) * step
+        inside = s < slots
         clean = tl.where((inverse == 0.0)[:, None], 0.0, wide).to(x.dtype)
-        tl.store(packed.features + slot[:, None] * D + channel, clean, mask=inside[:, None] & (channel < D))
-        companion = s * packed.allocated + row if FRAMES else slot
-        tl.store(packed.scale + companion, inverse, mask=inside)
-        tl.store(packed.weight + companion, w, mask=inside)
-        tl.store(packed.position + companion, tl.where(filled, token, NOWHERE if COPIES else PADDING), mask=inside)
-        if not FRAMES:
-            whose = tl.where(row < packed.rows, row, -1).to(tl.int32) + s * 0
-            tl.store(packed.chunk_row + slot // CHUNK, whose, mask=inside & (s % CHUNK == 0))
+        tl.store(packed + slot[:, None] * FORM.padded + channel, clean, mask=inside[:, None] & (channel < FORM.padded))
+        tl.store(scale + slot, inverse, mask=inside)
+        tl.store(weight + slot, w, mask=inside)
+        tl.store(position + slot, tl.where(filled, token, NOWHERE), mask=inside)
 
 
-@triton.jit
-def unpack_gradient(
-    grad,
-    features,
-    out,
+@triton.jit(do_not_specialize=SIZES)
+def pack_rows(
+    text,
+    text_weight,
+    text_mask,
+    video,
+    video_weight,
+    video_mask,
     packed,
-    factor,
-    dim,
-    blocks,
-    D: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    texts,
+    words,
+    videos,
+    frames,
+    FORM: tl.constexpr,
 ):
-    """Turn the gradients of SLOTS unit tokens of a row into those of the raw features, in the padded row."""
-    FRAMES: tl.constexpr = packed.start is None
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    s = tl.program_id(0) % blocks * SLOTS + tl.arange(0, SLOTS)
-    is_real = s < tl.load(packed.length + row)
-    slot = (row * packed.tokens if FRAMES else tl.load(packed.start + row).to(tl.int64)) + s
-    companion = s * packed.allocated + row if FRAMES else slot
-    token = tl.load(packed.position + companion, mask=is_real, other=0)[:, None].to(tl.int64)
-    channel = tl.arange(0, CHANNELS)[None, :]
-    inside = is_real[:, None] & (channel < dim)
-    g = tl.load(grad + slot[:, None] * D + channel, mask=inside, other=0.0) * tl.load(factor)
-    if NORMALIZE:
-        inverse = tl.load(packed.scale + companion, mask=is_real, other=0.0)[:, None]
-        at = row * features.strides[0] + token * features.strides[1] + channel.to(tl.int64) * features.strides[2]
-        x = tl.load(features.data + at, mask=inside, other=0.0).to(tl.float32)
-        unit = x * inverse
-        g = tl.where(inverse == 0.0, 0.0, (g - unit * tl.sum(unit * g, 1)[:, None]) * inverse)
-    tl.store(out + (row * packed.tokens + token) * dim + channel, g.to(out.dtype.element_ty), mask=inside)
+    """Fill the slots of one text and of one video, and zero some slots after the last word."""
+    scale, weight, position, length, start, chunk_text, by_class = companions(
+        packed, texts, videos, frames, FORM.most, FORM.padded
+    )
+    row = tl.program_id(0).to(tl.int64)
+    word_rows = texts * FORM.most + TAIL
+    padded = tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK
+    if row < texts:
+        count = tl.load(length + row)
+        slots = slots_for(count, FORM.long)
+        first = _first_slot(length, by_class, row, count, texts, FORM.long)
+        tl.store(start + row, first)
+        for c0 in tl.range(0, slots // CHUNK, 8):
+            c = c0 + tl.arange(0, 8)
+            tl.store(chunk_text + first // CHUNK + c, (row + c * 0).to(tl.int32), mask=c < slots // CHUNK)
+        _fill(
+            text,
+            text_weight,
+            text_mask,
+            packed,
+            scale,
+            weight,
+            position,
+            row,
+            count,
+            words,
+            slots,
+            first.to(tl.int64),
+            1,
+            FORM.words,
+            FORM,
+        )
+    if row < padded:
+        _fill(
+            video,
+            video_weight,
+            video_mask,
+            packed,
+            scale,
+            weight,
+            position,
+            row,
+            tl.load(length + texts + row),
+            frames,
+            frames,
+            word_rows.to(tl.int64) + row,
+            padded,
+            FORM.frames,
+            FORM,
+        )
+    total = total_slots(by_class, texts)
+    if row == 0:
+        tl.store(start + texts, total)
+    end = word_rows if FORM.clear else total + TAIL
+    s = tl.arange(0, CHUNK)
+    for zeroed in tl.range(total + tl.program_id(0) * CHUNK, end, tl.num_programs(0) * CHUNK):
+        slot = (zeroed + s).to(tl.int64)
+        tl.store(chunk_text + zeroed // CHUNK, -1)
+        tl.store(scale + slot, tl.zeros((CHUNK,), tl.float32))
+        tl.store(weight + slot, tl.zeros((CHUNK,), tl.float32))
+        tl.store(position + slot, s * 0 + NOWHERE)
+        for d0 in tl.range(0, FORM.padded, 64):
+            at = slot[:, None] * FORM.padded + d0 + tl.arange(0, 64)[None, :]
+            tl.store(packed + at, tl.zeros((CHUNK, 64), packed.dtype.element_ty))
 
 
 @triton.jit
-def unpack_weight_gradient(partial, out, packed, parts, part_stride, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """Sum the partial sums of one row's tokens in a fixed order into the padded row; ADD: to its present values."""
-    FRAMES: tl.constexpr = packed.start is None
+def _unpack_row(
+    grad,
+    mask,
+    packed,
+    scale,
+    out,
+    row,
+    tokens,
+    first,
+    step,
+    skipped,
+    factor,
+    BLOCK: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Write the gradients of one row's tokens, 0 for masked ones. ``skipped``: slots before the first row of grad."""
+    there = _real(mask, row, tokens, BLOCK)
+    m = tl.arange(0, BLOCK)[None, :]
+    channel = tl.arange(0, FORM.channels)[None, :]
+    for n0 in tl.range(0, tokens, FORM.slots):
+        n = n0 + tl.arange(0, FORM.slots)
+        rank = tl.sum(tl.where(m < n[:, None], there[None, :], 0), 1)
+        real = tl.sum(tl.where(m == n[:, None], there[None, :], 0), 1) != 0
+        slot = first + rank.to(tl.int64) * step
+        inside = real[:, None] & (channel < FORM.dim)
+        h = tl.load(grad + (slot - skipped)[:, None] * FORM.padded + channel, mask=inside, other=0.0) * factor
+        if FORM.normalize:
+            inverse = tl.load(scale + slot, mask=real, other=0.0)[:, None]
+            x = tl.load(packed + slot[:, None] * FORM.padded + channel, mask=inside, other=0.0)
+            unit = x.to(tl.float32) * inverse
+            h = tl.where(inverse == 0.0, 0.0, h - unit * tl.sum(unit * h, 1)[:, None])
+        at = (row * tokens + n)[:, None] * FORM.dim + channel
+        tl.store(out + at, h.to(out.dtype.element_ty), mask=(n < tokens)[:, None] & (channel < FORM.dim))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unpack_gradients(
+    grad_words,
+    grad_frames,
+    text_mask,
+    video_mask,
+    packed,
+    boost,
+    of_text,
+    of_video,
+    texts,
+    words,
+    videos,
+    frames,
+    FORM: tl.constexpr,
+):
+    """Turn the gradients of one row's slots into those of its raw features. A side that is None is not written."""
+    scale, _, _, _, start, _, _ = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK)
-    is_real = s < tl.load(packed.length + row)
-    companion = s * packed.allocated + row if FRAMES else tl.load(packed.start + row).to(tl.int64) + s
-    token = tl.load(packed.position + companion, mask=is_real, other=0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if ADD:
-        total = tl.load(out + row * packed.tokens + token, mask=is_real, other=0.0)
-    at = partial + companion
-    for _ in range(0, parts):
-        total += tl.load(at, mask=is_real, other=0.0)
-        at += part_stride
-    tl.store(out + row * packed.tokens + token, total, mask=is_real)
+    word_rows = (texts * FORM.most + TAIL).to(tl.int64)
+    padded = tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK
+    factor = 1.0
+    if boost is not None:
+        factor = 1.0 / tl.load(boost)
+    if of_text is not None:
+        if row < texts:
+            first = tl.load(start + row).to(tl.int64)
+            _unpack_row(
+                grad_words, text_mask, packed, scale, of_text, row, words, first, 1, 0, factor, FORM.words, FORM
+            )
+    if of_video is not None:
+        if row < videos:
+            first = word_rows + row
+            _unpack_row(
+                grad_frames,
+                video_mask,
+                packed,
+                scale,
+                of_video,
+                row,
+                frames,
+                first,
+                padded,
+                word_rows,
+                factor,
+                FORM.frames,
+                FORM,
+            )
 
 
 def strided(x: Tensor | None) -> Strided | None:
@@ -211,155 +422,92 @@ def strided(x: Tensor | None) -> Strided | None:
     return Strided(x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride())
 
 
-def length_class(tokens: int) -> int:
-    """Return the smallest class of 16, 32, 64, 128 slots that holds ``tokens`` words; 128 if none does."""
-    return min(LONGEST_CLASS, max(GRAIN, triton.next_power_of_2(tokens)))
-
-
-def length_classes(tokens: int) -> list[int]:
-    """List the classes of rows of up to ``tokens`` words."""
-    return [c for c in (16, 32, 64, 128) if c <= length_class(tokens)]
-
-
 def index_dtype(tokens: int) -> torch.dtype:
     """Return the dtype of matches: it must hold the index of each of ``tokens`` tokens, and "none"."""
     return torch.uint8 if tokens <= 255 else torch.int16
 
 
-def pack_words(side: Side, step: int, normalize: bool, *, grain: int, classes: bool, copies: bool) -> PackedRows:
-    """Pack text by length class, or in row order with a multiple of ``grain`` slots per row."""
-    rows, tokens, dim = side.features.shape
-    most = length_class(tokens) if classes else triton.cdiv(tokens, grain) * grain
-    allocated = rows * most + TAIL
-    if allocated >= 2**31:
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def form_of(text: Side, video: Side, normalize: bool, clear: bool) -> Form:
+    """Choose the constants: about 32 values per thread and step."""
+    (_, words, dim), frames = text.features.shape, video.features.shape[1]
+    padded, most = layout.padded_channels(dim), layout.most_slots(words)
+    channels = _power_of_two(padded)
+    return Form(
+        dim=dim,
+        padded=padded,
+        channels=channels,
+        slots=max(1, min(4096 // channels, _power_of_two(max(words, frames)))),
+        words=_power_of_two(words),
+        frames=_power_of_two(frames),
+        most=most,
+        long=most > layout.LONGEST_CLASS,
+        normalize=normalize,
+        clear=clear,
+    )
+
+
+def sizes_of(text: Side, video: Side) -> Sizes:
+    return Sizes(*text.features.shape[:2], *video.features.shape[:2])
+
+
+def describe(text: Side, video: Side, normalize: bool, clear: bool, data: Tensor) -> Packed:
+    """Describe an already packed form."""
+    return Packed(data, sizes_of(text, video), form_of(text, video, normalize, clear))
+
+
+def pack(text: Side, video: Side, normalize: bool, clear: bool) -> Packed:
+    """Pack both sides."""
+    sizes, form = sizes_of(text, video), form_of(text, video, normalize, clear)
+    if layout.slots(*sizes) >= 2**31:
         raise ValueError(
-            f"text has {rows} rows of up to {most} token slots, but the GPU kernels index at most 2^31 - 1 slots; "
-            "score the rows in several calls"
+            f"text has {sizes.texts} rows of up to {form.most} token slots and video {sizes.videos} rows of "
+            f"{sizes.frames} frames, but the GPU kernels index at most 2^31 - 1 slots; score the rows in several calls"
         )
-    length, slots, real = _lengths(side, rows + 1, classes, grain)
-    device = length.device
-    order = class_begin = None
-    if side.mask is None:
-        start = torch.arange(rows + 1, dtype=torch.int32, device=device) * most
-        start = torch.stack([start, slots])
-    elif classes:
-        by_class, order = torch.sort(slots[:rows], stable=True)
-        ends = by_class.cumsum(0, dtype=torch.int32)
-        start = torch.stack([torch.empty_like(slots), slots])
-        start[0, :rows].scatter_(0, order, ends - by_class)
-        start[0, rows:] = ends[-1:]
-        edges = GRAIN << torch.arange(len(length_classes(tokens)) + 1, dtype=torch.int32, device=device)
-        class_begin = (by_class < edges[:, None]).sum(1, dtype=torch.int32)
-    else:
-        start = torch.stack([slots.cumsum(0, dtype=torch.int32) - slots, slots])
-    d = triton.cdiv(dim, step) * step
-    scale, weight = torch.zeros((2, allocated), dtype=torch.float32, device=device)
-    packed = PackedRows(
-        features=side.features.new_empty((allocated, d)),
-        scale=scale,
-        weight=weight,
-        position=torch.empty(allocated, dtype=torch.int32, device=device),
-        length=length,
-        start=start,
-        order=order,
-        class_begin=class_begin,
-        chunk_row=torch.empty(allocated // GRAIN, dtype=torch.int32, device=device),
-        rows=rows,
-        tokens=tokens,
-        allocated=allocated,
-        dim=d,
-        most_slots=most,
-    )
-    _fill(side, packed, real, normalize, copies)
-    return packed
+    text, video = (Side(*(None if x is None else x.contiguous() for x in side)) for side in (text, video))
+    features = text.features
+    data = features.new_empty(layout.packed_size(*sizes, form.dim, features.itemsize))
+    padded = layout.padded_videos(sizes.videos)
+    blocks = -(-sizes.texts // layout.COUNT_BLOCK) + padded // layout.COUNT_BLOCK
+    count_tokens[(blocks,)](text.mask, video.mask, data, *sizes, FORM=form, num_warps=4)
+    programs = max(sizes.texts, padded)
+    pack_rows[(programs,)](*text, *video, data, *sizes, FORM=form, num_warps=4 if form.channels <= 4096 else 8)
+    return Packed(data, sizes, form)
 
 
-def pack_frames(side: Side, step: int, block: int, normalize: bool, *, copies: bool) -> PackedRows:
-    """Pack video with N slots per row, padded to whole blocks of ``block`` rows."""
-    rows, tokens, dim = side.features.shape
-    allocated = triton.cdiv(rows, block) * block
-    d = triton.cdiv(dim, step) * step
-    if max(allocated * tokens, tokens * d) >= 2**31:
-        raise ValueError(
-            f"video has {allocated} rows of {tokens} frames, but the GPU kernels index at most 2^31 - 1 frames; "
-            "score the rows in several calls"
-        )
-    length, _, real = _lengths(side, allocated, False, 1)
-    scale, weight = torch.empty((2, tokens, allocated), dtype=torch.float32, device=length.device)
-    packed = PackedRows(
-        features=side.features.new_empty((allocated, tokens * d)),
-        scale=scale,
-        weight=weight,
-        position=torch.empty((tokens, allocated), dtype=torch.int32, device=length.device),
-        length=length,
-        start=None,
-        order=None,
-        class_begin=None,
-        chunk_row=None,
-        rows=rows,
-        tokens=tokens,
-        allocated=allocated,
-        dim=d,
-        most_slots=tokens,
-    )
-    _fill(side, packed, real, normalize, copies)
-    return packed
+def descriptor(packed: Packed, rows: int, channels: int) -> TensorDescriptor:
+    """Describe the slots (R, D') for copies of ``rows`` x ``channels`` by the GPU's tensor memory accelerator."""
+    padded = packed.form.padded
+    return TensorDescriptor(packed.data, [layout.slots(*packed.sizes), padded], [padded, 1], [rows, channels])
 
 
-def _lengths(side: Side, rows_allocated: int, classes: bool, grain: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows, tokens = side.features.shape[:2]
-    length, slots = side.features.new_empty((2, rows_allocated), dtype=torch.int32)
-    real = None if side.mask is None else torch.empty((rows, tokens), dtype=torch.int32, device=length.device)
-    block = triton.next_power_of_2(tokens)
-    row_layout[(rows_allocated,)](
-        strided(side.mask), length, slots, real, rows, tokens, CLASSES=classes, GRAIN=grain, BLOCK=block
-    )
-    return length, slots, real
-
-
-def _fill(side: Side, packed: PackedRows, real: Tensor | None, normalize: bool, copies: bool) -> None:
-    blocks, tile = _tile(packed, packed.most_slots)
-    pack_slots[(len(packed.length) * blocks,)](
-        strided(side.features),
-        strided(side.weight),
-        real,
-        packed,
-        side.features.shape[2],
-        blocks,
-        D=packed.dim,
-        NORMALIZE=normalize,
-        COPIES=copies,
-        **tile,
-    )
-
-
-def _tile(packed: PackedRows, slots: int) -> tuple[int, dict[str, int]]:
-    """Choose the programs per row and their shape, for about 32 values per thread."""
-    channels = triton.next_power_of_2(packed.dim)
-    size = min(max(1, 4096 // channels), triton.next_power_of_2(slots))
-    return triton.cdiv(slots, size), {"CHANNELS": channels, "SLOTS": size, "num_warps": 4 if channels <= 4096 else 8}
-
-
-def unpack(grad: Tensor, side: Side, packed: PackedRows, factor: Tensor, normalize: bool, out: Tensor) -> None:
-    """Turn the gradient of the slots' unit tokens into that of the raw features, in the real tokens of ``out``."""
-    blocks, tile = _tile(packed, packed.tokens)
-    unpack_gradient[(packed.rows * blocks,)](
-        grad,
-        strided(side.features),
-        out,
-        packed,
-        factor,
-        side.features.shape[2],
-        blocks,
-        D=packed.dim,
-        NORMALIZE=normalize,
-        **tile,
-    )
-
-
-def unpack_weight(partial: Tensor, packed: PackedRows, out: Tensor, *, add: bool) -> None:
-    """Sum the weights' partial gradients (parts, companions) into the real tokens of ``out``."""
-    block = triton.next_power_of_2(packed.tokens)
-    unpack_weight_gradient[(packed.rows,)](
-        partial, out, packed, partial.shape[0], partial.stride(0), BLOCK=block, ADD=add
+def unpack(
+    grad_words: Tensor | None,
+    grad_frames: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    packed: Packed,
+    boost: Tensor | None,
+    of_text: Tensor | None,
+    of_video: Tensor | None,
+) -> None:
+    """Turn gradients of slots (R rows of D', float32) into those of the raw features."""
+    sizes, form = packed.sizes, packed.form
+    text_mask, video_mask = (None if x is None else x.contiguous() for x in (text_mask, video_mask))
+    programs = max(sizes.texts if of_text is not None else 0, sizes.videos if of_video is not None else 0)
+    unpack_gradients[(programs,)](
+        grad_words,
+        grad_frames,
+        text_mask,
+        video_mask,
+        packed.data,
+        boost,
+        of_text,
+        of_video,
+        *sizes,
+        FORM=form,
+        num_warps=4 if form.channels <= 4096 else 8,
     )

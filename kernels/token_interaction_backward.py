@@ -1,30 +1,32 @@
-"""Backward kernels of the token interaction: gradients of the unit tokens, computed from the matches.
+"""Backward of the token interaction: gradients of features and weights, computed from the matches and maxima.
 
     C[a,i,b,f] = g[a,b] (w_ai [word i of a chose frame f of b] + w_bf [frame f of b chose word i of a]) / 2
-    G_ai = sum_bf C[a,i,b,f] v_bf / |v_bf|        G_bf = sum_ai C[a,i,b,f] t_ai / |t_ai|
-    packing.unpack then turns the gradient G of a unit token into that of the raw token
+                 / (|t_ai| |v_bf|)                                    the gradient of the raw dot product <t_ai, v_bf>
+    H_ai = sum_bf C[a,i,b,f] v_bf           H_bf = sum_ai C[a,i,b,f] t_ai
+    grad w_ai = sum_b g[a,b] m_t[a,i,b] / 2       grad w_bf = sum_a g[a,b] m_v[a,f,b] / 2
 
-C is sparse (one entry per word and video, one per frame and caption), but gathering tokens by match would be bound by
-memory. So a program builds a tile of C on chip and multiplies it on the tensor cores. No atomics: each program owns its
-part of G and adds in a fixed order.
+packing.unpack turns H into the gradient of a raw token.
 
-      transposed:   G^T (D x words) += v^T (D x videos)  C (videos x words)     one frame of BK videos per step
-                    G^T (D x videos) += t^T (D x words)  C (words x videos)     BK words per step, one frame per program
+C is sparse (one entry per word and video, one per frame and text), but gathering tokens by match would be bound by
+memory. So C is written in blocks, in the features' dtype, and two matrix products multiply each block:
 
-On chip: the accumulator and one tile of C. C is always the right operand, which is read from shared memory: a register
-operand would make ptxas serialise the products. No product's result feeds another product.
-Per step: 2 BM BN BK FLOP; BM BK itemsize bytes of tokens, BK BN of the words' matches, 5 BK BN / 16 of g and the
-frames' matches.
+      H of words (slots x D)   += C (slots x columns)   V (columns x D)
+      H of frames (columns x D) += C^T (columns x slots)  T (slots x D)
 
-Words come in chunks of GRAIN slots of one caption, so that values of a pair are loaded once per chunk.
+A block has at most SLOTS word slots and about COLUMNS frame slots (a column per frame and video), so it stays in a
+GPU's L2 cache and memory is bounded. No atomics: each result has one owner that adds in a fixed order.
 
-The launcher loops over blocks of text rows. A block's matches are kept ones, or the forward kernel finds them again;
-the gradients have the same bits in both cases. G_bf accumulates from block to block in float32.
+The library multiplies where the number of word slots is known on the host (texts of equal length), and float32, which
+then uses TF32 only if torch allows it. Elsewhere :func:`multiply_tiles` does, which ends at the words in use: captions
+fill about half of their padded rows, and only the device knows how much.
+
+The launcher also loops over blocks of text rows. A block's matches are kept ones, or the forward kernel finds them
+again; the gradients have the same bits in both cases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,189 +35,241 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tuning
-from .packing import (
-    CHUNK,
-    GRAIN,
-    LONGEST_CLASS,
-    NORM_EPS,
-    TAIL,
-    PackedRows,
-    Side,
-    index_dtype,
-    pack_frames,
-    pack_words,
-    unpack,
-    unpack_weight,
-)
-from .token_interaction import WEIGHTS, Outputs, forward, sweep
-from .tuning import Tile
+from . import layout, packing, tuning
+from .packing import NORM_EPS, Packed, Side
+from .token_interaction import FRACTION, forward, maxima_dtype
 
-# Bytes of matches in a block of text rows. Each block costs a pass over all video gradients, so there should be few;
-# but a block must be small beside the memory of a training step. Batches up to 2,400 with 32 words and 12 frames are
-# one block.
+CHUNK = packing.CHUNK
+# The largest block of coefficients. 25 MB in 16 bits: half of an H100's L2 cache.
+SLOTS, COLUMNS = 4096, 3072
+# Bytes of matches and maxima in a block of text rows. Each block costs a packing and a pass over all video gradients,
+# so there should be few; but a block must be small beside the memory of a training step.
 BLOCK_BYTES = 256 << 20
 # A block has a multiple of this many rows, so that its part of every tensor is aligned to 16 bytes.
 BLOCK_ROWS = 16
 
 
-class Pairs(NamedTuple):
-    """Values of the pairs of a block of text rows; passed to kernels."""
-
-    grad_logits: Tensor  # (rows, B) float32
-    video_index: Tensor
-    text_index: Tensor | None  # None with one direction
-    boost: Tensor
-    factor: float
-
-
-@triton.jit
-def interaction_backward_text(
-    words,
-    frames,
-    frame_tiles,
-    most_frames,
-    pairs,
-    grad,
-    TILE: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Compute TILE.m channels of the gradients of TILE.n words; frames come by descriptor if TILE.tma."""
-    BM: tl.constexpr = TILE.m
-    BN: tl.constexpr = TILE.n
-    BK: tl.constexpr = TILE.k
-    CHUNKS: tl.constexpr = BN // CHUNK
-    parts: tl.constexpr = (D + BM - 1) // BM
-    t0 = tl.program_id(0) // parts * BN
-    d0 = tl.program_id(0) % parts * BM
-    if t0 >= tl.load(words.start + words.rows):
-        return
-    slot = t0 + tl.arange(0, BN)
-    row = tl.load(words.chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
-    there = row >= 0
-    word = tl.load(words.position + slot)
-    word3 = tl.reshape(word, (1, CHUNKS, CHUNK))
-    weight = tl.load(words.weight + slot)
-    of_word = tl.reshape(tl.broadcast_to(row[:, None], CHUNKS, CHUNK), (BN,)) * words.tokens + word
-    scale_all = tl.load(pairs.boost) * pairs.factor
-    channel = d0 + tl.arange(0, BM)
-    acc = tl.zeros((BM, BN), tl.float32)
-    # One loop over videos and frames instead of two: values that an outer loop keeps for an inner one would spill.
-    most = tl.load(most_frames)
-    for step in tl.range(0, tl.cdiv(frames.rows, BK) * most):
-        b0 = step // most * BK
-        b = b0 + tl.arange(0, BK)
-        of_frame = step % most * frames.allocated + b
-        frame = tl.load(frames.position + of_frame)
-        pair = there[None, :] & (b < frames.rows)[:, None]
-        g = tl.load(pairs.grad_logits + row[None, :] * frames.rows + b[:, None], mask=pair, other=0.0) * scale_all
-        ok = (word >= 0)[None, :] & (b < frames.rows)[:, None]
-        match = pairs.video_index + of_word[None, :] * frames.rows + b[:, None]
-        chosen = tl.load(match, mask=ok, other=0).to(tl.int32)
-        c = tl.where(chosen == frame[:, None], weight[None, :], 0.0)
-        c = tl.reshape(c, (BK, CHUNKS, CHUNK))
-        if pairs.text_index is not None:
-            match = pairs.text_index + (row[None, :] * frames.tokens + frame[:, None]) * frames.rows + b[:, None]
-            by_frame = tl.load(match, mask=pair & (frame >= 0)[:, None], other=0).to(tl.int32)
-            share = tl.load(frames.weight + of_frame)[:, None, None]
-            c += tl.where(by_frame[:, :, None] == word3, share, 0.0)
-        c = c * (g * tl.load(frames.scale + of_frame)[:, None])[:, :, None]
-        if TILE.tma:
-            v = frame_tiles.load([b0, step % most * D + d0])
-        else:
-            v_rows = b[:, None].to(tl.int64) * (frames.tokens * D)
-            v_rows = frames.features + v_rows + (step % most * D + channel)[None, :]
-            v = tl.load(v_rows, mask=(channel < D)[None, :], other=0.0)
-        acc = tl.dot(v.T, tl.reshape(c, (BK, BN)).to(v.dtype), acc, input_precision=PRECISION)
-    target = grad + slot[None, :].to(tl.int64) * D + channel[:, None]
-    tl.store(target, acc, mask=(channel < D)[:, None])
-
-
-@triton.jit
-def interaction_backward_video(
-    words,
-    frames,
-    word_tiles,
-    pairs,
-    grad,
-    TILE: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """Compute TILE.m channels of the gradients of one frame of TILE.n videos; ADD: add to those of earlier blocks."""
-    BM: tl.constexpr = TILE.m
-    BN: tl.constexpr = TILE.n
-    BK: tl.constexpr = TILE.k
-    CHUNKS: tl.constexpr = BK // CHUNK
-    parts: tl.constexpr = (D + BM - 1) // BM
-    blocks = tl.cdiv(frames.rows, BN)
-    d0 = tl.program_id(0) % parts * BM
-    b0 = tl.program_id(0) // parts % blocks * BN
-    f = tl.program_id(0) // parts // blocks
-    b = b0 + tl.arange(0, BN)
-    if f >= tl.max(tl.load(frames.length + b), 0):
-        return
-    of_frame = f * frames.allocated + b
-    frame = tl.load(frames.position + of_frame)
-    share = tl.load(frames.weight + of_frame)[None, None, :]
-    scale_all = tl.load(pairs.boost) * pairs.factor
-    channel = d0 + tl.arange(0, BM)
-    acc = tl.zeros((BM, BN), tl.float32)
-    if ADD:
-        # Load them first: at the end the computed tile would need registers at the same time.
-        earlier = grad + (b[None, :].to(tl.int64) * frames.tokens + f) * D + channel[:, None]
-        acc = tl.load(earlier, mask=(channel < D)[:, None], other=0.0)
-    for t0 in tl.range(0, tl.load(words.start + words.rows), BK):
-        slot = t0 + tl.arange(0, BK)
-        row = tl.load(words.chunk_row + t0 // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
-        word = tl.load(words.position + slot)
-        pair = (row >= 0)[:, None] & (b < frames.rows)[None, :]
-        g = tl.load(pairs.grad_logits + row[:, None] * frames.rows + b[None, :], mask=pair, other=0.0) * scale_all
-        of_word = tl.reshape(tl.broadcast_to(row[:, None], CHUNKS, CHUNK), (BK,)) * words.tokens + word
-        ok = (word >= 0)[:, None] & (b < frames.rows)[None, :]
-        match = pairs.video_index + of_word[:, None] * frames.rows + b[None, :]
-        chosen = tl.load(match, mask=ok, other=0).to(tl.int32)
-        c = tl.where(chosen == frame[None, :], tl.load(words.weight + slot)[:, None], 0.0)
-        c = tl.reshape(c, (CHUNKS, CHUNK, BN))
-        if pairs.text_index is not None:
-            match = pairs.text_index + (row[:, None] * frames.tokens + frame[None, :]) * frames.rows + b[None, :]
-            by_frame = tl.load(match, mask=pair & (frame >= 0)[None, :], other=0).to(tl.int32)
-            c += tl.where(by_frame[:, None, :] == tl.reshape(word, (CHUNKS, CHUNK, 1)), share, 0.0)
-        c = c * g[:, None, :] * tl.reshape(tl.load(words.scale + slot), (CHUNKS, CHUNK, 1))
-        if TILE.tma:
-            t = word_tiles.load([t0, d0])
-        else:
-            t_rows = words.features + slot[:, None].to(tl.int64) * D + channel[None, :]
-            t = tl.load(t_rows, mask=(channel < D)[None, :], other=0.0)
-        acc = tl.dot(t.T, tl.reshape(c, (BK, BN)).to(t.dtype), acc, input_precision=PRECISION)
-    target = grad + (b[None, :].to(tl.int64) * frames.tokens + f) * D + channel[:, None]
-    tl.store(target, acc, mask=(channel < D)[:, None])
-
-
 class Block(NamedTuple):
-    """Some rows of text, and their pairs with every video."""
+    """A block of coefficients: word slots ``slot`` to ``slot + slots``, and frames of some videos."""
 
-    rows: slice
-    text: Side
-    grad_logits: Tensor  # (rows, B) float32
-    video_index: Tensor
-    text_index: Tensor
-
-
-class Shared(NamedTuple):
-    """Values that all blocks share."""
-
-    video: Side
-    frames: PackedRows | None  # None if no gradients of features are wanted
-    grad_frames: Tensor | None  # (rows_allocated, N D') float32, the sum over blocks so far
-    boost: Tensor
-    normalize: bool
+    slot: int
+    slots: int
+    frame: int
+    frames: int
+    video: int
+    videos: int
 
     @property
-    def both(self) -> bool:
-        return self.video.weight is not None
+    def columns(self) -> int:
+        return self.frames * self.videos
+
+
+@triton.jit(do_not_specialize=[*packing.SIZES, "slot", "frame", "video", "block_frames", "block_videos"])
+def expand_coefficients(
+    packed,
+    grad_logits,
+    video_index,
+    text_index,
+    boost,
+    out,
+    texts,
+    words,
+    videos,
+    frames,
+    slot,
+    frame,
+    video,
+    block_frames,
+    block_videos,
+    FORM: tl.constexpr,
+):
+    """Write CHUNK rows of a block of coefficients for VIDEO_BLOCK videos and all frames of the block."""
+    BK: tl.constexpr = packing.VIDEO_BLOCK
+    scale, weight, position, length, start, chunk_text, _ = packing.companions(
+        packed, texts, videos, frames, FORM.most, FORM.padded
+    )
+    tiles = block_videos // BK
+    chunk = tl.program_id(0) // tiles
+    first = slot + chunk * CHUNK
+    total = tl.load(start + texts)
+    # Rows after the words in use are zero up to the next multiple of a product's steps; nobody reads the others.
+    end = (texts * FORM.most if FORM.clear else total) + packing.TAIL
+    if first >= end:
+        return
+    text = tl.load(chunk_text + first // CHUNK)
+    there = (text >= 0) & (first < total)
+    text = tl.where(there, text, 0).to(tl.int64)
+    count = tl.where(there, tl.load(length + text), 0)
+    s = first + tl.arange(0, CHUNK)
+    real = s - tl.load(start + text) < count
+    word = tl.load(position + s)
+    # All factors of a coefficient that belong to the word, and its weight.
+    of_word = tl.where(real, tl.load(scale + s), 0.0)[:, None]
+    word_weight = tl.load(weight + s)[:, None]
+    b = video + tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+    inside = b < tl.where(there, videos, 0)
+    g = tl.load(grad_logits + text * videos + b, mask=inside, other=0.0)
+    if text_index is not None:
+        g = g * 0.5
+    if boost is not None:
+        g = g * tl.load(boost)
+    of_row = (text * words + word)[:, None] * videos + b[None, :]
+    chosen = tl.load(video_index + of_row, mask=real[:, None] & inside[None, :], other=0).to(tl.int32)
+    v_length = tl.load(length + texts + b)
+    padded = tl.cdiv(videos, packing.VIDEO_BLOCK) * packing.VIDEO_BLOCK
+    row = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64) * (block_frames * block_videos)
+    target = out + row[:, None] + (b - video)[None, :]
+    for f in tl.range(frame, frame + block_frames):
+        at = texts * FORM.most + packing.TAIL + f * padded + b
+        place = tl.load(position + at)
+        exists = inside & (f < v_length)
+        c = tl.where(chosen == place[None, :], word_weight, 0.0)
+        if text_index is not None:
+            match = (text * frames + place) * videos + b
+            by_frame = tl.load(text_index + match, mask=exists, other=0).to(tl.int32)
+            c += tl.where(by_frame[None, :] == word[:, None], tl.load(weight + at)[None, :], 0.0)
+        c = c * (g * tl.load(scale + at))[None, :] * of_word
+        c = tl.where(exists[None, :] & real[:, None], c, 0.0)
+        tl.store(target + (f - frame) * block_videos, c.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=[*packing.SIZES, "slot", "slots", "columns", "tokens"])
+def multiply_tiles(
+    coefficients,
+    coefficient_tiles,
+    packed,
+    token_tiles,
+    out,
+    slot,
+    slots,
+    columns,
+    tokens,
+    texts,
+    words,
+    videos,
+    frames,
+    WORDS: tl.constexpr,
+    ADD: tl.constexpr,
+    TILE: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Compute TILE.m x TILE.n of C V (WORDS), or of C^T T; ADD: add to the earlier blocks' sum in ``out``.
+
+    ``slot``: the block's first word slot; ``tokens``: the packed row of the right factor's first row.
+    """
+    D: tl.constexpr = FORM.padded
+    BM: tl.constexpr = TILE.m
+    BN: tl.constexpr = TILE.n
+    BK: tl.constexpr = TILE.k
+    parts: tl.constexpr = (D + BN - 1) // BN
+    m0 = tl.program_id(0) // parts * BM
+    n0 = tl.program_id(0) % parts * BN
+    _, _, _, _, start, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
+    used = tl.minimum(tl.load(start + texts) - slot, slots)
+    if WORDS:
+        rows, depth = used, columns
+    else:
+        rows, depth = columns, used
+    if (m0 >= rows) | (depth <= 0):
+        return
+    m = m0 + tl.arange(0, BM)
+    n = n0 + tl.arange(0, BN)
+    kk = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, depth, BK):
+        if TILE.tma:
+            c = coefficient_tiles.load([m0, k]) if WORDS else coefficient_tiles.load([k, m0]).T
+            x = token_tiles.load([tokens + k, n0])
+        else:
+            k_rows = (k + kk).to(tl.int64)
+            if WORDS:
+                at = m[:, None].to(tl.int64) * columns + k_rows[None, :]
+                c = tl.load(coefficients + at, mask=(m < slots)[:, None] & (k_rows < columns)[None, :], other=0.0)
+            else:
+                at = k_rows[:, None] * columns + m[None, :]
+                c = tl.load(coefficients + at, mask=(k_rows < slots)[:, None] & (m < columns)[None, :], other=0.0).T
+            x = tl.load(packed + (tokens + k_rows)[:, None] * D + n[None, :], mask=(n < D)[None, :], other=0.0)
+        acc = tl.dot(c, x, acc)
+    inside = (m < rows)[:, None] & (n < D)[None, :]
+    target = out + m[:, None].to(tl.int64) * D + n[None, :]
+    if ADD:
+        acc += tl.load(target, mask=inside, other=0.0)
+    tl.store(target, acc, mask=inside)
+
+
+@triton.jit
+def _sum_over_videos(maxima, grad_logits, mask, out, program, words, videos, rows, FACTOR: tl.constexpr):
+    """Write the gradients of CHUNK word weights of a text."""
+    BLOCK: tl.constexpr = packing.VIDEO_BLOCK
+    text = (program // tl.cdiv(words, CHUNK)).to(tl.int64)
+    n = program % tl.cdiv(words, CHUNK) * CHUNK + tl.arange(0, CHUNK)
+    real = n < words
+    if mask is not None:
+        real = tl.load(mask + text * words + n, mask=real, other=0) != 0
+    acc = tl.zeros((CHUNK, BLOCK), tl.float32)
+    for b0 in tl.range(0, videos, BLOCK):
+        b = b0 + tl.arange(0, BLOCK)
+        at = (text * rows + n)[:, None] * videos + b[None, :]
+        m = tl.load(maxima + at, mask=real[:, None] & (b < videos)[None, :], other=0).to(tl.float32)
+        acc += m * tl.load(grad_logits + text * videos + b, mask=b < videos, other=0.0)[None, :]
+    tl.store(out + text * words + n, tl.sum(acc, 1) * FACTOR, mask=n < words)
+
+
+@triton.jit
+def _sum_over_texts(
+    maxima, grad_logits, mask, out, program, texts, words, videos, frames, FACTOR: tl.constexpr, ADD: tl.constexpr
+):
+    """Write the gradients of one frame's weight of BLOCK videos; ADD: add them to those of earlier texts."""
+    BLOCK: tl.constexpr = packing.VIDEO_BLOCK
+    f = program // tl.cdiv(videos, BLOCK)
+    b = program % tl.cdiv(videos, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < videos
+    real = inside
+    target = b.to(tl.int64) * frames + f
+    if mask is not None:
+        real = tl.load(mask + target, mask=inside, other=0) != 0
+    acc = tl.zeros((CHUNK, BLOCK), tl.float32)
+    for a0 in tl.range(0, texts, CHUNK):
+        a = (a0 + tl.arange(0, CHUNK)).to(tl.int64)
+        there = (a < texts)[:, None] & real[None, :]
+        at = (a * (words + frames) + words + f)[:, None] * videos + b[None, :]
+        m = tl.load(maxima + at, mask=there, other=0).to(tl.float32)
+        acc += m * tl.load(grad_logits + a[:, None] * videos + b[None, :], mask=there, other=0.0)
+    total = tl.sum(acc, 0) * FACTOR
+    if ADD:
+        total += tl.load(out + target, mask=inside, other=0.0)
+    tl.store(out + target, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=packing.SIZES)
+def sum_weight_gradients(
+    maxima,
+    grad_logits,
+    text_mask,
+    video_mask,
+    of_text,
+    of_video,
+    texts,
+    words,
+    videos,
+    frames,
+    FACTOR: tl.constexpr,
+    JOINT: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Sum g times maxima: over videos for the words of a text, or over texts for a frame of some videos."""
+    rows = words + frames if JOINT else words
+    program = tl.program_id(0)
+    of_words = texts * tl.cdiv(words, CHUNK) if of_text is not None else 0
+    if of_text is not None:
+        if program < of_words:
+            _sum_over_videos(maxima, grad_logits, text_mask, of_text, program, words, videos, rows, FACTOR)
+    if of_video is not None:
+        if program >= of_words:
+            program -= of_words
+            _sum_over_texts(
+                maxima, grad_logits, video_mask, of_video, program, texts, words, videos, frames, FACTOR, ADD
+            )
 
 
 def backward(
@@ -224,6 +278,8 @@ def backward(
     video: Side,
     video_index: Tensor,
     text_index: Tensor,
+    maxima: Tensor,
+    packed: Tensor,
     normalize: bool,
     zero_competes: bool,
     output_mask: Sequence[bool],
@@ -232,159 +288,221 @@ def backward(
 
     If the matches are empty, the forward pass did not keep them, and each block of text rows finds its own again.
     """
-    both = video.weight is not None
-    grads = _outputs(text, video, (*output_mask[:3], output_mask[3] and both))
-    a, b = len(text.features), len(video.features)
+    a, b, both = len(text.features), len(video.features), video.weight is not None
+    wanted = (*output_mask[:3], output_mask[3] and both)
+    of_features, of_weights = any(wanted[:2]), any(wanted[2:])
+    grads = _outputs(text, video, wanted)
     if a == 0 or b == 0:
         return grads
+    of_text, of_video, of_text_weight, of_video_weight = (
+        x if want else None for x, want in zip(grads, wanted, strict=True)
+    )
     grad_logits = grad_logits.to(torch.float32).contiguous()
-    boost = _boost(grad_logits, text, video, normalize)
-    frames = grad_frames = None
-    if output_mask[0] or output_mask[1]:
-        block = max(_tile("text", text).k, _tile("video", text).n)
-        frames = pack_frames(video, tuning.STEP, block, normalize, copies=False)
-        grad_frames = torch.empty(frames.features.shape, dtype=torch.float32, device=boost.device)
-    shared = Shared(video, frames, grad_frames, boost, normalize)
-    step = _rows_of_a_block(text, video)
+    boost = _boost(grad_logits, text, video, normalize) if of_features else None
+    found_again = len(video_index) == 0 or (of_weights and len(maxima) == 0)
+    step = _rows_of_a_block(text, video, normalize, of_weights)
+    grad_frames = block = None
     for start in range(0, a, step):
         rows = slice(start, start + step)
-        part = Side(*(None if x is None else x[rows] for x in text))
-        if len(video_index):
-            matches = video_index[rows], text_index[rows] if both else text_index
+        part, g = Side(*(_rows(x, rows) for x in text)), _rows(grad_logits, rows)
+        if found_again:
+            kept = forward(part, video, normalize, zero_competes, True, of_weights)[1:]
         else:
-            matches = forward(part, video, normalize, zero_competes, True)[1:]
-        _block_gradients(Block(rows, part, grad_logits[rows], *matches), shared, grads)
-        del matches  # free them before the next block finds its own
-    if len(grads[1]):
-        unpack(grad_frames, video, frames, 1 / boost, normalize, grads[1])
+            kept = (*(_rows(x, rows) for x in (video_index, text_index, maxima)), packed if step >= a else packed[:0])
+        if of_features:
+            block = _packed(part, video, normalize, kept[3])
+            matches = kept[0], kept[1] if both else None
+            grad_words = g.new_empty((block.word_slots, block.form.padded)) if of_text is not None else None
+            if of_video is not None and grad_frames is None:
+                grad_frames = g.new_empty((block.videos * block.sizes.frames, block.form.padded))
+            _multiply(block, Coefficients(g, *matches, boost), grad_words, grad_frames, add=start > 0)
+            last = of_video if start + step >= a else None
+            if of_text is not None or last is not None:
+                masks = part.mask, video.mask
+                packing.unpack(grad_words, grad_frames, *masks, block, boost, _rows(of_text, rows), last)
+            del grad_words, block, matches
+        if of_weights:
+            _sum_weights(kept[2], g, part, video, _rows(of_text_weight, rows), of_video_weight, add=start > 0)
+        del kept  # free it before the next block finds its own
     return grads
 
 
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    """Take some rows, unless it has no others."""
+    return x if x is None or len(x) <= rows.stop - rows.start else x[rows]
+
+
 def _outputs(text: Side, video: Side, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Allocate the gradients. Fill them with zeros if kernels do not write all: with a mask, or if a side is empty."""
-    written = len(text.features) > 0 and len(video.features) > 0
+    """Allocate the gradients. The kernels write all of them, unless a side is empty."""
+    new = torch.empty if len(text.features) and len(video.features) else torch.zeros
     grads = []
     for i, (side, want) in enumerate(zip((text, video, text, video), wanted, strict=True)):
         # Contiguous, as the operator's fake implementation says, even if the features are not.
-        new = torch.empty if side.mask is None and written else torch.zeros
         shape, dtype = (side.features.shape, side.features.dtype) if i < 2 else (side.features.shape[:2], torch.float32)
         grads.append(new(shape if want else (0,), dtype=dtype, device=side.features.device))
     return tuple(grads)
 
 
-def _rows_of_a_block(text: Side, video: Side) -> int:
+def bytes_per_pair(words: int, frames: int, both: bool, maxima: int) -> int:
+    """Return the bytes of a pair's matches and maxima; ``maxima``: the bytes of one, 0 if they are not kept."""
+    size = words * (packing.index_dtype(frames).itemsize + maxima)
+    return size + frames * (packing.index_dtype(words).itemsize + maxima) if both else size
+
+
+def _rows_of_a_block(text: Side, video: Side, normalize: bool, maxima: bool) -> int:
     """Choose the text rows of a block from shapes only, so that it does not depend on whether matches were kept."""
-    nt, (b, nv, _) = text.features.shape[1], video.features.shape
-    a_pair = nt * index_dtype(nv).itemsize
-    if video.weight is not None:
-        a_pair += nv * index_dtype(nt).itemsize
-    return max(1, BLOCK_BYTES // (b * a_pair) // BLOCK_ROWS) * BLOCK_ROWS
+    words, (videos, frames, _) = text.features.shape[1], video.features.shape
+    size = maxima_dtype(text, video, normalize).itemsize if maxima else 0
+    pair = bytes_per_pair(words, frames, video.weight is not None, size)
+    return max(1, BLOCK_BYTES // (videos * pair) // BLOCK_ROWS) * BLOCK_ROWS
 
 
-def _block_gradients(block: Block, shared: Shared, grads: tuple[Tensor, ...]) -> None:
-    """Write the gradients of a block's text rows, and add to the video's."""
-    of_text, of_video, *of_weights = (len(x) > 0 for x in grads)
-    if shared.frames is not None:
-        words = pack_words(block.text, tuning.STEP, shared.normalize, grain=GRAIN, classes=False, copies=False)
-        if of_text:
-            grad = text_gradient(words, block, shared)
-            unpack(grad, block.text, words, 1 / shared.boost, shared.normalize, grads[0][block.rows])
-            del grad
-        if of_video:
-            add_video_gradient(words, block, shared)
-        del words  # free it: weight_gradients packs the text again, into other slots
-    if any(of_weights):
-        weight_gradients(block, shared.video, shared.normalize, grads[2], grads[3])
+def _packed(text: Side, video: Side, normalize: bool, data: Tensor) -> Packed:
+    """Describe what the forward pass packed, or pack again."""
+    clear = tuning.library_products(text.features.dtype, text.mask is not None)
+    if len(data):
+        return packing.describe(text, video, normalize, clear, data)
+    return packing.pack(text, video, normalize, clear)
 
 
-def weight_gradients(block: Block, video: Side, normalize: bool, of_text: Tensor, of_video: Tensor) -> None:
-    """Write a block's rows of the text weights' gradient (A, Nt), and add its share to the video's (B, Nv); float32.
+class Coefficients(NamedTuple):
+    """What C is computed from."""
 
-    The forward kernel finds the maxima again, which costs one product; keeping them would take two to four times the
-    matches' memory. A match without a token means that the maximum was the masked 0. No atomics: partial sums are added
-    up in a fixed order. An empty output means that its gradient is not wanted.
-    """
-    text, b, nt = block.text, video.features.shape[0], block.text.features.shape[1]
-    nv, both, add = video.features.shape[1], video.weight is not None, block.rows.start > 0
-    together = nt <= LONGEST_CLASS and both
-    if together or len(of_text):
-        out = Outputs(block.grad_logits, (b, 1), block.video_index, (nt * b, b, 1), block.text_index)
-        words, frames, partials = sweep(text, video, out, WEIGHTS, together, normalize, False, 0.5 if both else 1.0)
-        if len(of_text):
-            unpack_weight(partials.by_word, words, of_text[block.rows], add=False)
-        if together and len(of_video):
-            unpack_weight(partials.by_frame.flatten(1), frames, of_video, add=add)
-    if len(of_video) and not together:
-        out = Outputs(block.grad_logits, (1, b), block.text_index, (1, b, nv * b), block.text_index)
-        words, _, partials = sweep(video, text, out, WEIGHTS, False, normalize, False, 0.5)
-        unpack_weight(partials.by_word, words, of_video, add=add)
+    grad_logits: Tensor  # (texts, B) float32
+    video_index: Tensor
+    text_index: Tensor | None  # None with one direction
+    boost: Tensor | None
 
 
-def _tile(side: str, text: Side, add: bool = False) -> Tile:
-    features = text.features
-    arch, precision = tuning.architecture(features.device), tuning.product(features.dtype)
-    return tuning.backward_tile(arch, side, precision, features.shape[2], add=add)
+def _blocks(packed: Packed) -> Iterator[Block]:
+    """Cut C into blocks: some frames of all videos, or one frame of some videos."""
+    slots, frames = packed.word_slots - layout.TAIL, packed.sizes.frames
+    videos = min(packed.videos, -(-COLUMNS // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK)
+    step = max(1, COLUMNS // packed.videos)
+    for slot in range(0, slots, SLOTS):
+        for frame in range(0, frames, step):
+            for video in range(0, packed.videos, videos):
+                some = min(videos, packed.videos - video)
+                yield Block(slot, min(SLOTS, slots - slot), frame, min(step, frames - frame), video, some)
 
 
-def text_gradient(words: PackedRows, block: Block, shared: Shared) -> Tensor:
-    """Compute the gradients (slots, D') float32 of a block's unit words, times the boost."""
-    tile, frames = _tile("text", block.text), shared.frames
-    grad = torch.empty(words.features.shape, dtype=torch.float32, device=shared.boost.device)
-    # The tail after the last word has no gradient.
-    tiles = triton.cdiv(len(grad) - TAIL, tile.n)
-    interaction_backward_text[(tiles * triton.cdiv(words.dim, tile.m),)](
-        words,
-        frames,
-        _descriptor(frames.features, tile),
-        frames.length.amax(),
-        _pairs(block, shared),
-        grad,
-        **_options(words, tile),
-    )
-    return grad
+def _multiply(
+    packed: Packed, of: Coefficients, grad_words: Tensor | None, grad_frames: Tensor | None, *, add: bool
+) -> None:
+    """Compute H of words (word slots, D'), and of frames (frames x videos, D'); add: to the present H of frames."""
+    blocks = list(_blocks(packed))
+    size = max(block.slots * block.columns for block in blocks)
+    coefficients = packed.data.new_empty(size)
+    features = packed.data.as_strided((layout.slots(*packed.sizes), packed.form.padded), (packed.form.padded, 1))
+    for block in blocks:
+        grid = (block.slots // layout.CHUNK * (block.videos // layout.VIDEO_BLOCK),)
+        expand_coefficients[grid](
+            packed.data,
+            *of,
+            coefficients,
+            *packed.sizes,
+            block.slot,
+            block.frame,
+            block.video,
+            block.frames,
+            block.videos,
+            FORM=packed.form,
+            num_warps=4,
+        )
+        column = block.frame * packed.videos + block.video
+        c = coefficients.as_strided((block.slots, block.columns), (block.columns, 1))
+        if grad_words is not None:
+            _product(packed, block, c, features, column, grad_words, of_words=True, add=column > 0)
+        if grad_frames is not None:
+            _product(packed, block, c, features, column, grad_frames, of_words=False, add=add or block.slot > 0)
 
 
-def add_video_gradient(words: PackedRows, block: Block, shared: Shared) -> None:
-    """Add a block's share of the unit frames' gradients, times the boost."""
-    add, frames = block.rows.start > 0, shared.frames
-    tile = _tile("video", block.text, add)
-    blocks, parts = triton.cdiv(frames.rows, tile.n), triton.cdiv(words.dim, tile.m)
-    interaction_backward_video[(frames.tokens * blocks * parts,)](
-        words,
-        frames,
-        _descriptor(words.features, tile),
-        _pairs(block, shared),
-        shared.grad_frames,
+def _product(
+    packed: Packed, block: Block, c: Tensor, features: Tensor, column: int, out: Tensor, *, of_words: bool, add: bool
+) -> None:
+    """Multiply a block of coefficients with the other side's tokens, into or onto its part of ``out``."""
+    tokens = packed.word_slots + column if of_words else block.slot
+    first, rows = (block.slot, block.slots) if of_words else (column, block.columns)
+    depth = block.columns if of_words else block.slots
+    if packed.form.clear:
+        library_product(c if of_words else c.T, features[tokens : tokens + depth], out[first : first + rows], add)
+        return
+    tile = tuning.product_tile(out.device, rows, packed.form.padded)
+    c_block = [tile.m, tile.k] if of_words else [tile.k, tile.m]
+    parts = -(-packed.form.padded // tile.n)
+    multiply_tiles[(-(-rows // tile.m) * parts,)](
+        c,
+        TensorDescriptor(c, [block.slots, block.columns], [block.columns, 1], c_block) if tile.tma else None,
+        packed.data,
+        packing.descriptor(packed, tile.k, tile.n) if tile.tma else None,
+        out[first:] if first else out,
+        block.slot,
+        block.slots,
+        block.columns,
+        tokens,
+        *packed.sizes,
+        WORDS=of_words,
         ADD=add,
-        **_options(words, tile),
+        TILE=tile,
+        FORM=packed.form,
+        **tuning.launch_options(tile),
     )
 
 
-def _pairs(block: Block, shared: Shared) -> Pairs:
-    text_index = block.text_index if shared.both else None
-    return Pairs(block.grad_logits, block.video_index, text_index, shared.boost, 0.5 if shared.both else 1.0)
+def library_product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Write a @ b into ``out``, float32, or add it."""
+    if not a.is_cuda:
+        # CPU tensors reach this only in tests: PyTorch has no CPU product of 16-bit tensors with a float32 result.
+        product = a.to(torch.float32) @ b.to(torch.float32)
+        out.add_(product) if accumulate else out.copy_(product)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _options(words: PackedRows, tile: Tile) -> dict[str, object]:
-    tf32 = tuning.product(words.features.dtype) == "tf32"
-    options = {"TILE": tile, "D": words.dim, "PRECISION": "tf32" if tf32 else "ieee"}
-    return {**options, **tuning.launch_options(tile)}
+def _sum_weights(
+    maxima: Tensor,
+    grad_logits: Tensor,
+    text: Side,
+    video: Side,
+    of_text: Tensor | None,
+    of_video: Tensor | None,
+    *,
+    add: bool,
+) -> None:
+    """Write the gradients of a block's text weights (texts, Nt), and write or add those of video weights (B, Nv)."""
+    sizes, both = packing.sizes_of(text, video), video.weight is not None
+    programs = 0
+    if of_text is not None:
+        programs += sizes.texts * -(-sizes.words // layout.CHUNK)
+    if of_video is not None:
+        programs += sizes.frames * -(-sizes.videos // layout.VIDEO_BLOCK)
+    unit = 2.0**-FRACTION.value if maxima.dtype == torch.int16 else 1.0
+    masks = (None if x is None else x.contiguous() for x in (text.mask, video.mask))
+    sum_weight_gradients[(programs,)](
+        maxima,
+        grad_logits,
+        *masks,
+        of_text,
+        of_video,
+        *sizes,
+        FACTOR=unit * (0.5 if both else 1.0),
+        JOINT=both,
+        ADD=add,
+    )
 
 
-def _descriptor(tokens: Tensor, tile: Tile) -> TensorDescriptor | None:
-    return TensorDescriptor.from_tensor(tokens, [tile.k, tile.m]) if tile.tma else None
-
-
-def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Tensor:
-    """Choose a power of two that scales the largest coefficient close to float16's maximum; 1 for other dtypes.
+def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Tensor | None:
+    """Choose a power of two that scales the largest coefficient close to float16's maximum; None for other dtypes.
 
     Gradients of a mean over many pairs are too small for float16. All blocks share the factor, so that they can be
     added. It is computed on the device, without synchronisation.
     """
     if text.features.dtype != torch.float16:
-        return torch.ones((), dtype=torch.float32, device=grad_logits.device)
+        return None
     (weight, scale), (video_weight, video_scale) = _peaks(text, normalize), _peaks(video, normalize)
-    peak = grad_logits.abs().amax() * torch.maximum(weight, video_weight) * 2 * torch.maximum(scale, video_scale)
+    peak = grad_logits.abs().amax() * torch.maximum(weight, video_weight) * 2 * scale * video_scale
     exponent = (14 - peak.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100)
     return torch.ldexp(torch.ones_like(peak), exponent.to(torch.int32))
 

@@ -2,25 +2,23 @@
 
 ``source`` says where an entry comes from. "static": chosen from the static report (benchmarks/static_report.py: no
 spills, tensor cores not serialised, shared memory within the GPU's) and not measured. "measured": timed by
-benchmarks/tune.py on the GPU that it names. A score's bits depend on the entry, so training and inference use the same
-one, and the choice does not depend on the batch size.
+benchmarks/gpu_session.py on the GPU that it names.
 
 Architectures: "sm_80" also serves compute capability 8.6, 8.9 and 12.x, which have 99 KB of shared memory.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
-# Channels are padded with zeros to a multiple of STEP; every tile's k divides it.
-STEP = 64
+from . import layout
 
 
 class Tile(NamedTuple):
-    """A tile of ``m`` videos (or channels) x ``n`` words, ``k`` per step; also a constexpr of the kernel."""
+    """A tile of ``m`` x ``n`` results, ``k`` per step; also a constexpr of the kernel."""
 
     m: int
     n: int
@@ -28,62 +26,42 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool
+    programs: int = 1  # per multiprocessor
     source: str = "static"
 
 
-# Forward, by the form of the maxima: "keyed" (16-bit unit tokens), "exact" (16-bit raw tokens, or over 255 tokens),
-# "tf32" and "fp32" (float32 tokens). n grows to the length class if that is larger.
+# Forward: m videos x n word slots, by the form of the maxima: "keyed" (16-bit unit tokens), "exact" (16-bit raw tokens,
+# or over 255 tokens), "tf32" and "fp32" (float32 tokens). "small" serves problems with too few large tiles to fill the
+# GPU. n grows to the most slots of a text if that is larger.
 AMPERE_FORWARD = {
-    "keyed": Tile(64, 128, 64, 8, 3, False),
-    "exact": Tile(64, 64, 64, 8, 3, False),
-    "tf32": Tile(64, 64, 32, 8, 3, False),
-    "fp32": Tile(64, 64, 16, 8, 2, False),
+    "keyed": {"large": Tile(64, 128, 64, 8, 3, False), "small": Tile(64, 64, 64, 4, 3, False, 2)},
+    "exact": dict.fromkeys(("large", "small"), Tile(64, 64, 64, 8, 3, False)),
+    "tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 3, False)),
+    "fp32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 2, False)),
 }
 HOPPER_FORWARD = {
-    "keyed": Tile(128, 128, 64, 8, 3, True),
-    "exact": Tile(64, 128, 64, 8, 3, True),
-    "tf32": Tile(64, 128, 32, 8, 3, True),
-    "fp32": Tile(64, 64, 16, 8, 2, False),
+    "keyed": {"large": Tile(128, 128, 64, 8, 3, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
+    "exact": {"large": Tile(64, 128, 64, 8, 3, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
+    "tf32": {"large": Tile(64, 128, 32, 8, 3, True), "small": Tile(64, 64, 32, 4, 4, True, 2)},
+    "fp32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 2, False)),
 }
+SIZES = ("large", "small")
 FORWARD = {
     "sm_80": AMPERE_FORWARD,
     "sm_90": HOPPER_FORWARD,
-    "sm_100": dict(HOPPER_FORWARD),
+    "sm_100": {kind: dict(tiles) for kind, tiles in HOPPER_FORWARD.items()},
     # Triton's interpreter, for tests: small tiles, so that small problems have several tiles and partly filled ones.
-    "interpreter": dict.fromkeys(HOPPER_FORWARD, Tile(32, 64, 64, 1, 1, False)),
+    "interpreter": {kind: dict.fromkeys(SIZES, Tile(32, 64, 64, 1, 1, False)) for kind in HOPPER_FORWARD},
 }
 
-SIDES = ("text", "video")
-# Backward: m channels x n words (text gradient) or videos (video gradient), k of the other side per step.
-AMPERE_BACKWARD = {
-    "text": {
-        "half": Tile(128, 64, 64, 8, 2, False),
-        "tf32": Tile(128, 64, 32, 8, 2, False),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-    "video": {
-        "half": Tile(128, 64, 64, 8, 2, False),
-        "tf32": Tile(64, 64, 32, 8, 2, False),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-}
-HOPPER_BACKWARD = {
-    "text": {
-        "half": Tile(256, 64, 64, 8, 2, True),
-        "tf32": Tile(128, 64, 32, 8, 2, True),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-    "video": {
-        "half": Tile(256, 64, 64, 4, 2, True),
-        "tf32": Tile(128, 64, 32, 8, 2, True),
-        "fp32": Tile(64, 64, 16, 8, 2, False),
-    },
-}
-BACKWARD = {
-    "sm_80": AMPERE_BACKWARD,
-    "sm_90": HOPPER_BACKWARD,
-    "sm_100": {side: dict(tiles) for side, tiles in HOPPER_BACKWARD.items()},
-    "interpreter": {side: dict.fromkeys(("half", "tf32", "fp32"), Tile(64, 64, 64, 1, 1, False)) for side in SIDES},
+# Backward's products of 16-bit tokens: m slots x n channels, k slots of the other side per step.
+AMPERE_PRODUCT = {"large": Tile(128, 128, 64, 8, 3, False), "small": Tile(64, 64, 64, 4, 3, False)}
+HOPPER_PRODUCT = {"large": Tile(128, 256, 64, 8, 3, True), "small": Tile(64, 128, 64, 4, 4, True)}
+PRODUCT = {
+    "sm_80": AMPERE_PRODUCT,
+    "sm_90": HOPPER_PRODUCT,
+    "sm_100": dict(HOPPER_PRODUCT),
+    "interpreter": dict.fromkeys(SIZES, Tile(64, 64, 64, 1, 1, False)),
 }
 
 
@@ -102,17 +80,45 @@ def product(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "fp32"
 
 
-def forward_tile(arch: str, kind: str, slots: int) -> Tile:
-    tile = FORWARD[arch][kind]
-    return tile._replace(n=max(tile.n, slots))
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors."""
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def backward_tile(arch: str, side: str, precision: str, dim: int, *, add: bool = False) -> Tile:
-    tile = BACKWARD[arch][side][precision]
-    if add:
-        # Adding to the earlier blocks' sum needs more registers than four warps have.
-        tile = tile._replace(warps=8)
-    return tile._replace(m=min(tile.m, max(STEP, triton.next_power_of_2(dim))))
+def forward_tile(device: torch.device, kind: str, most: int, slots: int, videos: int) -> tuple[Tile, int]:
+    """Choose a tile, and the number of programs that share the tiles of at most ``slots`` word slots.
+
+    ``most``: the most slots of a text. The choice changes no bit of a score (kernels/token_interaction.py).
+    """
+    tiles = FORWARD[architecture(device)][kind]
+    limit = processors(device)
+    for size in SIZES:
+        tile = tiles[size]
+        if tile.n < most:
+            tile = tile._replace(n=most)
+        count = -(-slots // tile.n) * -(-videos // tile.m)
+        # A large tile is worth a partly filled GPU, down to three quarters.
+        if size == "small" or 4 * count >= 3 * limit:
+            break
+    return tile, min(count, limit * tile.programs)
+
+
+def product_tile(device: torch.device, rows: int, dim: int) -> Tile:
+    """Choose the tile of a product with ``rows`` x ``dim`` results."""
+    tiles = PRODUCT[architecture(device)]
+    tile = tiles["large"]
+    if 4 * -(-rows // tile.m) * -(-dim // tile.n) < 3 * processors(device):
+        tile = tiles["small"]
+    return tile._replace(n=min(tile.n, max(layout.STEP, 1 << (dim - 1).bit_length())))
+
+
+def library_products(dtype: torch.dtype, masked: bool) -> bool:
+    """Say whether the backward multiplies by the library, which cannot know on the device how many words are real.
+
+    It serves float32, and texts of equal length.
+    """
+    return dtype == torch.float32 or not masked
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:

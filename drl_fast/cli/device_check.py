@@ -167,5 +167,5 @@ def run(
     keep: bool = True,
 ) -> list[Tensor]:
     """Return logits and all gradients of one implementation."""
-    logits, video_index, text_index = forward(*inputs, normalize, zero, keep)
-    return [logits, *backward(probe, *inputs, video_index, text_index, normalize, zero, [True] * 4)]
+    logits, *kept = forward(*inputs, normalize, zero, keep, keep)
+    return [logits, *backward(probe, *inputs, *kept, normalize, zero, [True] * 4)]

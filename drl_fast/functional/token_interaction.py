@@ -124,13 +124,15 @@ def interact(
             "drl_fast: the token interaction does not work under torch.func.grad; use torch.autograd.grad or backward()"
         )
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    keep = return_matches or (train and op.keeps_matches(text, video, bidirectional))
-    logits, video_index, text_index = op.token_interaction(
-        *inputs, text_mask, video_mask, normalize, masking == "drl", keep
+    learned = train and any(x is not None and x.requires_grad for x in inputs[2:])
+    kept = train and op.keeps_matches(text, video, bidirectional, learned)
+    logits, video_index, text_index, *_ = op.token_interaction(
+        *inputs, text_mask, video_mask, normalize, masking == "drl", return_matches or kept, kept and learned
     )
     if not return_matches:
         return logits
-    return logits, Matches(op.public_index(video_index), op.public_index(text_index) if bidirectional else None)
+    by_word = op.public_index(video_index, text_mask, None)
+    return logits, Matches(by_word, op.public_index(text_index, None, video_mask) if bidirectional else None)
 
 
 def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:

@@ -40,13 +40,13 @@ def token_interaction_backward(
     video_weight: Tensor | None,
     text_mask: Tensor | None,
     video_mask: Tensor | None,
-    *matches_and_options: Any,
+    *kept_and_options: Any,
 ) -> tuple[Tensor, ...]:
     from drl_fast.kernels import token_interaction_backward as kernels
     from drl_fast.kernels.packing import Side
 
     sides = Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
-    return kernels.backward(grad_logits, *sides, *matches_and_options)
+    return kernels.backward(grad_logits, *sides, *kept_and_options)
 
 
 @triton_or(chunked_cdcr.statistics)

@@ -98,15 +98,18 @@ class Loss(torch.autograd.Function):
         text = WeightedTokens(text_features, text_weight, text_mask, owner)
         video = WeightedTokens(video_features, video_weight, video_mask, owner)
         matches = any(needs[:4])
-        keeps = exchange.group is None and any(needs) and bytes_of_scores(text, video, matches=matches) <= KEPT_BYTES
-        kept = score(text, video, rule, matches) if keeps else ()
+        maxima = any(needs[2:4])
+        size = bytes_of_scores(text, video, matches=matches, maxima=maxima)
+        keeps = exchange.group is None and any(needs) and size <= KEPT_BYTES
+        # Not the packed form: the backward pass works on blocks of texts.
+        kept = score(text, video, rule, matches, maxima)[:4] if keeps else ()
         rows, positive = empty_sums(text.features), text.weight.new_empty(len(text.features))
         visit = exchange.start(video, merge_sums, [2 * count for count in exchange.rows])
         for source, videos in visit:
             columns = empty_sums(videos.features)
             for block in blocks(text, videos, matches=False):
                 part, own = cut(text, block), block.start if source == exchange.rank else None
-                logits = kept[0][block] if kept else score(part, videos, rule, False)[0]
+                logits = kept[0][block] if kept else score(part, videos, rule)[0]
                 x = scaled(logits, scale, part, videos, own)
                 if own is not None:
                     positive[block] = x.diagonal(own)
@@ -168,14 +171,14 @@ def gradients(
 ) -> list[Tensor | None]:
     """Compute the gradients of text, video, their weights and the scale; None if not needed.
 
-    ``kept``: logits and matches of all pairs, or nothing.
+    ``kept``: logits, matches and maxima of all pairs, or nothing.
     Over a group of W ranks, those of features and weights are W times the whole batch's, and that of the scale is W
     times the share of this rank's texts. Their mean over ranks is then the gradient of a single process.
     """
     counts = exchange.rows
     columns_of = columns.split(counts, dim=1)
     factor = grad_loss * (len(counts) / (2 * sum(counts)))
-    of_text, of_video, tokens = needs[0:4:2], needs[1:4:2], any(needs[:4])
+    of_text, of_video, tokens, maxima = needs[0:4:2], needs[1:4:2], any(needs[:4]), any(needs[2:4])
     text_sums = Sums(text, of_text)
     grad_scale = text.weight.new_zeros(())
     dim = video.features.shape[2]
@@ -185,7 +188,11 @@ def gradients(
         video_sums = Sums(videos, of_video)
         for block in blocks(text, videos, matches=tokens):
             part, own = cut(text, block), block.start if source == exchange.rank else None
-            logits, *matches = [x[block] for x in kept] if kept else score(part, videos, rule, tokens)
+            if kept:
+                logits, *found = [x[block] for x in kept]
+                found.append(part.features.new_empty(0))
+            else:
+                logits, *found = score(part, videos, rule, tokens, maxima)
             x = scaled(logits, scale, part, videos, own)
             g = softmax(x, rows[:, block].unsqueeze(2)).add_(softmax(x, columns_of[source].unsqueeze(1)))
             if own is not None:
@@ -194,11 +201,11 @@ def gradients(
             if needs[4]:
                 grad_scale.add_((g * logits).sum())
             if tokens:
-                grads = differentiate(g.mul_(scale), part, videos, matches, rule, needs)
+                grads = differentiate(g.mul_(scale), part, videos, found, rule, needs)
                 text_sums.add(grads[0], grads[2], block)
                 video_sums.add(grads[1], grads[3], slice(None))
                 del grads
-            del logits, matches, x, g  # free this block before the next one, and before videos are exchanged
+            del logits, found, x, g  # free this block before the next one, and before videos are exchanged
         visit.give(video_sums.flat)
         del video_sums, videos  # the exchange replaces them
     video_sums = Sums(video, of_video, visit.result())
@@ -230,10 +237,12 @@ class Sums:
             self.weight[rows].add_(weight)
 
 
-def score(text: WeightedTokens, video: WeightedTokens, rule: Rule, keep_matches: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits and matches."""
+def score(
+    text: WeightedTokens, video: WeightedTokens, rule: Rule, matches: bool = False, maxima: bool = False
+) -> tuple[Tensor, ...]:
+    """Return logits and what the operator keeps for its backward."""
     return op.token_interaction(
-        text.features, video.features, text.weight, video.weight, text.mask, video.mask, *rule, keep_matches
+        text.features, video.features, text.weight, video.weight, text.mask, video.mask, *rule, matches, maxima
     )
 
 
@@ -241,7 +250,7 @@ def differentiate(
     grad_logits: Tensor,
     text: WeightedTokens,
     video: WeightedTokens,
-    matches: list[Tensor],
+    kept: list[Tensor],
     rule: Rule,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
@@ -254,7 +263,7 @@ def differentiate(
         video.weight,
         text.mask,
         video.mask,
-        *matches,
+        *kept,
         rule.normalize,
         rule.zero_competes,
         list(needs[:4]),
@@ -277,10 +286,10 @@ def match_bytes(words: int, frames: int) -> int:
     return words * index_dtype(frames).itemsize + frames * index_dtype(words).itemsize
 
 
-def bytes_of_scores(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> int:
-    """Return the bytes of the logits, and of the matches if wanted, of all pairs."""
-    (texts, words), (videos, frames) = text.weight.shape, video.weight.shape
-    return texts * videos * (text.weight.itemsize + matches * match_bytes(words, frames))
+def bytes_of_scores(text: WeightedTokens, video: WeightedTokens, *, matches: bool, maxima: bool) -> int:
+    """Return the bytes of the logits, and of matches and maxima if wanted, of all pairs."""
+    kept = op.bytes_of_pair(text.features, video.features, True, maxima) if matches else 0
+    return len(text.weight) * len(video.weight) * (text.weight.itemsize + kept)
 
 
 def cut(side: WeightedTokens, rows: slice) -> WeightedTokens:

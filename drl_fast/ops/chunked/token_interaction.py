@@ -139,8 +139,9 @@ def forward(
     normalize: bool,
     zero_competes: bool,
     keep_matches: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute logits (A, B) and, if kept, matches (A, Nt, B) and (A, Nv, B)."""
+    keep_maxima: bool = False,
+) -> tuple[Tensor, ...]:
+    """Compute logits (A, B) and, if kept, matches (A, Nt, B) and (A, Nv, B); maxima and packed form are empty."""
     a, nt, _ = text.shape
     b, nv, _ = video.shape
     both = video_weight is not None
@@ -167,7 +168,7 @@ def forward(
                     index = index.masked_fill(index == LARGEST, none_t)[:na, :, :nb]
                     text_index[sa, :, sb] = index.to(text_index.dtype)
             logits[sa, sb] = total[:na, :nb]
-    return logits, video_index, text_index
+    return logits, video_index, text_index, text.new_empty(0, dtype=torch.float32), text.new_empty(0)
 
 
 def backward(
@@ -180,6 +181,8 @@ def backward(
     video_mask: Tensor | None,
     video_index: Tensor,
     text_index: Tensor,
+    maxima: Tensor,
+    packed: Tensor,
     normalize: bool,
     zero_competes: bool,
     output_mask: list[bool],
