@@ -11,8 +11,9 @@ with more slots come first, so a text's first slot is a multiple of its number o
 128 slots, in row order. Videos are padded to a multiple of VIDEO_BLOCK.
 
 Then come 4-byte companions: per slot the token's scale (1 / norm), weight and position in the padded row; per row the
-number of real tokens; per text its first slot; per CHUNK of 16 word slots its text, -1 if none; and slots by class and
-block of COUNT_BLOCK texts, from which each program derives the first slot of its text.
+number of real tokens; per text its first slot; per CHUNK of 16 word slots its text, -1 if none, and what the forward
+kernel must know about that text; and slots by class and block of COUNT_BLOCK texts, from which each program derives the
+first slot of its text.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def packed_size(texts: int, words: int, videos: int, frames: int, dim: int, item
     """Return the number of elements, of ``itemsize`` bytes, of the packed form."""
     rows = slots(texts, words, videos, frames)
     companions = 3 * rows + texts + padded_videos(videos)  # scale, weight, position; length
-    companions += texts + 1 + word_slots(texts, words) // CHUNK  # first slot, the end's included; text of a chunk
+    companions += texts + 1  # first slot; the last one is the number of slots in use
+    companions += 2 * (word_slots(texts, words) // CHUNK)  # text of a chunk, and its properties
     companions += -(-texts // COUNT_BLOCK) * CLASSES
     return rows * padded_channels(dim) + companions * (4 // itemsize)

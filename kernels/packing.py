@@ -24,11 +24,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import layout
 
 NORM_EPS = 1e-12
-NOWHERE = tl.constexpr(1 << 30)  # position of a slot in a row without a token to copy
+NOWHERE = tl.constexpr(-1)  # position of a slot without a token; -2 - n is that of a copy of word n
 # The same values for the kernels, which can only read constexpr globals.
 CHUNK, TAIL, TINY = tl.constexpr(layout.CHUNK), tl.constexpr(layout.TAIL), tl.constexpr(NORM_EPS)
 VIDEO_BLOCK, COUNT_BLOCK = tl.constexpr(layout.VIDEO_BLOCK), tl.constexpr(layout.COUNT_BLOCK)
 CLASSES = tl.constexpr(layout.CLASSES)
+# A chunk's properties: the chunks of its text in a tile, 1 to 8, and flags.
+CHUNKS_OF_TEXT, LEAD, HAS_MASKED, IS_EMPTY = tl.constexpr(15), tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
 LONGEST_CLASS = tl.constexpr(layout.LONGEST_CLASS)
 # Shapes change with the last batch of an epoch. Compiling for their divisibility would compile again for it.
 SIZES = ["texts", "words", "videos", "frames"]
@@ -92,7 +94,7 @@ class Packed(NamedTuple):
 
 @triton.jit
 def companions(packed, texts, videos, frames, MOST: tl.constexpr, D: tl.constexpr):
-    """Return pointers to scale, weight, position, length, first slot, text of a chunk, and slots by class."""
+    """Return pointers to scale, weight, position, length, first slot, a chunk's text and properties, slots by class."""
     rows = (texts * MOST + TAIL).to(tl.int64) + tl.cdiv(videos, VIDEO_BLOCK).to(tl.int64) * VIDEO_BLOCK * frames
     scale = (packed + rows * D).to(tl.pointer_type(tl.float32), bitcast=True)
     weight = scale + rows
@@ -100,8 +102,9 @@ def companions(packed, texts, videos, frames, MOST: tl.constexpr, D: tl.constexp
     length = position + rows
     start = length + texts + tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK
     chunk_text = start + texts + 1
-    by_class = chunk_text + (texts * MOST + TAIL) // CHUNK
-    return scale, weight, position, length, start, chunk_text, by_class
+    chunk_about = chunk_text + (texts * MOST + TAIL) // CHUNK
+    by_class = chunk_about + (texts * MOST + TAIL) // CHUNK
+    return scale, weight, position, length, start, chunk_text, chunk_about, by_class
 
 
 @triton.jit
@@ -139,7 +142,7 @@ def _count(mask, row, rows, tokens):
 @triton.jit(do_not_specialize=SIZES)
 def count_tokens(text_mask, video_mask, packed, texts, words, videos, frames, FORM: tl.constexpr):
     """Count the real tokens of COUNT_BLOCK rows; for texts also sum their slots by class."""
-    _, _, _, length, _, _, by_class = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
+    _, _, _, length, _, _, _, by_class = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
     text_blocks = tl.cdiv(texts, COUNT_BLOCK)
     block = tl.program_id(0)
     if block < text_blocks:
@@ -185,6 +188,12 @@ def _first_slot(length, by_class, row, count, texts, LONG: tl.constexpr):
 
 
 @triton.jit
+def original(position):
+    """Return a word slot's position, for a copy that of the copied word."""
+    return tl.where(position < NOWHERE, -2 - position, position)
+
+
+@triton.jit
 def _real(mask, row, tokens, BLOCK: tl.constexpr):
     """Return which of a row's tokens are real, 0 or 1."""
     n = tl.arange(0, BLOCK)
@@ -209,6 +218,7 @@ def _fill(
     slots,
     first,
     step,
+    COPIES: tl.constexpr,
     BLOCK: tl.constexpr,
     FORM: tl.constexpr,
 ):
@@ -245,7 +255,9 @@ def _fill(
         tl.store(packed + slot[:, None] * FORM.padded + channel, clean, mask=inside[:, None] & (channel < FORM.padded))
         tl.store(scale + slot, inverse, mask=inside)
         tl.store(weight + slot, w, mask=inside)
-        tl.store(position + slot, tl.where(filled, token, NOWHERE), mask=inside)
+        # The loop over frames is as long as the longest video, so a copy of a frame simply is that frame.
+        of_copy = token if COPIES else -2 - token
+        tl.store(position + slot, tl.where(is_real, token, tl.where(filled, of_copy, NOWHERE)), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -264,7 +276,7 @@ def pack_rows(
     FORM: tl.constexpr,
 ):
     """Fill the slots of one text and of one video, and zero some slots after the last word."""
-    scale, weight, position, length, start, chunk_text, by_class = companions(
+    scale, weight, position, length, start, chunk_text, chunk_about, by_class = companions(
         packed, texts, videos, frames, FORM.most, FORM.padded
     )
     row = tl.program_id(0).to(tl.int64)
@@ -278,6 +290,9 @@ def pack_rows(
         for c0 in tl.range(0, slots // CHUNK, 8):
             c = c0 + tl.arange(0, 8)
             tl.store(chunk_text + first // CHUNK + c, (row + c * 0).to(tl.int32), mask=c < slots // CHUNK)
+            about = tl.minimum(slots // CHUNK, 8) + tl.where(c == 0, LEAD, 0)
+            about += tl.where(count < words, HAS_MASKED, 0) + tl.where(count == 0, IS_EMPTY, 0)
+            tl.store(chunk_about + first // CHUNK + c, about, mask=c < slots // CHUNK)
         _fill(
             text,
             text_weight,
@@ -292,6 +307,7 @@ def pack_rows(
             slots,
             first.to(tl.int64),
             1,
+            False,
             FORM.words,
             FORM,
         )
@@ -310,6 +326,7 @@ def pack_rows(
             frames,
             word_rows.to(tl.int64) + row,
             padded,
+            True,
             FORM.frames,
             FORM,
         )
@@ -321,6 +338,7 @@ def pack_rows(
     for zeroed in tl.range(total + tl.program_id(0) * CHUNK, end, tl.num_programs(0) * CHUNK):
         slot = (zeroed + s).to(tl.int64)
         tl.store(chunk_text + zeroed // CHUNK, -1)
+        tl.store(chunk_about + zeroed // CHUNK, 1 + IS_EMPTY)
         tl.store(scale + slot, tl.zeros((CHUNK,), tl.float32))
         tl.store(weight + slot, tl.zeros((CHUNK,), tl.float32))
         tl.store(position + slot, s * 0 + NOWHERE)
@@ -382,7 +400,7 @@ def unpack_gradients(
     FORM: tl.constexpr,
 ):
     """Turn the gradients of one row's slots into those of its raw features. A side that is None is not written."""
-    scale, _, _, _, start, _, _ = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
+    scale, _, _, _, start, _, _, _ = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
     row = tl.program_id(0).to(tl.int64)
     word_rows = (texts * FORM.most + TAIL).to(tl.int64)
     padded = tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK

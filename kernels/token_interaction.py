@@ -55,7 +55,7 @@ FRACTION = tl.constexpr(14)
 DROPPED = tl.constexpr(21 - 14)
 ROUNDING = tl.constexpr(1 << (21 - 14 - 1))
 NOBODY = tl.constexpr(255)  # "no slot" in a key; x ^ 255 is 255 - x
-LARGE = packing.NOWHERE  # "no slot" in the other forms
+LARGE = tl.constexpr(1 << 30)  # "no slot" in the other forms
 
 
 class Form(NamedTuple):
@@ -84,7 +84,7 @@ def _key_value(key):
 
 
 @triton.jit
-def _join_two(x, size, WIDTH: tl.constexpr, HOW: tl.constexpr):
+def _join_two(x, about, WIDTH: tl.constexpr, HOW: tl.constexpr):
     """Join neighbouring groups of WIDTH / 2 chunks of x (BM, chunks) in texts of at least WIDTH chunks."""
     BM: tl.constexpr = x.shape[0]
     CHUNKS: tl.constexpr = x.shape[1]
@@ -100,52 +100,51 @@ def _join_two(x, size, WIDTH: tl.constexpr, HOW: tl.constexpr):
         else:
             one = tl.sum(halves, axis=2)
         one = tl.broadcast_to(one[:, :, None, :], BM, CHUNKS // WIDTH, 2, HALF)
-        return tl.where((size >= WIDTH)[None, :], tl.reshape(one, (BM, CHUNKS)), x)
+        return tl.where(((about & packing.CHUNKS_OF_TEXT) >= WIDTH)[None, :], tl.reshape(one, (BM, CHUNKS)), x)
 
 
 @triton.jit
-def _join(x, size, MOST: tl.constexpr, HOW: tl.constexpr):
-    """Replace each chunk's value in x (BM, chunks) by that of its whole text; size (chunks,): the text's chunks."""
+def _join(x, about, MOST: tl.constexpr, HOW: tl.constexpr):
+    """Replace each chunk's value in x (BM, chunks) by that of its whole text; about (chunks,): the text's properties."""
     if MOST >= 32:
-        x = _join_two(x, size, 2, HOW)
+        x = _join_two(x, about, 2, HOW)
     if MOST >= 64:
-        x = _join_two(x, size, 4, HOW)
+        x = _join_two(x, about, 4, HOW)
     if MOST >= 128:
-        x = _join_two(x, size, 8, HOW)
+        x = _join_two(x, about, 8, HOW)
     return x
 
 
 @triton.jit
-def _over_words(s, size, floor, FORM: tl.constexpr):
-    """Return value, slot and fixed-point value of a text's maximum over its words, s (BM, BN), for each of its chunks.
-
-    floor (chunks,): a masked 0 competes.
+def _over_words(s, about, FORM: tl.constexpr):
+    """Return the value of a text's maximum over its words, s (BM, BN), the tile's column that has it, and the value to
+    store, for each of the text's chunks; NOBODY if a masked 0 won.
     """
     BM: tl.constexpr = s.shape[0]
     CHUNKS: tl.constexpr = s.shape[1] // CHUNK
-    column = tl.arange(0, s.shape[1])[None, :]
+    columns = tl.arange(0, s.shape[1])[None, :]
+    floor = (about & (packing.HAS_MASKED if FORM.zero_competes else packing.IS_EMPTY)) != 0  # a masked 0 competes
     if FORM.keyed and FORM.matches:
-        key = (s.to(tl.uint32, bitcast=True) << 8) + (column ^ NOBODY).to(tl.uint32)
-        best = _join(tl.max(tl.reshape(key, (BM, CHUNKS, CHUNK)), axis=2), size, FORM.most, "max")
+        key = (s.to(tl.uint32, bitcast=True) << 8) + (columns ^ NOBODY).to(tl.uint32)
+        best = _join(tl.max(tl.reshape(key, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         best = tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[None, :])
         value = _key_value(best)
         index = ((best & NOBODY) ^ NOBODY).to(tl.int32)
-        index = tl.where(index == NOBODY, LARGE, index & (size * CHUNK - 1)[None, :])
         stored = _fixed_point(best)
     elif FORM.keyed:
-        best = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), size, FORM.most, "max")
+        best = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         value = tl.maximum(best, tl.where(floor, OFFSET, 0.0)[None, :]) - OFFSET
         index = value.to(tl.int32)
         stored = value
     else:
-        value = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), size, FORM.most, "max")
+        value = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         zero_wins = floor[None, :] & (value < 0)
         index = value.to(tl.int32)
         if FORM.matches:
             whole = tl.reshape(tl.broadcast_to(value[:, :, None], BM, CHUNKS, CHUNK), (BM, CHUNKS * CHUNK))
-            index = tl.reshape(tl.where(s == whole, column, LARGE), (BM, CHUNKS, CHUNK))
-            index = _join(tl.min(index, axis=2), size, FORM.most, "min")
-            index = tl.where(zero_wins | (index == LARGE), LARGE, index & (size * CHUNK - 1)[None, :])
+            index = tl.reshape(tl.where(s == whole, columns, LARGE), (BM, CHUNKS, CHUNK))
+            index = _join(tl.min(index, axis=2), about, FORM.most, "min")
+            index = tl.where(zero_wins | (index == LARGE), NOBODY, index)
         value = tl.where(zero_wins, 0.0, value)
         stored = value
     return value, index, stored
@@ -185,22 +184,75 @@ def _over_frames(best, frame, s, position, FORM: tl.constexpr):
 
 
 @triton.jit
-def _finish(best, frame, floor, FORM: tl.constexpr):
-    """Return value, frame and stored value of the maximum over frames (BM, BN); floor (BM,): a masked 0 competes."""
+def _finish(best, floor, FORM: tl.constexpr):
+    """Return the value of the maximum over frames (BM, BN); floor (BM,): a masked 0 competes."""
     if FORM.keyed and FORM.matches:
-        best = tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[:, None])
-        value = _key_value(best)
-        frame = ((best & NOBODY) ^ NOBODY).to(tl.int32)
-        stored = _fixed_point(best)
+        return _key_value(tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[:, None]))
     elif FORM.keyed:
-        value = tl.maximum(best, tl.where(floor, OFFSET, 0.0)[:, None]) - OFFSET
-        stored = value
+        return tl.maximum(best, tl.where(floor, OFFSET, 0.0)[:, None]) - OFFSET
     else:
-        zero_wins = floor[:, None] & (best < 0)
-        value = tl.where(zero_wins, 0.0, best)
-        frame = tl.where(zero_wins | (frame == LARGE), FORM.none, frame)
-        stored = value
-    return value, frame, stored
+        return tl.where(floor[:, None] & (best < 0), 0.0, best)
+
+
+@triton.jit
+def _halves(x):
+    """Split the columns of x (BM, BN)."""
+    BM: tl.constexpr = x.shape[0]
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store_words(
+    best,
+    frame,
+    floor,
+    position,
+    chunk_text,
+    c0,
+    b0,
+    matches,
+    maxima,
+    texts,
+    words,
+    videos,
+    frames,
+    FORM: tl.constexpr,
+):
+    """Store which frame each word chose, and the maximum over frames, for the words from slot c0."""
+    BM: tl.constexpr = best.shape[0]
+    BN: tl.constexpr = best.shape[1]
+    if BN > 16:
+        # One half after the other: the addresses of a whole tile would need too many registers.
+        best_0, best_1 = _halves(best)
+        frame_0, frame_1 = _halves(frame)
+        _store_words(
+            best_0, frame_0, floor, position, chunk_text, c0, b0, matches, maxima, texts, words, videos, frames, FORM
+        )
+        c1 = c0 + BN // 2
+        _store_words(
+            best_1, frame_1, floor, position, chunk_text, c1, b0, matches, maxima, texts, words, videos, frames, FORM
+        )
+    else:
+        column = c0 + tl.arange(0, BN)
+        place = tl.load(position + column)
+        text = tl.load(chunk_text + column // CHUNK).to(tl.int64)
+        b = b0 + tl.arange(0, BM)
+        here = (place >= 0)[None, :] & (b < videos)[:, None]
+        value = _finish(best, floor, FORM)
+        if FORM.keyed:
+            best = tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[:, None])
+            frame = ((best & NOBODY) ^ NOBODY).to(tl.int32)
+            value = _fixed_point(best)
+        else:
+            frame = tl.where((floor[:, None] & (best < 0)) | (frame == LARGE), FORM.none, frame)
+        video = b[:, None].to(tl.int64)
+        at = _match_address(text[None, :], place[None, :], video, texts, words, videos, FORM)
+        tl.store(matches + at, frame.to(matches.dtype.element_ty), mask=here)
+        if maxima is not None:
+            rows = words + frames if FORM.joint else words
+            row = place + frames if FORM.swapped else place
+            at = _match_address(text[None, :], row[None, :], video, texts, rows, videos, FORM)
+            tl.store(maxima + at, value.to(maxima.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -238,12 +290,54 @@ def _match_address(text, token, video, texts, tokens, videos, FORM: tl.constexpr
 
 
 @triton.jit
-def _word_sums(value, weights, size, FORM: tl.constexpr):
+def _store_frame(
+    column,
+    stored,
+    about,
+    place,
+    f,
+    position,
+    length,
+    chunk_text,
+    c0,
+    b0,
+    matches,
+    maxima,
+    texts,
+    words,
+    videos,
+    frames,
+    FORM: tl.constexpr,
+):
+    """Store which word frame f of each video chose in each text, column (BM, chunks), and the maximum over words."""
+    BM: tl.constexpr = column.shape[0]
+    CHUNKS: tl.constexpr = column.shape[1]
+    chunk = tl.arange(0, CHUNKS)
+    b = b0 + tl.arange(0, BM)
+    # A text's first chunk writes for the text.
+    exists = (b < videos) & (f < tl.load(length + texts + b))
+    here = ((about & packing.LEAD) != 0)[None, :] & exists[:, None]
+    text = tl.load(chunk_text + c0 // CHUNK + chunk).to(tl.int64)
+    if FORM.text_holes:
+        word = packing.original(tl.load(position + c0 + column, mask=here & (column != NOBODY), other=-1))
+        word = tl.where(word < 0, FORM.none, word)
+    else:
+        word = column & ((about & packing.CHUNKS_OF_TEXT) * CHUNK - 1)[None, :]
+        word = tl.where(column == NOBODY, FORM.none, word)
+    word = word.to(matches.dtype.element_ty)
+    tl.store(matches + (text[None, :] * frames + place) * videos + b[:, None], word, mask=here)
+    if maxima is not None:
+        at = (text[None, :] * (words + frames) + words + place) * videos + b[:, None]
+        tl.store(maxima + at, stored.to(maxima.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _word_sums(value, weights, about, FORM: tl.constexpr):
     """Sum value (BM, BN) times weight over each text's words, in an order that no tile shape changes."""
     BM: tl.constexpr = value.shape[0]
     CHUNKS: tl.constexpr = value.shape[1] // CHUNK
     x = tl.sum(tl.reshape(value * weights[None, :], (BM, 2 * CHUNKS, CHUNK // 2)), axis=2)
-    return _join(tl.sum(tl.reshape(x, (BM, CHUNKS, 2)), axis=2), size, FORM.most, "sum")
+    return _join(tl.sum(tl.reshape(x, (BM, CHUNKS, 2)), axis=2), about, FORM.most, "sum")
 
 
 @triton.jit(do_not_specialize=packing.SIZES)
@@ -266,95 +360,99 @@ def interaction_forward(
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     CHUNKS: tl.constexpr = BN // CHUNK
-    scale, weight, position, length, start, chunk_text, _ = packing.companions(
+    scale, weight, position, length, start, chunk_text, chunk_about, _ = packing.companions(
         packed, texts, videos, frames, FORM.most, FORM.dim
     )
     word_rows = texts * FORM.most + packing.TAIL
     padded = tl.cdiv(videos, packing.VIDEO_BLOCK) * packing.VIDEO_BLOCK
     blocks = tl.cdiv(videos, BM)
     units = texts if FORM.long else tl.cdiv(tl.load(start + texts), BN)
-    for unit in tl.range(tl.program_id(0), units * blocks, tl.num_programs(0)):
+    unit = tl.program_id(0)
+    # Not a `for` loop: Triton would not flatten the loops inside, and each frame would start with an empty pipeline.
+    while unit < units * blocks:
         b0 = unit % blocks * BM
-        b = b0 + tl.arange(0, BM)
-        v_there = b < videos
-        v_length = tl.load(length + texts + b)
-        first = tl.load(start + unit // blocks) if FORM.long else unit // blocks * BN
-        text = tl.load(chunk_text + first // CHUNK + tl.arange(0, CHUNKS))
-        there = text >= 0
-        text = tl.where(there, text, 0).to(tl.int64)
-        t_length = tl.load(length + text, mask=there, other=0)
-        size = packing.slots_for(t_length, False) // CHUNK
+        first, tiles = unit // blocks * BN, 1
         if FORM.long:
-            size = size * 0 + CHUNKS
-        # A text's first chunk writes for the text.
-        begin = tl.load(start + text, mask=there, other=-1)
-        lead = there & (begin == first + tl.arange(0, CHUNKS) * CHUNK)
-        t_floor = t_length < (words if FORM.zero_competes else 1)
-        pair = _match_address(text[None, :], 0, b[:, None].to(tl.int64), texts, 1, videos, FORM)
-        inside = lead[None, :] & v_there[:, None]
+            first = tl.load(start + unit // blocks)
+            tiles = tl.cdiv(tl.load(length + unit // blocks), BN)
+        most = tl.max(tl.load(length + texts + b0 + tl.arange(0, BM)), 0)
         total = tl.zeros((BM, CHUNKS), tl.float32)
-        for tile in tl.range(0, tl.cdiv(tl.max(t_length, 0), BN) if FORM.long else 1):
+        for tile in tl.range(0, tiles if FORM.long else 1):
             c0 = first + tile * BN
             best, frame = _start(BM, BN, FORM)
-            for f in tl.range(0, tl.max(v_length, 0), flatten=True):
+            for f in tl.range(0, most, flatten=True):
                 row = word_rows + f * padded + b0
                 s = _frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
-                of_frame = row + tl.arange(0, BM)
                 place = tl.full((1, 1), f, tl.int32)
                 if FORM.video_holes and FORM.matches:
-                    place = tl.load(position + of_frame)[:, None]
+                    place = tl.load(position + row + tl.arange(0, BM))[:, None]
                 best, frame = _over_frames(best, frame, s, place, FORM)
-                # With one direction only a frame with a NaN counts, whose weight is NaN.
-                of_video = tl.load(weight + of_frame)[:, None]
-                if not FORM.both:
-                    of_video = tl.where(of_video != of_video, of_video, 0.0)
+                of_video = tl.load(weight + row + tl.arange(0, BM))[:, None]
+                # Load what the tile's texts are for each frame: keeping it over the loop would cost registers.
+                about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
                 if FORM.both:
-                    value, slot, stored = _over_words(s, size, t_floor, FORM)
+                    value, column, stored = _over_words(s, about, FORM)
                     total += value * of_video
                     if FORM.matches:
-                        here = inside & (f < v_length)[:, None]
-                        found = slot != LARGE
-                        if FORM.text_holes:
-                            slots = first + tl.arange(0, CHUNKS)[None, :] * CHUNK + slot
-                            slot = tl.load(position + slots, mask=found & here, other=LARGE)
-                            found = slot != LARGE
-                        slot = tl.where(found, slot, FORM.none).to(frame_matches.dtype.element_ty)
-                        at = _match_address(text[None, :], place, b[:, None], texts, frames, videos, FORM)
-                        tl.store(frame_matches + at, slot, mask=here)
-                        if maxima is not None:
-                            at = text[None, :] * (words + frames) + words + place
-                            at = at * videos + b[:, None]
-                            tl.store(maxima + at, stored.to(maxima.dtype.element_ty), mask=here)
+                        _store_frame(
+                            column,
+                            stored,
+                            about,
+                            place,
+                            f,
+                            position,
+                            length,
+                            chunk_text,
+                            c0,
+                            b0,
+                            frame_matches,
+                            maxima,
+                            texts,
+                            words,
+                            videos,
+                            frames,
+                            FORM,
+                        )
                 else:
-                    total += of_video
+                    # With one direction only a frame with a NaN counts, whose weight is NaN.
+                    total += tl.where(of_video != of_video, of_video, 0.0)
                 if not FORM.keyed:
                     # A maximum drops a NaN that an overflowing product of raw tokens makes: put it into the score.
                     bad = tl.sum(tl.reshape(tl.where(s != s, s, 0.0), (BM, CHUNKS, CHUNK)), axis=2)
-                    total += _join(bad, size, FORM.most, "sum")
-            v_floor = v_length < (frames if FORM.zero_competes else 1)
-            value, frame, stored = _finish(best, frame, v_floor, FORM)
-            column = tl.arange(0, BN)
-            total += _word_sums(value, tl.load(weight + c0 + column), size, FORM)
+                    total += _join(bad, about, FORM.most, "sum")
+            v_floor = tl.load(length + texts + b0 + tl.arange(0, BM)) < (frames if FORM.zero_competes else 1)
             if FORM.matches:
-                place = tl.load(position + c0 + column)
-                whole = tl.reshape(tl.broadcast_to(text[:, None], CHUNKS, CHUNK), (BN,))
-                rank = tl.broadcast_to((c0 + tl.arange(0, CHUNKS) * CHUNK - begin)[:, None], CHUNKS, CHUNK)
-                rank = tl.reshape(rank + tl.arange(0, CHUNK)[None, :], (BN,))
-                real = rank < tl.reshape(tl.broadcast_to(t_length[:, None], CHUNKS, CHUNK), (BN,))
-                here = real[None, :] & v_there[:, None]
-                video = b[:, None].to(tl.int64)
-                at = _match_address(whole[None, :], place[None, :], video, texts, words, videos, FORM)
-                tl.store(word_matches + at, frame.to(word_matches.dtype.element_ty), mask=here)
-                if maxima is not None:
-                    rows = words + frames if FORM.joint else words
-                    row = place + frames if FORM.swapped else place
-                    at = _match_address(whole[None, :], row[None, :], video, texts, rows, videos, FORM)
-                    tl.store(maxima + at, stored.to(maxima.dtype.element_ty), mask=here)
+                _store_words(
+                    best,
+                    frame,
+                    v_floor,
+                    position,
+                    chunk_text,
+                    c0,
+                    b0,
+                    word_matches,
+                    maxima,
+                    texts,
+                    words,
+                    videos,
+                    frames,
+                    FORM,
+                )
+            about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
+            weights = tl.load(weight + c0 + tl.arange(0, BN))
+            total += _word_sums(_finish(best, v_floor, FORM), weights, about, FORM)
+        b = b0 + tl.arange(0, BM)
+        about = tl.load(chunk_about + first // CHUNK + tl.arange(0, CHUNKS))
+        text = tl.load(chunk_text + first // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
+        pair = _match_address(text[None, :], 0, b[:, None].to(tl.int64), texts, 1, videos, FORM)
+        inside = ((about & packing.LEAD) != 0)[None, :] & (b < videos)[:, None]
         # A pair with an empty side scores 0, even if the other side has infinite weights.
-        total = tl.where((t_length > 0)[None, :] & (v_length > 0)[:, None], total * FORM.factor, 0.0)
+        scored = ((about & packing.IS_EMPTY) == 0)[None, :] & (tl.load(length + texts + b) > 0)[:, None]
+        total = tl.where(scored, total * FORM.factor, 0.0)
         if FORM.add:
             total += tl.load(logits + pair, mask=inside, other=0.0)
         tl.store(logits + pair, total, mask=inside)
+        unit += tl.num_programs(0)
 
 
 def forward(
@@ -418,7 +516,7 @@ def _form(packed: Packed, text: Side, video: Side, keyed: bool, zero_competes: b
         add=False,
         joint=both,
         factor=0.5 if both else 1.0,
-        text_holes=text.mask is not None,
+        text_holes=text.mask is not None or packed.sizes.words != packed.form.most,
         video_holes=video.mask is not None,
     )
 

@@ -85,7 +85,7 @@ def expand_coefficients(
 ):
     """Write CHUNK rows of a block of coefficients for VIDEO_BLOCK videos and all frames of the block."""
     BK: tl.constexpr = packing.VIDEO_BLOCK
-    scale, weight, position, length, start, chunk_text, _ = packing.companions(
+    scale, weight, position, length, start, chunk_text, _, _ = packing.companions(
         packed, texts, videos, frames, FORM.most, FORM.padded
     )
     tiles = block_videos // BK
@@ -99,10 +99,9 @@ def expand_coefficients(
     text = tl.load(chunk_text + first // CHUNK)
     there = (text >= 0) & (first < total)
     text = tl.where(there, text, 0).to(tl.int64)
-    count = tl.where(there, tl.load(length + text), 0)
     s = first + tl.arange(0, CHUNK)
-    real = s - tl.load(start + text) < count
     word = tl.load(position + s)
+    real = word >= 0
     # All factors of a coefficient that belong to the word, and its weight.
     of_word = tl.where(real, tl.load(scale + s), 0.0)[:, None]
     word_weight = tl.load(weight + s)[:, None]
@@ -164,7 +163,7 @@ def multiply_tiles(
     parts: tl.constexpr = (D + BN - 1) // BN
     m0 = tl.program_id(0) // parts * BM
     n0 = tl.program_id(0) % parts * BN
-    _, _, _, _, start, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
+    _, _, _, _, start, _, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
     used = tl.minimum(tl.load(start + texts) - slot, slots)
     if WORDS:
         rows, depth = used, columns
