@@ -223,6 +223,8 @@ def _fill(
     FORM: tl.constexpr,
 ):
     """Fill the slots first, first + step, ... of one row."""
+    # Triton 3.6 does not accept a field of a constexpr inside a tuple: bind it to a name.
+    SLOTS: tl.constexpr = FORM.slots
     there = _real(mask, row, tokens, BLOCK)
     rank = tl.cumsum(there, 0) - 1
     n = tl.arange(0, BLOCK)
@@ -243,9 +245,9 @@ def _fill(
             norm = tl.sqrt_rn(tl.sum(wide * wide, 1))
             alive = (norm > TINY) & (norm < float("inf"))
             inverse = tl.where(
-                alive, tl.div_rn(tl.full((FORM.slots,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0
+                alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0
             )
-        w = tl.zeros((FORM.slots,), tl.float32)
+        w = tl.zeros((SLOTS,), tl.float32)
         if weights is not None:
             w = tl.load(weights + row * tokens + token, mask=is_real, other=0.0).to(tl.float32)
         w = tl.where(broken & is_real, float("nan"), w)
@@ -450,7 +452,7 @@ def _power_of_two(n: int) -> int:
 
 
 def form_of(text: Side, video: Side, normalize: bool, clear: bool) -> Form:
-    """Choose the constants: about 32 values per thread and step."""
+    """Choose the constants: about 64 bytes of features per thread and step."""
     (_, words, dim), frames = text.features.shape, video.features.shape[1]
     padded, most = layout.padded_channels(dim), layout.most_slots(words)
     channels = _power_of_two(padded)
@@ -458,7 +460,7 @@ def form_of(text: Side, video: Side, normalize: bool, clear: bool) -> Form:
         dim=dim,
         padded=padded,
         channels=channels,
-        slots=max(1, min(4096 // channels, _power_of_two(max(words, frames)))),
+        slots=max(1, min(8192 // text.features.itemsize // channels, _power_of_two(max(words, frames)))),
         words=_power_of_two(words),
         frames=_power_of_two(frames),
         most=most,

@@ -105,7 +105,7 @@ def _join_two(x, about, WIDTH: tl.constexpr, HOW: tl.constexpr):
 
 @triton.jit
 def _join(x, about, MOST: tl.constexpr, HOW: tl.constexpr):
-    """Replace each chunk's value in x (BM, chunks) by that of its whole text; about (chunks,): the text's properties."""
+    """Replace each chunk's value in x (BM, chunks) by that of its text; about (chunks,): the text's properties."""
     if MOST >= 32:
         x = _join_two(x, about, 2, HOW)
     if MOST >= 64:
@@ -246,12 +246,12 @@ def _store_words(
         else:
             frame = tl.where((floor[:, None] & (best < 0)) | (frame == LARGE), FORM.none, frame)
         video = b[:, None].to(tl.int64)
-        at = _match_address(text[None, :], place[None, :], video, texts, words, videos, FORM)
+        at = match_address(text[None, :], place[None, :], video, texts, words, videos, FORM)
         tl.store(matches + at, frame.to(matches.dtype.element_ty), mask=here)
         if maxima is not None:
             rows = words + frames if FORM.joint else words
             row = place + frames if FORM.swapped else place
-            at = _match_address(text[None, :], row[None, :], video, texts, rows, videos, FORM)
+            at = match_address(text[None, :], row[None, :], video, texts, rows, videos, FORM)
             tl.store(maxima + at, value.to(maxima.dtype.element_ty), mask=here)
 
 
@@ -281,7 +281,7 @@ def _frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE: tl.
 
 
 @triton.jit
-def _match_address(text, token, video, texts, tokens, videos, FORM: tl.constexpr):
+def match_address(text, token, video, texts, tokens, videos, FORM: tl.constexpr):
     """Return the offset of a match in (texts, tokens, videos), or with swapped sides in (videos, tokens, texts)."""
     if FORM.swapped:
         return (video * tokens + token) * texts + text
@@ -325,9 +325,10 @@ def _store_frame(
         word = column & ((about & packing.CHUNKS_OF_TEXT) * CHUNK - 1)[None, :]
         word = tl.where(column == NOBODY, FORM.none, word)
     word = word.to(matches.dtype.element_ty)
-    tl.store(matches + (text[None, :] * frames + place) * videos + b[:, None], word, mask=here)
+    video = b[:, None].to(tl.int64)
+    tl.store(matches + match_address(text[None, :], place, video, texts, frames, videos, FORM), word, mask=here)
     if maxima is not None:
-        at = (text[None, :] * (words + frames) + words + place) * videos + b[:, None]
+        at = match_address(text[None, :], words + place, video, texts, words + frames, videos, FORM)
         tl.store(maxima + at, stored.to(maxima.dtype.element_ty), mask=here)
 
 
@@ -444,7 +445,7 @@ def interaction_forward(
         b = b0 + tl.arange(0, BM)
         about = tl.load(chunk_about + first // CHUNK + tl.arange(0, CHUNKS))
         text = tl.load(chunk_text + first // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
-        pair = _match_address(text[None, :], 0, b[:, None].to(tl.int64), texts, 1, videos, FORM)
+        pair = match_address(text[None, :], 0, b[:, None].to(tl.int64), texts, 1, videos, FORM)
         inside = ((about & packing.LEAD) != 0)[None, :] & (b < videos)[:, None]
         # A pair with an empty side scores 0, even if the other side has infinite weights.
         scored = ((about & packing.IS_EMPTY) == 0)[None, :] & (tl.load(length + texts + b) > 0)[:, None]

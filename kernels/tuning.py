@@ -46,17 +46,23 @@ HOPPER_FORWARD = {
     "fp32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 2, False)),
 }
 SIZES = ("large", "small")
+BLACKWELL_FORWARD = {
+    "keyed": {"large": Tile(128, 128, 32, 8, 5, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
+    "exact": {"large": Tile(64, 128, 32, 8, 4, True), "small": Tile(64, 64, 32, 8, 4, True, 2)},
+    "tf32": {"large": Tile(64, 128, 16, 8, 4, True), "small": Tile(64, 64, 16, 8, 4, True, 2)},
+    "fp32": dict(HOPPER_FORWARD["fp32"]),
+}
 FORWARD = {
     "sm_80": AMPERE_FORWARD,
     "sm_90": HOPPER_FORWARD,
-    "sm_100": {kind: dict(tiles) for kind, tiles in HOPPER_FORWARD.items()},
+    "sm_100": BLACKWELL_FORWARD,
     # Triton's interpreter, for tests: small tiles, so that small problems have several tiles and partly filled ones.
     "interpreter": {kind: dict.fromkeys(SIZES, Tile(32, 64, 64, 1, 1, False)) for kind in HOPPER_FORWARD},
 }
 
 # Backward's products of 16-bit tokens: m slots x n channels, k slots of the other side per step.
 AMPERE_PRODUCT = {"large": Tile(128, 128, 64, 8, 3, False), "small": Tile(64, 64, 64, 4, 3, False)}
-HOPPER_PRODUCT = {"large": Tile(128, 256, 64, 8, 3, True), "small": Tile(64, 128, 64, 4, 4, True)}
+HOPPER_PRODUCT = {"large": Tile(128, 128, 64, 8, 4, True), "small": Tile(64, 128, 64, 8, 4, True)}
 PRODUCT = {
     "sm_80": AMPERE_PRODUCT,
     "sm_90": HOPPER_PRODUCT,
@@ -96,7 +102,8 @@ def forward_tile(device: torch.device, kind: str, most: int, slots: int, videos:
     for size in SIZES:
         tile = tiles[size]
         if tile.n < most:
-            tile = tile._replace(n=most)
+            # A wider tile needs more registers than four warps have, and on Ampere (no TMA) than eight.
+            tile = tile._replace(n=most, warps=8, m=tile.m if tile.tma else max(32, tile.m // 2))
         count = -(-slots // tile.n) * -(-videos // tile.m)
         # A large tile is worth a partly filled GPU, down to three quarters.
         if size == "small" or 4 * count >= 3 * limit:
@@ -108,7 +115,7 @@ def product_tile(device: torch.device, rows: int, dim: int) -> Tile:
     """Choose the tile of a product with ``rows`` x ``dim`` results."""
     tiles = PRODUCT[architecture(device)]
     tile = tiles["large"]
-    if 4 * -(-rows // tile.m) * -(-dim // tile.n) < 3 * processors(device):
+    if dim < tile.n or 2 * -(-rows // tile.m) * -(-dim // tile.n) < processors(device):
         tile = tiles["small"]
     return tile._replace(n=min(tile.n, max(layout.STEP, 1 << (dim - 1).bit_length())))
 

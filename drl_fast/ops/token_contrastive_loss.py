@@ -189,8 +189,7 @@ def gradients(
         for block in blocks(text, videos, matches=tokens):
             part, own = cut(text, block), block.start if source == exchange.rank else None
             if kept:
-                logits, *found = [x[block] for x in kept]
-                found.append(part.features.new_empty(0))
+                logits, *found = *(x[block] for x in kept), part.features.new_empty(0)
             else:
                 logits, *found = score(part, videos, rule, tokens, maxima)
             x = scaled(logits, scale, part, videos, own)

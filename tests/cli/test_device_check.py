@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from drl_fast.cli import device_check as check
-from tests.implementations import Implementation
+from drl_fast.ops.chunked import token_interaction as chunked
+from tests.implementations import Implementation, chunked_on_cpu
 from tests.oracle import Problem, choices
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -15,6 +18,23 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_implementation_passes(impl: Implementation, dtype: torch.dtype) -> None:
     assert check.worst_error(impl.device, dtype) <= check.limit(dtype)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_wrong_match_fails(which: int) -> None:
+    """Also where the gradients would hide it: bfloat16's rounding moves them more than one match does."""
+
+    def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        found = chunked.forward(*arguments)
+        matches = found[1 + which]
+        if len(matches):
+            # The first real token's: 0 becomes 1, and 1 becomes 0.
+            first = arguments[4 + which][0].nonzero()[0]
+            matches[0, first, 0] = matches[0, first, 0] ^ 1
+        return found
+
+    with chunked_on_cpu(forward=forward):
+        assert check.worst_error("cpu", torch.bfloat16) == torch.inf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -62,8 +62,8 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Scored]:
     calls = []
     score = ops.score
 
-    def record(text: Any, video: Any, rule: Any, matches: bool) -> tuple[Tensor, ...]:
-        found = score(text, video, rule, matches)
+    def record(text: Any, video: Any, rule: Any, matches: bool = False, maxima: bool = False) -> tuple[Tensor, ...]:
+        found = score(text, video, rule, matches, maxima)
         calls.append(Scored(len(text.features), matches, [StorageWeakRef(x.untyped_storage()) for x in found]))
         return found
 

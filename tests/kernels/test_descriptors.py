@@ -18,7 +18,7 @@ def test_values(
         pytest.skip("only the interpreter can use both ways")
     from drl_fast.kernels import tuning
 
-    for table in (tuning.FORWARD["interpreter"], *tuning.BACKWARD["interpreter"].values()):
-        for kind, tile in table.items():
-            monkeypatch.setitem(table, kind, tile._replace(tma=True))
+    for table in (*tuning.FORWARD["interpreter"].values(), tuning.PRODUCT["interpreter"]):
+        for size, tile in table.items():
+            monkeypatch.setitem(table, size, tile._replace(tma=True))
     judge(make(shape, 70, dtype, masks=("holes", "empty"), weights=torch.float32), impl.device)

@@ -75,6 +75,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_masks.py", "test_rows_without_a_real_token_score_zero", ["drl", "exclude", "none"]),
     (f"{OPS}_masks.py", "test_a_bad_real_token_affects_only_its_own_scores", ["nan", "inf"]),
     (f"{OPS}_masks.py", "test_nan_wins_the_maximum_at_every_position", ["4-drl", "1-exclude"]),
+    (f"{OPS}_masks.py", "test_an_overflowing_product_is_not_hidden", ["3-True", "40-True", "3-False"]),
     (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float32", "torch.float16"]),
     (f"{OPS}_masks.py", "test_tiny_norms_that_are_not_zero", ["torch.float32"]),
     (
@@ -142,6 +143,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_cdcr.py", "test_blocks_and_parts", ["(40, 5, 3)", "(40, 3, 5)"]),
     ("tests/kernels/test_cdcr.py", "test_equal_bits", []),
     ("tests/kernels/test_cdcr.py", "test_ties_and_nan_in_long_rows", []),
+    ("tests/kernels/test_addresses.py", "test_offsets_of_matches_are_64_bit", []),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]
 

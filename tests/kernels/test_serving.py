@@ -101,20 +101,18 @@ def test_more_slots_than_32_bits_can_index() -> None:
     pytest.importorskip("triton")
     from drl_fast.kernels import packing
 
-    text = packing.Side(torch.zeros(1, 1, 1).expand(2**27, 16, 1), None, None)
-    with pytest.raises(ValueError, match=r"text has 134217728 rows of up to 16 token slots.*in several calls"):
-        packing.pack_words(text, 64, True, grain=16, classes=True, copies=True)
-    with pytest.raises(ValueError, match=r"video has 134217728 rows of 16 frames.*in several calls"):
-        packing.pack_frames(text, 64, 128, True, copies=True)
+    many, one = (packing.Side(torch.zeros(1, 1, 1).expand(rows, 16, 1), None, None) for rows in (2**27, 1))
+    for text, video, rows in ((many, one, (134217728, 1)), (one, many, (1, 134217728))):
+        pattern = rf"text has {rows[0]} rows of up to 16 token slots and video {rows[1]} rows.*in several calls"
+        with pytest.raises(ValueError, match=pattern):
+            packing.pack(text, video, True, False)
 
 
 def test_length_classes() -> None:
     pytest.importorskip("triton")
-    from drl_fast.kernels import packing
+    from drl_fast.kernels import layout
 
-    assert [packing.length_class(n) for n in (1, 16, 17, 32, 33, 77, 128, 300)] == [16, 16, 32, 32, 64, 128, 128, 128]
-    assert packing.length_classes(1) == [16]
-    assert packing.length_classes(77) == [16, 32, 64, 128]
+    assert [layout.most_slots(n) for n in (1, 16, 17, 32, 33, 77, 128, 300)] == [16, 16, 32, 32, 64, 128, 128, 384]
 
 
 def test_importing_the_package_does_not_import_the_kernels() -> None:

@@ -230,7 +230,7 @@ def test_a_negative_match_is_none() -> None:
     with use("cpp"):
         text, video, *others = given(WORDS, LONG_ROW).values()
         video.requires_grad_()
-        logits, by_word, _ = torch.ops.drl_fast.token_interaction(text, video, *others, True, True, True)
+        logits, by_word, *_ = torch.ops.drl_fast.token_interaction(text, video, *others, True, True, True)
         by_word.numpy()[...] = -7
         (changed,) = torch.autograd.grad(logits.sum(), video)
         others[0].zero_()

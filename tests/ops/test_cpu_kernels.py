@@ -90,12 +90,12 @@ def test_the_operator_reads_nothing_beyond_its_arguments(name: str, value: torch
         ),
         (7, torch.zeros(4, 3, 2, dtype=torch.int16), "matches must be those"),
         (8, torch.zeros(4, 4, 2, dtype=torch.uint8), "matches must be those"),
-        (11, [True] * 3, "output_mask must be four bools"),
+        (13, [True] * 3, "output_mask must be four bools"),
     ],
 )
 def test_the_backward_reads_nothing_beyond_its_arguments(place: int, value: object, message: str) -> None:
-    _, by_word, by_frame = torch.ops.drl_fast.token_interaction(*FORWARD.values())
-    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], by_word, by_frame, True, True, [True] * 4]
+    _, *kept = torch.ops.drl_fast.token_interaction(*FORWARD.values())
+    arguments = [torch.zeros(4, 2), *list(FORWARD.values())[:6], *kept, True, True, [True] * 4]
     arguments[place] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.drl_fast.token_interaction_backward(*arguments)
@@ -120,9 +120,9 @@ def test_the_gradient_of_a_weight_needs_only_its_own_matches(side: int) -> None:
 def test_token_interaction_without_channels() -> None:
     """With D = 0 every similarity is 0. The kernels once read uninitialized scores and divided by zero."""
     inputs = {**FORWARD, "text": torch.zeros(4, 3, 0), "video": torch.zeros(2, 5, 0)}
-    logits, by_word, by_frame = torch.ops.drl_fast.token_interaction(*inputs.values())
+    logits, *kept = torch.ops.drl_fast.token_interaction(*inputs.values())
     assert (logits == 0).all()
-    arguments = [torch.ones(4, 2), *list(inputs.values())[:6], by_word, by_frame, True, True, [True] * 4]
+    arguments = [torch.ones(4, 2), *list(inputs.values())[:6], *kept, True, True, [True] * 4]
     text, video, *weights = torch.ops.drl_fast.token_interaction_backward(*arguments)
     assert (text.shape, video.shape) == ((4, 3, 0), (2, 5, 0))
     assert all((weight == 0).all() for weight in weights)

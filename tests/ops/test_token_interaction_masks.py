@@ -127,6 +127,20 @@ def test_nan_wins_the_maximum_at_every_position(impl: Implementation, masking: s
         assert bool(got[:, 0].isfinite().all())
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("words", [3, 40])
+def test_an_overflowing_product_is_not_hidden(impl: Implementation, words: int, bidirectional: bool) -> None:
+    """A raw product may become inf or, as inf - inf, NaN, although no token is: no maximum may drop it."""
+    problem = make((4, words, 5, 4), 128, normalize=False, bidirectional=bidirectional)
+    problem.text[2, -1] = 1e30
+    problem.video[3, 2] = 1e30
+    problem.video[3, 2, 64:] = -1e30
+    got = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device))).logits
+    hit = torch.zeros(4, 5, dtype=torch.bool, device=impl.device)
+    hit[2, 3] = True
+    assert torch.equal(got.isfinite(), ~hit)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_zero_vectors(impl: Implementation, dtype: torch.dtype) -> None:
     """A token of norm <= 1e-12 maps to 0, with gradient 0 (F.normalize's is 1e12 there)."""
