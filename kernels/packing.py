@@ -244,9 +244,7 @@ def _fill(
         if FORM.normalize:
             norm = tl.sqrt_rn(tl.sum(wide * wide, 1))
             alive = (norm > TINY) & (norm < float("inf"))
-            inverse = tl.where(
-                alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0
-            )
+            inverse = tl.where(alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0)
         w = tl.zeros((SLOTS,), tl.float32)
         if weights is not None:
             w = tl.load(weights + row * tokens + token, mask=is_real, other=0.0).to(tl.float32)

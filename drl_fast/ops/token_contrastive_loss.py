@@ -208,9 +208,9 @@ def gradients(
         visit.give(video_sums.flat)
         del video_sums, videos  # the exchange replaces them
     video_sums = Sums(video, of_video, visit.result())
-    found = (text_sums.features, video_sums.features, text_sums.weight, video_sums.weight)
+    sums = (text_sums.features, video_sums.features, text_sums.weight, video_sums.weight)
     inputs = (text.features, video.features, text.weight, video.weight)
-    cast = [None if x is None else x.to(like.dtype) for x, like in zip(found, inputs, strict=True)]
+    cast = [None if x is None else x.to(like.dtype) for x, like in zip(sums, inputs, strict=True)]
     return [*cast, grad_scale.to(scale) if isinstance(scale, Tensor) and needs[4] else None]
 
 
