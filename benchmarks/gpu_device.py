@@ -176,6 +176,7 @@ class Rehearsal(Device):
 
 # --- who is measured --------------------------------------------------------------------------------------------------
 Make = Callable[[Problem], Call]
+Place = tuple[str, str, str]  # of a tile in kernels/tuning.py: kernel, kind, size
 OURS, YARDSTICK, IN_GRAPH = "drl_fast", "mm", " in a graph"
 PLAIN = {"max": eager.premasked, "amax": functools.partial(eager.premasked, largest=torch.amax)}
 FUNCTIONS = {OURS: drl_fast.token_interaction, **PLAIN}
@@ -261,11 +262,11 @@ def warmed_up(device: Device, problem: Problem, mode: str, rival: str) -> tuple[
             for _ in range(3):
                 call()
             calls[name] = call
-            if rival == "plain" and name in (OURS, "max") and problem.shape.batch <= LARGEST_GRAPH:
-                calls[name + IN_GRAPH] = device.in_graph(call)
+            device.release()
         except torch.OutOfMemoryError:
             absent[name] = "out of memory"
-        device.release()
+    if rival == "plain" and problem.shape.batch <= LARGEST_GRAPH:
+        calls |= {name + IN_GRAPH: device.in_graph(calls[name]) for name in (OURS, "max") if name in calls}
     return calls, absent
 
 
@@ -331,14 +332,20 @@ def one_step(device: Device, shape: Row) -> Row:
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
-def entry(device: Device, kernel: str, kind: str, size: str) -> tuple[dict[str, Tile], str]:
-    """Return the table that holds a tile, and its key there."""
+# The kernel that uses a table's tiles.
+KERNELS = {"forward": "interaction_forward", "product": "multiply_tiles"}
+
+
+def table_of(device: Device, place: Place) -> dict[str, Tile]:
+    """Return the table that holds a tile; its key there is the size."""
     arch = tuning.architecture(torch.device(device.name))
-    return (tuning.FORWARD[arch][kind] if kernel == "forward" else tuning.PRODUCT[arch]), size
+    kernel, kind, _ = place
+    return tuning.FORWARD[arch][kind] if kernel == "forward" else tuning.PRODUCT[arch]
 
 
-def tuned_call(device: Device, kernel: str, kind: str, shape: Row) -> Call:
+def tuned_call(device: Device, place: Place, shape: Row) -> Call:
     """Return the forward of training, or the whole step for a kernel of the backward."""
+    kernel, kind, _ = place
     problem = make_problem(Shape(**shape), device.name)
     function = functools.partial(drl_fast.token_interaction, normalize=kind != "exact")
     return (lambda: function(*problem.inputs())) if kernel == "forward" else training_step(problem, function)
@@ -365,7 +372,7 @@ def in_table(table: dict[str, Tile], tiles: dict[str, Tile]) -> Iterator[None]:
         table.update(before)
 
 
-def check_tile(device: Device, kernel: str, kind: str, size: str, change: Row, check: Row, shapes: list[Row]) -> Row:
+def check_tile(device: Device, place: Place, change: Row, check: Row, shapes: list[Row]) -> Row:
     """Compile a candidate for all shapes that it will be timed at, and compare its results at ``check`` with float64.
 
     Processes that do this side by side fill Triton's cache on the disk, so that timing compiles nothing.
@@ -373,8 +380,8 @@ def check_tile(device: Device, kernel: str, kind: str, size: str, change: Row, c
     Raises:
         ValueError: wrong results, or a candidate other than the present entry spills registers.
     """
-    table, key = entry(device, kernel, kind, size)
-    tile = table[key]._replace(**change)
+    table, (kernel, kind, size) = table_of(device, place), place
+    tile = table[size]._replace(**change)
     problem = make_problem(Shape(**check), device.name)
     exact = in_float64(problem)
     function = functools.partial(drl_fast.token_interaction, normalize=kind != "exact")
@@ -382,15 +389,15 @@ def check_tile(device: Device, kernel: str, kind: str, size: str, change: Row, c
     with precision(kind), in_table(table, dict.fromkeys(table, tile)), fake_gpu.compiled_kernels() as launched:
         ours, truth = (training_step(p, function)() for p in (problem, exact))
         for shape in shapes:
-            tuned_call(device, kernel, kind, shape)()
+            tuned_call(device, place, shape)()
     coarse, fine = device_check.limit(torch.bfloat16), device_check.limit(problem.text.dtype)
     limits = [coarse if kind == "tf32" else fine, *[coarse] * 4]
     errors = device.errors(ours, truth)
     if not all(error <= limit for error, limit in zip(errors, limits, strict=False)):
         raise ValueError(f"wrong results: relative errors {[f'{error:.1e}' for error in errors]}")
-    spills = max(compiled.n_spills for _, _, compiled in launched)
+    spills = max(compiled.n_spills for name, _, compiled in launched if name == KERNELS[kernel])
     if spills and change:
-        raise ValueError(f"spills {spills} registers")
+        raise ValueError(f"spills registers ({spills})")
     return {"spills": spills, "errors": errors}
 
 
@@ -402,27 +409,27 @@ def in_float64(problem: Problem) -> Problem:
     return exact
 
 
-def time_tiles(device: Device, kernel: str, kind: str, size: str, changes: list[Row], shapes: list[Row]) -> Row:
+def time_tiles(device: Device, place: Place, changes: list[Row], shapes: list[Row]) -> Row:
     """Time candidates side by side and return the best one as an entry of kernels/tuning.py's tables."""
-    table, key = entry(device, kernel, kind, size)
-    tiles = [table[key]._replace(**change) for change in changes]
+    table, (kernel, kind, size) = table_of(device, place), place
+    tiles = [table[size]._replace(**change) for change in changes]
     times: dict[Tile, list[float]] = {tile: [] for tile in tiles}
 
     def with_tile(tile: Tile, call: Call) -> Call:
         def run() -> None:
-            table[key] = tile
+            table[size] = tile
             call()
 
         return run
 
     with precision(kind), in_table(table, {}):
         for shape in shapes:
-            call = tuned_call(device, kernel, kind, shape)
-            calls = {str(place): with_tile(tile, call) for place, tile in enumerate(tiles)}
+            call = tuned_call(device, place, shape)
+            calls = {str(nth): with_tile(tile, call) for nth, tile in enumerate(tiles)}
             for warm_up in calls.values():
                 warm_up()
-            for place, samples in device.interleave(calls).items():
-                times[tiles[int(place)]].append(1e3 * statistics.median(samples))
+            for nth, samples in device.interleave(calls).items():
+                times[tiles[int(nth)]].append(1e3 * statistics.median(samples))
     winner = best(times)
     return {
         "arch": tuning.architecture(torch.device(device.name)),

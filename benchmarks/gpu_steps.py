@@ -31,7 +31,7 @@ from typing import Any
 
 import gpu_tables
 import harness
-from gpu_device import ANSWER, PEERS
+from gpu_device import ANSWER, PEERS, Place
 from problems import Shape
 
 # The linked tree of gpu_session.py, in which drl_fast and its kernels can be imported.
@@ -272,31 +272,30 @@ DTYPES = ("bfloat16", "float16", "float32")
 QUICK_TESTS = ["tests/kernels/test_gpu.py", "-k", "small or graph or bits or tf32"]
 CUDA_TESTS = ["tests/kernels", "tests/ops", "tests/functional", "tests/cli", "-k", "cuda or gpu"]
 # (kernel, kind, size) -> changes of the present entry of kernels/tuning.py, which takes part unchanged.
-CANDIDATES: dict[tuple[str, str, str], list[Row]] = {
+Candidates = dict[Place, list[Row]]
+CANDIDATES: Candidates = {
     ("forward", "keyed", "large"): [
-        {"stages": 4},
-        {"m": 64, "n": 128, "warps": 4, "stages": 4},
-        {"m": 64, "n": 256, "warps": 8, "stages": 3},
-        {"m": 128, "n": 64, "warps": 4, "stages": 4},
+        {"m": 64, "stages": 4},
+        {"m": 64, "stages": 3},
+        {"n": 64, "stages": 4},
+        {"m": 64, "n": 64},
     ],
-    ("forward", "keyed", "small"): [
-        {"m": 64, "n": 64, "warps": 4, "stages": 4},
-        {"m": 64, "n": 128, "warps": 4, "stages": 3},
-        {"m": 64, "n": 32, "warps": 4, "stages": 4},
-    ],
-    ("product", "half", "large"): [{"warps": 4}, {"stages": 4}],
-    ("product", "half", "small"): [{"warps": 4}],
-    ("forward", "exact", "large"): [{"stages": 4}, {"m": 64, "n": 64, "warps": 4}],
-    ("forward", "tf32", "large"): [{"stages": 2}, {"m": 64, "n": 64, "warps": 4}],
-    ("forward", "fp32", "large"): [{"stages": 3}, {"m": 64, "n": 64, "warps": 4}],
+    ("forward", "keyed", "small"): [{"stages": 3}, {"stages": 3, "programs": 3}, {"n": 32}, {"tma": False}],
+    ("product", "half", "large"): [{"n": 128}, {"n": 128, "stages": 4}, {"m": 64, "n": 256, "stages": 4}],
+    ("product", "half", "small"): [{"stages": 3}, {"n": 64}, {"m": 128, "warps": 8, "stages": 3}],
+    ("forward", "exact", "large"): [{"n": 64, "stages": 4}, {"n": 64, "warps": 4}],
+    ("forward", "tf32", "large"): [{"n": 64, "stages": 4}, {"n": 64, "warps": 4}],
+    ("forward", "fp32", "large"): [{"stages": 3}, {"m": 32}],
 }
+REHEARSED: Candidates = {("forward", "keyed", "large"): [{"m": 64}], ("product", "half", "small"): []}
 
 
 class Plan:
     """Make the steps of a session."""
 
-    def __init__(self, session: Session, processes: Processes, sizes: Sizes, rehearse: bool) -> None:
-        self.session, self.processes, self.sizes, self.rehearse = session, processes, sizes, rehearse
+    def __init__(self, session: Session, processes: Processes, rehearse: bool) -> None:
+        self.session, self.processes, self.rehearse = session, processes, rehearse
+        self.sizes, self.candidates = (REHEARSAL, REHEARSED) if rehearse else (SIZES, CANDIDATES)
 
     def steps(self) -> list[Step]:
         # No GPU has run these yet: the durations are guesses.
@@ -313,8 +312,14 @@ class Plan:
         batches = [self.asked(name, 15, "largest_batch", form=name, **search) for name in ("drl_fast", "max")]
         profiled = dict.fromkeys((self.sizes.shapes[0], self.sizes.large))
         kernels = [self.asked(s.label(), 8, "kernels", shape=asdict(s)) for s in profiled]
-        checks = [self.check(*place, change) for place, changes in CANDIDATES.items() for change in ({}, *changes)]
-        tuning = [Case(" ".join(place), 8, functools.partial(self.tune, place)) for place in CANDIDATES]
+        side_by_side = 1 if self.rehearse else min(8, os.cpu_count() or 1)
+        tiles = []
+        for place, changes in self.candidates.items():
+            checks = [self.check(place, change) for change in ({}, *changes)]
+            tiles += [
+                Step("candidates", checks, parallel=side_by_side),
+                Step("tuning", [Case(" ".join(place), 8, functools.partial(self.tune, place))]),
+            ]
         tools = [
             self.tool("memcheck", self.sizes.check, "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
             self.tool(
@@ -325,15 +330,14 @@ class Plan:
             ),
         ]
         return [
-            Step("correctness", [quick, *doctors], parallel=4),
+            Step("correctness", [quick, *doctors], parallel=1 if self.rehearse else 4),
             Step("speed", speed),
             Step("memory", memory),
             Step("batch", batches),
             Step("kernels", kernels),
             Step("compiled", compiled),
             Step("peers", peers),
-            Step("candidates", checks, parallel=1 if self.rehearse else min(8, os.cpu_count() or 1)),
-            Step("tuning", tuning),
+            *tiles,
             # Its limit is all the time left: a part of the tests is better than none.
             Step("tests", [Case("all", 60, functools.partial(self.pytest, "tests-all", CUDA_TESTS), slack=10)]),
             Step("tools", tools),
@@ -362,7 +366,7 @@ class Plan:
         if self.rehearse:
             command.append("--collect-only")
         elif importlib.util.find_spec("xdist"):
-            command += ["-n", "12"]
+            command += ["-n", str(min(12, os.cpu_count() or 1))]
         status, log = self.processes.run(name, command, limit)
         output = log.read_text(errors="replace")
         if self.rehearse and status == 0:
@@ -395,7 +399,7 @@ class Plan:
 
         return Case(name, 40, run, slack=4)
 
-    def shapes_of(self, place: tuple[str, str, str]) -> list[Row]:
+    def shapes_of(self, place: Place) -> list[Row]:
         """Return the shapes at which the tiles of one entry are timed."""
         _, kind, size = place
         small, large, long = self.sizes.shapes[0], self.sizes.large, self.sizes.long
@@ -403,23 +407,21 @@ class Plan:
         dtype = "float32" if kind in ("tf32", "fp32") else "bfloat16"
         return [asdict(replace(shape, dtype=dtype)) for shape in dict.fromkeys(shapes)]
 
-    def check(self, kernel: str, kind: str, size: str, change: Row) -> Case:
-        place = {"kernel": kernel, "kind": kind, "size": size}
-        shapes = self.shapes_of((kernel, kind, size))
+    def check(self, place: Place, change: Row) -> Case:
+        shapes = self.shapes_of(place)
         small = {**asdict(self.sizes.check), "dtype": shapes[0]["dtype"]}
-        arguments = {**place, "change": change, "check": small, "shapes": shapes}
-        return self.asked(candidate((kernel, kind, size), change), 20, "check_tile", **arguments)
+        arguments = {"place": place, "change": change, "check": small, "shapes": shapes}
+        return self.asked(candidate(place, change), 20, "check_tile", **arguments)
 
-    def tune(self, place: tuple[str, str, str], limit: float) -> Row:
+    def tune(self, place: Place, limit: float) -> Row:
         """Time the candidates that passed."""
-        passed = [c for c in ({}, *CANDIDATES[place]) if self.session.row("candidates", candidate(place, c))]
+        passed = [c for c in ({}, *self.candidates[place]) if self.session.row("candidates", candidate(place, c))]
         if not passed:
             raise Failed("no candidate has passed its check")
-        arguments = dict(zip(("kernel", "kind", "size"), place, strict=True))
-        return self.processes.ask("time_tiles", limit, **arguments, changes=passed, shapes=self.shapes_of(place))
+        return self.processes.ask("time_tiles", limit, place=place, changes=passed, shapes=self.shapes_of(place))
 
 
-def candidate(place: tuple[str, str, str], change: Row) -> str:
+def candidate(place: Place, change: Row) -> str:
     changes = [f"{name}={value}" for name, value in change.items()]
     return " ".join([*place, *(changes or ["as it is"])])
 
@@ -463,8 +465,7 @@ def main() -> None:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     session.result["calls"].append({"date": date, "minutes": options.minutes, **changing})
     print(f"{about['gpu']}: at most {options.minutes:g} min; writes {session.path}", flush=True)
-    sizes = REHEARSAL if options.rehearse else SIZES
-    session.run(Plan(session, processes, sizes, options.rehearse).steps(), processes)
+    session.run(Plan(session, processes, options.rehearse).steps(), processes)
     session.save()
 
 
