@@ -299,20 +299,25 @@ def drawn_there(shape: Shape, device: str) -> Problem:
 
 
 def largest_batch(device: Device, shape: Row, form: str, gigabytes: float) -> Row:
-    """Find, to about three percent, the largest batch whose training step fits, inputs included."""
+    """Find the largest batch whose training step fits, inputs included. The search starts at the shape's batch."""
 
     def fits(batch: int) -> bool:
         family = Shape(**{**shape, "batch": batch})
         return device.fits(lambda: training_step(drawn_there(family, device.name), FUNCTIONS[form])(), gigabytes)
 
-    fit, fail = 0, shape["batch"]
+    return {"batch": search(fits, shape["batch"]), "gigabytes": gigabytes}
+
+
+def search(fits: Callable[[int], bool], start: int) -> int:
+    """Return the largest batch that fits, to about three percent: double it, then halve the gap; 0 if none fits."""
+    fit, fail = 0, start
     while fits(fail):
         fit, fail = fail, 2 * fail
-    grain = min(64, shape["batch"])
+    grain = min(64, start)
     while fail - fit > max(grain, fit // 32):
         middle = (fit + fail) // 2 // grain * grain
         fit, fail = (middle, fail) if fits(middle) else (fit, middle)
-    return {"batch": fit, "fails": fail, "gigabytes": gigabytes}
+    return fit
 
 
 def kernels(device: Device, shape: Row) -> Row:

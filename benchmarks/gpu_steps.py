@@ -287,7 +287,7 @@ CANDIDATES: Candidates = {
     ("forward", "tf32", "large"): [{"n": 64, "stages": 4}, {"n": 64, "warps": 4}],
     ("forward", "fp32", "large"): [{"stages": 3}, {"m": 32}],
 }
-REHEARSED: Candidates = {("forward", "keyed", "large"): [{"m": 64}], ("product", "half", "small"): []}
+REHEARSED: Candidates = {("forward", "keyed", "large"): [{"n": 64, "stages": 4}], ("product", "half", "small"): []}
 
 
 class Plan:
@@ -372,10 +372,9 @@ class Plan:
         if self.rehearse and status == 0:
             return {"summary": output.strip().splitlines()[-1]}
         # A line is "tests/... PASSED [ 1%]", or "[gw0] [ 1%] PASSED tests/..." from several processes.
+        line = r"^(?:\[gw\d+\] \[ *\d+%\] WORD |.* WORD(?: \(.*\))? +\[ *\d+%\]$)"
         words = ("PASSED", "FAILED", "ERROR", "SKIPPED")
-        counts = {
-            word.lower(): len(re.findall(rf"^.*\b{word}\b.*\d+%\]|\d+%\] {word} ", output, re.M)) for word in words
-        }
+        counts = {word.lower(): len(re.findall(line.replace("WORD", word), output, re.M)) for word in words}
         summary = ", ".join(f"{count} {word}" for word, count in counts.items())
         if status is None:
             raise Failed(f"stopped after {limit:.0f} s; so far {summary}")
