@@ -291,13 +291,28 @@ def test_tables_refuse_a_rehearsal() -> None:
 
 
 # --- the whole program ------------------------------------------------------------------------------------------------
+# A machine with a GPU may have PyTorch and pytest and nothing that decodes videos, trains or makes towers.
+ABSENT = (
+    "drl_fast",
+    "__editable__",
+    "open_clip",
+    "av",
+    "torchvision",
+    "h5py",
+    "tensorboard",
+    "yaml",
+    "safetensors",
+    "timm",
+)
+
+
 def bare_python(folder: Path) -> Path:
-    """Make an interpreter that has this one's packages except drl_fast, whatever way that is installed."""
+    """Make an interpreter that has this one's packages except those."""
     venv.create(folder / "venv", symlinks=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     for source in [Path(path) for path in sys.path if path.endswith("site-packages")]:
         for path in source.iterdir():
-            if "drl_fast" not in path.name and path.suffix != ".pth" and not (packages / path.name).exists():
+            if not path.name.startswith(ABSENT) and path.suffix != ".pth" and not (packages / path.name).exists():
                 (packages / path.name).symlink_to(path)
     return folder / "venv" / "bin" / "python"
 
