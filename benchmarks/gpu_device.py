@@ -467,7 +467,10 @@ def main() -> None:
             device.release()
         except Exception as error:
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+            # A compiler's message begins with the source and ends with what is wrong.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+            message = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+            answer = {"error": f"{type(error).__name__}: {message}"[:500]}
         print(ANSWER + json.dumps(answer), flush=True)
         if "error" in answer:
             sys.exit(1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import multiprocessing
+import operator
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from drl_fast.kernels import tuning
 from drl_fast.kernels.tuning import Tile
 
@@ -222,6 +227,16 @@ def test_the_largest_batch_is_found_to_three_percent(most: int) -> None:
     assert found <= most
     assert most - found <= max(64, most / 32)
     assert len(tried) < 15
+
+
+def test_torch_has_what_the_device_asks_for() -> None:
+    """No test here runs the code for a real GPU, so a misspelt name would show only there."""
+    nodes = ast.walk(ast.parse(inspect.getsource(gpu_device)))
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    names = {name for name in names if re.fullmatch(r"torch(\.\w+)+", name)}
+    assert len(names) > 15
+    for name in names:
+        operator.attrgetter(name.removeprefix("torch."))(torch)
 
 
 SLOW, EVEN, UNEVEN = (Tile(size, 64, 64, 8, 2, False) for size in (64, 128, 256))
