@@ -66,10 +66,11 @@ bench: setup .venv/.peers ## run the benchmarks; QUICK=1: a minute each, FULL=1:
 	$(BIN)/python benchmarks/bench_model.py $(SIZE)
 	$(BIN)/python benchmarks/bench_features.py $(SIZE)
 
-gpu: setup ## on a CUDA GPU: test the kernels at real sizes, then run a benchmark; QUICK=1 or FULL=1
-	$(BIN)/drl-fast doctor
-	$(BIN)/python -m pytest tests/kernels/test_gpu.py tests/ops tests/functional tests/cli -k "cuda or gpu"
-	$(BIN)/python benchmarks/bench_wti.py --device cuda $(SIZE)
+# It runs from the source tree, so that a machine with a GPU needs no network, no compiler and no installation.
+MINUTES := 9
+gpu: ## on a CUDA GPU: check the kernels, then measure; MINUTES=9; run it again to continue, RETRY=1 repeats what failed
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_session.py --minutes $(MINUTES) \
+	  $(if $(OUT),--out '$(OUT)') $(if $(RETRY),--retry)
 
 fuzz: setup ## run the long random tests
 	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py tests/engine/test_kill.py \

@@ -31,6 +31,29 @@ def token_interaction(
     return (by_text + by_video) / 2
 
 
+def premasked(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor,
+    text_mask: Tensor,
+    video_mask: Tensor,
+    *,
+    largest: Callable[[Tensor, int], Tensor] = lambda x, dim: x.max(dim).values,
+) -> Tensor:
+    """The same logits, written well: masked tokens are zeroed before the product instead of in its result.
+
+    ``largest`` is ``x.max(dim).values``, whose backward writes one entry for each maximum, or ``torch.amax``, whose
+    backward compares all similarities with their maximum.
+    """
+    words = F.normalize(text, dim=-1) * text_mask[:, :, None]
+    frames = F.normalize(video, dim=-1) * video_mask[:, :, None]
+    similarity = torch.einsum("atd,bvd->abtv", words, frames)
+    by_text = torch.einsum("abt,at->ab", largest(similarity, 3), text_weight)
+    by_video = torch.einsum("abv,bv->ab", largest(similarity, 2), video_weight)
+    return (by_text + by_video) / 2
+
+
 def maxsim(query: Tensor, document: Tensor, query_mask: Tensor) -> Tensor:
     """One direction, tokens already normalised: the sum over real query tokens of the best document token."""
     similarity = torch.einsum("atd,bvd->abtv", query, document)

@@ -20,7 +20,6 @@ import bench_wti
 import comparison
 import harness
 import scaling
-import tune
 from comparison import Plan
 from problems import Shape
 
@@ -158,7 +157,7 @@ def test_a_script_runs_by_path_from_anywhere(tmp_path: Path) -> None:
     assert "--quick" in done.stdout
 
 
-@pytest.mark.parametrize("module", [*RESULTS.values(), bench_model, scaling, tune], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [*RESULTS.values(), bench_model, scaling], ids=lambda module: module.__name__)
 def test_every_script_has_the_options(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
