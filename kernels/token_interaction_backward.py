@@ -18,7 +18,8 @@ GPU's L2 cache and memory is bounded. No atomics: each result has one owner that
 
 The library multiplies where the number of word slots is known on the host (texts of equal length), and float32, which
 then uses TF32 only if torch allows it. Elsewhere :func:`multiply_tiles` does, which ends at the words in use: captions
-fill about half of their padded rows, and only the device knows how much.
+fill about half of their padded rows, and only the device knows how much. Its tile is BM x BN results of either product:
+2 BM BN FLOP per step of K, (BM + BN) itemsize bytes read.
 
 The launcher also loops over blocks of text rows. A block's matches are kept ones, or the forward kernel finds them
 again; the gradients have the same bits in both cases.
@@ -58,6 +59,7 @@ class Block(NamedTuple):
     frames: int
     video: int
     videos: int
+    column: int  # the row of the frames' gradients of its first column
 
     @property
     def columns(self) -> int:
@@ -132,55 +134,59 @@ def expand_coefficients(
         tl.store(target + (f - frame) * block_videos, c.to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=[*packing.SIZES, "slot", "slots", "columns", "tokens"])
-def multiply_tiles(
+@triton.jit
+def _add_tile(acc, out, m, n0, rows, add, D: tl.constexpr):
+    """Write acc (BM, BN) to rows m of out from column n0, or add it."""
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    if BN > 64:
+        # One half after the other: the earlier sums of a whole tile would need too many registers.
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+        _add_tile(left, out, m, n0, rows, add, D)
+        _add_tile(right, out, m, n0 + BN // 2, rows, add, D)
+    else:
+        n = n0 + tl.arange(0, BN)
+        inside = (m < rows)[:, None] & (n < D)[None, :]
+        target = out + m[:, None].to(tl.int64) * D + n[None, :]
+        earlier = tl.load(target, mask=(m < tl.where(add, rows, 0))[:, None] & (n < D)[None, :], other=0.0)
+        tl.store(target, acc + earlier, mask=inside)
+
+
+@triton.jit
+def _multiply_tile(
     coefficients,
     coefficient_tiles,
     packed,
     token_tiles,
     out,
-    slot,
+    program,
+    rows,
+    depth,
     slots,
     columns,
     tokens,
-    texts,
-    words,
-    videos,
-    frames,
+    add,
     WORDS: tl.constexpr,
-    ADD: tl.constexpr,
     TILE: tl.constexpr,
-    FORM: tl.constexpr,
+    D: tl.constexpr,
 ):
-    """Compute TILE.m x TILE.n of C V (WORDS), or of C^T T; ADD: add to the earlier blocks' sum in ``out``.
-
-    ``slot``: the block's first word slot; ``tokens``: the packed row of the right factor's first row.
-    """
-    D: tl.constexpr = FORM.padded
+    """Compute one tile of C V (WORDS) or of C^T T; ``tokens``: the packed row of the right factor's first row."""
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     BK: tl.constexpr = TILE.k
-    parts: tl.constexpr = (D + BN - 1) // BN
-    m0 = tl.program_id(0) // parts * BM
-    n0 = tl.program_id(0) % parts * BN
-    _, _, _, _, start, _, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
-    used = tl.minimum(tl.load(start + texts) - slot, slots)
-    if WORDS:
-        rows, depth = used, columns
-    else:
-        rows, depth = columns, used
+    m0 = program // ((D + BN - 1) // BN) * BM
+    n0 = program % ((D + BN - 1) // BN) * BN
     if (m0 >= rows) | (depth <= 0):
         return
     m = m0 + tl.arange(0, BM)
     n = n0 + tl.arange(0, BN)
-    kk = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, depth, BK):
         if TILE.tma:
             c = coefficient_tiles.load([m0, k]) if WORDS else coefficient_tiles.load([k, m0]).T
             x = token_tiles.load([tokens + k, n0])
         else:
-            k_rows = (k + kk).to(tl.int64)
+            k_rows = (k + tl.arange(0, BK)).to(tl.int64)
             if WORDS:
                 at = m[:, None].to(tl.int64) * columns + k_rows[None, :]
                 c = tl.load(coefficients + at, mask=(m < slots)[:, None] & (k_rows < columns)[None, :], other=0.0)
@@ -189,11 +195,85 @@ def multiply_tiles(
                 c = tl.load(coefficients + at, mask=(k_rows < slots)[:, None] & (m < columns)[None, :], other=0.0).T
             x = tl.load(packed + (tokens + k_rows)[:, None] * D + n[None, :], mask=(n < D)[None, :], other=0.0)
         acc = tl.dot(c, x, acc)
-    inside = (m < rows)[:, None] & (n < D)[None, :]
-    target = out + m[:, None].to(tl.int64) * D + n[None, :]
-    if ADD:
-        acc += tl.load(target, mask=inside, other=0.0)
-    tl.store(target, acc, mask=inside)
+    _add_tile(acc, out, m, n0, rows, add, D)
+
+
+@triton.jit(do_not_specialize=[*packing.SIZES, "slot", "slots", "column", "columns", "add_words", "add_frames"])
+def multiply_tiles(
+    coefficients,
+    word_tiles,
+    frame_tiles,
+    packed,
+    token_tiles,
+    grad_words,
+    grad_frames,
+    slot,
+    slots,
+    column,
+    columns,
+    add_words,
+    add_frames,
+    texts,
+    words,
+    videos,
+    frames,
+    TILE: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Multiply a block of coefficients with the tokens of both sides: one tile of either product per program.
+
+    The block starts at word slot ``slot`` and at row ``column`` of the frames. ``add_words``, ``add_frames``: add to
+    the earlier blocks' sum. A side whose gradient is None is left out. One launch for both fills a GPU better.
+    """
+    BM: tl.constexpr = TILE.m
+    D: tl.constexpr = FORM.padded
+    PARTS: tl.constexpr = (D + TILE.n - 1) // TILE.n
+    _, _, _, _, start, _, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
+    used = tl.minimum(tl.load(start + texts) - slot, slots)
+    program = tl.program_id(0)
+    of_words = 0
+    if grad_words is not None:
+        of_words = tl.cdiv(slots, BM) * PARTS
+        if program < of_words:
+            out = grad_words + slot.to(tl.int64) * D
+            tokens = texts * FORM.most + packing.TAIL + column
+            _multiply_tile(
+                coefficients,
+                word_tiles,
+                packed,
+                token_tiles,
+                out,
+                program,
+                used,
+                columns,
+                slots,
+                columns,
+                tokens,
+                add_words,
+                True,
+                TILE,
+                D,
+            )
+    if grad_frames is not None:
+        if program >= of_words:
+            out = grad_frames + column.to(tl.int64) * D
+            _multiply_tile(
+                coefficients,
+                frame_tiles,
+                packed,
+                token_tiles,
+                out,
+                program - of_words,
+                columns,
+                used,
+                slots,
+                columns,
+                slot,
+                add_frames,
+                False,
+                TILE,
+                D,
+            )
 
 
 @triton.jit
@@ -382,7 +462,8 @@ def _blocks(packed: Packed) -> Iterator[Block]:
         for frame in range(0, frames, step):
             for video in range(0, packed.videos, videos):
                 some = min(videos, packed.videos - video)
-                yield Block(slot, min(SLOTS, slots - slot), frame, min(step, frames - frame), video, some)
+                column = frame * packed.videos + video
+                yield Block(slot, min(SLOTS, slots - slot), frame, min(step, frames - frame), video, some, column)
 
 
 def _multiply(
@@ -392,7 +473,6 @@ def _multiply(
     blocks = list(_blocks(packed))
     size = max(block.slots * block.columns for block in blocks)
     coefficients = packed.data.new_empty(size)
-    features = packed.data.as_strided((layout.slots(*packed.sizes), packed.form.padded), (packed.form.padded, 1))
     for block in blocks:
         grid = (block.slots // layout.CHUNK * (block.videos // layout.VIDEO_BLOCK),)
         expand_coefficients[grid](
@@ -408,40 +488,63 @@ def _multiply(
             FORM=packed.form,
             num_warps=4,
         )
-        column = block.frame * packed.videos + block.video
         c = coefficients.as_strided((block.slots, block.columns), (block.columns, 1))
-        if grad_words is not None:
-            _product(packed, block, c, features, column, grad_words, of_words=True, add=column > 0)
-        if grad_frames is not None:
-            _product(packed, block, c, features, column, grad_frames, of_words=False, add=add or block.slot > 0)
+        product = _library_products if packed.form.clear else _tiled_products
+        product(packed, block, c, grad_words, grad_frames, add_words=block.column > 0, add_frames=add or block.slot > 0)
 
 
-def _product(
-    packed: Packed, block: Block, c: Tensor, features: Tensor, column: int, out: Tensor, *, of_words: bool, add: bool
+def _library_products(
+    packed: Packed,
+    block: Block,
+    c: Tensor,
+    grad_words: Tensor | None,
+    grad_frames: Tensor | None,
+    *,
+    add_words: bool,
+    add_frames: bool,
 ) -> None:
-    """Multiply a block of coefficients with the other side's tokens, into or onto its part of ``out``."""
-    tokens = packed.word_slots + column if of_words else block.slot
-    first, rows = (block.slot, block.slots) if of_words else (column, block.columns)
-    depth = block.columns if of_words else block.slots
-    if packed.form.clear:
-        library_product(c if of_words else c.T, features[tokens : tokens + depth], out[first : first + rows], add)
-        return
-    tile = tuning.product_tile(out.device, rows, packed.form.padded)
-    c_block = [tile.m, tile.k] if of_words else [tile.k, tile.m]
-    parts = -(-packed.form.padded // tile.n)
-    multiply_tiles[(-(-rows // tile.m) * parts,)](
+    features = packed.data.as_strided((layout.slots(*packed.sizes), packed.form.padded), (packed.form.padded, 1))
+    words = slice(block.slot, block.slot + block.slots)
+    columns = slice(block.column, block.column + block.columns)
+    if grad_words is not None:
+        library_product(c, features[packed.word_slots :][columns], grad_words[words], add_words)
+    if grad_frames is not None:
+        library_product(c.T, features[words], grad_frames[columns], add_frames)
+
+
+def _tiled_products(
+    packed: Packed,
+    block: Block,
+    c: Tensor,
+    grad_words: Tensor | None,
+    grad_frames: Tensor | None,
+    *,
+    add_words: bool,
+    add_frames: bool,
+) -> None:
+    dim = packed.form.padded
+    rows = [block.slots] if grad_words is not None else []
+    rows += [block.columns] if grad_frames is not None else []
+    tile, programs = tuning.product_tile(c.device, rows, dim)
+
+    def tiles(shape: list[int]) -> TensorDescriptor | None:
+        return TensorDescriptor(c, [block.slots, block.columns], [block.columns, 1], shape) if tile.tma else None
+
+    multiply_tiles[(programs,)](
         c,
-        TensorDescriptor(c, [block.slots, block.columns], [block.columns, 1], c_block) if tile.tma else None,
+        tiles([tile.m, tile.k]),
+        tiles([tile.k, tile.m]),
         packed.data,
         packing.descriptor(packed, tile.k, tile.n) if tile.tma else None,
-        out[first:] if first else out,
+        grad_words,
+        grad_frames,
         block.slot,
         block.slots,
+        block.column,
         block.columns,
-        tokens,
+        add_words,
+        add_frames,
         *packed.sizes,
-        WORDS=of_words,
-        ADD=add,
         TILE=tile,
         FORM=packed.form,
         **tuning.launch_options(tile),

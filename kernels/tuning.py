@@ -62,7 +62,7 @@ FORWARD = {
 
 # Backward's products of 16-bit tokens: m slots x n channels, k slots of the other side per step.
 AMPERE_PRODUCT = {"large": Tile(128, 128, 64, 8, 3, False), "small": Tile(64, 64, 64, 4, 3, False)}
-HOPPER_PRODUCT = {"large": Tile(128, 128, 64, 8, 4, True), "small": Tile(64, 128, 64, 8, 4, True)}
+HOPPER_PRODUCT = {"large": Tile(128, 256, 64, 8, 3, True), "small": Tile(64, 128, 64, 8, 4, True)}
 PRODUCT = {
     "sm_80": AMPERE_PRODUCT,
     "sm_90": HOPPER_PRODUCT,
@@ -111,13 +111,17 @@ def forward_tile(device: torch.device, kind: str, most: int, slots: int, videos:
     return tile, min(count, limit * tile.programs)
 
 
-def product_tile(device: torch.device, rows: int, dim: int) -> Tile:
-    """Choose the tile of a product with ``rows`` x ``dim`` results."""
+def product_tile(device: torch.device, rows: list[int], dim: int) -> tuple[Tile, int]:
+    """Choose the tile of one launch of products with ``rows`` x ``dim`` results each, and the number of programs."""
     tiles = PRODUCT[architecture(device)]
-    tile = tiles["large"]
-    if dim < tile.n or 2 * -(-rows // tile.m) * -(-dim // tile.n) < processors(device):
-        tile = tiles["small"]
-    return tile._replace(n=min(tile.n, max(layout.STEP, 1 << (dim - 1).bit_length())))
+    for size in SIZES:
+        tile = tiles[size]
+        tile = tile._replace(n=min(tile.n, max(layout.STEP, 1 << (dim - 1).bit_length())))
+        programs = sum(-(-count // tile.m) for count in rows) * -(-dim // tile.n)
+        # A large tile is worth a partly filled GPU, down to three fifths.
+        if 5 * programs >= 3 * processors(device) and dim >= tiles[size].n:
+            break
+    return tile, programs
 
 
 def library_products(dtype: torch.dtype, masked: bool) -> bool:
