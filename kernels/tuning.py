@@ -118,8 +118,7 @@ def product_tile(device: torch.device, rows: list[int], dim: int) -> tuple[Tile,
         tile = tiles[size]
         tile = tile._replace(n=min(tile.n, max(layout.STEP, 1 << (dim - 1).bit_length())))
         programs = sum(-(-count // tile.m) for count in rows) * -(-dim // tile.n)
-        # A large tile is worth a partly filled GPU, down to three fifths.
-        if 5 * programs >= 3 * processors(device) and dim >= tiles[size].n:
+        if 4 * programs >= 3 * processors(device) and dim >= tiles[size].n:
             break
     return tile, programs
 
