@@ -289,7 +289,7 @@ def test_tables_refuse_what_was_not_measured() -> None:
         "not installed",
         "not measured",
         "2",
-        "not measured",
+        *["not measured"] * 2,
         "3.00x",
         "50",
         "50 %",
