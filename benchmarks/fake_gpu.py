@@ -26,7 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 from triton.runtime import driver
 
-from drl_fast.ops import gpu, token_interaction
+from drl_fast import validation
+from drl_fast.ops import gpu
+from drl_fast.ops import token_interaction as operator
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPERATORS = ("token_interaction", "token_interaction_backward", "cdcr_statistics", "cdcr_correlation", "cdcr_gradient")
@@ -108,16 +110,20 @@ def install(capability: int = 90) -> Driver:
 
 @contextmanager
 def serving_cpu_tensors() -> Iterator[None]:
-    """Let the Triton launchers serve the operators' CPU tensors in a ``with`` block, with a GPU's budget of matches."""
-    budget = token_interaction.MATCH_BUDGET
-    with torch.library._scoped_library("drl_fast", "IMPL") as library:
+    """Treat CPU tensors like a GPU's in a ``with`` block.
+
+    The Triton launchers serve the operators, a GPU's budget limits the matches, and nobody looks at a mask's values.
+    """
+    budget = operator.MATCH_BUDGET
+    with (
+        torch.library._scoped_library("drl_fast", "IMPL") as library,
+        mock.patch.dict(budget, cpu=budget["cuda"]),
+        mock.patch.object(validation, "values_are_visible", return_value=False),
+        mock.patch.object(validation, "private_copy", lambda x: x),
+    ):
         for name in OPERATORS:
             library.impl(name, getattr(gpu, name), "CPU", allow_override=True)
-        try:
-            token_interaction.MATCH_BUDGET = {**budget, "cpu": budget["cuda"]}
-            yield
-        finally:
-            token_interaction.MATCH_BUDGET = budget
+        yield
 
 
 class Launch(NamedTuple):
