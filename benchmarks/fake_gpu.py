@@ -203,4 +203,5 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 def machine_code(cubin: bytes) -> str:
     """Disassemble, with the tools in Triton's wheel."""
     with _file(cubin) as name:
-        return _tool("nvdisasm", "-c", name) or _tool("cuobjdump", "-sass", name)
+        # Without the analysis of data flow it is faster, and the code is the same.
+        return _tool("nvdisasm", "-c", "-ndf", name) or _tool("cuobjdump", "-sass", name)

@@ -193,11 +193,17 @@ def launches(capability: int, problem: Problem | Matched, quick: bool = False) -
     return found
 
 
+def _problems(capability: int, quick: bool) -> tuple[Problem | Matched, ...]:
+    if not quick:
+        return (*PROBLEMS, *MATCHED)
+    return (*FEW, *FEW_MATCHED) if capability == QUICK else FEW[:4]
+
+
 def report(quick: bool = False) -> Iterator[dict[str, Any]]:
     """Yield a row for each compiled kernel, at the first problem that launches it, and for each that fails."""
     for capability in CAPABILITIES:
         seen = set()
-        for problem in (*FEW, *(FEW_MATCHED if capability == QUICK else ())) if quick else (*PROBLEMS, *MATCHED):
+        for problem in _problems(capability, quick):
             for launch in launches(capability, problem, quick):
                 key = launch.compiled.hash if launch.compiled else (launch.kernel, launch.error)
                 if key not in seen and (launch.compiled or launch.error):
