@@ -147,7 +147,7 @@ def compiled_kernels(wanted: Callable[[str], bool] = lambda name: True) -> Itera
             try:
                 kernel = run(self, *arguments, **options)
             except (CompilationError, RuntimeError) as problem:
-                error = f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1]}"
+                error = _cause(problem)
         found.append(Launch(self.__name__, options["grid"], kernel, error))
         return kernel
 
@@ -156,6 +156,17 @@ def compiled_kernels(wanted: Callable[[str], bool] = lambda name: True) -> Itera
         yield found
     finally:
         triton.runtime.jit.JITFunction.run = run
+
+
+def _cause(error: BaseException) -> str:
+    """Name the innermost error, and the line of the kernel that it comes from."""
+    where = ""
+    while isinstance(error, CompilationError) and (inner := error.__cause__ or error.__context__) is not None:
+        lines = str(error).splitlines()
+        marks = [i for i, line in enumerate(lines) if line.strip() == "^"]
+        where = f"{lines[marks[-1] - 1].strip()}: " if marks else where
+        error = inner
+    return f"{where}{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
 class Product(NamedTuple):

@@ -373,21 +373,32 @@ def demo(result: Result) -> Table:
 
 
 # --- the static report ------------------------------------------------------------------------------------------------
+ARCHS = ("sm_80", "sm_90", "sm_100")
+
+
 def static(result: list[Result]) -> Table:
     """Show what each kernel compiles to: the largest of all its forms. Nothing was measured."""
     rows = []
     for kernel in dict.fromkeys(row["kernel"] for row in result):
-        for arch in ("sm_80", "sm_90", "sm_100"):
-            found = [row for row in result if (row["kernel"], row["arch"]) == (kernel, arch) and "error" not in row]
-            if found:
-                largest = [max(row[key] for row in found) for key in ("registers", "spill_bytes", "shared_bytes")]
-                spilled = sum(row["spill_bytes"] > 0 for row in found)
-                used = sorted({row["tensor_core"] for row in found} - {""})
-                cells = [str(len(found)), str(largest[0]), f"{spilled} ({largest[1]} B)" if spilled else "0"]
-                shared = "0" if not largest[2] else f"{largest[2] / 1024:.1f} KB"
-                rows.append([kernel, arch, *cells, shared, ", ".join(used) or NOTHING])
-    heads = ["kernel", "GPU", "forms", "registers", "forms that spill (most)", "shared", "tensor cores"]
+        found = [row for row in result if row["kernel"] == kernel and "error" not in row]
+        registers = [max((row["registers"] for row in found if row["arch"] == arch), default=0) for arch in ARCHS]
+        spilled = sum(row["spill_bytes"] > 0 for row in found)
+        shared = max((row["shared_bytes"] for row in found), default=0)
+        used = [kind for kind in ("mma", "wgmma", "tcgen05") if any(row["tensor_core"] == kind for row in found)]
+        cells = [str(len(found)), *(str(n) if n else NOTHING for n in registers), str(spilled)]
+        rows.append([f"`{kernel}`", *cells, f"{shared / 1024:.1f} KB", ", ".join(used) or NOTHING])
+    heads = ["kernel", "forms", *(f"registers, {arch}" for arch in ARCHS), "forms that spill", "shared", "tensor cores"]
     return Table("Compiled kernels, nothing measured", heads, rows)
+
+
+def spills(result: list[Result]) -> Table:
+    """List the forms that spill or do not compile. Nothing was measured."""
+    rows = []
+    for row in result:
+        what = f"does not compile: `{row['error']}`" if "error" in row else f"{row['spill_bytes']} bytes spilled"
+        if "error" in row or row["spill_bytes"]:
+            rows.append([f"`{row['kernel']}`", row["arch"], row["dtype"], row["problem"], what])
+    return Table("Forms that spill or do not compile", ["kernel", "GPU", "tokens", "first launched by", "what"], rows)
 
 
 def predicted(result: Result) -> Table:
@@ -429,7 +440,7 @@ def launches(result: Result) -> Table:
 
 
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
-_MORE = (model_memory, scaling, scaling_check, ablation, demo, static, predicted, launches)
+_MORE = (model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_FEATURES)}
 # What a benchmark prints at its end.
