@@ -153,6 +153,8 @@ class Code:
         if not loops:
             return None
         body, always = loops[0]
+        # One thread of a block issues them there, so they stand behind a branch.
+        always = always | {i for i in body if self.has({i}, "UTC") or self.has({i}, "UTMALDG")}
         outer = next((loop[0] for loop in loops[1:] if loop[0] > body), set()) if body == always else body
         rest = set(range(len(self.blocks))) - body - outer
         return self.count(always), self.count((outer | body) - always), self.count(rest)

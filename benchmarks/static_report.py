@@ -2,6 +2,7 @@
 
     python -m benchmarks.static_report                      a table
     python -m benchmarks.static_report --json FILE          also a list of objects, one a row
+    python -m benchmarks.static_report --troubles FILE      also a list of those that spill or do not compile
 
 The public functions and the Triton launchers run on CPU tensors with a driver that launches nothing (fake_gpu.py), over
 small problems and a few large ones that need other tiles. So each row is a kernel that such a call launches, with the
@@ -350,6 +351,8 @@ def save(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel and report the result; needs no GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as a JSON list")
+    troubles = "also write the rows that spill or do not compile as a JSON list"
+    parser.add_argument("--troubles", type=Path, metavar="FILE", help=troubles)
     quick = f"fewer problems; only kernels with tensor-core products, except for sm_{QUICK}"
     parser.add_argument("--quick", action="store_true", help=quick)
     arguments = parser.parse_args()
@@ -365,6 +368,8 @@ def main() -> None:
             print(line(found), flush=True)
     if arguments.json:
         save(rows, arguments.json)
+    if arguments.troubles:
+        save([found for found in rows if "error" in found or found["spill_bytes"]], arguments.troubles)
 
 
 if __name__ == "__main__":
