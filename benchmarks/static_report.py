@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import tempfile
@@ -197,7 +198,7 @@ def launches(capability: int, problem: Problem | Matched, quick: bool = False) -
 def _problems(capability: int, quick: bool) -> tuple[Problem | Matched, ...]:
     if not quick:
         return (*PROBLEMS, *MATCHED)
-    return (*FEW, *FEW_MATCHED) if capability == QUICK else FEW[:4]
+    return (*FEW, *FEW_MATCHED) if capability == QUICK else FEW[:3]
 
 
 def report(quick: bool = False) -> Iterator[dict[str, Any]]:
@@ -219,8 +220,7 @@ def row(capability: int, problem: Problem | Matched, launch: fake_gpu.Launch) ->
     if compiled is None:
         return {**start, "error": launch.error}
     constants, metadata = constants_of(compiled), compiled.metadata
-    sass = fake_gpu.machine_code(compiled.asm["cubin"])
-    code = Code(sass)
+    code = Code(fake_gpu.machine_code(compiled.asm["cubin"]))
     spilled = code.mnemonics("STL") + code.mnemonics("LDL")
     return {
         **start,
@@ -230,7 +230,8 @@ def row(capability: int, problem: Problem | Matched, launch: fake_gpu.Launch) ->
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
         "registers": compiled.n_regs,
-        "spill_bytes": compiled.n_spills if spilled else 0,
+        # The stack per thread; at least 4 bytes if anything is stored to it or read from it.
+        "spill_bytes": max(compiled.n_spills, 4 if spilled else 0),
         "shared_bytes": metadata.shared,
         "tensor_core": code.tensor_core,
         "tensor_core_instructions": sum(code.count({i})["tensor"] for i in range(len(code.blocks))),
@@ -298,14 +299,10 @@ def aligned(source: Any) -> str:
 
 def operand_bytes(ttgir: str) -> int:
     """Return the size of the shared memory that may hold a WGMMA's operands: of all buffers as large as one."""
-    sizes = []
-    for shape, bits in re.findall(r"ttg\.local_alloc [^\n]*-> !ttg\.memdesc<([\dx]+)x[a-z]+(\d+),", ttgir):
-        size = int(bits) // 8
-        for n in shape.split("x"):
-            size *= int(n)
-        sizes.append((size, bits))
-    # Every operand has at least 64 x 16 elements.
-    return sum(size for size, _ in sizes if size >= 2048)
+    found = re.findall(r"ttg\.local_alloc [^\n]*-> !ttg\.memdesc<([\dx]+)x[a-z]+(\d+),", ttgir)
+    sizes = [math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in found]
+    # The smallest operand has 64 x 16 elements of 16 bits.
+    return sum(size for size in sizes if size >= 2048)
 
 
 def instructions(code: Code, constants: dict[str, Any]) -> dict[str, Any]:
