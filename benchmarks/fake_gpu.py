@@ -132,23 +132,30 @@ class Launch(NamedTuple):
     kernel: str  # its name
     grid: tuple[int, ...]
     compiled: Any  # Triton's compiled kernel; None if it was skipped or does not compile
-    error: str  # why it does not compile
 
 
 @contextmanager
-def compiled_kernels(wanted: Callable[[str], bool] = lambda name: True) -> Iterator[list[Launch]]:
-    """Collect the launches of a ``with`` block. Kernels whose name is not ``wanted`` are skipped, not compiled."""
+def compiled_kernels(
+    wanted: Callable[[str], bool] = lambda name: True, failures: list[tuple[str, str]] | None = None
+) -> Iterator[list[Launch]]:
+    """Collect the launches of a ``with`` block.
+
+    Kernels whose name is not ``wanted`` are skipped, not compiled. With a list of ``failures`` a kernel that does not
+    compile adds its name and the error instead of raising.
+    """
     found: list[Launch] = []
     run: Callable[..., Any] = triton.runtime.jit.JITFunction.run
 
     def record(self: Any, *arguments: Any, **options: Any) -> Any:
-        kernel, error = None, ""
+        kernel = None
         if wanted(self.__name__):
             try:
                 kernel = run(self, *arguments, **options)
-            except (CompilationError, RuntimeError) as problem:
-                error = _cause(problem)
-        found.append(Launch(self.__name__, options["grid"], kernel, error))
+            except (CompilationError, RuntimeError) as error:
+                if failures is None:
+                    raise
+                failures.append((self.__name__, _cause(error)))
+        found.append(Launch(self.__name__, options["grid"], kernel))
         return kernel
 
     triton.runtime.jit.JITFunction.run = record

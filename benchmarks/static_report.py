@@ -178,9 +178,12 @@ def _setting(problem: Problem | Matched) -> Iterator[None]:
         yield
 
 
-def launches(capability: int, problem: Problem | Matched, quick: bool = False) -> list[fake_gpu.Launch]:
-    """Run one problem as on a GPU of this compute capability."""
+def launches(
+    capability: int, problem: Problem | Matched, quick: bool = False
+) -> tuple[list[fake_gpu.Launch], list[tuple[str, str]]]:
+    """Run one problem as on a GPU of this compute capability; return its launches, and what does not compile."""
     fake_gpu.install(capability)
+    failures: list[tuple[str, str]] = []
 
     def wanted(kernel: str) -> bool:
         return not quick or capability == QUICK or kernel in PRODUCTS
@@ -189,10 +192,10 @@ def launches(capability: int, problem: Problem | Matched, quick: bool = False) -
         fake_gpu.serving_cpu_tensors(),
         _setting(problem),
         fake_gpu.library_products(),
-        fake_gpu.compiled_kernels(wanted) as found,
+        fake_gpu.compiled_kernels(wanted, failures) as found,
     ):
         (interact if isinstance(problem, Problem) else decorrelate)(problem)
-    return found
+    return found, failures
 
 
 def _problems(capability: int, quick: bool) -> tuple[Problem | Matched, ...]:
@@ -204,26 +207,27 @@ def _problems(capability: int, quick: bool) -> tuple[Problem | Matched, ...]:
 def report(quick: bool = False) -> Iterator[dict[str, Any]]:
     """Yield a row for each compiled kernel, at the first problem that launches it, and for each that fails."""
     for capability in CAPABILITIES:
-        seen = set()
+        seen: set[Any] = set()
         for problem in _problems(capability, quick):
-            for launch in launches(capability, problem, quick):
-                key = launch.compiled.hash if launch.compiled else (launch.kernel, launch.error)
-                if key not in seen and (launch.compiled or launch.error):
-                    seen.add(key)
-                    yield row(capability, problem, launch)
+            found, failures = launches(capability, problem, quick)
+            about = {"arch": f"sm_{capability}", "dtype": problem.dtype, "problem": problem.name}
+            for kernel, error in failures:
+                if (kernel, error) not in seen:
+                    yield {"kernel": kernel, **about, "error": error}
+            seen |= set(failures)
+            for launch in found:
+                if launch.compiled and launch.compiled.hash not in seen:
+                    seen.add(launch.compiled.hash)
+                    yield {"kernel": launch.kernel, **about, **figures(launch)}
 
 
-def row(capability: int, problem: Problem | Matched, launch: fake_gpu.Launch) -> dict[str, Any]:
+def figures(launch: fake_gpu.Launch) -> dict[str, Any]:
     """Disassemble a launched kernel and count."""
-    start = {"kernel": launch.kernel, "arch": f"sm_{capability}", "dtype": problem.dtype, "problem": problem.name}
     compiled = launch.compiled
-    if compiled is None:
-        return {**start, "error": launch.error}
     constants, metadata = constants_of(compiled), compiled.metadata
     code = Code(fake_gpu.machine_code(compiled.asm["cubin"]))
     spilled = code.mnemonics("STL") + code.mnemonics("LDL")
     return {
-        **start,
         "what": in_words(constants),
         "aligned": aligned(compiled.src),
         "grid": launch.grid[0],

@@ -87,15 +87,7 @@ def test_plain_pytorch_costs_what_its_tensors_hold() -> None:
     similarity = 2 * a * nt * a * nv / 1e9
     # Written by the product, read and written by two masks, read by two maxima.
     assert found["forward"]["gigabytes"] > 7 * similarity
-    assert predictions.plain(predictions.premasked, shape)["forward"]["gigabytes"] < 5 * similarity
-
-
-def test_zeroed_tokens_score_like_zeroed_similarities() -> None:
-    torch.manual_seed(0)
-    features = torch.randn(3, 5, 8), torch.randn(4, 6, 8)
-    others = torch.rand(3, 5), torch.rand(4, 6), torch.rand(3, 5) > 0.4, torch.rand(4, 6) > 0.4
-    expected = predictions.eager.token_interaction(*features, *others)
-    torch.testing.assert_close(predictions.premasked(*features, *others), expected)
+    assert predictions.plain(predictions.eager.premasked, shape)["forward"]["gigabytes"] < 5 * similarity
 
 
 def test_the_model_takes_the_longest_time() -> None:

@@ -181,7 +181,7 @@ def test_a_compiled_kernel_without_its_barriers_is_noticed(tmp_path: Path) -> No
     """Remove the barriers from the machine code of the large forward tile on sm_90."""
     script = (
         "import json, sys; from benchmarks import fake_gpu, static_report as report\n"
-        "launches = report.launches(90, report.Problem('', *report.LARGE, train=False), True)\n"
+        "launches, _ = report.launches(90, report.Problem('', *report.LARGE, train=False), True)\n"
         "(forward,) = [x.compiled for x in launches if x.kernel == 'interaction_forward']\n"
         "found = [fake_gpu.machine_code(forward.asm['cubin']), forward.asm['ttgir'], forward.metadata.num_warps]\n"
         "json.dump(found, open(sys.argv[1], 'w'))"
