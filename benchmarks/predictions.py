@@ -202,7 +202,8 @@ def predict(kernel: str, launches: list[fake_gpu.Launch], s: Sizes) -> dict[str,
         count = work.flop / (2.0 * tile.m * tile.n * tile.k)
         per_step = Counter({name: warps * (step[name] + sweep[name] / steps) for name in PIPES})
         if kernel == "interaction_forward":
-            units = -(-s.slots // tile.n) * -(-s.videos // tile.m)
+            # Programs take tiles in turn; the launches share the texts.
+            units = -(-s.slots // tile.n) * -(-s.videos // tile.m) / len(launches)
         per_tile = Counter({name: warps * rest[name] for name in PIPES})
         issue = seconds(count * issued(per_step) + units * len(launches) * issued(per_tile))
         l2 += work.flop * (tile.m + tile.n) * ITEM / (2.0 * tile.m * tile.n)
