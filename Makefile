@@ -72,9 +72,15 @@ gpu: ## on a CUDA GPU: check the kernels, then measure; MINUTES=9; run it again 
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_session.py --minutes $(MINUTES) \
 	  $(if $(OUT),--out '$(OUT)') $(if $(RETRY),--retry)
 
-fuzz: setup ## run the long random tests
+# The oldest supported Triton, beside the installed one. It needs no torch of its own.
+.venv/.triton-3.6: .venv/.packages
+	@rm -rf $@ $@.part
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@.part 'triton==3.6.*'
+	@mv $@.part $@
+
+fuzz: setup .venv/.triton-3.6 ## run the long random tests, and compile all kernels with the installed Triton and with 3.6
 	DRL_FAST_FUZZ=1 $(BIN)/python -m pytest tests/ops/test_fuzz.py tests/engine/test_kill.py \
-	  tests/kernels/test_static_report.py -s
+	  tests/kernels/test_static_report.py tests/benchmarks/test_launches.py -s
 
 wheel: setup ## build a cp310-abi3 wheel and an sdist in dist/
 	DRL_FAST_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation --outdir dist .

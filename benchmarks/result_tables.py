@@ -373,33 +373,74 @@ def demo(result: Result) -> Table:
 
 
 # --- the static report ------------------------------------------------------------------------------------------------
-# One form of each kernel and precision, at 512 channels; the file has the others.
-KEYED = ("keyed scores, 32 words", "keyed matches, 32 words", "keyed weights, 32 words")
-STATIC_FORMS = {
-    "bf16": (*KEYED, "half, D = 512", "half, D = 512, later block"),
-    "fp16": ("keyed matches, 16 words", "half, D = 512"),
-    "fp32": ("tf32 matches, 16 words", "tf32, D = 512", "fp32 matches, 16 words", "fp32, D = 512"),
-}
+ARCHS = ("sm_80", "sm_90", "sm_100")
 
 
 def static(result: list[Result]) -> Table:
-    """Show what the main kernels compile to, and the cost model's share of the chip's rate. Nothing was measured."""
+    """Show what each kernel compiles to: the largest of all its forms. Nothing was measured."""
+    rows = []
+    for kernel in dict.fromkeys(row["kernel"] for row in result):
+        found = [row for row in result if row["kernel"] == kernel and "error" not in row]
+        registers = [max((row["registers"] for row in found if row["arch"] == arch), default=0) for arch in ARCHS]
+        spilled = sum(row["spill_bytes"] > 0 for row in found)
+        shared = max((row["shared_bytes"] for row in found), default=0)
+        used = [kind for kind in ("mma", "wgmma", "tcgen05") if any(row["tensor_core"] == kind for row in found)]
+        cells = [str(len(found)), *(str(n) if n else NOTHING for n in registers), str(spilled)]
+        rows.append([f"`{kernel}`", *cells, f"{shared / 1024:.1f} KB", ", ".join(used) or NOTHING])
+    heads = ["kernel", "forms", *(f"registers, {arch}" for arch in ARCHS), "forms that spill", "shared", "tensor cores"]
+    return Table("Compiled kernels, nothing measured", heads, rows)
+
+
+def spills(result: list[Result]) -> Table:
+    """List the forms that spill or do not compile. Nothing was measured."""
     rows = []
     for row in result:
-        if row["what"] in STATIC_FORMS[row["dtype"]]:
-            config = row["config"]
-            kernel = row["kernel"].removeprefix("interaction_").replace("_", " ")
-            tile = f"{config['BM']} x {config['BN']} x {config['BK']}, {config['num_warps']}"
-            used = [str(row["registers"]), str(row["spill_bytes"]), f"{row['shared_bytes'] / 1024:.0f} KB"]
-            share = f"{100 * row['predicted_share']:.0f} %"
-            cells = [kernel, row["arch"], row["dtype"], row["what"], tile, *used, row["tensor_core"] or NOTHING, share]
-            rows.append(cells)
-    heads = ["kernel", "GPU", "tokens", "form", "tile, warps", "registers", "bytes spilled", "shared", "tensor cores"]
-    return Table("Static prediction, not measured", [*heads, "predicted share"], rows)
+        what = f"does not compile: `{row['error']}`" if "error" in row else f"{row['spill_bytes']} bytes spilled"
+        if "error" in row or row["spill_bytes"]:
+            rows.append([f"`{row['kernel']}`", row["arch"], row["dtype"], row["problem"], what])
+    return Table("Forms that spill or do not compile", ["kernel", "GPU", "tokens", "first launched by", "what"], rows)
+
+
+def predicted(result: Result) -> Table:
+    """Show the cost model's times in ms. Nothing was measured."""
+    shapes = result["shapes"]
+    rows = []
+    for name in ("forward", "backward"):
+        for kernel in dict.fromkeys(row["kernel"] for shape in shapes for row in shape["kernels"][name]):
+            cells = []
+            for shape in shapes:
+                found = [row for row in shape["kernels"][name] if row["kernel"] == kernel]
+                cells.append(between(found[0]["low"], found[0]["high"]) if found else NOTHING)
+            rows.append([f"{name}: `{kernel}`", *cells])
+    for name in ("forward", "step"):
+        title = "forward pass" if name == "forward" else "training step"
+        rows.append([f"**{title}**", *(between(shape[name]["low"], shape[name]["high"]) for shape in shapes)])
+        for rival, label in (("plain", "plain PyTorch"), ("premasked", "plain PyTorch, masked tokens zeroed first")):
+            rows.append([f"{title}, {label}", *(f"{shape[rival][f'{name}_ms']:.3g}" for shape in shapes)])
+    heads = [f"({', '.join(map(str, shape['shape']))})" for shape in shapes]
+    return Table("Predicted times in ms, not measured", ["predicted, ms", *heads], rows)
+
+
+def between(low: float, high: float) -> str:
+    first, last = f"{low:.2g}", f"{high:.2g}"
+    return first if first == last else f"{first} to {last}"
+
+
+def launches(result: Result) -> Table:
+    """Show launches and operations of a training step, and the host's time with launches that do nothing."""
+    rows = []
+    for name, label in (("ours", "drl-fast"), ("plain", "plain PyTorch")):
+        for way in ("forward", "backward"):
+            found = result[name][way]
+            counts = [str(found.get(key, NOTHING)) for key in ("launches", "ops", "views")]
+            times = [f"{found[key]:.0f} us" if key in found else NOTHING for key in ("launcher_us", "host_us")]
+            rows.append([f"{label}, {way}", *counts, *times])
+    heads = ["", "Triton launches", "PyTorch operations", "views", "host time, launcher", "host time, public function"]
+    return Table("Launches of a training step", heads, rows)
 
 
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
-_MORE = (model_memory, scaling, scaling_check, ablation, demo, static)
+_MORE = (model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_FEATURES)}
 # What a benchmark prints at its end.

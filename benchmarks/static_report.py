@@ -1,328 +1,360 @@
-"""Compile every Triton kernel without a GPU and report registers, spills, shared memory and tensor-core instructions.
+"""Compile every Triton kernel without a GPU, as training launches it, and report what the compiler made.
 
     python -m benchmarks.static_report                      a table
     python -m benchmarks.static_report --json FILE          also a list of objects, one a row
+    python -m benchmarks.static_report --troubles FILE      also a list of those that spill or do not compile
 
-Targets: sm_80, sm_90 and sm_100, at the tiles of kernels/tuning.py. The tools in Triton's wheel read the machine code
-that ptxas made. Nothing runs and no time is measured: ``predicted_share`` comes from the cost model below. It is the
-share of the tensor cores' rate (float32: the FMA units') that one tile could reach if only the counted work took time.
+The public functions and the Triton launchers run on CPU tensors with a driver that launches nothing (fake_gpu.py), over
+small problems and a few large ones that need other tiles. So each row is a kernel that such a call launches, with the
+specialisation that Triton's just-in-time compiler chooses. Targets: sm_80, sm_90 and sm_100. The tools in Triton's
+wheel read the machine code that ptxas made (machine_code.py). Nothing runs and no time is measured.
+
+``instructions`` counts warp instructions by pipe. ``of`` says of what: "product step" is one iteration of the innermost
+loop with tensor-core products, plus its share of the work that follows a product's last step, which runs once in
+``steps`` iterations; "whole body" is all code of a kernel without such a loop.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
-import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
 import triton
-from drl_fast.kernels import cdcr, cdcr_backward, cdcr_tokens, packing, tuning
-from drl_fast.kernels import token_interaction as forward
 from drl_fast.kernels import token_interaction_backward as backward
-from drl_fast.kernels.cdcr_tokens import Channels, Choices, UnitTokens
-from drl_fast.kernels.packing import PackedRows, Strided
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
 
-ARCHS = ("sm_80", "sm_90", "sm_100")
-QUICK_ARCH = "sm_90"
-INSTRUCTION = {"mma": r"\bHMMA", "wgmma": r"\bHGMMA", "tcgen05": r"\bUTC\w*MMA"}
-SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+import drl_fast
+from drl_fast.ops import token_interaction as operator
 
-# The cost model, per SM and clock: FLOP of dense half-precision products, of float32 FMAs, bytes from L2, and lane
-# instructions issued. From the chips' published peak rates at their boost clocks; L2 is an assumption.
-FLOP_HALF = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
-FLOP_FP32 = {"sm_80": 128, "sm_90": 256, "sm_100": 256}
-BYTES_L2 = {"sm_80": 44, "sm_90": 36, "sm_100": 36}
-ISSUE = 128
-# Instructions per similarity (forward) or coefficient (backward) outside the product, counted in sm_90 machine code.
-WORK = {"scores": 4.5, "matches": 8.5, "weights": 5.0, "exact": 10.5, "coefficient": 9.0}
+from . import fake_gpu
+from .machine_code import PIPES, Code
+
+CAPABILITIES = (80, 90, 100)
+QUICK = 90
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
 
-@dataclass
-class Job:
-    """One compilation."""
+class Problem(NamedTuple):
+    """One call of the token interaction, forward and backward; the odd sizes are divisible by nothing."""
 
-    fn: Any
-    arch: str
-    dtype: str  # Triton's name of the tokens' type
-    what: str  # the launch in words
-    # By name, grouped as the launcher groups them: a type ("*fp32", "i32"; "i64:16" is a multiple of 16), or the value
-    # that Triton compiles in (None, or a stride of 1).
-    arguments: dict[str, Any]
-    constants: dict[str, Any]  # the kernel's constexpr parameters
-    options: dict[str, Any]
-    # Of a tile with a product: FLOP, bytes, instructions outside the product.
-    cost: tuple[float, float, float] = (0.0, 0.0, 0.0)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constants that the report shows."""
-        form, tile, source = self.constants.get("FORM"), self.constants.get("TILE"), "static"
-        shown = {name: self.constants[name] for name in ("SLOTS", "D") if name in self.constants}
-        if form is not None:
-            shown = {"SLOTS": form.slots, "D": form.dim}
-        if isinstance(tile, tuning.Tile):
-            shown = {"BM": tile.m, "BN": tile.n, "BK": tile.k, **shown, "TMA": tile.tma}
-            source = tile.source
-        return {**shown, **{name: self.options[name] for name in ("num_warps", "num_stages")}, "chosen": source}
+    name: str
+    texts: int = 128
+    words: int = 32
+    videos: int = 128
+    frames: int = 12
+    dim: int = 512
+    dtype: str = "bf16"  # "tf32": float32 with TF32 allowed
+    masks: bool = True
+    normalize: bool = True
+    both: bool = True  # both directions
+    masking: str = "drl"
+    train: bool = True
+    weights: bool = True  # the weights need gradients
+    kept: bool = True  # the forward pass keeps matches; otherwise the backward finds them again, in two blocks
 
 
-def jobs(dim: int = 512, quick: bool = False) -> Iterator[Job]:
-    """Every kernel at its tuned configurations; ``quick``: kernels without tensor-core products for one chip only."""
-    for arch in ARCHS:
-        for kind, dtype, modes in (
-            ("keyed", "bf16", ("scores", "matches", "weights")),
-            ("keyed", "fp16", ("matches",)),
-            ("exact", "bf16", ("scores", "matches")),
-            ("tf32", "fp32", ("matches",)),
-            ("fp32", "fp32", ("matches",)),
-        ):
-            for slots in (16, 32, 64, 128) if kind == "keyed" and dtype == "bf16" else (16, 128):
-                yield from (forward_job(arch, kind, dtype, mode, slots, dim) for mode in modes)
-        yield forward_job(arch, "keyed", "bf16", "matches", 128, dim, long=True)
-        yield forward_job(arch, "exact", "bf16", "scores", 32, dim, both=False)
-        for precision, dtype in (("half", "bf16"), ("half", "fp16"), ("tf32", "fp32"), ("fp32", "fp32")):
-            for d in (dim, 128, 64) if dtype == "bf16" else (dim,):
-                yield from (backward_job(arch, side, precision, dtype, d) for side in tuning.SIDES)
-                yield backward_job(arch, "video", precision, dtype, d, add=True)
-        if not quick or arch == QUICK_ARCH:
-            yield from packing_jobs(arch, dim)
-    for arch in (QUICK_ARCH,) if quick else ARCHS:
-        yield from cdcr_jobs(arch, dim)
+ALIGNED, ODD, LARGE = (128, 32, 128, 12), (57, 32, 77, 12), (1024, 32, 1024, 12)
+# What --quick compiles comes first, so that its rows are the same as in a whole report.
+FEW = (
+    Problem("batch of 128"),
+    Problem("batch of 1024", *LARGE),
+    Problem("batch of 1024", *LARGE, dtype="tf32"),
+    Problem("batch of 128", dtype="fp32"),
+    Problem("raw tokens", normalize=False),
+    Problem("batch of 128, scores only", train=False),
+    Problem("57 texts, 77 videos, no masks", *ODD, masks=False),
+    Problem("140 words, one direction", 57, 140, 77, both=False, dtype="fp16"),
+)
+PROBLEMS = (
+    *FEW,
+    Problem("batch of 128, no masks", masks=False),
+    Problem("batch of 128, features' gradients only", weights=False),
+    Problem("batch of 1024, no masks", *LARGE, masks=False),
+    Problem("batch of 1024, scores only", *LARGE, train=False),
+    Problem("57 texts, 77 videos", *ODD),
+    Problem("matches not kept", *ALIGNED, kept=False),
+    Problem("matches not kept, no masks", *ALIGNED, kept=False, masks=False),
+    Problem("masked tokens excluded", masking="exclude"),
+    Problem("one direction", both=False),
+    Problem("one direction, batch of 1024", *LARGE, both=False),
+    Problem("16 words", words=16),
+    Problem("64 words, 64 frames", 1024, 64, 1024, 64),
+    Problem("77 words, 20 frames", 57, 77, 77, 20),
+    Problem("77 words, 20 frames, batch of 1024", 1024, 77, 1024, 20),
+    Problem("140 words", words=140),
+    Problem("140 words, 57 texts, 77 videos", 57, 140, 77),
+    Problem("140 words, no masks", words=140, masks=False),
+    Problem("260 frames", 57, 32, 77, 260),
+    Problem("raw tokens, batch of 1024", *LARGE, normalize=False),
+    Problem("raw tokens, 57 texts, 77 videos", *ODD, normalize=False),
+    Problem("raw tokens, scores only", train=False, normalize=False),
+    *(Problem("batch of 128", dtype=dtype) for dtype in ("fp16", "tf32")),
+    *(Problem("batch of 1024", *LARGE, dtype=dtype) for dtype in ("fp16", "fp32")),
+    *(Problem("57 texts, 77 videos", *ODD, dtype=dtype) for dtype in ("fp16", "tf32", "fp32")),
+    *(Problem("140 words", words=140, dtype=dtype) for dtype in ("tf32", "fp32")),
+    *(Problem(f"D = {dim}", dim=dim) for dim in (64, 100, 128, 768)),
+    *(Problem(f"batch of 1024, D = {dim}", *LARGE, dim=dim) for dim in (64, 128)),
+)
+# Kernels with products on the tensor cores; --quick compiles the others for one architecture only.
+PRODUCTS = ("interaction_forward", "multiply_tiles")
 
 
-def packed(dtype: str, *, frames: bool = False, classes: bool = False) -> PackedRows:
-    """Types of one side in slots."""
-    return PackedRows(
-        features=f"*{dtype}",
-        order="*i64" if classes else None,
-        class_begin="*i32" if classes else None,
-        **dict.fromkeys(("start", "chunk_row"), None if frames else "*i32"),
-        **dict.fromkeys(("scale", "weight"), "*fp32"),
-        **dict.fromkeys(("position", "length"), "*i32"),
-        **dict.fromkeys(("rows", "tokens", "allocated", "dim", "most_slots"), "i32"),
-    )
+class Matched(NamedTuple):
+    """One call of the channel decorrelation loss, forward and backward."""
+
+    name: str
+    rows: int = 128
+    words: int = 32
+    frames: int = 12
+    dtype: str = "bf16"
+    full: bool = True  # the whole cross-correlation, or its diagonal
 
 
-def descriptor(dtype: str, rows: int, columns: int, tile: tuning.Tile) -> str | None:
-    return f"tensordesc<{dtype}[{rows},{columns}]>" if tile.tma else None
+FEW_MATCHED = (Matched("full"), Matched("diagonal", dtype="fp32", full=False))
+MATCHED = (
+    *FEW_MATCHED,
+    *(Matched("full", dtype=dtype) for dtype in ("fp16", "fp32")),
+    *(Matched("diagonal", dtype=dtype, full=False) for dtype in ("bf16", "fp16")),
+    Matched("full, 77 pairs", 77),
+    Matched("full, more frames than words", words=12, frames=32),
+    Matched("full, one token a row", words=1, frames=1),
+    Matched("diagonal, one token a row", words=1, frames=1, full=False),
+)
 
 
-def forward_job(
-    arch: str, kind: str, dtype: str, mode: str, slots: int, dim: int, *, long: bool = False, both: bool = True
-) -> Job:
-    tile, both = tuning.forward_tile(arch, kind, slots), both and not long
-    work = WORK["exact" if mode == "matches" and kind != "keyed" else mode]
-    form = forward.Form(
-        slots=slots,
-        dim=dim,
-        both=both,
-        mode={"scores": forward.SCORES, "matches": forward.MATCHES, "weights": forward.WEIGHTS}[mode].value,
-        keyed=kind == "keyed",
-        precision="tf32" if kind == "tf32" else "ieee",
-        none=255,
-        long=long,
-        add=False,
-        text_holes=True,
-        video_holes=True,
-    )
-    return Job(
-        forward.interaction_forward,
-        arch,
-        dtype,
-        f"{kind} {mode}, {slots} words" + (", long captions" if long else "") + ("" if both else ", one direction"),
-        {
-            "words": packed(dtype, classes=not long),
-            "frames": packed(dtype, frames=True),
-            "word_tiles": descriptor(dtype, tile.n, tile.k, tile),
-            "frame_tiles": descriptor(dtype, tile.m, tile.k, tile),
-            "out": forward.Outputs("*fp32", ("i64",) * 2, "*u8", ("i64",) * 3, "*u8"),
-            "partials": forward.Partials("*fp32", "*fp32" if both else None) if mode == "weights" else None,
-            **{"group": "i32", "tile_base": "i32", "zero_competes": "i1", "factor": "fp32"},
-        },
-        {"TILE": tile, "FORM": form},
-        tuning.launch_options(tile),
-        (2.0 * tile.m * tile.n * dim, float((tile.m + tile.n) * dim * SIZE[dtype]), work * tile.m * tile.n),
-    )
+def tensors(texts: int, words: int, videos: int, frames: int, dim: int, dtype: str, masks: bool) -> list[Tensor | None]:
+    """Allocate both sides' features, weights and masks. Nobody reads the features."""
+    sides = (texts, words), (videos, frames)
+    features = [torch.empty((*side, dim), dtype=DTYPES[dtype]) for side in sides]
+    return [*features, *(torch.ones(side) for side in sides), *(torch.ones(side) if masks else None for side in sides)]
 
 
-def backward_job(arch: str, side: str, precision: str, dtype: str, dim: int, *, add: bool = False) -> Job:
-    tile = tuning.backward_tile(arch, side, precision, dim, add=add)
-    other = descriptor(dtype, tile.k, tile.m, tile)
-    arguments = {
-        "words": packed(dtype),
-        "frames": packed(dtype, frames=True),
-        "pairs": backward.Pairs("*fp32", "*u8", "*u8", "*fp32", "fp32"),
-        "grad": "*fp32",
-    }
-    constants = {"TILE": tile, "D": dim, "PRECISION": "tf32" if precision == "tf32" else "ieee"}
-    if side == "text":
-        fn, arguments = backward.interaction_backward_text, {**arguments, "frame_tiles": other, "most_frames": "*i32"}
-    else:
-        fn, arguments = backward.interaction_backward_video, {**arguments, "word_tiles": other}
-        constants["ADD"] = add
-    what = f"{precision}, D = {dim}" + (", later block" if add else "")
-    bytes_ = float(tile.m * tile.k * SIZE[dtype] + tile.k * tile.n * (1 + 5 / 16))
-    cost = (2.0 * tile.m * tile.n * tile.k, bytes_, WORK["coefficient"] * tile.k * tile.n)
-    return Job(fn, arch, dtype, what, arguments, constants, tuning.launch_options(tile), cost)
+def interact(problem: Problem) -> None:
+    """Call the token interaction and, in training, its backward."""
+    p = problem
+    text, video, *weights, text_mask, video_mask = tensors(*p[1:8])
+    text, video = (x.requires_grad_(p.train) for x in (text, video))
+    if not p.both:
+        weights[1] = None
+    weights = [None if x is None else x.requires_grad_(p.train and p.weights) for x in weights]
+    options = {"normalize": p.normalize, "masking": p.masking, "bidirectional": p.both}
+    logits = drl_fast.token_interaction(text, video, *weights, text_mask, video_mask, **options)
+    if p.train:
+        logits.backward(torch.empty_like(logits))
 
 
-def packing_jobs(arch: str, dim: int) -> Iterator[Job]:
-    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    features, weights = Strided("*bf16", ("i64",) * 3), Strided("*fp32", ("i64",) * 2)
-    types = dict.fromkeys(("dim", "blocks", "rows", "tokens", "parts"), "i32") | {"part_stride": "i64"}
-    types |= dict.fromkeys(("length", "slots", "real"), "*i32") | dict.fromkeys(("factor", "partial"), "*fp32")
-    types |= {"features": features, "weights": weights, "mask": Strided("*u8", ("i64",) * 2), "grad": "*fp32"}
-
-    def job(fn: Any, what: str, constants: dict[str, Any], **more: Any) -> Job:
-        return Job(fn, arch, "bf16", what, types | more, constants, options)
-
-    yield job(packing.row_layout, "length classes", {"CLASSES": True, "GRAIN": packing.GRAIN, "BLOCK": 32})
-    tile = {"D": dim, "CHANNELS": 512, "SLOTS": 8, "NORMALIZE": True}
-    for side in ("words", "frames"):
-        rows = packed("bf16", frames=side == "frames")
-        yield job(packing.pack_slots, side, {**tile, "COPIES": True}, packed=rows)
-        yield job(packing.unpack_gradient, side, tile, packed=rows, out="*bf16")
-        yield job(packing.unpack_weight_gradient, side, {"BLOCK": 32, "ADD": True}, packed=rows, out="*fp32")
+def decorrelate(problem: Matched) -> None:
+    """Call the channel decorrelation loss and its backward."""
+    p = problem
+    inputs = tensors(p.rows, p.words, p.rows, p.frames, 512, p.dtype, True)
+    for x in inputs[:4]:
+        x.normal_().requires_grad_()
+    drl_fast.cdcr_loss(*inputs, alpha_on=1.0, alpha_off=0.06 if p.full else 0.0).backward()
 
 
-def cdcr_jobs(arch: str, dim: int) -> Iterator[Job]:
-    """CDCR's kernels at 32 words and 12 frames, and at one token a row; half precisions differ in one product."""
-    flat = {"ROWS": cdcr_tokens.ROWS, "BD": cdcr_tokens.channel_block(dim)}
-    width, choices = "i32:16", Choices("*i16", "*fp32", "i32")
-    types = dict.fromkeys(("rows", "tokens", "parts", "tiles", "pairs"), "i32") | {"index": "*i16", "dim": width}
-    types |= dict.fromkeys(("mask", "own_mask", "other_mask"), Strided("*u8", ("i64", "i64")))
-    types |= dict.fromkeys(("choices", "own_choices", "other_choices"), choices)
-    types |= dict.fromkeys(("count", "partial"), "*fp64") | {"channels": Channels("*fp64", "i32", width)}
-    types |= dict.fromkeys(("inverse", "weighted", "partners", "pull", "grad_weight"), "*fp32")
-
-    def jobs(fn: Any, what: str, constants: dict[str, Any], unit: bool = True, **more: Any) -> Iterator[Job]:
-        options = cdcr_tokens.OPTIONS | more.pop("options", {})
-        for dtype in ("bf16", "fp16", "fp32") if fn is cdcr.cdcr_partners else ("bf16", "fp32"):
-            # Features are dense, masks need not be.
-            features = Strided(f"*{dtype}", ("i64:16", "i64:16", 1))
-            side = UnitTokens(features, "*fp32" if unit else None, "i32")
-            tokens = {"own": side, "other": side, "features": features, "grad": f"*{dtype}"}
-            yield Job(fn, arch, dtype, what, types | tokens | more, constants, options)
-
-    yield from jobs(cdcr_tokens.cdcr_norms, "norms", flat)
-    yield from jobs(cdcr.cdcr_moments, "unit tokens", flat)
-    for keep in (None, "*fp32"):
-        what = "product rows of anchors" if keep else "diagonal"
-        yield from jobs(cdcr.cdcr_correlate, what, flat, weighted=keep, partners=keep)
-    for own, other in ((32, 12), (12, 32), (1, 1)):
-        size, unit = f"{own} x {other}", own > 1
-        tile = {"TILE": cdcr_tokens.pair_tile(own, other, cdcr_tokens.MOST, dim)}
-        yield from jobs(cdcr.cdcr_partners, size, tile, unit)
-        tile = {"TILE": cdcr_tokens.pair_tile(own, other, cdcr_tokens.LEAST, dim)}
-        if own <= other:
-            yield from jobs(cdcr.cdcr_product_rows, size, tile, unit, options=cdcr.PRODUCT_ROWS)
-        for form, rows in (("diagonal", None), ("full", "*fp32")):
-            kept, short = {"to_weighted": rows, "to_partners": rows}, {"SHORT": own < other}
-            options = cdcr_backward.GRADIENT
-            yield from jobs(cdcr_backward.cdcr_gradient, f"{form}, {size}", tile | short, unit, options=options, **kept)
+@contextmanager
+def _setting(problem: Problem | Matched) -> Iterator[None]:
+    """Set what a problem needs besides its arguments."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    with ExitStack() as stack:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if problem.dtype == "tf32" else "ieee"
+        stack.callback(setattr, torch.backends.cuda.matmul, "fp32_precision", precision)
+        if isinstance(problem, Problem) and not problem.kept:
+            stack.enter_context(mock.patch.dict(operator.MATCH_BUDGET, cpu=0))
+            # Half of the rows' matches and maxima.
+            block = problem.texts * problem.videos * (problem.words + problem.frames) * 3 // 2
+            stack.enter_context(mock.patch.object(backward, "BLOCK_BYTES", block))
+        yield
 
 
-def source(job: Job) -> ASTSource:
-    """Spell the arguments' types as Triton's launcher does: pointers are multiples of 16."""
-    constants: dict[Any, Any] = dict(job.constants)
-    attributes = {}
+def launches(
+    capability: int, problem: Problem | Matched, quick: bool = False
+) -> tuple[list[fake_gpu.Launch], list[tuple[str, str]]]:
+    """Run one problem as on a GPU of this compute capability; return its launches, and what does not compile."""
+    fake_gpu.install(capability)
+    failures: list[tuple[str, str]] = []
 
-    def spell(x: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(x, tuple):
-            parts = [spell(part, (*path, i)) for i, part in enumerate(x)]
-            return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-        if not isinstance(x, str):
-            constants[path] = x
-            return "constexpr"
-        kind, _, multiple = x.partition(":")
-        if multiple or kind.startswith("*"):
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind
+    def wanted(kernel: str) -> bool:
+        return not quick or capability == QUICK or kernel in PRODUCTS
 
-    signature = {
-        name: "constexpr" if name in job.constants else spell(job.arguments[name], (i,))
-        for i, name in enumerate(job.fn.arg_names)
-    }
-    return ASTSource(job.fn, signature=signature, constexprs=constants, attrs=attributes)
+    with (
+        fake_gpu.serving_cpu_tensors(),
+        _setting(problem),
+        fake_gpu.library_products(),
+        fake_gpu.compiled_kernels(wanted, failures) as found,
+    ):
+        (interact if isinstance(problem, Problem) else decorrelate)(problem)
+    return found, failures
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """Compile, disassemble, and count."""
-    compiled = triton.compile(source(job), target=GPUTarget("cuda", int(job.arch[3:]), 32), options=job.options)
-    usage, sass = disassemble(compiled.asm["cubin"])
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTION.items()}
-    waits = len(re.findall(r"HGMMA.*gsb0", sass))
+def _problems(capability: int, quick: bool) -> tuple[Problem | Matched, ...]:
+    if not quick:
+        return (*PROBLEMS, *MATCHED)
+    return (*FEW, *FEW_MATCHED) if capability == QUICK else FEW[:3]
+
+
+def report(quick: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield a row for each compiled kernel, at the first problem that launches it, and for each that fails."""
+    for capability in CAPABILITIES:
+        seen: set[Any] = set()
+        for problem in _problems(capability, quick):
+            found, failures = launches(capability, problem, quick)
+            about = {"arch": f"sm_{capability}", "dtype": problem.dtype, "problem": problem.name}
+            for kernel, error in failures:
+                if (kernel, error) not in seen:
+                    yield {"kernel": kernel, **about, "error": error}
+            seen |= set(failures)
+            for launch in found:
+                if launch.compiled and launch.compiled.hash not in seen:
+                    seen.add(launch.compiled.hash)
+                    yield {"kernel": launch.kernel, **about, **figures(launch)}
+
+
+def figures(launch: fake_gpu.Launch) -> dict[str, Any]:
+    """Disassemble a launched kernel and count."""
+    compiled = launch.compiled
+    constants, metadata = constants_of(compiled), compiled.metadata
+    code = Code(fake_gpu.machine_code(compiled.asm["cubin"]))
+    spilled = code.mnemonics("STL") + code.mnemonics("LDL")
     return {
-        "kernel": job.fn.__name__,
-        "arch": job.arch,
-        "dtype": job.dtype,
-        "what": job.what,
-        "config": job.config,
-        "registers": registers,
-        "spill_bytes": stack if re.search(r"\b(STL|LDL)\b", sass) else 0,
-        "shared_bytes": compiled.metadata.shared,
-        "tensor_core": next((name for name in ("tcgen05", "wgmma", "mma") if counts[name]), ""),
-        "tensor_core_instructions": max(counts.values()),
-        "serialised": counts["wgmma"] > 1 and waits >= counts["wgmma"],
+        "what": in_words(constants),
+        "aligned": aligned(compiled.src),
+        "grid": launch.grid[0],
+        "num_warps": metadata.num_warps,
+        "num_stages": metadata.num_stages,
+        "registers": compiled.n_regs,
+        # The stack per thread; at least 4 bytes if anything is stored to it or read from it.
+        "spill_bytes": max(compiled.n_spills, 4 if spilled else 0),
+        "shared_bytes": metadata.shared,
+        "tensor_core": code.tensor_core,
+        "tensor_core_instructions": sum(code.count({i})["tensor"] for i in range(len(code.blocks))),
+        "serialised": code.serialised,
         # A transposed product as another product's operand: Triton has miscompiled that on Hopper.
         "register_operand": bool(re.search(r"dot_op<\{[^}]*parent = #linear", compiled.asm["ttgir"])),
-        "flop_per_tile": job.cost[0],
-        "bytes_per_tile": job.cost[1],
-        "predicted_share": predicted_share(job),
+        "missing_barriers": code.missing_barriers(metadata.num_warps, operand_bytes(compiled.asm["ttgir"])),
+        **instructions(code, constants),
     }
 
 
-def predicted_share(job: Job) -> float | None:
-    """Apply the cost model: the product and then the rest of a tile, or the reads from L2, whichever takes longer."""
-    flop, bytes_, work = job.cost
-    if not flop:
+def constants_of(compiled: Any) -> dict[str, Any]:
+    """Return a compiled kernel's constexpr parameters by name; not the values that Triton compiled in by itself."""
+    names = compiled.src.fn.arg_names
+    declared = {p.name for p in compiled.src.fn.params if p.is_constexpr}
+    found = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
+    return {name: found[name] for name in names if name in found and name in declared}
+
+
+def in_words(constants: dict[str, Any]) -> str:
+    """Spell constants: of tuples the fields, of flags only those that are set."""
+    words = []
+
+    def spell(name: str, value: Any) -> None:
+        if hasattr(value, "_fields"):
+            if {"m", "n", "k"} <= set(value._fields):
+                words.append(f"{value.m} x {value.n} x {value.k}")
+                value = value._replace(m=None, n=None, k=None)
+            for field in value._fields:
+                if field not in ("warps", "stages", "source", "programs"):
+                    spell(field, getattr(value, field))
+        elif value is True:
+            words.append(name)
+        elif isinstance(value, str):
+            words.append(value)
+        elif value is not None and value is not False:
+            words.append(f"{name} {value}")
+
+    for name, value in constants.items():
+        spell(name.lower(), value)
+    return ", ".join(words)
+
+
+def aligned(source: Any) -> str:
+    """Say which sizes Triton found to be multiples of 16, and which to be 1: "16: dim; 1: blocks"."""
+
+    def path(at: tuple[int, ...]) -> str:
+        return ".".join([source.fn.arg_names[at[0]], *map(str, at[1:])])
+
+    def kind(at: tuple[int, ...]) -> Any:
+        value = source.signature[source.fn.arg_names[at[0]]]
+        for i in at[1:]:
+            value = value[i]
+        return value
+
+    declared = {p.name for p in source.fn.params if p.is_constexpr}
+    sixteen = [path(at) for at, hints in source.attrs.items() if hints and str(kind(at)).startswith(("i", "u"))]
+    one = [
+        path(at)
+        for at, value in source.constants.items()
+        if value is not None and source.fn.arg_names[at[0]] not in declared
+    ]
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in (("16", sixteen), ("1", one)) if found)
+
+
+def operand_bytes(ttgir: str) -> int:
+    """Return the size of the shared memory that may hold a WGMMA's operands: of all buffers as large as one."""
+    found = re.findall(r"ttg\.local_alloc [^\n]*-> !ttg\.memdesc<([\dx]+)x[a-z]+(\d+),", ttgir)
+    sizes = [math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in found]
+    # The smallest operand has 64 x 16 elements of 16 bits.
+    return sum(size for size in sizes if size >= 2048)
+
+
+def instructions(code: Code, constants: dict[str, Any]) -> dict[str, Any]:
+    """Count instructions by pipe, in a product's step or else in the whole body."""
+    parts = code.product_loop()
+    steps = steps_of(constants)
+    if parts is None or steps is None:
+        counts = code.count(range(len(code.blocks)))
+        return {"of": "whole body", "instructions": {name: counts[name] for name in PIPES if counts[name]}}
+    step, sweep, _ = parts
+    counts = Counter({name: step[name] + sweep[name] / steps for name in PIPES})
+    shown = {name: round(counts[name], 1) for name in PIPES if counts[name]}
+    return {"of": "product step", "steps": steps, "instructions": shown}
+
+
+def steps_of(constants: dict[str, Any]) -> int | None:
+    """Return the steps in which a product goes through the channels, if the kernel has such a tile."""
+    tile, form = constants.get("TILE"), constants.get("FORM")
+    if not hasattr(tile, "k"):
         return None
-    rate = FLOP_HALF[job.arch]
-    if job.dtype == "fp32":
-        rate = rate / 2 if job.what.startswith("tf32") else FLOP_FP32[job.arch]
-    product = flop / rate
-    return round(product / max(product + work / ISSUE, bytes_ / BYTES_L2[job.arch]), 3)
-
-
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return resource usage and machine code, by the tools in Triton's wheel."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    def call(*command: str) -> str:
-        done = subprocess.run([str(tools / command[0]), *command[1:]], capture_output=True, text=True)
-        return done.stdout + done.stderr if done.returncode == 0 else ""
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = call("nvdisasm", "-c", file.name) or call("cuobjdump", "-sass", file.name)
-        return call("cuobjdump", "-res-usage", file.name), sass
+    channels = getattr(form, "dim", None)
+    return max(1, -(-channels // tile.k)) if channels else 1
 
 
 def line(r: dict[str, Any]) -> str:
     """Show one row."""
-    share = "" if r["predicted_share"] is None else f"{r['predicted_share']:.2f}"
+    start = f"{r['arch']:7}{r['kernel']:22}{r['dtype']:5}"
+    if "error" in r:
+        return f"{start}{r['problem']}: does not compile: {r['error']}"
     return (
-        f"{r['arch']:7}{r['kernel']:28}{r['dtype']:5} {r['what']:38}{r['registers']:4} reg"
-        f"{r['spill_bytes']:5} B spilled{r['shared_bytes']:7} B shared  {r['tensor_core']:8}"
-        f"{'SERIALISED ' if r['serialised'] else ''}{share}"
+        f"{start}{r['registers']:4} reg{r['spill_bytes']:5} B spilled{r['shared_bytes']:7} B shared"
+        f"  {r['tensor_core']:8}{'SERIALISED ' if r['serialised'] else ''}"
+        f"{'MISSING BARRIER ' if r['missing_barriers'] else ''}{r['problem']}: {r['what']}"
     )
+
+
+def save(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write one row per line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel and report the result; needs no GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as a JSON list")
-    parser.add_argument("--dim", type=int, default=512, help="channels D (default 512)")
-    quick = f"kernels without tensor-core products: {QUICK_ARCH} only"
+    troubles = "also write the rows that spill or do not compile as a JSON list"
+    parser.add_argument("--troubles", type=Path, metavar="FILE", help=troubles)
+    quick = f"fewer problems; only kernels with tensor-core products, except for sm_{QUICK}"
     parser.add_argument("--quick", action="store_true", help=quick)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -332,12 +364,13 @@ def main() -> None:
     # A cache of its own: no stale binary is read.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for job in jobs(arguments.dim, arguments.quick):
-            rows.append(compile_job(job))
-            print(line(rows[-1]), flush=True)
+        for found in report(arguments.quick):
+            rows.append(found)
+            print(line(found), flush=True)
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        save(rows, arguments.json)
+    if arguments.troubles:
+        save([found for found in rows if "error" in found or found["spill_bytes"]], arguments.troubles)
 
 
 if __name__ == "__main__":
