@@ -225,7 +225,8 @@ def _fill(
     """Fill the slots first, first + step, ... of one row."""
     # Triton 3.6 does not accept a field of a constexpr inside a tuple: bind it to a name.
     SLOTS: tl.constexpr = FORM.slots
-    there = _real(mask, row, tokens, BLOCK)
+    # The mask has no row of a padding video; those have no real token.
+    there = _real(mask, row, tl.where(count > 0, tokens, 0), BLOCK)
     rank = tl.cumsum(there, 0) - 1
     n = tl.arange(0, BLOCK)
     channel = tl.arange(0, FORM.channels)[None, :]

@@ -65,7 +65,7 @@ def bytes_of_pair(text: Tensor, video: Tensor, both: bool, maxima: bool) -> int:
 def keeps_matches(text: Tensor, video: Tensor, both: bool, maxima: bool = False) -> bool:
     """Say whether training keeps the matches and, if wanted, ``maxima``; device and shapes decide."""
     budget = MATCH_BUDGET.get(text.device.type)
-    return budget is None or len(text) * len(video) * bytes_of_pair(text, video, both, maxima) <= budget
+    return budget is None or text.shape[0] * video.shape[0] * bytes_of_pair(text, video, both, maxima) <= budget
 
 
 def maxima_dtype(text: Tensor, video: Tensor, normalize: bool) -> torch.dtype:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import drl_fast
@@ -169,3 +170,14 @@ def test_compiled(recomputing: Implementation, monkeypatch: pytest.MonkeyPatch, 
         torch.testing.assert_close(got.logits, want.logits, atol=1e-6, rtol=0)
         for name in LEAVES:
             torch.testing.assert_close(got.grads[name], want.grads[name], atol=1e-6, rtol=1e-5)
+
+
+def test_one_graph_serves_all_batch_sizes(recomputing: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    budget(monkeypatch, recomputing, 1 << 30)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(drl_fast.token_interaction, fullgraph=True, backend=graphs, dynamic=True)
+    for shape in [(5, 9, 6, 4), (7, 9, 8, 4), (11, 9, 3, 4)]:
+        p = make(shape, 16, masks=("holes", "prefix"), weights=torch.float32).map(lambda x: x.to(recomputing.device))
+        run(compiled, p, torch.randn(p.pairs))
+    assert graphs.frame_count == 1
