@@ -10,10 +10,10 @@ A text with at most 128 words takes 16, 32, 64 or 128 slots, whichever is the sm
 with more slots come first, so a text's first slot is a multiple of its number of slots. Longer rows take a multiple of
 128 slots, in row order. Videos are padded to a multiple of VIDEO_BLOCK.
 
-Then come 4-byte companions: per slot the token's scale (1 / norm), weight and position in the padded row; per row the
-number of real tokens; per text its first slot; per CHUNK of 16 word slots its text, -1 if none, and what the forward
-kernel must know about that text; and slots by class and block of COUNT_BLOCK texts, from which each program derives the
-first slot of its text.
+Then come 4-byte companions: per slot the token's scale (1 / norm), weight, position in the padded row, and the power of
+two by which a float16 token was multiplied; per row the number of real tokens; per text its first slot; per CHUNK of 16
+word slots its text, -1 if none, and what the forward kernel must know about that text; and slots by class and block of
+COUNT_BLOCK texts, from which each program derives the first slot of its text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def slots(texts: int, words: int, videos: int, frames: int) -> int:
 def packed_size(texts: int, words: int, videos: int, frames: int, dim: int, itemsize: int) -> int:
     """Return the number of elements, of ``itemsize`` bytes, of the packed form."""
     rows = slots(texts, words, videos, frames)
-    companions = 3 * rows + texts + padded_videos(videos)  # scale, weight, position; length
+    companions = 4 * rows + texts + padded_videos(videos)  # scale, weight, position, factor; length
     companions += texts + 1  # first slot; the last one is the number of slots in use
     companions += 2 * (word_slots(texts, words) // CHUNK)  # text of a chunk, and its properties
     companions += -(-texts // COUNT_BLOCK) * CLASSES

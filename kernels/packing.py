@@ -1,6 +1,7 @@
 """Pack the real tokens of both sides into dense slots (layout.py), and turn gradients of slots into those of the rows.
 
-    slot s of row r   <-  the s-th real token x of the row, unchanged; masked tokens are never read
+    slot s of row r   <-  the s-th real token x of the row; masked tokens are never read. Unchanged, except that unit
+                          tokens in float16 are multiplied by a power of two, and their gradients too
     scale             =   1 / |x|  (float32; 0 where |x| <= 1e-12 or overflows; 1 without normalisation)
     weight            =   the token's weight; NaN if the token holds a NaN or Inf; its slot is then zero
     grad x            =   H - u <u, H>,  u = scale x,  H the gradient of the token's raw dot products times the tokens
@@ -29,6 +30,7 @@ NOWHERE = tl.constexpr(-1)  # position of a slot without a token; -2 - n is that
 CHUNK, TAIL, TINY = tl.constexpr(layout.CHUNK), tl.constexpr(layout.TAIL), tl.constexpr(NORM_EPS)
 VIDEO_BLOCK, COUNT_BLOCK = tl.constexpr(layout.VIDEO_BLOCK), tl.constexpr(layout.COUNT_BLOCK)
 CLASSES = tl.constexpr(layout.CLASSES)
+ONE_TWICE, EXPONENT_BITS = tl.constexpr(254 << 23), tl.constexpr(255 << 23)
 # A chunk's properties: the chunks of its text in a tile, 1 to 8, and flags.
 CHUNKS_OF_TEXT, LEAD, HAS_MASKED, IS_EMPTY = tl.constexpr(15), tl.constexpr(16), tl.constexpr(32), tl.constexpr(64)
 LONGEST_CLASS = tl.constexpr(layout.LONGEST_CLASS)
@@ -72,6 +74,8 @@ class Form(NamedTuple):
     most: int  # the most slots of a text
     long: bool  # texts may take several tiles
     normalize: bool
+    rescale: bool  # multiply tokens by powers of two, so that their norms lie in [1, 2)
+    video_holes: bool  # a frame's slot may differ from its position
     clear: bool  # zero every unused word slot, not only the tail
 
 
@@ -94,17 +98,20 @@ class Packed(NamedTuple):
 
 @triton.jit
 def companions(packed, texts, videos, frames, MOST: tl.constexpr, D: tl.constexpr):
-    """Return pointers to scale, weight, position, length, first slot, a chunk's text and properties, slots by class."""
+    """Return pointers to scale, weight, position, factor, length, first slot, a chunk's text and properties, slots by
+    class.
+    """
     rows = (texts * MOST + TAIL).to(tl.int64) + tl.cdiv(videos, VIDEO_BLOCK).to(tl.int64) * VIDEO_BLOCK * frames
     scale = (packed + rows * D).to(tl.pointer_type(tl.float32), bitcast=True)
     weight = scale + rows
     position = (weight + rows).to(tl.pointer_type(tl.int32), bitcast=True)
-    length = position + rows
+    factor = (position + rows).to(tl.pointer_type(tl.float32), bitcast=True)
+    length = position + 2 * rows
     start = length + texts + tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK
     chunk_text = start + texts + 1
     chunk_about = chunk_text + (texts * MOST + TAIL) // CHUNK
     by_class = chunk_about + (texts * MOST + TAIL) // CHUNK
-    return scale, weight, position, length, start, chunk_text, chunk_about, by_class
+    return scale, weight, position, factor, length, start, chunk_text, chunk_about, by_class
 
 
 @triton.jit
@@ -142,7 +149,7 @@ def _count(mask, row, rows, tokens):
 @triton.jit(do_not_specialize=SIZES)
 def count_tokens(text_mask, video_mask, packed, texts, words, videos, frames, FORM: tl.constexpr):
     """Count the real tokens of COUNT_BLOCK rows; for texts also sum their slots by class."""
-    _, _, _, length, _, _, _, by_class = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
+    _, _, _, _, length, _, _, _, by_class = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
     text_blocks = tl.cdiv(texts, COUNT_BLOCK)
     block = tl.program_id(0)
     if block < text_blocks:
@@ -212,6 +219,7 @@ def _fill(
     scale,
     weight,
     position,
+    factor,
     row,
     count,
     tokens,
@@ -245,6 +253,12 @@ def _fill(
         if FORM.normalize:
             norm = tl.sqrt_rn(tl.sum(wide * wide, 1))
             alive = (norm > TINY) & (norm < float("inf"))
+            if FORM.rescale:
+                # 2^-e for a norm in [2^e, 2^(e + 1)), made from its exponent's bits.
+                power = ONE_TWICE - (tl.where(alive, norm, 1.0).to(tl.int32, bitcast=True) & EXPONENT_BITS)
+                power = power.to(tl.float32, bitcast=True)
+                wide *= power[:, None]
+                norm *= power
             inverse = tl.where(alive, tl.div_rn(tl.full((SLOTS,), 1.0, tl.float32), tl.where(alive, norm, 1.0)), 0.0)
         w = tl.zeros((SLOTS,), tl.float32)
         if weights is not None:
@@ -255,6 +269,8 @@ def _fill(
         clean = tl.where((inverse == 0.0)[:, None], 0.0, wide).to(x.dtype)
         tl.store(packed + slot[:, None] * FORM.padded + channel, clean, mask=inside[:, None] & (channel < FORM.padded))
         tl.store(scale + slot, inverse, mask=inside)
+        if FORM.rescale:
+            tl.store(factor + slot, power, mask=inside)
         tl.store(weight + slot, w, mask=inside)
         # The loop over frames is as long as the longest video, so a copy of a frame simply is that frame.
         of_copy = token if COPIES else -2 - token
@@ -277,7 +293,7 @@ def pack_rows(
     FORM: tl.constexpr,
 ):
     """Fill the slots of one text and of one video, and zero some slots after the last word."""
-    scale, weight, position, length, start, chunk_text, chunk_about, by_class = companions(
+    scale, weight, position, factor, length, start, chunk_text, chunk_about, by_class = companions(
         packed, texts, videos, frames, FORM.most, FORM.padded
     )
     row = tl.program_id(0).to(tl.int64)
@@ -302,6 +318,7 @@ def pack_rows(
             scale,
             weight,
             position,
+            factor,
             row,
             count,
             words,
@@ -321,6 +338,7 @@ def pack_rows(
             scale,
             weight,
             position,
+            factor,
             row,
             tl.load(length + texts + row),
             frames,
@@ -354,13 +372,14 @@ def _unpack_row(
     mask,
     packed,
     scale,
+    factor,
     out,
     row,
     tokens,
     first,
     step,
     skipped,
-    factor,
+    boost,
     BLOCK: tl.constexpr,
     FORM: tl.constexpr,
 ):
@@ -374,12 +393,16 @@ def _unpack_row(
         real = tl.sum(tl.where(m == n[:, None], there[None, :], 0), 1) != 0
         slot = first + rank.to(tl.int64) * step
         inside = real[:, None] & (channel < FORM.dim)
-        h = tl.load(grad + (slot - skipped)[:, None] * FORM.padded + channel, mask=inside, other=0.0) * factor
+        h = tl.load(grad + (slot - skipped)[:, None] * FORM.padded + channel, mask=inside, other=0.0)
+        if boost is not None:
+            h *= 1.0 / tl.load(boost)
         if FORM.normalize:
             inverse = tl.load(scale + slot, mask=real, other=0.0)[:, None]
             x = tl.load(packed + slot[:, None] * FORM.padded + channel, mask=inside, other=0.0)
             unit = x.to(tl.float32) * inverse
             h = tl.where(inverse == 0.0, 0.0, h - unit * tl.sum(unit * h, 1)[:, None])
+        if FORM.rescale:
+            h *= tl.load(factor + slot, mask=real, other=0.0)[:, None]
         at = (row * tokens + n)[:, None] * FORM.dim + channel
         tl.store(out + at, h.to(out.dtype.element_ty), mask=(n < tokens)[:, None] & (channel < FORM.dim))
 
@@ -401,34 +424,44 @@ def unpack_gradients(
     FORM: tl.constexpr,
 ):
     """Turn the gradients of one row's slots into those of its raw features. A side that is None is not written."""
-    scale, _, _, _, start, _, _, _ = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
+    scale, _, _, factor, _, start, _, _, _ = companions(packed, texts, videos, frames, FORM.most, FORM.padded)
     row = tl.program_id(0).to(tl.int64)
     word_rows = (texts * FORM.most + TAIL).to(tl.int64)
     padded = tl.cdiv(videos, VIDEO_BLOCK) * VIDEO_BLOCK
-    factor = 1.0
-    if boost is not None:
-        factor = 1.0 / tl.load(boost)
     if of_text is not None:
         if row < texts:
             first = tl.load(start + row).to(tl.int64)
             _unpack_row(
-                grad_words, text_mask, packed, scale, of_text, row, words, first, 1, 0, factor, FORM.words, FORM
+                grad_words,
+                text_mask,
+                packed,
+                scale,
+                factor,
+                of_text,
+                row,
+                words,
+                first,
+                1,
+                0,
+                boost,
+                FORM.words,
+                FORM,
             )
     if of_video is not None:
         if row < videos:
-            first = word_rows + row
             _unpack_row(
                 grad_frames,
                 video_mask,
                 packed,
                 scale,
+                factor,
                 of_video,
                 row,
                 frames,
-                first,
+                word_rows + row,
                 padded,
                 word_rows,
-                factor,
+                boost,
                 FORM.frames,
                 FORM,
             )
@@ -451,20 +484,24 @@ def _power_of_two(n: int) -> int:
 
 
 def form_of(text: Side, video: Side, normalize: bool, clear: bool) -> Form:
-    """Choose the constants: about 64 bytes of features per thread and step."""
+    """Choose the constants: at most 64 bytes of features and 128 comparisons of tokens per thread and step."""
     (_, words, dim), frames = text.features.shape, video.features.shape[1]
     padded, most = layout.padded_channels(dim), layout.most_slots(words)
-    channels = _power_of_two(padded)
+    channels, longest = _power_of_two(padded), _power_of_two(max(words, frames))
+    slots = min(8192 // text.features.itemsize // channels, 16384 // longest, longest)
     return Form(
         dim=dim,
         padded=padded,
         channels=channels,
-        slots=max(1, min(8192 // text.features.itemsize // channels, _power_of_two(max(words, frames)))),
+        slots=max(1, slots),
         words=_power_of_two(words),
         frames=_power_of_two(frames),
         most=most,
         long=most > layout.LONGEST_CLASS,
         normalize=normalize,
+        # float16 could not hold coefficients that contain the inverse norms of very small tokens.
+        rescale=normalize and text.features.dtype == torch.float16,
+        video_holes=video.mask is not None,
         clear=clear,
     )
 

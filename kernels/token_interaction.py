@@ -134,12 +134,12 @@ def _over_words(s, about, FORM: tl.constexpr):
     elif FORM.keyed:
         best = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         value = tl.maximum(best, tl.where(floor, OFFSET, 0.0)[None, :]) - OFFSET
-        index = value.to(tl.int32)
+        index = value.to(tl.int32)  # not used
         stored = value
     else:
         value = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         zero_wins = floor[None, :] & (value < 0)
-        index = value.to(tl.int32)
+        index = value.to(tl.int32)  # not used
         if FORM.matches:
             whole = tl.reshape(tl.broadcast_to(value[:, :, None], BM, CHUNKS, CHUNK), (BM, CHUNKS * CHUNK))
             index = tl.reshape(tl.where(s == whole, columns, LARGE), (BM, CHUNKS, CHUNK))
@@ -152,7 +152,7 @@ def _over_words(s, about, FORM: tl.constexpr):
 
 @triton.jit
 def _fixed_point(key):
-    """Round a key's value to FRACTION bits after the point."""
+    """Round a key's value to FRACTION bits after the point; as int16, which drops the exponent's bits."""
     return ((key >> 8).to(tl.int32) - ZERO_BITS + ROUNDING) >> DROPPED
 
 
@@ -333,11 +333,11 @@ def _store_frame(
 
 
 @triton.jit
-def _word_sums(value, weights, about, FORM: tl.constexpr):
-    """Sum value (BM, BN) times weight over each text's words, in an order that no tile shape changes."""
-    BM: tl.constexpr = value.shape[0]
-    CHUNKS: tl.constexpr = value.shape[1] // CHUNK
-    x = tl.sum(tl.reshape(value * weights[None, :], (BM, 2 * CHUNKS, CHUNK // 2)), axis=2)
+def _word_sums(terms, about, FORM: tl.constexpr):
+    """Sum terms (BM, BN) over each text's words, in an order that no tile shape changes."""
+    BM: tl.constexpr = terms.shape[0]
+    CHUNKS: tl.constexpr = terms.shape[1] // CHUNK
+    x = tl.sum(tl.reshape(terms, (BM, 2 * CHUNKS, CHUNK // 2)), axis=2)
     return _join(tl.sum(tl.reshape(x, (BM, CHUNKS, 2)), axis=2), about, FORM.most, "sum")
 
 
@@ -361,7 +361,7 @@ def interaction_forward(
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     CHUNKS: tl.constexpr = BN // CHUNK
-    scale, weight, position, length, start, chunk_text, chunk_about, _ = packing.companions(
+    scale, weight, position, _, length, start, chunk_text, chunk_about, _ = packing.companions(
         packed, texts, videos, frames, FORM.most, FORM.dim
     )
     word_rows = texts * FORM.most + packing.TAIL
@@ -393,7 +393,12 @@ def interaction_forward(
                 about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
                 if FORM.both:
                     value, column, stored = _over_words(s, about, FORM)
-                    total += value * of_video
+                    if FORM.keyed:
+                        total += value * of_video
+                    else:
+                        # A copy's weight is 0, and its similarity may be infinite.
+                        real = f < tl.load(length + texts + b0 + tl.arange(0, BM))
+                        total += tl.where(real[:, None], value * of_video, 0.0)
                     if FORM.matches:
                         _store_frame(
                             column,
@@ -441,7 +446,11 @@ def interaction_forward(
                 )
             about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
             weights = tl.load(weight + c0 + tl.arange(0, BN))
-            total += _word_sums(_finish(best, v_floor, FORM), weights, about, FORM)
+            terms = _finish(best, v_floor, FORM) * weights[None, :]
+            if not FORM.keyed:
+                real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
+                terms = tl.where(real[None, :], terms, 0.0)
+            total += _word_sums(terms, about, FORM)
         b = b0 + tl.arange(0, BM)
         about = tl.load(chunk_about + first // CHUNK + tl.arange(0, CHUNKS))
         text = tl.load(chunk_text + first // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
@@ -465,6 +474,8 @@ def forward(
     (A, Nt + Nv, B), int16 with FRACTION bits after the point for 16-bit unit tokens, else float32. If the video has no
     weights, compute only the text's direction, not halved; the maxima are then (A, Nt, B).
     """
+    if keep_maxima and not keep_matches:
+        raise ValueError("keep_maxima needs keep_matches: the kernel writes both or none")
     new = text.features.new_empty
     both = video.weight is not None
     a, nt, _ = text.features.shape

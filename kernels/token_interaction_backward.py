@@ -37,12 +37,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import layout, packing, tuning
-from .packing import NORM_EPS, Packed, Side
+from .packing import Packed, Side
 from .token_interaction import FRACTION, forward, maxima_dtype
 
 CHUNK = packing.CHUNK
-# The largest block of coefficients. 25 MB in 16 bits: half of an H100's L2 cache.
+# The largest block of coefficients in 16 bits; in 32 bits it has half the slots. 25 MB: half of an H100's L2 cache.
 SLOTS, COLUMNS = 4096, 3072
+# Videos of a program that sums over texts.
+SOME_VIDEOS = tl.constexpr(32)
 # Bytes of matches and maxima in a block of text rows. Each block costs a packing and a pass over all video gradients,
 # so there should be few; but a block must be small beside the memory of a training step.
 BLOCK_BYTES = 256 << 20
@@ -87,7 +89,7 @@ def expand_coefficients(
 ):
     """Write CHUNK rows of a block of coefficients for VIDEO_BLOCK videos and all frames of the block."""
     BK: tl.constexpr = packing.VIDEO_BLOCK
-    scale, weight, position, length, start, chunk_text, _, _ = packing.companions(
+    scale, weight, position, _, length, start, chunk_text, _, _ = packing.companions(
         packed, texts, videos, frames, FORM.most, FORM.padded
     )
     tiles = block_videos // BK
@@ -122,14 +124,17 @@ def expand_coefficients(
     target = out + row[:, None] + (b - video)[None, :]
     for f in tl.range(frame, frame + block_frames):
         at = texts * FORM.most + packing.TAIL + f * padded + b
-        place = tl.load(position + at)
+        place = f + tl.zeros((BK,), tl.int32)
+        if FORM.video_holes:
+            place = tl.load(position + at)
         exists = inside & (f < v_length)
-        c = tl.where(chosen == place[None, :], word_weight, 0.0)
+        # Select after multiplying: a NaN or Inf in g must not reach tokens that did not choose each other.
+        share = (g * tl.load(scale + at))[None, :] * of_word
+        c = tl.where(chosen == place[None, :], share * word_weight, 0.0)
         if text_index is not None:
             match = (text * frames + place) * videos + b
             by_frame = tl.load(text_index + match, mask=exists, other=0).to(tl.int32)
-            c += tl.where(by_frame[None, :] == word[:, None], tl.load(weight + at)[None, :], 0.0)
-        c = c * (g * tl.load(scale + at))[None, :] * of_word
+            c += tl.where(by_frame[None, :] == word[:, None], share * tl.load(weight + at)[None, :], 0.0)
         c = tl.where(exists[None, :] & real[:, None], c, 0.0)
         tl.store(target + (f - frame) * block_videos, c.to(out.dtype.element_ty))
 
@@ -228,7 +233,7 @@ def multiply_tiles(
     BM: tl.constexpr = TILE.m
     D: tl.constexpr = FORM.padded
     PARTS: tl.constexpr = (D + TILE.n - 1) // TILE.n
-    _, _, _, _, start, _, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
+    _, _, _, _, _, start, _, _, _ = packing.companions(packed, texts, videos, frames, FORM.most, D)
     used = tl.minimum(tl.load(start + texts) - slot, slots)
     program = tl.program_id(0)
     of_words = 0
@@ -290,7 +295,9 @@ def _sum_over_videos(maxima, grad_logits, mask, out, program, words, videos, row
         b = b0 + tl.arange(0, BLOCK)
         at = (text * rows + n)[:, None] * videos + b[None, :]
         m = tl.load(maxima + at, mask=real[:, None] & (b < videos)[None, :], other=0).to(tl.float32)
-        acc += m * tl.load(grad_logits + text * videos + b, mask=b < videos, other=0.0)[None, :]
+        g = tl.load(grad_logits + text * videos + b, mask=b < videos, other=0.0)[None, :]
+        # A NaN or Inf in g must not reach a masked word, nor one that chose no frame.
+        acc += tl.where(m != 0.0, m * g, 0.0)
     tl.store(out + text * words + n, tl.sum(acc, 1) * FACTOR, mask=n < words)
 
 
@@ -298,22 +305,23 @@ def _sum_over_videos(maxima, grad_logits, mask, out, program, words, videos, row
 def _sum_over_texts(
     maxima, grad_logits, mask, out, program, texts, words, videos, frames, FACTOR: tl.constexpr, ADD: tl.constexpr
 ):
-    """Write the gradients of one frame's weight of BLOCK videos; ADD: add them to those of earlier texts."""
-    BLOCK: tl.constexpr = packing.VIDEO_BLOCK
-    f = program // tl.cdiv(videos, BLOCK)
-    b = program % tl.cdiv(videos, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    """Write the gradients of one frame's weight of SOME_VIDEOS videos; ADD: add them to those of earlier texts."""
+    TEXTS: tl.constexpr = 64
+    f = program // tl.cdiv(videos, SOME_VIDEOS)
+    b = program % tl.cdiv(videos, SOME_VIDEOS) * SOME_VIDEOS + tl.arange(0, SOME_VIDEOS)
     inside = b < videos
     real = inside
     target = b.to(tl.int64) * frames + f
     if mask is not None:
         real = tl.load(mask + target, mask=inside, other=0) != 0
-    acc = tl.zeros((CHUNK, BLOCK), tl.float32)
-    for a0 in tl.range(0, texts, CHUNK):
-        a = (a0 + tl.arange(0, CHUNK)).to(tl.int64)
+    acc = tl.zeros((TEXTS, SOME_VIDEOS), tl.float32)
+    for a0 in tl.range(0, texts, TEXTS):
+        a = (a0 + tl.arange(0, TEXTS)).to(tl.int64)
         there = (a < texts)[:, None] & real[None, :]
         at = (a * (words + frames) + words + f)[:, None] * videos + b[None, :]
         m = tl.load(maxima + at, mask=there, other=0).to(tl.float32)
-        acc += m * tl.load(grad_logits + a[:, None] * videos + b[None, :], mask=there, other=0.0)
+        g = tl.load(grad_logits + a[:, None] * videos + b[None, :], mask=there, other=0.0)
+        acc += tl.where(m != 0.0, m * g, 0.0)
     total = tl.sum(acc, 0) * FACTOR
     if ADD:
         total += tl.load(out + target, mask=inside, other=0.0)
@@ -336,19 +344,19 @@ def sum_weight_gradients(
     JOINT: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Sum g times maxima: over videos for the words of a text, or over texts for a frame of some videos."""
+    """Sum g times maxima: over texts for a frame of some videos (first: it takes longest), or over videos for words."""
     rows = words + frames if JOINT else words
     program = tl.program_id(0)
-    of_words = texts * tl.cdiv(words, CHUNK) if of_text is not None else 0
-    if of_text is not None:
-        if program < of_words:
-            _sum_over_videos(maxima, grad_logits, text_mask, of_text, program, words, videos, rows, FACTOR)
+    of_frames = frames * tl.cdiv(videos, SOME_VIDEOS) if of_video is not None else 0
     if of_video is not None:
-        if program >= of_words:
-            program -= of_words
+        if program < of_frames:
             _sum_over_texts(
                 maxima, grad_logits, video_mask, of_video, program, texts, words, videos, frames, FACTOR, ADD
             )
+    if of_text is not None:
+        if program >= of_frames:
+            program -= of_frames
+            _sum_over_videos(maxima, grad_logits, text_mask, of_text, program, words, videos, rows, FACTOR)
 
 
 def backward(
@@ -377,7 +385,7 @@ def backward(
         x if want else None for x, want in zip(grads, wanted, strict=True)
     )
     grad_logits = grad_logits.to(torch.float32).contiguous()
-    boost = _boost(grad_logits, text, video, normalize) if of_features else None
+    boost = _boost(grad_logits, text, video) if of_features else None
     found_again = len(video_index) == 0 or (of_weights and len(maxima) == 0)
     step = _rows_of_a_block(text, video, normalize, of_weights)
     grad_frames = block = None
@@ -387,6 +395,7 @@ def backward(
         if found_again:
             kept = forward(part, video, normalize, zero_competes, True, of_weights)[1:]
         else:
+            # A block of rows has slots of its own, so what the forward pass packed serves only one block of all rows.
             kept = (*(_rows(x, rows) for x in (video_index, text_index, maxima)), packed if step >= a else packed[:0])
         if of_features:
             block = _packed(part, video, normalize, kept[3])
@@ -458,12 +467,13 @@ def _blocks(packed: Packed) -> Iterator[Block]:
     slots, frames = packed.word_slots - layout.TAIL, packed.sizes.frames
     videos = min(packed.videos, -(-COLUMNS // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK)
     step = max(1, COLUMNS // packed.videos)
-    for slot in range(0, slots, SLOTS):
+    most = max(layout.TAIL, 2 * SLOTS // packed.data.itemsize)
+    for slot in range(0, slots, most):
         for frame in range(0, frames, step):
             for video in range(0, packed.videos, videos):
                 some = min(videos, packed.videos - video)
                 column = frame * packed.videos + video
-                yield Block(slot, min(SLOTS, slots - slot), frame, min(step, frames - frame), video, some, column)
+                yield Block(slot, min(most, slots - slot), frame, min(step, frames - frame), video, some, column)
 
 
 def _multiply(
@@ -486,7 +496,7 @@ def _multiply(
             block.frames,
             block.videos,
             FORM=packed.form,
-            num_warps=4,
+            num_warps=8,
         )
         c = coefficients.as_strided((block.slots, block.columns), (block.columns, 1))
         product = _library_products if packed.form.clear else _tiled_products
@@ -579,7 +589,7 @@ def _sum_weights(
     if of_text is not None:
         programs += sizes.texts * -(-sizes.words // layout.CHUNK)
     if of_video is not None:
-        programs += sizes.frames * -(-sizes.videos // layout.VIDEO_BLOCK)
+        programs += sizes.frames * -(-sizes.videos // SOME_VIDEOS.value)
     unit = 2.0**-FRACTION.value if maxima.dtype == torch.int16 else 1.0
     masks = (None if x is None else x.contiguous() for x in (text.mask, video.mask))
     sum_weight_gradients[(programs,)](
@@ -595,29 +605,23 @@ def _sum_weights(
     )
 
 
-def _boost(grad_logits: Tensor, text: Side, video: Side, normalize: bool) -> Tensor | None:
+def _boost(grad_logits: Tensor, text: Side, video: Side) -> Tensor | None:
     """Choose a power of two that scales the largest coefficient close to float16's maximum; None for other dtypes.
 
     Gradients of a mean over many pairs are too small for float16. All blocks share the factor, so that they can be
-    added. It is computed on the device, without synchronisation.
+    added. It is computed on the device, without synchronisation. Packed tokens of float16 have norms of at least 1, so
+    their inverses do not matter.
     """
     if text.features.dtype != torch.float16:
         return None
-    (weight, scale), (video_weight, video_scale) = _peaks(text, normalize), _peaks(video, normalize)
-    peak = grad_logits.abs().amax() * torch.maximum(weight, video_weight) * 2 * scale * video_scale
+    peak = 2 * grad_logits.abs().amax() * torch.maximum(_largest_weight(text), _largest_weight(video))
     exponent = (14 - peak.log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100)
     return torch.ldexp(torch.ones_like(peak), exponent.to(torch.int32))
 
 
-def _peaks(side: Side, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Return the largest weight and the largest 1 / |x| of one side's real tokens."""
-    zero = torch.zeros((), dtype=torch.float32, device=side.features.device)
-    real = torch.ones_like(zero, dtype=torch.bool) if side.mask is None else side.mask
-    weight = zero
-    if side.weight is not None:
-        weight = torch.where(real, side.weight.to(torch.float32), 0.0).nan_to_num(0.0, 0.0, 0.0).abs().amax()
-    if not normalize:
-        return weight, zero + 1
-    norm = torch.linalg.vector_norm(side.features, dim=-1, dtype=torch.float32)
-    alive = real & (norm > NORM_EPS) & (norm < torch.inf)
-    return weight, torch.where(alive, 1 / norm, 0.0).amax()
+def _largest_weight(side: Side) -> Tensor:
+    """Return the largest weight of one side's real tokens; 0 without weights."""
+    if side.weight is None:
+        return torch.zeros((), dtype=torch.float32, device=side.features.device)
+    weight = side.weight if side.mask is None else torch.where(side.mask, side.weight, 0.0)
+    return weight.to(torch.float32).nan_to_num(0.0, 0.0, 0.0).abs().amax()

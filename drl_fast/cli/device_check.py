@@ -30,7 +30,8 @@ class Case(NamedTuple):
     frames: int
     normalize: bool = True
     both: bool = True
-    large: bool = False  # treat it as a large batch: keep no matches, run the backward over blocks of text rows
+    large: bool = False  # treat it as a large batch: keep no matches, run the backward over small blocks
+    masks: bool = True
 
 
 CASES = (
@@ -42,6 +43,9 @@ CASES = (
     Case(9, 13, 11, 5, both=False),
     Case(33, 13, 3, 5, large=True),
     Case(18, 140, 2, 3, large=True),
+    # Texts of equal length, for which the library multiplies; 16 words leave no slot free.
+    Case(9, 16, 37, 5, masks=False),
+    Case(20, 13, 11, 5, masks=False, large=True),
 )
 
 
@@ -136,10 +140,12 @@ def relative(ours: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Tensor]:
 
 def choosers(inputs: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Return which tokens choose a match, for (A, Nt, B) and for (A, Nv, B) matches."""
-    text_mask, video_mask = inputs[4], inputs[5]
-    assert text_mask is not None
-    assert video_mask is not None
-    return text_mask[:, :, None], video_mask.T[None]
+    text, video, text_mask, video_mask = (inputs[i] for i in (0, 1, 4, 5))
+    assert text is not None
+    assert video is not None
+    of_text = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
+    of_video = torch.ones(video.shape[:2], dtype=torch.bool) if video_mask is None else video_mask
+    return of_text[:, :, None], of_video.T[None]
 
 
 def wrong_matches(ours: Tensor, truth: Tensor, real: Tensor) -> Tensor:
@@ -154,17 +160,18 @@ def to_float64(inputs: list[Tensor | None]) -> list[Tensor | None]:
 
 @contextmanager
 def small_blocks(device: str, small: bool) -> Iterator[None]:
-    """Make the Triton backward take as few text rows at a time as it can. Other devices have no such blocks."""
+    """Make the Triton backward work in blocks as small as they can be. Other devices have no such blocks."""
     if not small or dispatch.implementation(device) != "triton":
         yield
         return
     from drl_fast.kernels import token_interaction_backward as kernels
 
-    before, kernels.BLOCK_BYTES = kernels.BLOCK_BYTES, 1
+    before = kernels.BLOCK_BYTES, kernels.SLOTS, kernels.COLUMNS
+    kernels.BLOCK_BYTES, kernels.SLOTS, kernels.COLUMNS = 1, 1, 1
     try:
         yield
     finally:
-        kernels.BLOCK_BYTES = before
+        kernels.BLOCK_BYTES, kernels.SLOTS, kernels.COLUMNS = before
 
 
 def problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
@@ -172,8 +179,11 @@ def problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor
     generator = torch.Generator().manual_seed(0)
     sides = ((case.texts, case.words), (case.videos, case.frames))
     features = [torch.randn(*side, 80, generator=generator).to(dtype) for side in sides]
-    masks = [torch.rand(side, generator=generator) < 0.7 for side in sides]
-    masks[0] &= torch.arange(case.words) < torch.linspace(case.words / 8, case.words, case.texts).ceil()[:, None]
+    masks: list[Tensor | None] = [None, None]
+    if case.masks:
+        lengths = torch.linspace(case.words / 8, case.words, case.texts).ceil()[:, None]
+        real, masks[1] = (torch.rand(side, generator=generator) < 0.7 for side in sides)
+        masks[0] = real & (torch.arange(case.words) < lengths)
     weights = [torch.rand(side, generator=generator) for side in sides]
     probe = torch.randn(case.texts, case.videos, generator=generator)
     return [*features, weights[0], weights[1] if case.both else None, *masks], probe

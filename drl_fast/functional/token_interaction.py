@@ -125,7 +125,7 @@ def interact(
         )
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     learned = train and any(x is not None and x.requires_grad for x in inputs[2:])
-    kept = train and op.keeps_matches(text, video, bidirectional, learned)
+    kept = train and op.keeps_matches(text, video, bidirectional, learned, normalize)
     logits, video_index, text_index, *_ = op.token_interaction(
         *inputs, text_mask, video_mask, normalize, masking == "drl", return_matches or kept, kept and learned
     )

@@ -10,8 +10,8 @@ The forward pass keeps a running maximum and sum of exponentials for every row a
 parts, the maximum and the log of the sum: adding them would lose the digits that distinguish a well-trained positive's
 probability from 1.
 
-In one process, the forward pass of a training step scores all pairs at once and keeps their logits and matches if these
-fit ``KEPT_BYTES``; shapes alone decide. Otherwise, and over a group, the forward pass keeps none, and the backward pass
+In one process, the forward pass of a training step scores all pairs at once and keeps their logits and matches (on CUDA
+also maxima, for the weights' gradients) if these fit ``KEPT_BYTES``; shapes alone decide. Otherwise, and over a group, the forward pass keeps none, and the backward pass
 scores each block once more, now with its matches. Both ways give the same bits.
 
 Memory in addition to the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), the logits and matches if
@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from ..distributed.exchange import Exchange, WeightedTokens
-from ..numerics import accumulation_dtype, index_dtype
+from ..numerics import accumulation_dtype
 from . import token_interaction as op
 from .no_double_backward import differentiable_once
 
-# Size of one block's matches and logits.
+# Size of one block's logits, matches and maxima.
 BLOCK_BYTES = 16 << 20
-# Most bytes of matches and logits to keep for the backward pass: enough for 2,364 pairs of 32 words and 12 frames.
+# Most bytes of logits, matches and maxima to keep for the backward pass: enough for 2,364 pairs of 32 words and 12
+# frames; on CUDA with learned weights, whose maxima are kept as well, for 1,404.
 KEPT_BYTES = 256 << 20
 # Copies of a block of logits that exist at once: logits, exponentials, temporaries.
 COPIES = 4
@@ -99,7 +100,8 @@ class Loss(torch.autograd.Function):
         video = WeightedTokens(video_features, video_weight, video_mask, owner)
         matches = any(needs[:4])
         maxima = any(needs[2:4])
-        size = bytes_of_scores(text, video, matches=matches, maxima=maxima)
+        pair = text.weight.itemsize + kept_bytes(text, video, rule, matches, maxima)
+        size = len(text.weight) * len(video.weight) * pair
         keeps = exchange.group is None and any(needs) and size <= KEPT_BYTES
         # Not the packed form: the backward pass works on blocks of texts.
         kept = score(text, video, rule, matches, maxima)[:4] if keeps else ()
@@ -107,7 +109,7 @@ class Loss(torch.autograd.Function):
         visit = exchange.start(video, merge_sums, [2 * count for count in exchange.rows])
         for source, videos in visit:
             columns = empty_sums(videos.features)
-            for block in blocks(text, videos, matches=False):
+            for block in blocks(text, videos, rule):
                 part, own = cut(text, block), block.start if source == exchange.rank else None
                 logits = kept[0][block] if kept else score(part, videos, rule)[0]
                 x = scaled(logits, scale, part, videos, own)
@@ -186,7 +188,7 @@ def gradients(
     visit = exchange.start(video, torch.add, sizes)
     for source, videos in visit:
         video_sums = Sums(videos, of_video)
-        for block in blocks(text, videos, matches=tokens):
+        for block in blocks(text, videos, rule, matches=tokens, maxima=maxima):
             part, own = cut(text, block), block.start if source == exchange.rank else None
             if kept:
                 logits, *found = *(x[block] for x in kept), part.features.new_empty(0)
@@ -269,26 +271,25 @@ def differentiate(
     )
 
 
-def blocks(text: WeightedTokens, video: WeightedTokens, *, matches: bool) -> Iterator[slice]:
-    """Cut texts into blocks of similar size whose matches and logits against all videos fit ``BLOCK_BYTES``."""
-    count, length = text.features.shape[:2]
-    others, frames = video.features.shape[:2]
-    a_pair = COPIES * text.weight.itemsize + matches * match_bytes(length, frames)
+def blocks(
+    text: WeightedTokens, video: WeightedTokens, rule: Rule, *, matches: bool = False, maxima: bool = False
+) -> Iterator[slice]:
+    """Cut texts into blocks of similar size; what a block needs against all videos fits ``BLOCK_BYTES``.
+
+    That is its logits and, if wanted, matches and maxima.
+    """
+    count, length = text.weight.shape
+    others = len(video.weight)
+    a_pair = COPIES * text.weight.itemsize + kept_bytes(text, video, rule, matches, maxima)
     rows = max(1, BLOCK_BYTES // (a_pair * max(1, others)), LEAST_WORDS // length)
     pieces = -(-count // rows) if others else 0
     for piece in range(pieces):
         yield slice(piece * count // pieces, (piece + 1) * count // pieces)
 
 
-def match_bytes(words: int, frames: int) -> int:
-    """Return the bytes of one pair's matches."""
-    return words * index_dtype(frames).itemsize + frames * index_dtype(words).itemsize
-
-
-def bytes_of_scores(text: WeightedTokens, video: WeightedTokens, *, matches: bool, maxima: bool) -> int:
-    """Return the bytes of the logits, and of matches and maxima if wanted, of all pairs."""
-    kept = op.bytes_of_pair(text.features, video.features, True, maxima) if matches else 0
-    return len(text.weight) * len(video.weight) * (text.weight.itemsize + kept)
+def kept_bytes(text: WeightedTokens, video: WeightedTokens, rule: Rule, matches: bool, maxima: bool) -> int:
+    """Return the bytes of one pair's matches and maxima; 0 if no matches are wanted."""
+    return op.bytes_of_pair(text.features, video.features, True, maxima, rule.normalize) if matches else 0
 
 
 def cut(side: WeightedTokens, rows: slice) -> WeightedTokens:

@@ -53,19 +53,20 @@ token_interaction = torch.ops.drl_fast.token_interaction.default
 MATCH_BUDGET = {"cuda": 1 << 30}
 
 
-def bytes_of_pair(text: Tensor, video: Tensor, both: bool, maxima: bool) -> int:
+def bytes_of_pair(text: Tensor, video: Tensor, both: bool, maxima: bool, normalize: bool) -> int:
     """Return the bytes of one pair's matches, of ``both`` directions or the first, and of its ``maxima``."""
     words, frames = text.shape[1], video.shape[1]
     # Only the Triton kernels keep maxima.
-    value = maxima_dtype(text, video, True).itemsize if maxima and text.device.type in MATCH_BUDGET else 0
+    value = maxima_dtype(text, video, normalize).itemsize if maxima and text.device.type in MATCH_BUDGET else 0
     first = words * (index_dtype(frames).itemsize + value)
     return first + frames * (index_dtype(words).itemsize + value) if both else first
 
 
-def keeps_matches(text: Tensor, video: Tensor, both: bool, maxima: bool = False) -> bool:
+def keeps_matches(text: Tensor, video: Tensor, both: bool, maxima: bool, normalize: bool) -> bool:
     """Say whether training keeps the matches and, if wanted, ``maxima``; device and shapes decide."""
     budget = MATCH_BUDGET.get(text.device.type)
-    return budget is None or text.shape[0] * video.shape[0] * bytes_of_pair(text, video, both, maxima) <= budget
+    pair = bytes_of_pair(text, video, both, maxima, normalize)
+    return budget is None or text.shape[0] * video.shape[0] * pair <= budget
 
 
 def maxima_dtype(text: Tensor, video: Tensor, normalize: bool) -> torch.dtype:
@@ -138,7 +139,8 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     text, video, text_weight, video_weight, text_mask, video_mask, normalize, zero_competes, keep_matches, *_ = inputs
     _, *kept = output
-    if not keeps_matches(text, video, video_weight is not None, ctx.needs_input_grad[2] or ctx.needs_input_grad[3]):
+    learned = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    if not keeps_matches(text, video, video_weight is not None, learned, normalize):
         # The caller may have asked for them; the graph still does not keep them.
         kept = [x.new_empty(0) for x in kept]
     elif not keep_matches:

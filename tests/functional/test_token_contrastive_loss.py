@@ -71,6 +71,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Scored]:
     return calls
 
 
+RULE = ops.Rule(normalize=True, zero_competes=True)
+
+
 def owners(problem: Problem) -> Tensor:
     return torch.arange(len(problem.text), device=problem.text.device) * 7 % 5
 
@@ -201,7 +204,7 @@ def test_blocks_are_even_and_within_the_budget(monkeypatch: pytest.MonkeyPatch) 
             ops.WeightedTokens(torch.empty(rows, n, 1, device="meta"), torch.empty(rows, n, device="meta"), None, None)
             for n in (words, 8)
         ]
-        return [block.stop - block.start for block in ops.blocks(*sides, matches=matches)]
+        return [block.stop - block.start for block in ops.blocks(*sides, RULE, matches=matches)]
 
     assert sizes(100, True) == [100]
     many = sizes(3000, True)

@@ -76,6 +76,9 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (f"{OPS}_masks.py", "test_a_bad_real_token_affects_only_its_own_scores", ["nan", "inf"]),
     (f"{OPS}_masks.py", "test_nan_wins_the_maximum_at_every_position", ["4-drl", "1-exclude"]),
     (f"{OPS}_masks.py", "test_an_overflowing_product_is_not_hidden", ["3-True", "40-True", "3-False"]),
+    (f"{OPS}_masks.py", "test_an_infinite_similarity_does_not_depend_on_the_batch", []),
+    (f"{OPS}_masks.py", "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["nan", "inf"]),
+    (f"{OPS}_masks.py", "test_small_tokens_on_both_sides_keep_the_digits_of_others", []),
     (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float32", "torch.float16"]),
     (f"{OPS}_masks.py", "test_tiny_norms_that_are_not_zero", ["torch.float32"]),
     (

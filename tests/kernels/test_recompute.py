@@ -138,7 +138,7 @@ def test_the_graph_keeps_matches_only_within_the_budget(
 
 def test_cpu_tensors_keep_their_matches() -> None:
     text, video = (torch.empty(1, 1, 1).expand(10**6, n, 8) for n in (32, 12))
-    assert op.keeps_matches(text, video, True)
+    assert op.keeps_matches(text, video, True, True, True)
 
 
 @pytest.mark.parametrize(("batch", "kept"), [(4096, True), (5120, False)])
@@ -146,8 +146,13 @@ def test_the_budget_on_cuda(batch: int, kept: bool) -> None:
     """The choice depends on shapes only, so fake tensors suffice."""
     with torch._subclasses.FakeTensorMode():
         text, video = (torch.empty(batch, n, 512, device="cuda") for n in (32, 12))
-        assert op.keeps_matches(text, video, True) is kept
-        assert op.keeps_matches(text, video, False)
+        assert op.keeps_matches(text, video, True, False, True) is kept
+        assert op.keeps_matches(text, video, False, False, True)
+        # Maxima of float32 take four times the matches' bytes, those of 16-bit unit tokens twice.
+        assert not op.keeps_matches(text, video, True, True, True)
+        half = (text[:2800].bfloat16(), video[:2800].bfloat16(), True, True)
+        assert op.keeps_matches(*half, True)
+        assert not op.keeps_matches(*half, False)
 
 
 def test_matches_within_the_budget_must_be_kept(impl: Implementation) -> None:

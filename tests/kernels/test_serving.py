@@ -115,6 +115,22 @@ def test_length_classes() -> None:
     assert [layout.most_slots(n) for n in (1, 16, 17, 32, 33, 77, 128, 300)] == [16, 16, 32, 32, 64, 128, 128, 384]
 
 
+@pytest.mark.parametrize("tokens", [1, 255, 1000, 2000, 32767])
+def test_long_rows_are_packed_in_small_steps(tokens: int) -> None:
+    """A step compares all tokens of a row with its slots, in registers."""
+    pytest.importorskip("triton")
+    from drl_fast.kernels import packing
+
+    for channels in (8, 64, 4096):
+        side, one = (
+            packing.Side(torch.empty(1, n, channels, dtype=torch.float16, device="meta"), None, None)
+            for n in (tokens, 1)
+        )
+        form = packing.form_of(side, one, True, False)
+        assert form.slots * form.words <= 2**15
+        assert form.slots * form.channels <= 2**12
+
+
 def test_importing_the_package_does_not_import_the_kernels() -> None:
     """The first CUDA tensor does."""
     import subprocess

@@ -141,6 +141,48 @@ def test_an_overflowing_product_is_not_hidden(impl: Implementation, words: int, 
     assert torch.equal(got.isfinite(), ~hit)
 
 
+def test_an_infinite_similarity_does_not_depend_on_the_batch(impl: Implementation) -> None:
+    """An empty slot has weight 0, and 0 times infinity is NaN; so empty slots must not count at all."""
+    text, video = torch.full((1, 2, 8), 1e25), torch.full((2, 3, 8), 1e25)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
+    inputs = [x.to(impl.device) for x in (text, video, mask)]
+    options = {"normalize": False, "masking": "exclude"}
+    both = drl_fast.token_interaction(inputs[0], inputs[1], video_mask=inputs[2], **options)
+    alone = drl_fast.token_interaction(inputs[0], inputs[1][:1], video_mask=inputs[2][:1], **options)
+    assert both.tolist() == [[math.inf, math.inf]]
+    assert alone.tolist() == [[math.inf]]
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_bad_upstream_gradient_reaches_only_its_own_tokens(impl: Implementation, poison: float) -> None:
+    problem = make((3, 5, 4, 6), 16, masks=("holes", "holes"), weights=torch.float32)
+    real = [problem.text_mask != 0, problem.video_mask != 0]
+    problem = problem.map(lambda x: x.to(impl.device))
+    probe = torch.ones(3, 4)
+    probe[0, 1] = poison
+    grads = run(drl_fast.token_interaction, problem, probe).grads
+    for name, mask, row in (("text", real[0], 0), ("video", real[1], 1)):
+        weight, features = grads[f"{name}_weight"].cpu(), grads[name].cpu()
+        assert not weight[~mask].any(), "a masked weight's gradient is 0"
+        assert not features[~mask].any()
+        others = torch.arange(len(mask)) != row
+        assert bool(weight[others].isfinite().all())
+        assert bool(features[others].isfinite().all())
+
+
+def test_small_tokens_on_both_sides_keep_the_digits_of_others(impl: Implementation) -> None:
+    """In float16 the inverse norms of both would leave the other tokens' gradients no digits."""
+    problem = make((6, 4, 5, 3), 64, torch.float16, weights=torch.float32)
+    problem.text[0, 0] *= 1e-4
+    problem.video[0, 0] *= 1e-4
+    probe = torch.randn(6, 5, dtype=torch.float64)
+    got = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device)), probe).grads
+    want = run(reference.token_interaction, problem.double(), probe).grads
+    for name in ("text", "video"):
+        ours, true = got[name][1:].cpu().double(), want[name][1:]
+        assert float((ours - true).abs().max() / true.abs().max()) < 1e-3, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_zero_vectors(impl: Implementation, dtype: torch.dtype) -> None:
     """A token of norm <= 1e-12 maps to 0, with gradient 0 (F.normalize's is 1e12 there)."""
