@@ -46,14 +46,6 @@ CDCR = (
 # Forms that spill today: architecture, kernel, tokens, and the problem that launches them. Spills cost speed only.
 SPILLS = {
     "sm_80 cdcr_partners fp32 diagonal",
-    "sm_90 interaction_forward bf16 77 words, 20 frames",
-    "sm_100 interaction_forward bf16 batch of 1024",
-    "sm_100 interaction_forward tf32 batch of 1024",
-    "sm_100 unpack_gradients tf32 batch of 1024",
-    "sm_100 interaction_forward bf16 batch of 1024, no masks",
-    "sm_100 interaction_forward fp16 batch of 1024",
-    "sm_100 multiply_tiles bf16 D = 64",
-    "sm_100 interaction_forward bf16 batch of 1024, D = 128",
 }
 
 
