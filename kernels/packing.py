@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import layout
+from . import layout, tuning
 
 NORM_EPS = 1e-12
 NOWHERE = tl.constexpr(-1)  # position of a slot without a token; -2 - n is that of a copy of word n
@@ -77,6 +77,10 @@ class Form(NamedTuple):
     rescale: bool  # multiply tokens by powers of two, so that their norms lie in [1, 2)
     video_holes: bool  # a frame's slot may differ from its position
     clear: bool  # zero every unused word slot, not only the tail
+
+    def of_slots(self) -> Form:
+        """Keep only what kernels on slots depend on, so that they are not compiled again for the rest."""
+        return self._replace(dim=0, channels=0, slots=0, words=0, frames=0, long=False, normalize=False, rescale=False)
 
 
 class Packed(NamedTuple):
@@ -528,9 +532,9 @@ def pack(text: Side, video: Side, normalize: bool, clear: bool) -> Packed:
     data = features.new_empty(layout.packed_size(*sizes, form.dim, features.itemsize))
     padded = layout.padded_videos(sizes.videos)
     blocks = -(-sizes.texts // layout.COUNT_BLOCK) + padded // layout.COUNT_BLOCK
-    count_tokens[(blocks,)](text.mask, video.mask, data, *sizes, FORM=form, num_warps=4)
+    count_tokens[(blocks,)](text.mask, video.mask, data, *sizes, FORM=form, **tuning.options(4))
     programs = max(sizes.texts, padded)
-    pack_rows[(programs,)](*text, *video, data, *sizes, FORM=form, num_warps=4 if form.channels <= 4096 else 8)
+    pack_rows[(programs,)](*text, *video, data, *sizes, FORM=form, **tuning.options(4 if form.channels <= 4096 else 8))
     return Packed(data, sizes, form)
 
 
@@ -565,5 +569,5 @@ def unpack(
         of_video,
         *sizes,
         FORM=form,
-        num_warps=4 if form.channels <= 4096 else 8,
+        **tuning.options(4 if form.channels <= 4096 else 8),
     )

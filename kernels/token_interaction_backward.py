@@ -13,7 +13,7 @@ memory. So C is written in blocks, in the features' dtype, and two matrix produc
       H of words (slots x D)   += C (slots x columns)   V (columns x D)
       H of frames (columns x D) += C^T (columns x slots)  T (slots x D)
 
-A block has at most SLOTS word slots and about COLUMNS frame slots (a column per frame and video), so it stays in a
+A block has at most SLOTS word slots and COLUMNS frame slots (a column per frame and video), so it stays in a
 GPU's L2 cache and memory is bounded. No atomics: each result has one owner that adds in a fixed order.
 
 The library multiplies where the number of word slots is known on the host (texts of equal length), and float32, which
@@ -42,7 +42,7 @@ from .token_interaction import FRACTION, forward, maxima_dtype
 
 CHUNK = packing.CHUNK
 # The largest block of coefficients in 16 bits; in 32 bits it has half the slots. 25 MB: half of an H100's L2 cache.
-SLOTS, COLUMNS = 4096, 3072
+SLOTS, COLUMNS = 3072, 4096
 # Videos of a program that sums over texts.
 SOME_VIDEOS = tl.constexpr(32)
 # Bytes of matches and maxima in a block of text rows. Each block costs a packing and a pass over all video gradients,
@@ -465,7 +465,9 @@ class Coefficients(NamedTuple):
 def _blocks(packed: Packed) -> Iterator[Block]:
     """Cut C into blocks: some frames of all videos, or one frame of some videos."""
     slots, frames = packed.word_slots - layout.TAIL, packed.sizes.frames
-    videos = min(packed.videos, -(-COLUMNS // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK)
+    # Parts of equal size, so that no launch is much smaller than the others.
+    parts = -(-packed.videos // COLUMNS)
+    videos = -(-packed.videos // parts // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK
     step = max(1, COLUMNS // packed.videos)
     most = max(layout.TAIL, 2 * SLOTS // packed.data.itemsize)
     for slot in range(0, slots, most):
@@ -495,8 +497,8 @@ def _multiply(
             block.video,
             block.frames,
             block.videos,
-            FORM=packed.form,
-            num_warps=8,
+            FORM=packed.form.of_slots(),
+            **tuning.options(8),
         )
         c = coefficients.as_strided((block.slots, block.columns), (block.columns, 1))
         product = _library_products if packed.form.clear else _tiled_products
@@ -556,7 +558,7 @@ def _tiled_products(
         add_frames,
         *packed.sizes,
         TILE=tile,
-        FORM=packed.form,
+        FORM=packed.form.of_slots()._replace(video_holes=False),
         **tuning.launch_options(tile),
     )
 
@@ -602,6 +604,7 @@ def _sum_weights(
         FACTOR=unit * (0.5 if both else 1.0),
         JOINT=both,
         ADD=add,
+        **tuning.options(4),
     )
 
 

@@ -132,5 +132,9 @@ def library_products(dtype: torch.dtype, masked: bool) -> bool:
 
 
 def launch_options(tile: Tile) -> dict[str, int | bool]:
+    return {**options(tile.warps), "num_stages": tile.stages}
+
+
+def options(warps: int) -> dict[str, int | bool]:
     # Set explicitly: Triton's default differs between versions (on in 3.9, off in 3.10).
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return {"num_warps": warps, "enable_fp_fusion": True}

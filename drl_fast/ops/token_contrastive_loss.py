@@ -11,8 +11,9 @@ parts, the maximum and the log of the sum: adding them would lose the digits tha
 probability from 1.
 
 In one process, the forward pass of a training step scores all pairs at once and keeps their logits and matches (on CUDA
-also maxima, for the weights' gradients) if these fit ``KEPT_BYTES``; shapes alone decide. Otherwise, and over a group, the forward pass keeps none, and the backward pass
-scores each block once more, now with its matches. Both ways give the same bits.
+also maxima, for the weights' gradients) if these fit ``KEPT_BYTES``; shapes alone decide. Otherwise, and over a group,
+the forward pass keeps none, and the backward pass scores each block once more, now with its matches. Both ways give the
+same bits.
 
 Memory in addition to the inputs: 6 numbers per training example, one block (``BLOCK_BYTES``), the logits and matches if
 they are kept, and in the backward pass the gradients in float32. Time: a training step of ``token_interaction`` and
