@@ -68,7 +68,7 @@ def test_error_is_far_below_the_limit(impl: Implementation, dtype: torch.dtype) 
 
 
 def forward_with(change: Callable[[Tensor], Tensor]) -> Callable:
-    def forward(text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(text: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         logits, *matches = chunked.forward(text, *arguments)
         return change(logits) if text.dtype != torch.float64 else logits, *matches
 
@@ -133,9 +133,9 @@ def test_a_wrong_decorrelation_is_found(name: str, results: int) -> None:
 def test_wrong_matches_are_found() -> None:
     """The logits are right, but the forward pass returns wrong matches."""
 
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits, video_index, text_index = chunked.forward(*arguments)
-        return logits, video_index.flip(1), text_index
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        logits, video_index, *others = chunked.forward(*arguments)
+        return logits, video_index.flip(1), *others
 
     with chunked_on_cpu(forward):
         result = doctor()
