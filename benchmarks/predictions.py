@@ -113,14 +113,15 @@ def pack_work(s: Sizes, launches: int) -> Work:
 
 
 def expand_work(s: Sizes, launches: int) -> Work:
-    block = backward.SLOTS * backward.COLUMNS * ITEM
+    block = min(backward.COEFFICIENT_BYTES, s.coefficients * ITEM)
     read = 4.0 * s.pairs + s.matches
     return Work(0.0, ((s.coefficients * ITEM, block), (read, read)))
 
 
 def product_work(s: Sizes, launches: int) -> Work:
-    blocks_of_words = -(-s.slots // backward.SLOTS)
-    blocks_of_frames = -(-s.columns // backward.COLUMNS)
+    columns = min(s.columns, backward.COLUMNS)
+    blocks_of_words = -(-s.slots * columns * ITEM // backward.COEFFICIENT_BYTES)
+    blocks_of_frames = -(-s.columns // columns)
     of_words, of_frames = 4.0 * s.slots * s.dim, 4.0 * s.columns * s.dim
     sums = (
         (of_words * (2 * blocks_of_frames - 1), of_words / blocks_of_words),

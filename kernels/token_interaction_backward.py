@@ -13,8 +13,8 @@ memory. So C is written in blocks, in the features' dtype, and two matrix produc
       H of words (slots x D)   += C (slots x columns)   V (columns x D)
       H of frames (columns x D) += C^T (columns x slots)  T (slots x D)
 
-A block has at most SLOTS word slots and COLUMNS frame slots (a column per frame and video), so it stays in a
-GPU's L2 cache and memory is bounded. No atomics: each result has one owner that adds in a fixed order.
+A block has at most COLUMNS columns, one per frame and video, and as many word slots as COEFFICIENT_BYTES allow, so it
+stays in a GPU's L2 cache and memory is bounded. No atomics: each result has one owner that adds in a fixed order.
 
 The library multiplies where the number of word slots is known on the host (texts of equal length), and float32, which
 then uses TF32 only if torch allows it. Elsewhere :func:`multiply_tiles` does, which ends at the words in use: captions
@@ -41,8 +41,9 @@ from .packing import Packed, Side
 from .token_interaction import FRACTION, forward, maxima_dtype
 
 CHUNK = packing.CHUNK
-# The largest block of coefficients in 16 bits; in 32 bits it has half the slots. 25 MB: half of an H100's L2 cache.
-SLOTS, COLUMNS = 3072, 4096
+# Size of the largest block of coefficients, half of an H100's L2 cache; and its most columns: with 16 bits and 3072
+# slots, both products have enough tiles to fill an H100.
+COEFFICIENT_BYTES, COLUMNS = 24 << 20, 4096
 # Videos of a program that sums over texts.
 SOME_VIDEOS = tl.constexpr(32)
 # Bytes of matches and maxima in a block of text rows. Each block costs a packing and a pass over all video gradients,
@@ -469,7 +470,8 @@ def _blocks(packed: Packed) -> Iterator[Block]:
     parts = -(-packed.videos // COLUMNS)
     videos = -(-packed.videos // parts // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK
     step = max(1, COLUMNS // packed.videos)
-    most = max(layout.TAIL, 2 * SLOTS // packed.data.itemsize)
+    columns = min(step, frames) * videos
+    most = max(1, COEFFICIENT_BYTES // (packed.data.itemsize * columns * layout.TAIL)) * layout.TAIL
     for slot in range(0, slots, most):
         for frame in range(0, frames, step):
             for video in range(0, packed.videos, videos):

@@ -166,12 +166,12 @@ def small_blocks(device: str, small: bool) -> Iterator[None]:
         return
     from drl_fast.kernels import token_interaction_backward as kernels
 
-    before = kernels.BLOCK_BYTES, kernels.SLOTS, kernels.COLUMNS
-    kernels.BLOCK_BYTES, kernels.SLOTS, kernels.COLUMNS = 1, 1, 1
+    before = kernels.BLOCK_BYTES, kernels.COEFFICIENT_BYTES, kernels.COLUMNS
+    kernels.BLOCK_BYTES, kernels.COEFFICIENT_BYTES, kernels.COLUMNS = 1, 1, 1
     try:
         yield
     finally:
-        kernels.BLOCK_BYTES, kernels.SLOTS, kernels.COLUMNS = before
+        kernels.BLOCK_BYTES, kernels.COEFFICIENT_BYTES, kernels.COLUMNS = before
 
 
 def problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:

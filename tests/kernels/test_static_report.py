@@ -46,6 +46,7 @@ CDCR = (
 # Forms that spill today: architecture, kernel, tokens, and the problem that launches them. Spills cost speed only.
 SPILLS = {
     "sm_80 cdcr_partners fp32 diagonal",
+    "sm_100 interaction_forward tf32 140 words",
 }
 
 
