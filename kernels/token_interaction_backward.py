@@ -466,12 +466,13 @@ class Coefficients(NamedTuple):
 def _blocks(packed: Packed) -> Iterator[Block]:
     """Cut C into blocks: some frames of all videos, or one frame of some videos."""
     slots, frames = packed.word_slots - layout.TAIL, packed.sizes.frames
-    # Parts of equal size, so that no launch is much smaller than the others.
+    # Parts of equal size, videos and slots, so that no launch is much smaller than the others.
     parts = -(-packed.videos // COLUMNS)
     videos = -(-packed.videos // parts // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK
     step = max(1, COLUMNS // packed.videos)
     columns = min(step, frames) * videos
     most = max(1, COEFFICIENT_BYTES // (packed.data.itemsize * columns * layout.TAIL)) * layout.TAIL
+    most = -(-slots // -(-slots // most) // layout.TAIL) * layout.TAIL
     for slot in range(0, slots, most):
         for frame in range(0, frames, step):
             for video in range(0, packed.videos, videos):
