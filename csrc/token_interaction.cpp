@@ -285,9 +285,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(Tensor gra
                                                                       Tensor text_weight, OptionalTensor video_weight,
                                                                       OptionalTensor text_mask,
                                                                       OptionalTensor video_mask, Tensor video_index,
-                                                                      Tensor text_index, Tensor, Tensor,
-                                                                      bool normalize, bool,
-                                                                      std::vector<bool> output_mask) {
+                                                                      Tensor text_index, Tensor, Tensor, bool normalize,
+                                                                      bool, std::vector<bool> output_mask) {
   const auto run = computes_in_double(text) ? backward<double> : backward<float>;
   return run(grad_logits, text, video, text_weight, video_weight, text_mask, video_mask, video_index, text_index,
              normalize, output_mask);
