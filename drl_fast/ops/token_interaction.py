@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.layout import packed_size
 from ..numerics import accumulation_dtype, index_dtype
 from . import gpu
 from .chunked import token_interaction as chunked
@@ -108,7 +107,11 @@ def _(
     b, nv, _ = video.shape
     served = keeps_packed(text)
     rows = nt + nv if video_weight is not None else nt
-    size = packed_size(a, nt, b, nv, dim, text.itemsize) if served and keep_matches and a * b > 0 else 0
+    size = 0
+    if served and keep_matches and a * b > 0:
+        from ..kernels.layout import packed_size  # the kernels' folder may be missing where they do not serve
+
+        size = packed_size(a, nt, b, nv, dim, text.itemsize)
     return (
         text.new_empty((a, b), dtype=accumulation_dtype(text.dtype)),
         text.new_empty((a, nt, b) if keep_matches else (0,), dtype=index_dtype(nv)),
