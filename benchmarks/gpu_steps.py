@@ -434,7 +434,7 @@ class Plan:
 
 def candidate(place: Place, change: Row) -> str:
     changes = [f"{name}={value}" for name, value in change.items()]
-    return " ".join([*place, *(changes or ["as it is"])])
+    return " ".join([*place, *(changes or ["unchanged"])])
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def microseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def recompiled(learned: list[Tensor], masks: list[Tensor]) -> int:
-    """Count the kernels that a last batch of other size compiles anew."""
+    """Count the kernels that a last batch of another size compiles again."""
 
     def step(rows: slice) -> set[str]:
         with fake_gpu.compiled_kernels() as launches:

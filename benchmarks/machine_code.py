@@ -183,9 +183,9 @@ class Code:
 
         A wait for WGMMA covers only the own warp group (4 warps). Before shared memory that the WGMMA reads is written
         again, all warps must therefore pass a barrier after the wait. Triton could leave it out until its pull request
-        11056 (issue 11047). Checked on every path from a wait: asynchronous copies and stores to shared memory. Those
-        that start beyond ``operand_bytes`` are not listed, because they write scratch memory or an operand of no WGMMA:
-        Triton places long-lived buffers first, the largest in front.
+        11056 (issue 11047). Checked on every path from a wait: asynchronous copies and stores to shared memory. Writes
+        that start beyond ``operand_bytes`` are left out: no WGMMA reads there, because Triton places the largest of its
+        long-lived buffers first and scratch memory after them.
         """
         if warps <= 4:
             return []

@@ -487,7 +487,7 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def form_of(text: Side, video: Side, normalize: bool, clear: bool) -> Form:
+def form_of(text: Side, video: Side, normalize: bool) -> Form:
     """Choose the constants: at most 64 bytes of features and 128 comparisons of tokens per thread and step."""
     (_, words, dim), frames = text.features.shape, video.features.shape[1]
     padded, most = layout.padded_channels(dim), layout.most_slots(words)
@@ -506,7 +506,8 @@ def form_of(text: Side, video: Side, normalize: bool, clear: bool) -> Form:
         # float16 could not hold coefficients that contain the inverse norms of very small tokens.
         rescale=normalize and text.features.dtype == torch.float16,
         video_holes=video.mask is not None,
-        clear=clear,
+        # The library multiplies all word slots, so none may hold garbage.
+        clear=tuning.library_products(text.features.dtype, text.mask is not None),
     )
 
 
@@ -514,14 +515,14 @@ def sizes_of(text: Side, video: Side) -> Sizes:
     return Sizes(*text.features.shape[:2], *video.features.shape[:2])
 
 
-def describe(text: Side, video: Side, normalize: bool, clear: bool, data: Tensor) -> Packed:
+def describe(text: Side, video: Side, normalize: bool, data: Tensor) -> Packed:
     """Describe an already packed form."""
-    return Packed(data, sizes_of(text, video), form_of(text, video, normalize, clear))
+    return Packed(data, sizes_of(text, video), form_of(text, video, normalize))
 
 
-def pack(text: Side, video: Side, normalize: bool, clear: bool) -> Packed:
+def pack(text: Side, video: Side, normalize: bool) -> Packed:
     """Pack both sides."""
-    sizes, form = sizes_of(text, video), form_of(text, video, normalize, clear)
+    sizes, form = sizes_of(text, video), form_of(text, video, normalize)
     if layout.slots(*sizes) >= 2**31:
         raise ValueError(
             f"text has {sizes.texts} rows of up to {form.most} token slots and video {sizes.videos} rows of "

@@ -238,13 +238,13 @@ def _store_words(
         text = tl.load(chunk_text + column // CHUNK).to(tl.int64)
         b = b0 + tl.arange(0, BM)
         here = (place >= 0)[None, :] & (b < videos)[:, None]
-        value = _finish(best, floor, FORM)
         if FORM.keyed:
             best = tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[:, None])
             frame = ((best & NOBODY) ^ NOBODY).to(tl.int32)
             value = _fixed_point(best)
         else:
             frame = tl.where((floor[:, None] & (best < 0)) | (frame == LARGE), FORM.none, frame)
+            value = _finish(best, floor, FORM)
         video = b[:, None].to(tl.int64)
         at = match_address(text[None, :], place[None, :], video, texts, words, videos, FORM)
         tl.store(matches + at, frame.to(matches.dtype.element_ty), mask=here)
@@ -488,15 +488,14 @@ def forward(
     if a == 0 or b == 0:
         return logits, video_index, text_index, maxima, new(0)
     keyed = maxima.dtype == torch.int16
-    clear = tuning.library_products(text.features.dtype, text.mask is not None)
-    packed = packing.pack(text, video, normalize, clear)
+    packed = packing.pack(text, video, normalize)
     out = (logits, video_index, text_index, maxima if keep_maxima else None)
     form = _form(packed, text, video, keyed, zero_competes, keep_matches)
     if both and packed.form.long:
         # Captions take several tiles here, and a frame's maximum over words would need all of them. So run one sweep
         # per direction; the second one swaps the sides.
         _launch(packed, out, form._replace(both=False, factor=0.5, joint=True))
-        swapped = packing.pack(video, text, normalize, clear)
+        swapped = packing.pack(video, text, normalize)
         other = _form(swapped, video, text, keyed, zero_competes, keep_matches)
         other = other._replace(both=False, factor=0.5, joint=True, swapped=True, add=True)
         _launch(swapped, (logits, text_index, video_index, out[3]), other)

@@ -448,10 +448,7 @@ def _rows_of_a_block(text: Side, video: Side, normalize: bool, maxima: bool) -> 
 
 def _packed(text: Side, video: Side, normalize: bool, data: Tensor) -> Packed:
     """Describe what the forward pass packed, or pack again."""
-    clear = tuning.library_products(text.features.dtype, text.mask is not None)
-    if len(data):
-        return packing.describe(text, video, normalize, clear, data)
-    return packing.pack(text, video, normalize, clear)
+    return packing.describe(text, video, normalize, data) if len(data) else packing.pack(text, video, normalize)
 
 
 class Coefficients(NamedTuple):
@@ -485,7 +482,7 @@ def _multiply(
     packed: Packed, of: Coefficients, grad_words: Tensor | None, grad_frames: Tensor | None, *, add: bool
 ) -> None:
     """Compute H of words (word slots, D'), and of frames (frames x videos, D'); add: to the present H of frames."""
-    blocks = list(_blocks(packed))
+    blocks, form = list(_blocks(packed)), packed.form.of_slots()
     size = max(block.slots * block.columns for block in blocks)
     coefficients = packed.data.new_empty(size)
     for block in blocks:
@@ -500,7 +497,7 @@ def _multiply(
             block.video,
             block.frames,
             block.videos,
-            FORM=packed.form.of_slots(),
+            FORM=form,
             **tuning.options(8),
         )
         c = coefficients.as_strided((block.slots, block.columns), (block.columns, 1))

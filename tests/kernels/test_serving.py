@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drl_fast.ops import dispatch, gpu
+from drl_fast.ops import token_interaction as op
 from drl_fast.ops.chunked import cdcr as chunked_cdcr
 from drl_fast.ops.chunked import token_interaction as chunked
 
@@ -105,7 +106,7 @@ def test_more_slots_than_32_bits_can_index() -> None:
     for text, video, rows in ((many, one, (134217728, 1)), (one, many, (1, 134217728))):
         pattern = rf"text has {rows[0]} rows of up to 16 token slots and video {rows[1]} rows.*in several calls"
         with pytest.raises(ValueError, match=pattern):
-            packing.pack(text, video, True, False)
+            packing.pack(text, video, True)
 
 
 def test_length_classes() -> None:
@@ -113,6 +114,29 @@ def test_length_classes() -> None:
     from drl_fast.kernels import layout
 
     assert [layout.most_slots(n) for n in (1, 16, 17, 32, 33, 77, 128, 300)] == [16, 16, 32, 32, 64, 128, 128, 384]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("words", "frames"), [(32, 12), (300, 4), (4, 300)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_operators_and_kernels_count_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch, words: int, frames: int, dtype: torch.dtype, normalize: bool
+) -> None:
+    """The kernels import nothing of the package, so both know what a pair's matches and maxima take."""
+    pytest.importorskip("triton")
+    from drl_fast.kernels import packing
+    from drl_fast.kernels import token_interaction as forward
+    from drl_fast.kernels import token_interaction_backward as backward
+
+    text, video = (torch.empty(2, n, 8, dtype=dtype) for n in (words, frames))
+    sides = [packing.Side(x, None, None) for x in (text, video)]
+    kind = op.maxima_dtype(text, video, normalize)
+    assert forward.maxima_dtype(*sides, normalize) == kind
+    monkeypatch.setitem(op.MATCH_BUDGET, "cpu", 0)
+    for both in (True, False):
+        for maxima in (True, False):
+            ours = backward.bytes_per_pair(words, frames, both, kind.itemsize if maxima else 0)
+            assert ours == op.bytes_of_pair(text, video, both, maxima, normalize)
 
 
 @pytest.mark.parametrize("tokens", [1, 255, 1000, 2000, 32767])
@@ -126,7 +150,7 @@ def test_long_rows_are_packed_in_small_steps(tokens: int) -> None:
             packing.Side(torch.empty(1, n, channels, dtype=torch.float16, device="meta"), None, None)
             for n in (tokens, 1)
         )
-        form = packing.form_of(side, one, True, False)
+        form = packing.form_of(side, one, True)
         assert form.slots * form.words <= 2**15
         assert form.slots * form.channels <= 2**12
 
