@@ -20,6 +20,7 @@ from .functional import (  # noqa: E402
     maxsim,
     token_contrastive_loss,
     token_interaction,
+    token_maxsim,
 )
 from .modules import DP, HI, MLP, TI, WTI, XTI  # noqa: E402
 
@@ -42,6 +43,7 @@ __all__ = [
     "modules",
     "token_contrastive_loss",
     "token_interaction",
+    "token_maxsim",
 ]
 
 

@@ -50,6 +50,20 @@ def best_match(similarity: Tensor, competes: Tensor, zero: Tensor, dim: int) -> 
     return torch.where(nobody, 0.0, best), torch.where(nobody, -1, index)
 
 
+def soft_pool(similarity: Tensor, takes_part: Tensor, dim: int, pooling: str, temperature: float) -> Tensor:
+    """Pool ``similarity`` over ``dim`` by softmax or logsumexp, among the tokens that take part; 0 where none does."""
+    takes_part = takes_part.expand_as(similarity)
+    some = takes_part.any(dim, keepdim=True)
+    # Without a token that takes part, both poolings and their gradients would be NaN.
+    takes_part = takes_part | ~some
+    scaled = similarity.masked_fill(~takes_part, -torch.inf) / temperature
+    if pooling == "softmax":
+        pooled = (scaled.softmax(dim) * similarity.masked_fill(~takes_part, 0)).sum(dim)
+    else:
+        pooled = temperature * scaled.logsumexp(dim)
+    return torch.where(some.squeeze(dim), pooled, 0)
+
+
 def token_interaction(
     text: Tensor,
     video: Tensor,
@@ -61,6 +75,8 @@ def token_interaction(
     normalize: bool = True,
     masking: str = "drl",
     bidirectional: bool = True,
+    pooling: str = "max",
+    temperature: float = 1.0,
     return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """Compute the token interaction's logits (A, B); see :func:`drl_fast.functional.token_interaction`."""
@@ -83,6 +99,10 @@ def token_interaction(
     zero_t = drl & (~t_real).any(-1)[:, None, None]
     m_t, frame = best_match(similarity, v_real[None, :, None, :], zero_v, dim=3)
     m_v, word = best_match(similarity, t_real[:, None, :, None], zero_t, dim=2)
+    if pooling != "max":
+        # Under "drl" masked tokens take part with the similarity 0 that their zeroed features give.
+        m_t = soft_pool(similarity, v_real[None, :, None, :] | drl, 3, pooling, temperature)
+        m_v = soft_pool(similarity, t_real[:, None, :, None] | drl, 2, pooling, temperature)
     # A masked token's own maximum is 0 whatever its weight, and it chooses no token.
     m_t, frame = torch.where(t_real[:, None, :], m_t, 0), torch.where(t_real[:, None, :], frame, -1)
     m_v, word = torch.where(v_real[None, :, :], m_v, 0), torch.where(v_real[None, :, :], word, -1)
@@ -94,6 +114,29 @@ def token_interaction(
     return (logits, (frame, word if bidirectional else None)) if return_matches else logits
 
 
+def token_maxsim(
+    text: Tensor,
+    video: Tensor,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    masking: str = "drl",
+) -> Tensor:
+    """Compute every text token's maximum over the tokens of every video: (A, B, Nt)."""
+    t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
+    if masking == "none":
+        t_real, v_real = torch.ones_like(t_real), torch.ones_like(v_real)
+    dtype = torch.promote_types(text.dtype, torch.float32)
+    t = torch.where(t_real[..., None], text, 0).to(dtype)
+    v = torch.where(v_real[..., None], video, 0).to(dtype)
+    if normalize:
+        t, v = unit(t), unit(v)
+    zero = (masking == "drl") & (~v_real).any(-1)[None, :, None]
+    best, _ = best_match(torch.einsum("aid,bjd->abij", t, v), v_real[None, :, None, :], zero, dim=3)
+    return torch.where(t_real[:, None, :], best, 0)
+
+
 def maxsim(
     query: Tensor,
     document: Tensor,
@@ -102,10 +145,14 @@ def maxsim(
     *,
     query_weight: Tensor | None = None,
     normalize: bool = False,
+    reduction: str = "sum",
+    masking: str = "exclude",
 ) -> Tensor:
     """Compute ColBERT's late interaction (Khattab & Zaharia 2020, section 3.3): logits (A, B)."""
-    if query_weight is None:
-        query_weight = torch.ones(query.shape[:2], dtype=query.dtype, device=query.device)
+    real = real_mask(query_mask, query)
+    query_weight = real.to(torch.promote_types(query.dtype, torch.float32)) if query_weight is None else query_weight
+    if reduction == "mean":
+        query_weight = query_weight / real.sum(-1, keepdim=True).clamp(min=1)
     scores = token_interaction(
         query,
         document,
@@ -114,7 +161,7 @@ def maxsim(
         query_mask,
         document_mask,
         normalize=normalize,
-        masking="exclude",
+        masking=masking,
         bidirectional=False,
     )
     assert isinstance(scores, Tensor)

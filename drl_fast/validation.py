@@ -18,6 +18,7 @@ from .numerics import accumulation_dtype
 
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MASKINGS = ("drl", "exclude", "none")
+POOLINGS = ("max", "softmax", "logsumexp")
 # Unicode's categories of control and format characters, halves of surrogate pairs, and separators of lines.
 UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Joins the parts of an emoji.
@@ -172,6 +173,18 @@ def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if not isinstance(value, str | int) or value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def pooling(value: object, temperature: object) -> float:
+    """Check a pooling and its temperature; return the temperature."""
+    option("pooling", value, POOLINGS)
+    number = positive_number("temperature", temperature, "similarities are divided by it")
+    if value == "max" and number != 1:
+        raise ValueError(
+            f"temperature must be 1 with pooling='max', which does not use it, got {number}; "
+            "leave it out, or choose pooling='softmax' or 'logsumexp'"
+        )
+    return number
 
 
 def flag(name: str, value: object) -> None:

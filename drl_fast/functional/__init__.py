@@ -6,6 +6,7 @@ from .info_nce import info_nce
 from .maxsim import maxsim
 from .token_contrastive_loss import token_contrastive_loss
 from .token_interaction import Matches, token_interaction
+from .token_maxsim import token_maxsim
 
 __all__ = [
     "Matches",
@@ -16,4 +17,5 @@ __all__ = [
     "maxsim",
     "token_contrastive_loss",
     "token_interaction",
+    "token_maxsim",
 ]

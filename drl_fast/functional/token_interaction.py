@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from .. import validation
 from ..numerics import accumulation_dtype, uniform_weight
 from ..ops import token_interaction as op
+from ..ops.soft_token_interaction import soft_token_interaction
 
 
 class Matches(NamedTuple):
@@ -33,6 +34,8 @@ def token_interaction(
     normalize: bool = True,
     masking: str = "drl",
     bidirectional: bool = True,
+    pooling: str = "max",
+    temperature: float = 1.0,
     return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, Matches]:
     r"""Score every text against every video by their tokens' best matches.
@@ -56,7 +59,12 @@ def token_interaction(
             only affect uniform weights. Except with ``"none"``, masked features are never read, and a masked token's
             own maximum is 0 whatever its weight.
         bidirectional: False: only the first sum, not halved.
-        return_matches: also return :class:`Matches`.
+        pooling: what replaces the maximum over the other side's tokens: ``"max"``, ``"softmax"`` (the mean of the
+            similarities S weighted by softmax(S / temperature)) or ``"logsumexp"`` (temperature * logsumexp(S /
+            temperature)). Under ``masking="drl"`` every masked token takes part with similarity 0, so the result
+            depends on how many there are.
+        temperature: of ``"softmax"`` and ``"logsumexp"``, > 0. Towards 0 both become the maximum.
+        return_matches: also return :class:`Matches`; with ``pooling="max"`` only.
 
     Returns:
         (A, B) logits, float32 (float64 for float64 input), not scaled by temperature; with ``return_matches`` a pair
@@ -64,14 +72,22 @@ def token_interaction(
 
     Raises:
         ValueError: wrong rank, sizes or devices that do not match, an unknown ``masking``, or a mask with NaN or a
-            negative value (checked on the CPU in eager mode only).
+            negative value (checked on the CPU in eager mode only); an unknown ``pooling``, a ``temperature`` that is
+            not positive or is given with ``"max"``, or ``return_matches`` with another pooling.
         TypeError: not a tensor, or an unsupported dtype.
 
-    Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction".
+    Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction"; the softmax over similarities: Ma et al.,
+    "X-CLIP", arXiv 2207.07285, section 3.4.
     """
     validation.option("masking", masking, validation.MASKINGS)
     for name, value in (("normalize", normalize), ("bidirectional", bidirectional), ("return_matches", return_matches)):
         validation.flag(name, value)
+    temperature = validation.pooling(pooling, temperature)
+    if return_matches and pooling != "max":
+        raise ValueError(
+            f"return_matches must be False with pooling={pooling!r}, in which a token chooses no single other; "
+            "call again with pooling='max' for matches"
+        )
     sides = validation.check_sides(text, video, text_mask, video_mask)
     if text_weight is not None:
         text_weight = validation.weight("text_weight", text_weight, sides.text, "A, Nt", "text")
@@ -89,6 +105,8 @@ def token_interaction(
         normalize=normalize,
         masking=masking,
         bidirectional=bidirectional,
+        pooling=pooling,
+        temperature=temperature,
         return_matches=return_matches,
     )
 
@@ -101,6 +119,8 @@ def interact(
     normalize: bool,
     masking: str,
     bidirectional: bool,
+    pooling: str = "max",
+    temperature: float = 1.0,
     return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, Matches]:
     """Compute :func:`token_interaction` of arguments that the caller has checked.
@@ -123,6 +143,9 @@ def interact(
         raise NotImplementedError(
             "drl_fast: the token interaction does not work under torch.func.grad; use torch.autograd.grad or backward()"
         )
+    if pooling != "max":
+        soft = normalize, masking == "drl", pooling == "logsumexp", temperature
+        return soft_token_interaction(*inputs, text_mask, video_mask, *soft)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     learned = train and any(x is not None and x.requires_grad for x in inputs[2:])
     kept = train and op.keeps_matches(text, video, bidirectional, learned, normalize)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..functional import Matches, token_interaction
+from .wti import pooling_repr
 
 
 class TI(nn.Module):
@@ -18,25 +19,40 @@ class TI(nn.Module):
         masking: ``"drl"``, ``"exclude"`` or ``"none"``.
         normalize: L2-normalise tokens first.
         bidirectional: False: only the text side's sum, not halved.
+        pooling: ``"max"``, ``"softmax"`` or ``"logsumexp"``, as in :func:`drl_fast.token_interaction`.
+        temperature: of ``"softmax"`` and ``"logsumexp"``, > 0.
 
     Raises:
-        ValueError: an unknown ``masking``.
+        ValueError: an unknown ``masking`` or ``pooling``, or a ``temperature`` that is not positive or is given with
+            ``"max"``.
         TypeError: an option that must be a bool is not one.
 
     Source: arXiv 2203.07111, section 3.2; Yao et al., "FILIP", arXiv 2111.07783, section 3.1.
     """
 
-    def __init__(self, *, masking: str = "drl", normalize: bool = True, bidirectional: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        masking: str = "drl",
+        normalize: bool = True,
+        bidirectional: bool = True,
+        pooling: str = "max",
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__()
         validation.option("masking", masking, validation.MASKINGS)
         validation.flag("normalize", normalize)
         validation.flag("bidirectional", bidirectional)
+        self.pooling, self.temperature = pooling, validation.pooling(pooling, temperature)
         self.masking = masking
         self.normalize = normalize
         self.bidirectional = bidirectional
 
     def extra_repr(self) -> str:
-        return f"masking={self.masking!r}, normalize={self.normalize}, bidirectional={self.bidirectional}"
+        return (
+            f"masking={self.masking!r}, normalize={self.normalize}, bidirectional={self.bidirectional}"
+            + pooling_repr(self)
+        )
 
     def forward(
         self,
@@ -62,5 +78,7 @@ class TI(nn.Module):
             normalize=self.normalize,
             masking=self.masking,
             bidirectional=self.bidirectional,
+            pooling=self.pooling,
+            temperature=self.temperature,
             return_matches=return_matches,
         )

@@ -28,9 +28,12 @@ class WTI(nn.Module):
         normalize: L2-normalise tokens before the similarity.
         weight_input: the tokens that the weight heads read: ``"raw"`` or ``"normalized"`` (codebases differ).
         bidirectional: False: only the text side's sum, not halved, and no ``video_weight_fc``.
+        pooling: ``"max"``, ``"softmax"`` or ``"logsumexp"``, as in :func:`drl_fast.token_interaction`.
+        temperature: of ``"softmax"`` and ``"logsumexp"``, > 0.
 
     Raises:
-        ValueError: ``arch`` outside 1..3, an unknown ``masking`` or ``weight_input``, or a size below 1.
+        ValueError: ``arch`` outside 1..3, an unknown ``masking``, ``weight_input`` or ``pooling``, a ``temperature``
+            that is not positive or is given with ``"max"``, or a size below 1.
         TypeError: a size is not an integer, or an option not a bool; in the call, tokens of a wider dtype than the
             parameters (float64 into float32), which would lose precision.
 
@@ -47,6 +50,8 @@ class WTI(nn.Module):
         normalize: bool = True,
         weight_input: str = "raw",
         bidirectional: bool = True,
+        pooling: str = "max",
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         validation.positive_int("dim", dim)
@@ -54,6 +59,7 @@ class WTI(nn.Module):
         validation.option("masking", masking, validation.MASKINGS)
         validation.flag("normalize", normalize)
         validation.flag("bidirectional", bidirectional)
+        self.pooling, self.temperature = pooling, validation.pooling(pooling, temperature)
         validation.option("weight_input", weight_input, ("raw", "normalized"))
         hidden = dim if hidden_dim is None else validation.positive_int("hidden_dim", hidden_dim)
         self.dim = dim
@@ -68,7 +74,7 @@ class WTI(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, masking={self.masking!r}, normalize={self.normalize}, "
-            f"weight_input={self.weight_input!r}, bidirectional={self.bidirectional}"
+            f"weight_input={self.weight_input!r}, bidirectional={self.bidirectional}" + pooling_repr(self)
         )
 
     def forward(
@@ -105,6 +111,8 @@ class WTI(nn.Module):
             normalize=self.normalize,
             masking=self.masking,
             bidirectional=self.bidirectional,
+            pooling=self.pooling,
+            temperature=self.temperature,
             return_matches=return_matches,
         )
 
@@ -125,6 +133,11 @@ class WTI(nn.Module):
         if self.bidirectional:
             video_weight = softmax_weights(self.video_weight_fc, sides.video, sides.video_mask, normalized=normalized)
         return softmax_weights(self.text_weight_fc, sides.text, sides.text_mask, normalized=normalized), video_weight
+
+
+def pooling_repr(layer: nn.Module) -> str:
+    """Show a layer's pooling if it is not the maximum."""
+    return "" if layer.pooling == "max" else f", pooling={layer.pooling!r}, temperature={layer.temperature}"
 
 
 def softmax_weights(head: nn.Module, tokens: Tensor, mask: Tensor | None, *, normalized: bool = False) -> Tensor:

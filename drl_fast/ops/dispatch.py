@@ -12,14 +12,14 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .. import autocast
 
-Operator = Callable[..., tuple[Tensor, ...]]
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("drl_fast", "DEF")
 LIBRARY.define("cpu_capability() -> str")
@@ -80,7 +80,7 @@ def triton_serves(x: Tensor) -> bool:
     return _triton_works(x.device) if x.is_cuda else True
 
 
-def triton_or(chunked: Operator) -> Callable[[Operator], Operator]:
+def triton_or(chunked: Callable[..., Any]) -> Callable[[Operator], Operator]:
     """Decorate a function that launches an operator's Triton kernels, with ``chunked`` as its fallback.
 
     ``chunked`` serves float64, GPUs older than :data:`OLDEST_CAPABILITY`, and installations without Triton. The first
@@ -89,14 +89,14 @@ def triton_or(chunked: Operator) -> Callable[[Operator], Operator]:
 
     def decorate(launch: Operator) -> Operator:
         @functools.wraps(launch)
-        def serve(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        def serve(x: Tensor, *others: Any) -> Any:
             if not triton_serves(x):
                 return chunked(x, *others)
             # Triton launches on the current device. The launchers' torch operations must not run under autocast.
             with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), autocast.off(x.device.type):
                 return launch(x, *others)
 
-        return serve
+        return cast(Operator, serve)
 
     return decorate
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .chunked import cdcr as chunked_cdcr
+from .chunked import soft_token_interaction as chunked_soft_token_interaction
 from .chunked import token_interaction as chunked_token_interaction
 from .dispatch import triton_or
 
@@ -47,6 +48,40 @@ def token_interaction_backward(
 
     sides = Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
     return kernels.backward(grad_logits, *sides, *kept_and_options)
+
+
+@triton_or(chunked_soft_token_interaction.forward)
+def soft_token_interaction(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    from drl_fast.kernels import soft_token_interaction as kernels
+    from drl_fast.kernels.packing import Side
+
+    return kernels.forward(Side(text, text_weight, text_mask), Side(video, video_weight, video_mask), *options)
+
+
+@triton_or(chunked_soft_token_interaction.backward)
+def soft_token_interaction_backward(
+    grad_logits: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import soft_token_interaction as kernels
+    from drl_fast.kernels.packing import Side
+
+    sides = Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
+    return kernels.backward(grad_logits, *sides, *options)
 
 
 @triton_or(chunked_cdcr.statistics)

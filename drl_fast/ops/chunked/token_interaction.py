@@ -152,8 +152,8 @@ def forward(
     none_v, none_t = _none(video_index), _none(text_index)
     with autocast.off(text.device.type):
         t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
-        wt = _pad_rows(text_weight, t)
-        wv = None if video_weight is None else _pad_rows(video_weight, v)
+        wt = pad_rows(text_weight, t)
+        wv = None if video_weight is None else pad_rows(video_weight, v)
         for sa, sb in blocks(t, v, a, b):
             s = similarities(t, v, sa, sb)
             value, index = best_frames(s, t, v, sa, sb, zero_competes)
@@ -224,21 +224,22 @@ def backward(
             if of_video:
                 grad_v[sb][:nb] += (flat.T @ t.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
         return (
-            _unnormalize(grad_t, t, text) if of_text else text.new_empty(0),
-            _unnormalize(grad_v, v, video) if of_video else video.new_empty(0),
+            unnormalize(grad_t, t, text) if of_text else text.new_empty(0),
+            unnormalize(grad_v, v, video) if of_video else video.new_empty(0),
             grad_wt[:a].clone() if of_text_weight else text_weight.new_empty(0),
             grad_wv[:b].clone() if of_video_weight and video_weight is not None else text_weight.new_empty(0),
         )
 
 
-def _unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
+def unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
     """Turn gradients of unit tokens into those of the features, without the last block's padding, in their dtype."""
     rows = len(features)
     grad = through_norm(grad[:rows], side.tokens[:rows], side.inverse_norm, side.real[:rows])
     return grad.to(features.dtype).contiguous()
 
 
-def _pad_rows(weight: Tensor, side: Side) -> Tensor:
+def pad_rows(weight: Tensor, side: Side) -> Tensor:
+    """Pad token weights to the side's whole blocks."""
     return torch.nn.functional.pad(weight, (0, 0, 0, len(side.tokens) - len(weight)))
 
 

@@ -1,0 +1,151 @@
+"""The token interaction with soft pooling, in blocks of a fixed shape; see :mod:`.token_interaction`.
+
+Sums over a token's candidates run in token order, for the reason given there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import autocast
+from ...numerics import accumulation_dtype
+from .token_interaction import Side, blocks, pad_rows, prepare, similarities, unnormalize, weighted_sum
+
+
+class Pooled(NamedTuple):
+    """The pooled values of one direction, and what their derivative needs; S is (C, Nt, V, Nv)."""
+
+    value: Tensor  # S without the pooled axis
+    probability: Tensor  # the softmax, of S's shape; 0 for tokens that do not take part
+    slope: Tensor  # d value / d S, of S's shape
+
+
+def pool(
+    s: Tensor, dim: int, takes_part: Tensor, zeros: Tensor, logsumexp: bool, temperature: float, counts: Tensor
+) -> Pooled:
+    """Pool S over ``dim``.
+
+    ``takes_part`` marks the candidates; ``zeros`` is the number of further candidates, all of similarity 0. ``counts``
+    marks the tokens whose values are wanted; others, and those without a candidate, get 0.
+    """
+    s = s.masked_fill(~takes_part, 0)
+    top = s.masked_fill(~takes_part, -torch.inf).amax(dim)
+    top = torch.where(zeros > 0, top.clamp(min=0), top)
+    counts = counts & (takes_part.any(dim) | (zeros > 0))
+    top = torch.where(counts, top, 0)
+    shifted = (s - top.unsqueeze(dim)) / temperature
+    exponential = torch.where(takes_part & counts.unsqueeze(dim), shifted.exp(), 0)
+    total = zeros * (-top / temperature).exp()
+    weighted = torch.zeros_like(total)
+    for e, x in zip(exponential.unbind(dim), s.unbind(dim), strict=True):
+        total = total + e
+        weighted = weighted + e * x
+    total = torch.where(counts, total, 1)
+    value = top + temperature * total.log() if logsumexp else weighted / total
+    probability = exponential / total.unsqueeze(dim)
+    slope = probability if logsumexp else probability * (1 + (s - value.unsqueeze(dim)) / temperature)
+    return Pooled(torch.where(counts, value, 0), probability, torch.where(takes_part & counts.unsqueeze(dim), slope, 0))
+
+
+def pool_block(
+    s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool, logsumexp: bool, temperature: float
+) -> tuple[Pooled, Pooled]:
+    """Pool one block's similarities over frames, values (C, Nt, V), and over words, values (C, V, Nv)."""
+    t_real, v_real = text.real[sa], video.real[sb]
+    t_zeros, v_zeros = (((~x).sum(1) * zero_competes).to(s.dtype) for x in (t_real, v_real))
+    real = t_real[:, :, None], v_real[None]
+    by_word = pool(s, 3, v_real[None, None], v_zeros[None, None], logsumexp, temperature, real[0])
+    by_frame = pool(s, 1, t_real[:, :, None, None], t_zeros[:, None, None], logsumexp, temperature, real[1])
+    # A pair with an empty side scores 0, masked zeros or not.
+    alive = t_real.any(1)[:, None] & v_real.any(1)[None]
+    return (
+        _keep(by_word, alive[:, None, :], 3),
+        _keep(by_frame, alive[:, :, None], 1),
+    )
+
+
+def _keep(pooled: Pooled, alive: Tensor, dim: int) -> Pooled:
+    value, probability, slope = pooled
+    wide = alive.unsqueeze(dim)
+    return Pooled(torch.where(alive, value, 0), torch.where(wide, probability, 0), torch.where(wide, slope, 0))
+
+
+def forward(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    normalize: bool,
+    zero_competes: bool,
+    logsumexp: bool,
+    temperature: float,
+) -> Tensor:
+    """Compute logits (A, B)."""
+    a, b = len(text), len(video)
+    logits = text.new_empty((a, b), dtype=accumulation_dtype(text.dtype))
+    with autocast.off(text.device.type):
+        t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
+        wt = pad_rows(text_weight, t)
+        wv = None if video_weight is None else pad_rows(video_weight, v)
+        for sa, sb in blocks(t, v, a, b):
+            s = similarities(t, v, sa, sb)
+            by_word, by_frame = pool_block(s, t, v, sa, sb, zero_competes, logsumexp, temperature)
+            total = weighted_sum(by_word.value, wt[sa][:, :, None])
+            if wv is not None:
+                total = (total + weighted_sum(by_frame.value.transpose(1, 2), wv[sb].T[None, :, :])) / 2
+            na, nb = logits[sa, sb].shape
+            logits[sa, sb] = total[:na, :nb]
+    return logits
+
+
+def backward(
+    grad_logits: Tensor,
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    normalize: bool,
+    zero_competes: bool,
+    logsumexp: bool,
+    temperature: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of both features and both weights; one that ``output_mask`` leaves out is empty."""
+    a, nt, _ = text.shape
+    b, nv, _ = video.shape
+    of_text, of_video, of_text_weight, of_video_weight = output_mask
+    with autocast.off(text.device.type):
+        t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
+        wt = pad_rows(text_weight, t)
+        wv = None if video_weight is None else pad_rows(video_weight, v)
+        grad_t, grad_v = torch.zeros_like(t.tokens), torch.zeros_like(v.tokens)
+        grad_wt, grad_wv = torch.zeros_like(t.tokens[..., 0]), torch.zeros_like(v.tokens[..., 0])
+        for sa, sb in blocks(t, v, a, b):
+            s = similarities(t, v, sa, sb)
+            by_word, by_frame = pool_block(s, t, v, sa, sb, zero_competes, logsumexp, temperature)
+            g = grad_logits[sa, sb].to(s.dtype)
+            na, nb = g.shape
+            g = (g if wv is None else g / 2)[:, None, :, None]
+            coefficient = by_word.slope[:na, :, :nb] * wt[sa][:na, :, None, None]
+            grad_wt[sa][:na] += (by_word.value[:na, :, :nb] * g[..., 0]).sum(2)
+            if wv is not None:
+                coefficient = coefficient + by_frame.slope[:na, :, :nb] * wv[sb][:nb]
+                grad_wv[sb][:nb] += (by_frame.value[:na, :nb] * g[:, 0]).sum(0)
+            flat = (coefficient * g).reshape(na * nt, nb * nv)
+            if of_text:
+                grad_t[sa][:na] += (flat @ v.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
+            if of_video:
+                grad_v[sb][:nb] += (flat.T @ t.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
+        return (
+            unnormalize(grad_t, t, text) if of_text else text.new_empty(0),
+            unnormalize(grad_v, v, video) if of_video else video.new_empty(0),
+            grad_wt[:a].clone() if of_text_weight else text_weight.new_empty(0),
+            grad_wv[:b].clone() if of_video_weight and wv is not None else text_weight.new_empty(0),
+        )
