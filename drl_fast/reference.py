@@ -182,11 +182,42 @@ def dot_product(
     return end_token @ pooled.T
 
 
-def info_nce(logits: Tensor, logit_scale: float | Tensor) -> Tensor:
-    """Average the row-wise and column-wise cross-entropies with the diagonal as targets."""
-    scaled = logits * logit_scale
-    target = torch.arange(len(scaled), device=scaled.device)
-    return (F.cross_entropy(scaled, target) + F.cross_entropy(scaled.T, target)) / 2
+def positive_mask(positives: Tensor | None, logits: Tensor) -> Tensor:
+    """Return positives as a bool (A, B) matrix; None: the diagonal."""
+    if positives is None:
+        return torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    if positives.dtype == torch.bool:
+        return positives
+    return positives[:, None] == torch.arange(logits.shape[1], device=logits.device)
+
+
+def info_nce(
+    logits: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    positives: Tensor | None = None,
+    direction: str = "both",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Average the row-wise and column-wise cross-entropies; see :func:`drl_fast.functional.info_nce`."""
+    scaled, positive = logits * logit_scale, positive_mask(positives, logits)
+    losses = []
+    for x, p in ((scaled, positive), (scaled.T, positive.T)):
+        rows = p.any(1)
+        log_softmax = x.log_softmax(1)[rows]
+        nll = -torch.where(p[rows], log_softmax, 0).sum(1) / p[rows].sum(1)
+        if label_smoothing:
+            nll = (1 - label_smoothing) * nll - label_smoothing * log_softmax.mean(1)
+        losses.append(nll.mean())
+    return {"t2v": losses[0], "v2t": losses[1], "both": (losses[0] + losses[1]) / 2}[direction]
+
+
+def sigmoid_loss(
+    logits: Tensor, logit_scale: float | Tensor, logit_bias: float | Tensor, positives: Tensor | None = None
+) -> Tensor:
+    """Compute SigLIP's loss (arXiv 2303.15343, section 3.2)."""
+    z = torch.where(positive_mask(positives, logits), 1, -1)
+    return -F.logsigmoid(z * (logits * logit_scale + logit_bias)).sum() / len(logits)
 
 
 def standardize(x: Tensor) -> Tensor:

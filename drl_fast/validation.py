@@ -208,6 +208,12 @@ def positive_number(name: str, value: object, remedy: str = "") -> float:
     return _accept(0 < x < math.inf, name, x, "positive and finite", remedy)
 
 
+def finite_number(name: str, value: object, remedy: str = "") -> float:
+    """Return a finite number, as a float."""
+    x = _real(name, value, remedy)
+    return _accept(math.isfinite(x), name, x, "finite", remedy)
+
+
 def non_negative_number(name: str, value: object, remedy: str = "") -> float:
     """Return a finite number of 0 or more, as a float."""
     x = _real(name, value, remedy)

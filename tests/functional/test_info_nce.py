@@ -84,7 +84,7 @@ def test_compiles() -> None:
     ("logits", "scale", "error", "message"),
     [
         (torch.zeros(3, 4), 1.0, ValueError, r"logits must be square.*\(3, 4\)"),
-        (torch.zeros(3), 1.0, ValueError, "logits must be square"),
+        (torch.zeros(3), 1.0, ValueError, r"logits must be \(A, B\)"),
         (torch.zeros(0, 0), 1.0, ValueError, r"logits must hold at least one pair.*\(0, 0\)"),
         (torch.zeros(2, 2, dtype=torch.int64), 1.0, TypeError, "logits must be floating point.*int64"),
         ([[1.0]], 1.0, TypeError, "logits must be a torch.Tensor"),

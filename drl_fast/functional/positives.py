@@ -1,0 +1,66 @@
+"""Which text-video pairs are positives: the argument of all contrastive losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import validation
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_positives(value: object, rows: int, columns: int, device: torch.device, square: str) -> Tensor:
+    """Check ``positives`` and return it as int64 (A,) columns, -1 for none, or as bool (A, B).
+
+    Args:
+        value: None (the diagonal, if A = B), integers (A,) or bool (A, B).
+        rows: A, the number of texts.
+        columns: B, the number of videos.
+        device: of the logits.
+        square: what to say of a rectangle without positives: the argument and what it must be.
+
+    Raises:
+        ValueError: another shape or device; on the CPU, a column that does not exist, or no positive at all.
+        TypeError: neither integers nor bool.
+    """
+    if value is None:
+        if rows != columns:
+            raise ValueError(square)
+        return torch.arange(rows, device=device)
+    x = validation.tensor("positives", value)
+    if x.dtype not in (*INTEGERS, torch.bool):
+        raise TypeError(
+            f"positives must be integers, a video's row for each text, or a bool matrix, got {x.dtype}; "
+            "convert it with positives.long()"
+        )
+    want = (rows, columns) if x.dtype == torch.bool else (rows,)
+    if tuple(x.shape) != want:
+        raise ValueError(
+            f"positives must be (A,) = ({rows},) integers or (A, B) = ({rows}, {columns}) bool, got "
+            f"{validation.describe(x)}"
+        )
+    if x.device != device:
+        raise ValueError(
+            f"positives must be on the logits' device {device}, got {x.device}; move it with "
+            f"positives.to({str(device)!r})"
+        )
+    x = validation.private_copy(x)
+    if x.dtype != torch.bool:
+        x = x.to(torch.int64)
+    if validation.values_are_visible(x):
+        if x.dtype != torch.bool and rows and not -1 <= int(x.min()) <= int(x.max()) < columns:
+            raise ValueError(
+                f"positives must lie in 0..{columns - 1}, video's rows, or be -1 for a text without a positive, got "
+                f"{int(x.min())}..{int(x.max())}"
+            )
+        if not bool((x if x.dtype == torch.bool else x >= 0).any()):
+            raise ValueError("positives must hold at least one positive pair, got none; skip such batches")
+    return x
+
+
+def positive_mask(positives: Tensor, columns: int) -> Tensor:
+    """Return checked positives as bool (A, B)."""
+    if positives.dtype == torch.bool:
+        return positives
+    return positives[:, None] == torch.arange(columns, device=positives.device)
