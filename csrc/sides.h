@@ -29,7 +29,7 @@ class Side {
        bool zero_competes)
       : features_(with_contiguous_tokens(features)),
         start_(features.size(0) + 1),
-        zero_competes_(features.size(0)),
+        zeros_(features.size(0)),
         token_at_(features.size(0) * features.size(1), -1) {
     const int64_t items = features.size(0), length = features.size(1);
     const Dtype dtype = dtype_of(features);
@@ -48,7 +48,7 @@ class Side {
       start_[item] = static_cast<int64_t>(row_.size());
       for (int64_t p = 0; p < length; p++) {
         if (real && real[item * mask->stride(0) + p * mask->stride(1)] == 0) {
-          zero_competes_[item] = zero_competes;
+          zeros_[item] += zero_competes;
           continue;
         }
         token_at_[item * length + p] = static_cast<int32_t>(row_.size());
@@ -71,7 +71,7 @@ class Side {
         .position = position_.data(),
         .row = row_.data(),
         .weight = weight ? weight_.data() : nullptr,
-        .zero_competes = zero_competes_.data(),
+        .zeros = zeros_.data(),
         .token_at = token_at_.data(),
     };
   }
@@ -87,7 +87,7 @@ class Side {
 
   Tensor features_;
   std::vector<int64_t> start_;
-  std::vector<uint8_t> zero_competes_;
+  std::vector<int32_t> zeros_;
   std::vector<int32_t> token_at_;
   std::vector<int32_t> position_;
   std::vector<const char*> row_;
@@ -138,7 +138,8 @@ class Lanes {
     position_.resize(steps);
     const int64_t columns = static_cast<int64_t>(groups.size()) * 2 * vector_;
     count_.resize(columns);
-    zero_competes_.resize(columns);
+    zeros_.resize(columns);
+    token_.assign(steps, -1);
     item_.resize(columns);
     int64_t step = 0;
     for (size_t g = 0; g < groups.size(); g++) {
@@ -170,15 +171,17 @@ class Lanes {
     group.weight = weight_.data() + step;
     group.position = position_.data() + step;
     group.count = count_.data() + column;
-    group.zero_competes = zero_competes_.data() + column;
+    group.zeros = zeros_.data() + column;
+    group.token = token_.data() + step;
     group.item = item_.data() + column;
     for (int l = 0; l < group.width && column + l < order_.size(); l++) {
       const int64_t item = order_[column + l], first = side_.start[item];
       item_[column + l] = item;
       count_[column + l] = static_cast<IntOf<T>>(length(item));
-      zero_competes_[column + l] = side_.zero_competes[item];
+      zeros_[column + l] = side_.zeros[item];
       for (int slot = 0; slot < group.slots; slot++) {
         const int64_t token = slot < length(item) ? first + slot : first;
+        if (slot < length(item)) token_[step + slot * group.width + l] = token;
         position_[step + slot * group.width + l] = side_.position[token];
         weight_[step + slot * group.width + l] = side_.weight ? side_.weight[token] : T(0);
       }
@@ -187,10 +190,10 @@ class Lanes {
 
   const Tokens<T>& side_;
   int vector_;
-  std::vector<int64_t> order_, item_;
+  std::vector<int64_t> order_, item_, token_;
   std::vector<T> weight_;
   std::vector<int32_t> position_;
-  std::vector<IntOf<T>> count_, zero_competes_;
+  std::vector<IntOf<T>> count_, zeros_;
   std::unique_ptr<Buffer<T>> panel_;
 };
 

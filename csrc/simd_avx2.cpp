@@ -12,6 +12,7 @@
 #define DRL_FAST_ISA avx2
 #define DRL_FAST_VECTOR_BYTES 32
 #define DRL_FAST_TILE_ROWS 6
+#define DRL_FAST_SUM_ROWS 6
 #define DRL_FAST_GATHER_VECTORS 8
 #include "simd_kernels.h"
 

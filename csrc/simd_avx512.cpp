@@ -13,6 +13,7 @@
 #define DRL_FAST_ISA avx512
 #define DRL_FAST_VECTOR_BYTES 64
 #define DRL_FAST_TILE_ROWS 8
+#define DRL_FAST_SUM_ROWS 14
 #define DRL_FAST_GATHER_VECTORS 16
 #include "simd_kernels.h"
 

@@ -4,11 +4,13 @@
 //   DRL_FAST_ISA             the set's name, which is also the namespace of everything compiled here
 //   DRL_FAST_VECTOR_BYTES    bytes of a vector
 //   DRL_FAST_TILE_ROWS       rows of the forward's register tile
+//   DRL_FAST_SUM_ROWS        rows of the register tile of add_product, whose sums are longer
 //   DRL_FAST_GATHER_VECTORS  vectors of D that the backward's gather sums in registers at once
 #pragma once
 
 #include "cdcr_kernels.h"
 #include "simd.h"
+#include "soft_token_interaction.h"
 #include "token_interaction_backward.h"
 #include "token_interaction_forward.h"
 
@@ -22,6 +24,9 @@ constexpr Kernels<T> token_interaction_kernels() {
       .pack_slot = pack_slot<T>,
       .forward = forward<T>,
       .backward = backward<T>,
+      .soft_forward = soft_forward<T>,
+      .soft_backward = soft_backward<T>,
+      .add_product = add_product<T>,
       .store_gradient = store_gradient<T>,
   };
 }

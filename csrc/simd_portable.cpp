@@ -4,6 +4,7 @@
 #define DRL_FAST_ISA portable
 #define DRL_FAST_VECTOR_BYTES 16
 #define DRL_FAST_TILE_ROWS 4
+#define DRL_FAST_SUM_ROWS 4
 #define DRL_FAST_GATHER_VECTORS 8
 #include "simd_kernels.h"
 

@@ -33,12 +33,12 @@ struct Tokens {
   Dtype dtype;
   int64_t items, length, dim;
   bool normalize;
-  const int64_t* start;          // [items + 1] first token of each item
-  const int32_t* position;       // [tokens] place in the padded row
-  const char* const* row;        // [tokens] the token's features, contiguous
-  const T* weight;               // [tokens], or null if this side's sum is not wanted
-  const uint8_t* zero_competes;  // [items] whether a masked token's similarity of 0 is a candidate
-  const int32_t* token_at;       // [items * length] the token at a padded position, -1 if masked (backward only)
+  const int64_t* start;     // [items + 1] first token of each item
+  const int32_t* position;  // [tokens] place in the padded row
+  const char* const* row;   // [tokens] the token's features, contiguous
+  const T* weight;          // [tokens], or null if this side's sum is not wanted
+  const int32_t* zeros;     // [items] masked tokens whose similarity of 0 is a candidate
+  const int32_t* token_at;  // [items * length] the token at a padded position, -1 if masked (backward only)
 };
 
 // One side's matches: element (item, position, other item) of a uint8 or int16 array.
@@ -52,12 +52,13 @@ struct Matches {
 template <class T>
 struct Group {
   int width, slots;
-  T* panel;                       // [slots][dim][width]
-  const T* weight;                // [slots][width]
-  const IntOf<T>* count;          // [width] real tokens of the lane's item, 0 for an unused lane
-  const IntOf<T>* zero_competes;  // [width]
-  const int32_t* position;        // [slots][width]
-  const int64_t* item;            // [width]
+  T* panel;                 // [slots][dim][width]
+  const T* weight;          // [slots][width]
+  const IntOf<T>* count;    // [width] real tokens of the lane's item, 0 for an unused lane
+  const IntOf<T>* zeros;    // [width]
+  const int32_t* position;  // [slots][width]
+  const int64_t* token;     // [slots][width], -1 for an unused lane or slot
+  const int64_t* item;      // [width]
 };
 
 template <class T>
@@ -117,6 +118,33 @@ struct BackwardScratch {
   bool stale_match;      // whether a match named a token that is masked or beyond its row
 };
 
+// The interaction with softmax or logsumexp in place of the maximum, in both passes.
+template <class T>
+struct SoftJob {
+  Tokens<T> rows, lanes;
+  T scale;  // 1/2 for two directions, 1 for one
+  T temperature;
+  bool logsumexp;
+  T* logits;             // forward only
+  const T* grad_logits;  // backward only
+  int64_t logits_stride_row, logits_stride_lane;
+};
+
+// One block of whole row items against one group, and one thread's scratch memory for it.
+template <class T>
+struct SoftBlock {
+  int64_t first_item, last_item;
+  const T* rows;  // [rows][padded dim] the block's normalized tokens
+  T* similarity;  // [rows][stride] S in columns (slot, lane); the backward turns it into d loss / d S
+  int64_t stride;
+  T* row_value;         // [rows][width]
+  T* row_factor;        // [rows][width] 1 / sum of exponentials
+  T* exponential;       // [rows][slots * width], backward only
+  T* column;            // [rows][vector], backward only
+  T* grad_row_weight;   // [rows], backward only
+  T* grad_lane_weight;  // [slots * width], backward only
+};
+
 // Kernels of one instruction set for one T.
 template <class T>
 struct Kernels {
@@ -125,6 +153,11 @@ struct Kernels {
   void (*pack_slot)(const Tokens<T>&, const Group<T>&, int slot, T* scratch);
   void (*forward)(const ForwardJob<T>&, int64_t task, ForwardScratch<T>&);
   void (*backward)(const BackwardJob<T>&, int64_t task, BackwardScratch<T>&);
+  void (*soft_forward)(const SoftJob<T>&, const Group<T>&, const SoftBlock<T>&);
+  void (*soft_backward)(const SoftJob<T>&, const Group<T>&, const SoftBlock<T>&);
+  // out[count][width] += a[count][depth] x panels, where a[i][k] is at i * stride + k, or k * stride + i if transposed
+  void (*add_product)(const T* a, int64_t stride, bool transposed, int64_t count, int64_t depth, const T* panels,
+                      int64_t width, T* out);
   void (*store_gradient)(const Tokens<T>&, T* grad, const T* row, T inverse_norm, char* out);
 };
 

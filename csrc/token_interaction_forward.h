@@ -39,16 +39,17 @@ struct Panel {
   int64_t step, apart;
 };
 
-// out[M][NV vectors] (+)= rows[M][depth] x panel[depth][NV vectors]
-template <class T, int M, int NV>
-void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, bool accumulate, T* out) {
+// out[M][stride_out] (+)= rows[M][depth] x panel[depth][NV vectors]. Element (i, k) of rows is at i * stride + k, or at
+// k * stride + i if TRANSPOSED.
+template <class T, int M, int NV, bool TRANSPOSED = false>
+void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, bool accumulate, T* out,
+          int64_t stride_out) {
   using S = Simd<T>;
-  constexpr int W = NV * S::N;
   typename S::V acc[M][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) acc[i][j] = accumulate ? S::load(out + i * W + j * S::N) : typename S::V{};
+    for (int j = 0; j < NV; j++) acc[i][j] = accumulate ? S::load(out + i * stride_out + j * S::N) : typename S::V{};
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; k++) {
     typename S::V lane[NV];
@@ -56,7 +57,7 @@ void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, b
     for (int j = 0; j < NV; j++) lane[j] = S::load(panel.data + k * panel.step + j * panel.apart);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
-      const typename S::V x = S::broadcast(rows[i * stride + k]);
+      const typename S::V x = S::broadcast(rows[TRANSPOSED ? k * stride + i : i * stride + k]);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; j++) acc[i][j] += x * lane[j];
     }
@@ -64,30 +65,33 @@ void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, b
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) S::store(out + i * W + j * S::N, acc[i][j]);
+    for (int j = 0; j < NV; j++) S::store(out + i * stride_out + j * S::N, acc[i][j]);
 }
 
 // Depth of a panel's slice that fits L2 together with the rows.
 constexpr int64_t kDepth = 1024;
 
+// out[count][stride_out] = rows[count][dim] x panel[dim][NV vectors]
 template <class T, int NV>
-void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel, int64_t dim, T* out) {
-  constexpr int W = NV * Simd<T>::N, M = DRL_FAST_TILE_ROWS;
+void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel, int64_t dim, T* out,
+             int64_t stride_out) {
+  constexpr int M = DRL_FAST_TILE_ROWS;
   // Once even if D is 0, to set `out` to zeros.
   for (int64_t k = 0; k == 0 || k < dim; k += kDepth) {
     const int64_t depth = dim - k < kDepth ? dim - k : kDepth;
     const Panel<T> slice = {.data = panel.data + k * panel.step, .step = panel.step, .apart = panel.apart};
     int64_t r = 0;
-    for (; r + M <= count; r += M) tile<T, M, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
+    const auto at = [&](int64_t row) { return rows + row * stride + k; };
+    for (; r + M <= count; r += M) tile<T, M, NV>(at(r), stride, slice, depth, k > 0, out + r * stride_out, stride_out);
     if (r + 4 <= count) {
-      tile<T, 4, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
+      tile<T, 4, NV>(at(r), stride, slice, depth, k > 0, out + r * stride_out, stride_out);
       r += 4;
     }
     if (r + 2 <= count) {
-      tile<T, 2, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
+      tile<T, 2, NV>(at(r), stride, slice, depth, k > 0, out + r * stride_out, stride_out);
       r += 2;
     }
-    for (; r < count; r++) tile<T, 1, NV>(rows + r * stride + k, stride, slice, depth, k > 0, out + r * W);
+    for (; r < count; r++) tile<T, 1, NV>(at(r), stride, slice, depth, k > 0, out + r * stride_out, stride_out);
   }
 }
 
@@ -132,7 +136,7 @@ void reduce_slot(const ForwardJob<T>& job, const Group<T>& group, int slot, cons
         }
       }
       if constexpr (LANES) {
-        if (job.rows.zero_competes[item]) {
+        if (job.rows.zeros[item]) {
           const I lost = top < V{};
           top = lost ? V{} : top;
           top_row = lost ? S::broadcast_int(-1) : top_row;
@@ -171,7 +175,7 @@ void finish(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int6
       V total = LANES ? S::load(scratch.lane_sum + (item - item0) * W + j) : V{};
       if constexpr (ROWS) {
         V sum = {};
-        const I zero_competes = S::load(group.zero_competes + j) != I{};
+        const I zero_competes = S::load(group.zeros + j) != I{};
         for (int64_t r = begin; r < end; r++) {
           V best = S::load(scratch.best + (r - row0) * W + j);
           const I lost = (best < V{}) & zero_competes;
@@ -209,13 +213,13 @@ void forward_group(const ForwardJob<T>& job, const Group<T>& group, int64_t item
   // A tile of one vector is bound by load latency, so a narrow group's slots go through the product in pairs.
   for (; NV == 1 && slot + 1 < group.slots; slot += 2) {
     const Panel<T> two = {.data = group.panel + slot * dim * N, .step = N, .apart = dim * N};
-    product<T, 2>(scratch.rows, count, width, two, dim, scratch.similarity);
+    product<T, 2>(scratch.rows, count, width, two, dim, scratch.similarity, 2 * N);
     for (int s = 0; s < 2; s++)
       reduce_slot<T, NV, ROWS, LANES>(job, group, slot + s, scratch.similarity + s * N, 2 * N, item0, item1, scratch);
   }
   for (; slot < group.slots; slot++) {
     const Panel<T> one = {.data = group.panel + slot * dim * W, .step = W, .apart = N};
-    product<T, NV>(scratch.rows, count, width, one, dim, scratch.similarity);
+    product<T, NV>(scratch.rows, count, width, one, dim, scratch.similarity, W);
     reduce_slot<T, NV, ROWS, LANES>(job, group, slot, scratch.similarity, W, item0, item1, scratch);
   }
   finish<T, NV, ROWS, LANES>(job, group, item0, item1, scratch);
