@@ -126,6 +126,8 @@ def plain(
     normalize: bool = True,
     masking: str = "drl",
     bidirectional: bool = True,
+    pooling: str = "max",
+    temperature: float = 1.0,
 ) -> Tensor:
     """Compute the logits as user code does: dense PyTorch in the features' own dtype, also in half precision."""
     dtype = text.dtype
@@ -142,6 +144,10 @@ def plain(
     zero_t = (masking == "drl") & (~t_real).any(-1)[:, None, None]
     m_t = reference.best_match(s, v_real[None, :, None, :], zero_v, dim=3)[0]
     m_v = reference.best_match(s, t_real[:, None, :, None], zero_t, dim=2)[0]
+    if pooling != "max":
+        drl = masking == "drl"
+        m_t = reference.soft_pool(s, v_real[None, :, None, :] | drl, 3, pooling, temperature)
+        m_v = reference.soft_pool(s, t_real[:, None, :, None] | drl, 2, pooling, temperature)
     by_text = torch.einsum("abi,ai->ab", m_t, torch.where(t_real, wt, 0))
     by_video = torch.einsum("abj,bj->ab", m_v, torch.where(v_real, wv, 0))
     return ((by_text + by_video) / 2 if bidirectional else by_text).to(torch.promote_types(dtype, torch.float32))

@@ -38,7 +38,8 @@ def pool(
     top = torch.where(counts, top, 0)
     shifted = (s - top.unsqueeze(dim)) / temperature
     exponential = torch.where(takes_part & counts.unsqueeze(dim), shifted.exp(), 0)
-    total = zeros * (-top / temperature).exp()
+    # Without zeros `top` may be far below 0, and its exponential infinite.
+    total = torch.where(zeros > 0, zeros * (-top / temperature).exp(), 0)
     weighted = torch.zeros_like(total)
     for e, x in zip(exponential.unbind(dim), s.unbind(dim), strict=True):
         total = total + e
@@ -134,10 +135,12 @@ def backward(
             na, nb = g.shape
             g = (g if wv is None else g / 2)[:, None, :, None]
             coefficient = by_word.slope[:na, :, :nb] * wt[sa][:na, :, None, None]
-            grad_wt[sa][:na] += (by_word.value[:na, :, :nb] * g[..., 0]).sum(2)
+            # A masked token's value is 0, but the upstream gradient may be NaN.
+            real = t.real[sa][:na, :, None]
+            grad_wt[sa][:na] += torch.where(real, by_word.value[:na, :, :nb] * g[..., 0], 0).sum(2)
             if wv is not None:
                 coefficient = coefficient + by_frame.slope[:na, :, :nb] * wv[sb][:nb]
-                grad_wv[sb][:nb] += (by_frame.value[:na, :nb] * g[:, 0]).sum(0)
+                grad_wv[sb][:nb] += torch.where(v.real[sb][:nb], by_frame.value[:na, :nb] * g[:, 0], 0).sum(0)
             flat = (coefficient * g).reshape(na * nt, nb * nv)
             if of_text:
                 grad_t[sa][:na] += (flat @ v.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
