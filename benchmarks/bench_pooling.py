@@ -104,7 +104,7 @@ REAL = Shape(256, lengths="real")
 PLANS = {
     "quick": _plan(1, batches(Shape(0), 64), batches(Shape(0), 64)),
     "default": _plan(3, batches(Shape(0), 64, 256), batches(Shape(0), 256)),
-    "full": _plan(10, (*batches(Shape(0), 64, 256, 512), REAL), (*batches(Shape(0), 64, 256, 512), REAL), rounds=5),
+    "full": _plan(13, (*batches(Shape(0), 64, 256, 512), REAL), (*batches(Shape(0), 64, 256, 512), REAL), rounds=5),
 }
 
 if __name__ == "__main__":
