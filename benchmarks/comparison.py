@@ -178,7 +178,9 @@ class Comparison:
         row = {"shape": asdict(shape), "mode": mode, "results": results, "absent": absent}
         for ours, others in self.against.items():
             measured = [other for other in others if {ours, other} <= set(times)]
-            row["against"] = {other: harness.ratios(times[ours], times[other]) for other in measured}
+            row.setdefault("against", {}).update(
+                {other: harness.ratios(times[ours], times[other]) for other in measured}
+            )
         return row
 
     def memory(self, name: str, shape: Shape, device: str, threads: int) -> dict[str, Any]:

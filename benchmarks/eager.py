@@ -15,20 +15,53 @@ from torch import Tensor
 
 from drl_fast import reference
 
+# (similarities, dim) -> their pooling over dim
+Pool = Callable[[Tensor, int], Tensor]
 
-def token_interaction(
-    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor, text_mask: Tensor, video_mask: Tensor
-) -> Tensor:
-    """Both directions, logits (A, B), for text (A, Nt, D) and video (B, Nv, D)."""
+
+def maximum(similarity: Tensor, dim: int) -> Tensor:
+    return similarity.max(dim).values
+
+
+def softmax_pool(temperature: float) -> Pool:
+    """The mean weighted by a softmax of the similarities themselves, as X-CLIP writes it."""
+    return lambda similarity, dim: ((similarity / temperature).softmax(dim) * similarity).sum(dim)
+
+
+def logsumexp_pool(temperature: float) -> Pool:
+    return lambda similarity, dim: temperature * (similarity / temperature).logsumexp(dim)
+
+
+def masked_similarity(text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor) -> Tensor:
+    """All similarities (A, B, Nt, Nv), multiplied by both masks."""
     words, frames = F.normalize(text, dim=-1), F.normalize(video, dim=-1)
     similarity = torch.einsum("atd,bvd->abtv", words, frames)
     similarity = similarity * text_mask[:, None, :, None]
-    similarity = similarity * video_mask[None, :, None, :]
-    best_frame = similarity.max(dim=3).values
-    best_word = similarity.max(dim=2).values
+    return similarity * video_mask[None, :, None, :]
+
+
+def token_interaction(
+    text: Tensor,
+    video: Tensor,
+    text_weight: Tensor,
+    video_weight: Tensor,
+    text_mask: Tensor,
+    video_mask: Tensor,
+    *,
+    pool: Pool = maximum,
+) -> Tensor:
+    """Both directions, logits (A, B), for text (A, Nt, D) and video (B, Nv, D)."""
+    similarity = masked_similarity(text, video, text_mask, video_mask)
+    best_frame = pool(similarity, 3)
+    best_word = pool(similarity, 2)
     by_text = torch.einsum("abt,at->ab", best_frame, text_weight)
     by_video = torch.einsum("abv,bv->ab", best_word, video_weight)
     return (by_text + by_video) / 2
+
+
+def token_maxsim(text: Tensor, video: Tensor, text_mask: Tensor, video_mask: Tensor, *, pool: Pool = maximum) -> Tensor:
+    """Every word's own pooling over each video's frames, (A, B, Nt)."""
+    return pool(masked_similarity(text, video, text_mask, video_mask), 3)
 
 
 def premasked(
@@ -39,11 +72,11 @@ def premasked(
     text_mask: Tensor,
     video_mask: Tensor,
     *,
-    largest: Callable[[Tensor, int], Tensor] = lambda x, dim: x.max(dim).values,
+    largest: Pool = maximum,
 ) -> Tensor:
     """The same logits, written well: masked tokens are zeroed before the product instead of in its result.
 
-    ``largest`` is ``x.max(dim).values``, whose backward writes one entry for each maximum, or ``torch.amax``, whose
+    ``largest`` is ``maximum``, whose backward writes one entry for each maximum, or ``torch.amax``, whose
     backward compares all similarities with their maximum.
     """
     words = F.normalize(text, dim=-1) * text_mask[:, :, None]
@@ -58,6 +91,15 @@ def maxsim(query: Tensor, document: Tensor, query_mask: Tensor) -> Tensor:
     """One direction, tokens already normalised: the sum over real query tokens of the best document token."""
     similarity = torch.einsum("atd,bvd->abtv", query, document)
     return torch.einsum("abt,at->ab", similarity.max(dim=3).values, query_mask)
+
+
+def mean_maxsim(query: Tensor, document: Tensor, query_mask: Tensor, document_mask: Tensor) -> Tensor:
+    """One direction: the mean over real query tokens of the best real document token (Video-ColBERT)."""
+    words, frames = F.normalize(query, dim=-1), F.normalize(document, dim=-1)
+    similarity = torch.einsum("atd,bvd->abtv", words, frames)
+    similarity = similarity.masked_fill(document_mask[None, :, None, :] == 0, -torch.inf)
+    best = torch.einsum("abt,at->ab", similarity.max(dim=3).values, query_mask)
+    return best / query_mask.sum(1, keepdim=True)
 
 
 # --- channel decorrelation --------------------------------------------------------------------------------------------

@@ -162,6 +162,30 @@ def summary(result: Result) -> Table:
     return Table("Training steps", [SHAPES, "eager", "drl-fast", "relative to eager"], rows)
 
 
+def pooling(result: Result) -> Table:
+    """Show a training step of each similarity beside its eager form: time and peak memory."""
+    used = {(row["contestant"], shape_of(row)): row for row in result["memory"]}
+    rows = []
+    for name in (name for name in result["contestants"] if f"eager_{name}" in result["contestants"]):
+        for row in result["time"]:
+            pair = (f"eager_{name}", name)
+            cells = [*(medians(row, who) for who in pair), quartiles(row["against"].get(pair[0]))]
+            found = [used.get((who, shape_of(row))) for who in pair]
+            cells += [NOTHING if memory is None else megabytes(memory) for memory in found]
+            cells.append(share_of(found[1], found[0]))
+            rows.append([result["contestants"][name]["label"], shape_of(row), *cells])
+    heads = ["similarity", SHAPES, "eager", "drl-fast", "time relative to eager"]
+    heads += ["memory, eager", "memory, drl-fast", "memory relative to eager"]
+    return Table("A training step of each similarity", heads, rows)
+
+
+def share_of(ours: Result | None, theirs: Result | None) -> str:
+    """Write one peak of memory relative to another, where both were measured."""
+    if ours is None or theirs is None or {ours["status"], theirs["status"]} != {"ok"}:
+        return NOTHING
+    return f"{ours['mb'] / theirs['mb']:.2f}"
+
+
 def profile(result: Result) -> Table:
     shapes = result["profile"]
     heads = [f"{shape_of(row)}: {row['ms']:.3g} ms" for row in shapes]
@@ -440,12 +464,13 @@ def launches(result: Result) -> Table:
 
 
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
-_MORE = (model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
+_MORE = (pooling, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_FEATURES)}
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),
+    "pooling": (pooling,),
     "contrastive": (contrastive, memory, budget),
     "cdcr": (cdcr, memory),
     "features": _FEATURES,

@@ -122,6 +122,8 @@ def token_maxsim(
     *,
     normalize: bool = True,
     masking: str = "drl",
+    pooling: str = "max",
+    temperature: float = 1.0,
 ) -> Tensor:
     """Compute every text token's maximum over the tokens of every video: (A, B, Nt)."""
     t_real, v_real = real_mask(text_mask, text), real_mask(video_mask, video)
@@ -132,9 +134,12 @@ def token_maxsim(
     v = torch.where(v_real[..., None], video, 0).to(dtype)
     if normalize:
         t, v = unit(t), unit(v)
-    zero = (masking == "drl") & (~v_real).any(-1)[None, :, None]
-    best, _ = best_match(torch.einsum("aid,bjd->abij", t, v), v_real[None, :, None, :], zero, dim=3)
-    return torch.where(t_real[:, None, :], best, 0)
+    similarity, drl = torch.einsum("aid,bjd->abij", t, v), masking == "drl"
+    pooled, _ = best_match(similarity, v_real[None, :, None, :], drl & (~v_real).any(-1)[None, :, None], dim=3)
+    if pooling != "max":
+        pooled = soft_pool(similarity, v_real[None, :, None, :] | drl, 3, pooling, temperature)
+    # A masked token has no value of its own, and neither has a token for a video without a real token.
+    return torch.where(t_real[:, None, :] & v_real.any(-1)[None, :, None], pooled, 0)
 
 
 def maxsim(

@@ -123,7 +123,9 @@ SCORES: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
 
 
 def test_every_host_has_a_diff() -> None:
-    assert set(HOSTS) == {"Retrieval", "DRL", "CLIP4Clip", "Cap4Video", "UATVR", "ColBERT"}
+    """tests/test_drop_in_hosts.py trains those that pool in other ways."""
+    weighted = {"Retrieval", "DRL", "CLIP4Clip", "Cap4Video", "UATVR", "ColBERT"}
+    assert set(HOSTS) == weighted | {"PyLate", "VideoColBERT", "DiscoVLA", "XCLIP"}
     for before, after in HOSTS.values():
         assert "drl_fast" not in before
         assert "drl_fast" in after

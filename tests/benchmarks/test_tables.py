@@ -18,7 +18,9 @@ from problems import Shape
 
 RESULTS = sorted(harness.RESULTS.glob("*/wti.json"))
 MEASURED = [
-    path for name in ("wti", "contrastive", "cdcr", "model") for path in sorted(harness.RESULTS.glob(f"*/{name}.json"))
+    path
+    for name in ("wti", "contrastive", "cdcr", "model", "pooling")
+    for path in sorted(harness.RESULTS.glob(f"*/{name}.json"))
 ]
 
 
@@ -81,7 +83,7 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     # A + marks uncommitted changes, which others could not reproduce.
     assert not result["versions"]["commit"].endswith("+")
     assert result["command"].startswith("python benchmarks/")
-    for what in ("time", "memory") if path.stem != "model" else ():
+    for what in ("time", "memory") if path.stem in plots.DRAWN else ():
         assert (path.parent / f"{path.stem}_{what}.png").is_file()
 
 
