@@ -306,15 +306,35 @@ def token_contrastive_loss(
     masking: str = "drl",
     normalize: bool = True,
     owner: Tensor | None = None,
+    loss: str = "softmax",
+    logit_bias: float | Tensor | None = None,
+    direction: str = "both",
+    positives: Tensor | None = None,
+    pooling: str = "max",
+    temperature: float = 1.0,
+    bidirectional: bool = True,
     process_group: object = None,
 ) -> Tensor:
-    """Compute InfoNCE of the token interaction from all its logits. ``process_group`` is ignored."""
+    """Compute a contrastive loss of the token interaction from all its logits. ``process_group`` is ignored."""
     logits = token_interaction(
-        text, video, text_weight, video_weight, text_mask, video_mask, normalize=normalize, masking=masking
+        text,
+        video,
+        text_weight,
+        video_weight,
+        text_mask,
+        video_mask,
+        normalize=normalize,
+        masking=masking,
+        bidirectional=bidirectional,
+        pooling=pooling,
+        temperature=temperature,
     )
     assert isinstance(logits, Tensor)
     scaled = logits * logit_scale
     if owner is not None:
         same = owner[:, None] == owner[None, :]
         scaled = scaled.masked_fill(same.fill_diagonal_(False), -torch.inf)
-    return info_nce(scaled, 1.0)
+    if loss == "sigmoid":
+        assert logit_bias is not None
+        return sigmoid_loss(scaled, 1.0, logit_bias, positives)
+    return info_nce(scaled, 1.0, positives=positives, direction=direction)

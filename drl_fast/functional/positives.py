@@ -10,7 +10,9 @@ from .. import validation
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_positives(value: object, rows: int, columns: int, device: torch.device, square: str) -> Tensor:
+def check_positives(
+    value: object, rows: int, columns: int, device: torch.device, square: str, *, needs_one: bool = True
+) -> Tensor:
     """Check ``positives`` and return it as int64 (A,) columns, -1 for none, or as bool (A, B).
 
     Args:
@@ -19,6 +21,7 @@ def check_positives(value: object, rows: int, columns: int, device: torch.device
         columns: B, the number of videos.
         device: of the logits.
         square: what to say of a rectangle without positives: the argument and what it must be.
+        needs_one: whether a batch without a positive is an error.
 
     Raises:
         ValueError: another shape or device; on the CPU, a column that does not exist, or no positive at all.
@@ -54,7 +57,7 @@ def check_positives(value: object, rows: int, columns: int, device: torch.device
                 f"positives must lie in 0..{columns - 1}, video's rows, or be -1 for a text without a positive, got "
                 f"{int(x.min())}..{int(x.max())}"
             )
-        if not bool((x if x.dtype == torch.bool else x >= 0).any()):
+        if needs_one and not bool((x if x.dtype == torch.bool else x >= 0).any()):
             raise ValueError("positives must hold at least one positive pair, got none; skip such batches")
     return x
 

@@ -395,7 +395,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "more videos": ({"video": V.repeat(2, 1, 1)}, ValueError, "video must have as many rows as text.* 2, got 4.*owner"),
     "D differs": ({"video": V[..., :7]}, ValueError, "video must have D = 8 channels to match text, got 7"),
     "masks swapped": ({"text_mask": torch.ones(2, 5)}, ValueError, r"text_mask must be.*\(2, 3\).*got \(2, 5\)"),
-    "weight": ({"text_weight": torch.ones(3, 2)}, ValueError, r"text_weight must be \(B, Nt\) = \(2, 3\).*\(3, 2\)"),
+    "weight": ({"text_weight": torch.ones(3, 2)}, ValueError, r"text_weight must be \(A, Nt\) = \(2, 3\).*\(3, 2\)"),
     "owner's shape": ({"owner": torch.zeros(2, 1).long()}, ValueError, r"owner must be \(B,\) = \(2,\).*\(2, 1\)"),
     "owner's dtype": ({"owner": torch.zeros(2)}, TypeError, r"owner must hold integers.*float32.*owner\.long\(\)"),
     "owner bool": ({"owner": torch.zeros(2).bool()}, TypeError, "owner must hold integers.*torch.bool"),
