@@ -6,6 +6,7 @@ group differ from the global ones.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from drl_fast import WTI, token_contrastive_loss
+from drl_fast import WTI, reference, token_contrastive_loss
 from drl_fast.distributed import exchange
 from drl_fast.ops import token_contrastive_loss as ops
 from tests.distributed.ranks import error_of, on_ranks
@@ -33,9 +34,17 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16, "masks": True},
     "only video_weight": {"weights": True, "wanted": ("video_weight",)},
     "only text": {"wanted": ("text",)},
+    "sigmoid": {"masks": True, "weights": True, "owner": True, "options": {"loss": "sigmoid"}},
+    "soft pooling, one direction": {
+        "masks": True,
+        "options": {"pooling": "softmax", "temperature": 0.2, "direction": "v2t"},
+    },
+    "positives": {"positives": True, "weights": True},
+    "positives, sigmoid, one way": {"positives": True, "options": {"loss": "sigmoid", "bidirectional": False}},
     "only logit_scale": {"wanted": ("logit_scale",), "owner": True},
 }
-LEAVES = ("text", "video", "text_weight", "video_weight", "logit_scale")
+LEAVES = ("text", "video", "text_weight", "video_weight", "logit_scale", "logit_bias")
+SCALARS = {"logit_scale", "logit_bias"}
 
 
 def share(rank: int, rows: list[int], case: dict[str, Any]) -> dict[str, Any]:
@@ -43,18 +52,25 @@ def share(rank: int, rows: list[int], case: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(rank)
     count, dtype = rows[rank], case.get("dtype", torch.float32)
     words, frames = WORDS - rank % 2, FRAMES - rank % 3
+    # With positives a rank has more texts than videos, or fewer.
+    texts = max(0, count + 1 - rank) if case.get("positives") else count
     found: dict[str, Any] = {
-        "text": torch.randn(count, words, DIM, generator=generator).to(dtype),
+        **case.get("options", {}),
+        "text": torch.randn(texts, words, DIM, generator=generator).to(dtype),
         "video": torch.randn(count, frames, DIM, generator=generator).to(dtype),
         "logit_scale": torch.tensor(SCALE),
         "masking": case.get("masking", "drl"),
         "normalize": case.get("normalize", True),
     }
+    if found.get("loss") == "sigmoid":
+        found["logit_bias"] = torch.tensor(-4.0)
+    if case.get("positives"):
+        found["positives"] = torch.randint(-1, max(count, 1), (texts,), generator=generator).clamp(max=count - 1)
     if case.get("weights"):
-        found["text_weight"] = torch.rand(count, words, generator=generator)
+        found["text_weight"] = torch.rand(texts, words, generator=generator)
         found["video_weight"] = torch.rand(count, frames, generator=generator)
     if case.get("masks") is True or (case.get("masks") == "one" and rank == 0):
-        found["text_mask"] = torch.rand(count, words, generator=generator) < 0.7
+        found["text_mask"] = torch.rand(texts, words, generator=generator) < 0.7
         found["video_mask"] = torch.rand(count, frames, generator=generator) < 0.7
     if case.get("owner"):
         found["owner"] = torch.randint(0, 6, (count,), generator=generator)
@@ -66,14 +82,14 @@ def share(rank: int, rows: list[int], case: dict[str, Any]) -> dict[str, Any]:
 
 def all_logits(shares: list[dict[str, Any]]) -> Tensor:
     """Compute all logits in one process, block by block, because ranks have different lengths."""
-    from drl_fast import reference
 
     def block(texts: dict[str, Any], videos: dict[str, Any]) -> Tensor:
         sides = [
             (x[side].double() if x[side] is not None else None) if side in x else None
             for x, side in ((texts, "text"), (videos, "video"), (texts, "text_weight"), (videos, "video_weight"))
         ]
-        options = {name: texts[name] for name in ("masking", "normalize")}
+        names = ("masking", "normalize", "pooling", "temperature", "bidirectional")
+        options = {name: texts[name] for name in names if name in texts}
         return reference.token_interaction(*sides, texts.get("text_mask"), videos.get("video_mask"), **options)
 
     return torch.cat([torch.cat([block(texts, videos) for videos in shares], 1) for texts in shares])
@@ -87,9 +103,22 @@ def one_process(rows: list[int], case: dict[str, Any]) -> tuple[Tensor, list[dic
     if case.get("owner"):
         owner = torch.cat([one["owner"] for one in shares])
         x = x.masked_fill((owner[:, None] == owner).fill_diagonal_(False), -torch.inf)
-    loss = (2 * x.diagonal().mean() - x.logsumexp(0).mean() - x.logsumexp(1).mean()) / -2
+    options: dict[str, Any] = {}
+    if case.get("positives"):
+        firsts = [sum(len(one["video"]) for one in shares[:rank]) for rank in range(len(rows))]
+        moved = [
+            torch.where(one["positives"] < 0, -1, one["positives"] + f) for one, f in zip(shares, firsts, strict=True)
+        ]
+        options["positives"] = torch.cat(moved)
+    if "logit_bias" in shares[0]:
+        bias = shares[0]["logit_bias"]
+        loss = reference.sigmoid_loss(x, 1.0, bias.double(), **options)
+    else:
+        direction = shares[0].get("direction", "both")
+        loss = reference.info_nce(x, 1.0, direction=direction, **options)
     for one in shares:
-        one["logit_scale"] = scale
+        for name in SCALARS & set(one):
+            one[name] = shares[0][name]
     loss.backward()
     return loss.detach(), [{n: one[n].grad for n in LEAVES if n in one and one[n].grad is not None} for one in shares]
 
@@ -144,15 +173,15 @@ def test_against_one_process(size: int, ranks: list[dict[str, Any]]) -> None:
                 tight = case.get("dtype") != torch.bfloat16
                 assert loss.item() == pytest.approx(truth.item(), rel=1e-5), key
                 assert set(grads) == set(want), key
-                for leaf in set(want) - {"logit_scale"}:
+                for leaf in set(want) - SCALARS:
                     assert grads[leaf].dtype == want[leaf].dtype
                     difference = (grads[leaf].double() - size * want[leaf].double()).abs()
                     largest = max(float(one[leaf].double().abs().max()) for one in wanted if one[leaf].numel())
                     limit = (1e-4 if tight else 2e-2) * size * largest
                     assert not difference.numel() or difference.max() <= limit, (key, rank, leaf)
-            if "logit_scale" in wanted[0]:
-                mean = sum(one[key][1]["logit_scale"].item() for one in ranks) / size
-                assert mean == pytest.approx(wanted[0]["logit_scale"].item(), rel=1e-4, abs=1e-7), key
+            for way, scalar in product(WAYS, SCALARS & set(wanted[0])):
+                mean = sum(one[f"{way}, {name}"][1][scalar].item() for one in ranks) / size
+                assert mean == pytest.approx(wanted[0][scalar].item(), rel=1e-4, abs=1e-6), key
     for way in WAYS:
         assert len({one[f"{way}, no gradients"].item() for one in ranks}) == 1
         assert ranks[0][f"{way}, no gradients"] == ranks[0][f"{way}, uniform"][0]

@@ -118,6 +118,83 @@ def test_against_the_reference(impl: Implementation, keeps: bool, case: str, own
         )
 
 
+MANY = torch.tensor([3, 0, -1, 3, 8, 8, -1, 2, 1, 0])
+MATRIX = (torch.arange(10)[:, None] * 3 + torch.arange(9)) % 7 == 0
+MATRIX[4] = False
+RECTANGLE = (10, 7, 9, 4)
+WIDER: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
+    "text to video": (SHAPE, {"weights": torch.float32}, {"direction": "t2v"}),
+    "video to text, masks": (SHAPE, {"masks": ("holes", "prefix")}, {"direction": "v2t"}),
+    "one way": (SHAPE, {"masks": ("holes", "prefix"), "bidirectional": False, "weights": torch.float32}, {}),
+    "softmax pooling": (SHAPE, {"masks": ("holes", "prefix"), "pooling": "softmax", "temperature": 0.1}, {}),
+    "logsumexp, one way": (SHAPE, {"bidirectional": False, "pooling": "logsumexp", "temperature": 0.1}, {}),
+    "sigmoid": (SHAPE, {"weights": torch.float32, "masks": ("empty", "holes")}, {"loss": "sigmoid"}),
+    "sigmoid, softmax pooling": (SHAPE, {"pooling": "softmax"}, {"loss": "sigmoid"}),
+    "more texts": (RECTANGLE, {"weights": torch.float32}, {"positives": MANY}),
+    "more texts, text to video": (RECTANGLE, {}, {"positives": MANY, "direction": "t2v"}),
+    "more texts, sigmoid": (RECTANGLE, {"masks": ("prefix", None)}, {"positives": MANY, "loss": "sigmoid"}),
+    "many positives": (RECTANGLE, {"masks": ("prefix", "holes")}, {"positives": MATRIX}),
+    "many positives, video to text": (RECTANGLE, {}, {"positives": MATRIX, "direction": "v2t"}),
+    "many positives, sigmoid": (RECTANGLE, {"weights": torch.float32}, {"positives": MATRIX, "loss": "sigmoid"}),
+    "hard negative videos": ((5, 7, 9, 4), {}, {"positives": torch.arange(5)}),
+}
+
+
+@pytest.mark.parametrize("case", WIDER)
+def test_wider_against_the_reference(impl: Implementation, keeps: bool, case: str) -> None:
+    """Loss and gradients of sides of different sizes, several positives, one direction, sigmoid and soft pooling."""
+    shape, made, options = WIDER[case]
+    problem = make(shape, **made)
+
+    def run(function: Callable[..., Tensor], p: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+        wide = torch.promote_types(p.text.dtype, torch.float32)
+        bias = {"logit_bias": torch.tensor(-8.0, dtype=wide).to(p.text.device).requires_grad_()}
+        moved = {name: x.to(p.text.device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        if options.get("loss") != "sigmoid":
+            return step(function, p, **moved)
+        loss, grads = step(function, p, **moved, **{name: x.detach() for name, x in bias.items()})
+        again = function(*p.args(), logit_scale=SCALE, **p.options, **moved, **bias)
+        again.backward()
+        torch.testing.assert_close(again.detach(), loss, rtol=1e-6, atol=0)
+        return loss, {**grads, "logit_bias": bias["logit_bias"].grad}
+
+    loss, grads = run(token_contrastive_loss, problem.map(lambda x: x.to(impl.device)))
+    truth, want = run(reference.token_contrastive_loss, problem.double())
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert set(grads) == set(want)
+    for name, grad in grads.items():
+        assert grad.shape == want[name].shape
+        torch.testing.assert_close(grad.double().cpu(), want[name], rtol=0, atol=1e-4 * float(want[name].abs().max()))
+
+
+def test_the_diagonal_given_as_positives_changes_only_rounding() -> None:
+    problem = make(SHAPE, weights=torch.float32)
+    for more in ({}, {"loss": "sigmoid", "logit_bias": -5.0}, {"direction": "t2v"}):
+        loss, grads = step(token_contrastive_loss, problem, **more)
+        for positives in (torch.arange(SHAPE[0]), torch.eye(SHAPE[0]).bool()):
+            again, same = step(token_contrastive_loss, problem, positives=positives, **more)
+            torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+            for name, grad in grads.items():
+                torch.testing.assert_close(same[name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()))
+
+
+@pytest.mark.usefixtures("keeps")
+def test_sigmoid_leaves_siblings_out() -> None:
+    """Captions of one video are neither positives nor negatives of each other's copies of it."""
+    problem = make(SHAPE)
+    owner = owners(problem)
+    loss, grads = step(token_contrastive_loss, problem, owner=owner, loss="sigmoid", logit_bias=-5.0)
+    double = problem.double()
+    text = double.text.requires_grad_()
+    y = token_interaction(text, double.video) * SCALE - 5
+    own = torch.eye(SHAPE[0], dtype=torch.bool)
+    negative = owner[:, None] != owner
+    want = (torch.where(own, -y, y).exp().log1p() * (own | negative)).sum() / SHAPE[0]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    (grad,) = torch.autograd.grad(want, text)
+    torch.testing.assert_close(grads["text"].double(), grad, rtol=0, atol=1e-4 * float(grad.abs().max()))
+
+
 @pytest.mark.usefixtures("keeps")
 @pytest.mark.parametrize("case", HALF)
 def test_half_precision(impl: Implementation, case: str) -> None:
@@ -407,6 +484,34 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale of rank 1": ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale must be a scalar.*\(2,\)"),
     "masking": ({"masking": "mean"}, ValueError, "masking must be one of 'drl', 'exclude', 'none', got 'mean'"),
     "normalize": ({"normalize": 1}, TypeError, "normalize must be True or False, got int 1"),
+    "one way with weights": (
+        {"bidirectional": False, "video_weight": torch.ones(2, 5)},
+        ValueError,
+        "video_weight must be None when bidirectional=False",
+    ),
+    "owner and positives": (
+        {"owner": torch.zeros(2).long(), "positives": torch.arange(2)},
+        ValueError,
+        "owner must be None with positives",
+    ),
+    "positives' shape": ({"positives": torch.arange(3)}, ValueError, r"positives must be \(A,\) = \(2,\) integers"),
+    "positives out of range": ({"positives": torch.tensor([0, 2])}, ValueError, r"positives must lie in 0\.\.1"),
+    "no positive": (
+        {"positives": torch.tensor([-1, -1])},
+        ValueError,
+        "positives must hold at least one positive pair",
+    ),
+    "loss": ({"loss": "hinge"}, ValueError, "loss must be one of 'softmax', 'sigmoid', got 'hinge'"),
+    "direction": ({"direction": "up"}, ValueError, "direction must be one of 'both', 't2v', 'v2t', got 'up'"),
+    "sigmoid without bias": ({"loss": "sigmoid"}, ValueError, "logit_bias must be given with loss='sigmoid', got None"),
+    "softmax with bias": ({"logit_bias": -1.0}, ValueError, "logit_bias must be None with loss='softmax'"),
+    "sigmoid with one direction": (
+        {"loss": "sigmoid", "logit_bias": -1.0, "direction": "t2v"},
+        ValueError,
+        "direction must be 'both' with loss='sigmoid'.*got 't2v'",
+    ),
+    "pooling": ({"pooling": "mean"}, ValueError, "pooling must be one of 'max', 'softmax', 'logsumexp', got 'mean'"),
+    "temperature": ({"temperature": 0.1}, ValueError, "temperature must be 1 with pooling='max'"),
 }
 
 
