@@ -72,7 +72,7 @@ class RunConfig:
         clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU. On features they are
             those that encoded them; None: imported tokens.
         dim: D, the width of temporal module and interaction, on features; None: the text tokens' width.
-        interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight: see
+        interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, query_expansion: see
             :class:`drl_fast.model.config.Config`.
         epochs: passes over the training captions.
         batch: pairs per step, over all processes; each is a negative of all others.
@@ -117,6 +117,7 @@ class RunConfig:
     cdcr_alpha_on: float = Config.cdcr_alpha_on
     cdcr_alpha_off: float = Config.cdcr_alpha_off
     cdcr_weight: float = Config.cdcr_weight
+    query_expansion: bool = Config.query_expansion
     epochs: int = 5
     batch: int = 128
     lr: float = 1e-4
@@ -243,6 +244,8 @@ def _with_features(values: dict[str, Any], path: str, dataset: str | None) -> di
     encoder = about.video.encoder or about.text.encoder or {"clip": None, "pretrained": None}
     stored = {"dataset": about.dataset, "clip": encoder["clip"], "pretrained": encoder["pretrained"]}
     stored |= {name: (about.inputs or {}).get(name, getattr(RunConfig, name)) for name in OF_INPUTS}
+    if about.text.encoder is not None:
+        stored["query_expansion"] = about.text.encoder.get("query_expansion", False)
     configured = {**values, "dataset": values.get("dataset", dataset or about.dataset)}
     weights = configured.get("pretrained")
     if weights is not None and Path(weights).is_file():
@@ -405,7 +408,7 @@ def check_positions(head: Head, store: FeatureStore) -> None:
     most = head.sizes.max_positions
     if head.config.interaction == "xti":
         most -= 1  # the text's end token has one
-    elif head.config.temporal != "seqTransf":
+    elif head.config.interaction != "mean_maxsim" and head.config.temporal != "seqTransf":
         return
     longest, name = store.longest("video")
     if longest > most:

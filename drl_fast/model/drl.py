@@ -74,11 +74,21 @@ class DRL(Head):
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
+        query_expansion: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # Head's own would add a temperature beside the CLIP's
         # Signatures list the options in Config's order, which a test checks.
         config = Config(
-            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
+            interaction,
+            temporal,
+            wti_arch,
+            masking,
+            cdcr,
+            cdcr_alpha_on,
+            cdcr_alpha_off,
+            cdcr_weight,
+            cdcr_padding,
+            query_expansion,
         )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
@@ -104,6 +114,7 @@ class DRL(Head):
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
+        query_expansion: bool = False,
     ) -> DRL:
         """Build around a CLIP of any size, given as a state dict in OpenAI's layout; all other modules are new.
 
@@ -111,7 +122,16 @@ class DRL(Head):
             ValueError: entries that are missing, unexpected or of another shape; each is named.
         """
         config = Config(
-            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
+            interaction,
+            temporal,
+            wti_arch,
+            masking,
+            cdcr,
+            cdcr_alpha_on,
+            cdcr_alpha_off,
+            cdcr_weight,
+            cdcr_padding,
+            query_expansion,
         )
         return cls(clip_from_state_dict(state), **asdict(config))
 
@@ -129,6 +149,7 @@ class DRL(Head):
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "competes",
+        query_expansion: bool = False,
         agg_module: str | None = None,
         cdcr_alpha1: float | None = None,
         cdcr_alpha2: float | None = None,
@@ -170,6 +191,7 @@ class DRL(Head):
             cdcr_alpha_off=cdcr_alpha_off if cdcr_alpha2 is None else cdcr_alpha2,
             cdcr_weight=cdcr_weight if cdcr_lambda is None else cdcr_lambda,
             cdcr_padding=cdcr_padding,
+            query_expansion=query_expansion,
         )
         sizes = {"patch": (patch, model.clip.visual.patch_size[0]), "image_size": (image_size, model.picture_size[0])}
         for name, (value, own) in sizes.items():
@@ -362,7 +384,8 @@ class DRL(Head):
         """Encode token ids (A, Nt), Nt <= the context, to tokens (A, Nt, D) and mask (A, Nt) bool.
 
         The real positions are those up to and including the end token, the largest id of a row; the others are 0 and
-        not computed. Longer captions are cut to the context and keep their end token, with one warning.
+        not computed. With ``query_expansion`` all positions are real, and ids after the end token become 0, CLIP's
+        padding. Longer captions are cut to the context and keep their end token, with one warning.
 
         Raises:
             ValueError, TypeError: ids that are not (A, Nt) integers, or lie outside the vocabulary (CPU only).
@@ -371,6 +394,8 @@ class DRL(Head):
         if len(ids) == 0:  # with a graph: over a group every rank's loss must have gradients
             return self._text_tower(ids.new_zeros((1, ids.shape[1])))[:0], torch.zeros_like(ids, dtype=torch.bool)
         mask = _until_end(ids)
+        if self.config.query_expansion:
+            ids, mask = ids.masked_fill(~mask, 0), torch.ones_like(mask)
         # Attention is causal: nothing after the end token reaches what comes before it.
         groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
         order, parts = groups.argsort(stable=True), []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..functional import Matches
-from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from ..modules import TI, WTI, XTI, MeanMaxSim, SeqLSTM, SeqTransf, build_interaction
 from ..numerics import zero_masked
 from . import losses, pretrained, upstream
 from .clip import load_strictly
@@ -77,6 +77,7 @@ class Head(nn.Module):
         cdcr_alpha_on: float = 0.11,
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
+        query_expansion: bool = False,
         max_positions: int = 77,
     ) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class Head(nn.Module):
             max_positions,
         )
         options = (interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight)
-        self._build(sizes, Config(*options))
+        self._build(sizes, Config(*options, query_expansion=query_expansion))
         self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_LOGIT_SCALE)))
 
     def _build(self, sizes: Sizes, config: Config) -> None:
@@ -105,6 +106,7 @@ class Head(nn.Module):
             "wti": {"arch": config.wti_arch, "masking": config.masking},
             "ti": {"masking": config.masking},
             "xti": {"max_positions": max_positions},
+            "mean_maxsim": {"max_positions": max_positions},
         }
         self.interaction = build_interaction(config.interaction, dim, **options.get(config.interaction, {}))
 
@@ -163,14 +165,14 @@ class Head(nn.Module):
         load_strictly(self, without_towers(state), str(path))
 
     def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> None:
-        """Start temporal blocks, XTI and their positions as CLIP's text blocks and positions do, if widths agree.
+        """Start temporal blocks, XTI and all positions as CLIP's text blocks and positions do, if widths agree.
 
         Args:
             positional_embedding: (positions, D).
             blocks: the state dict of CLIP's text blocks, or of its first four.
         """
         for module in (self.temporal, self.interaction):
-            if isinstance(module, SeqTransf | SeqLSTM | XTI):
+            if isinstance(module, SeqTransf | SeqLSTM | XTI | MeanMaxSim):
                 module.init_from_clip(positional_embedding, blocks)
 
     @property

@@ -21,6 +21,7 @@ CASES = {
     "mlp": {"interaction": "mlp", "cdcr": 1},
     "xti": {"interaction": "xti"},
     "ti": {"interaction": "ti", "cdcr": 2},
+    "mean_maxsim": {"interaction": "mean_maxsim"},
     "wti": {"interaction": "wti", "cdcr": 3, "cdcr_alpha_off": 0.1},
 }
 
