@@ -40,7 +40,7 @@ def in_context(layer: drl_fast.MeanMaxSim, frames: Tensor, real: Tensor) -> Tens
     expansion, positions = p["expansion_tokens"], p["temporal.frame_position_embeddings.weight"]
     x = torch.cat([expansion, frames[real]])
     places = torch.cat([positions[: len(expansion)], positions[len(expansion) :][: len(real)][real]])
-    return x + blocks(x + places, under("temporal.transformer.resblocks.", p), DIM // 64)
+    return x + blocks(x + places, under("temporal.transformer.resblocks.", p), max(1, layer.dim // 64))
 
 
 def plain_levels(
