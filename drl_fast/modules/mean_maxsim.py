@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import validation
+from .. import autocast, validation
 from ..functional.token_interaction import interact
 from .blocks import INIT_STD
-from .temporal import SeqTransf
+from .temporal import SeqTransf, check_frames
 from .wti import check_width
 
 
@@ -71,37 +71,63 @@ class MeanMaxSim(nn.Module):
         return self.temporal.init_from_clip(positional_embedding, blocks)
 
     def forward(
-        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        *,
+        in_context: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
 
-        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real.
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real. ``in_context``: what :meth:`in_context` returned
+        for these videos, so that many calls share its work; None: compute it.
         """
-        frame_level, video_level = self.levels(text, video, text_mask, video_mask)
+        frame_level, video_level = self.levels(text, video, text_mask, video_mask, in_context=in_context)
         return frame_level + video_level
 
     def levels(
-        self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
+        self,
+        text: Tensor,
+        video: Tensor,
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        *,
+        in_context: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the logits of the frame level and of the video level, (A, B) each; arguments as of the call."""
         sides = validation.check_sides(text, video, text_mask, video_mask)
         check_width(self, sides.text)
-        if sides.video.shape[1] > self.max_positions:
+        if in_context is None:
+            tokens, real = self.in_context(sides.video, sides.video_mask)
+            return _mean_max(sides), _mean_max(sides._replace(video=tokens, video_mask=real))
+        frames = len(self.expansion_tokens) + sides.video.shape[1]
+        if in_context[0].shape[:2] != (len(sides.video), frames):
+            raise ValueError(
+                f"in_context must hold the video's tokens, ({len(sides.video)}, {frames}, D), got "
+                f"{tuple(in_context[0].shape)}; call layer.in_context(video, video_mask)"
+            )
+        context = validation.check_sides(text, in_context[0], text_mask, in_context[1], ("text", "in_context"))
+        return _mean_max(sides), _mean_max(context)
+
+    def in_context(self, video: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mix frames (B, Nv, D) over time; return E expansion tokens and the frames, (B, E + Nv, D), and their mask.
+
+        The mask is None if ``mask`` is. The expansion tokens of a video without a real frame are masked.
+        """
+        mask = check_frames(video, mask, self.dim, type(self).__name__)
+        if video.shape[1] > self.max_positions:
             raise ValueError(
                 f"video must have at most {self.max_positions} frames, the layer's max_positions, got "
-                f"{sides.video.shape[1]}; take fewer frames or build it with more positions"
+                f"{video.shape[1]}; take fewer frames or build it with more positions"
             )
-        tokens, real = self._in_context(sides.video, sides.video_mask)
-        return _mean_max(sides), _mean_max(sides._replace(video=tokens, video_mask=real))
-
-    def _in_context(self, video: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Mix frames (B, Nv, D) over time; return E expansion tokens and the frames, (B, E + Nv, D), and their mask."""
+        video = autocast.cast(video)
         shape = len(video), len(self.expansion_tokens)
         tokens = torch.cat([self.expansion_tokens.to(video.dtype).expand(*shape, self.dim), video], dim=1)
         if mask is None:
             return self.temporal(tokens), None
         attends = torch.cat([mask.new_ones(shape), mask], dim=1)
-        # The expansion tokens of a video without a real frame would otherwise score.
         real = torch.cat([mask.any(dim=1, keepdim=True).expand(shape), mask], dim=1)
         return self.temporal(tokens, attends), real
 

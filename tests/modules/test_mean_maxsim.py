@@ -111,6 +111,22 @@ def test_levels() -> None:
     assert (levels[0] - levels[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("masks", [(None, None), ("holes", "empty")], ids=str)
+def test_calls_may_share_what_depends_on_the_videos_alone(masks: tuple[str | None, str | None]) -> None:
+    layer, p = small(), problem(masks, torch.float32)
+    args = p.text, p.video, p.text_mask, p.video_mask
+    shared = layer.in_context(p.video, p.video_mask)
+    assert shared[0].shape == (6, EXPANSION + FRAMES, DIM)
+    assert torch.equal(layer(*args, in_context=shared), layer(*args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shared = layer.in_context(p.video, p.video_mask)
+        assert torch.equal(layer(*args, in_context=shared), layer(*args))
+    with pytest.raises(
+        ValueError, match=r"in_context must hold the video's tokens, \(6, 7, D\), got \(1, 7, 128\); call"
+    ):
+        layer(*args, in_context=layer.in_context(p.video[:1]))
+
+
 def test_the_frame_level_reads_raw_frames() -> None:
     layer, p = small(), problem((None, None), torch.float32)
     got = layer.levels(p.text, p.video)[0]
