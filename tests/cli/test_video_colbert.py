@@ -61,7 +61,9 @@ def test_videos_and_features_train_alike(command: Command, videos: Path, tmp_pat
     sim = scores(command, on_videos)
     np.testing.assert_allclose(scores(command, on_features), sim, rtol=0, atol=1e-4)
     # Its CLIP is found again, and encodes captions as in training.
-    np.testing.assert_allclose(scores(command, on_features, "--videos", videos, "--set", "workers=0"), sim, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        scores(command, on_features, "--videos", videos, "--set", "workers=0"), sim, rtol=0, atol=1e-4
+    )
     model, head = drl_fast.DRL.from_pretrained(on_videos), Head.from_pretrained(on_features)
     assert model.config == head.config
     assert model.config.query_expansion
