@@ -92,6 +92,8 @@ class Config:
         query_expansion: the padding after a caption's end token counts as words, which the text tower encodes and
             ``"mean_maxsim"`` matches. Pass ids of one length, ``max_words``, in training and scoring. A head reads the
             words that it is given; for it this is a record.
+        loss: ``"softmax"``: InfoNCE. ``"sigmoid"``: SigLIP's loss with a learned bias; with ``"mean_maxsim"`` the sum
+            of one loss per level, with the same factor and bias (Video-ColBERT's dual sigmoid loss).
 
     Raises:
         ValueError: an unknown value, or options that do not go together.
@@ -108,6 +110,7 @@ class Config:
     cdcr_weight: float = 0.001
     cdcr_padding: str = "never"
     query_expansion: bool = False
+    loss: str = "softmax"
 
     def __post_init__(self) -> None:
         for name in ("cdcr_alpha_on", "cdcr_alpha_off", "cdcr_weight"):
@@ -122,6 +125,7 @@ class Config:
                     f"them unmixed, got {self.temporal!r}; use temporal=None"
                 )
         option("masking", self.masking, MASKINGS)
+        option("loss", self.loss, ("softmax", "sigmoid"))
         if self.masking != "drl" and self.interaction not in ("ti", "wti"):
             raise ValueError(
                 f"masking must be 'drl' with interaction={self.interaction!r}, which has no other, got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from .clip import (
     uses_quick_gelu,
 )
 from .config import Config, Sizes
-from .head import Encoded, Head, architecture_differences, read_source, require
+from .head import FIRST_SIGMOID_SCALE, Encoded, Head, architecture_differences, read_source, require
 from .weight_files import weights_hash
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class DRL(Head):
         pretrained: a tag of that model (``"openai"``), a local weight file, or None: random weights.
 
     The other options are those of :class:`drl_fast.model.config.Config`. Temporal blocks, XTI and their positions start
-    as CLIP's text transformer and positions do, if widths agree.
+    as CLIP's text transformer and positions do, if widths agree. With ``loss="sigmoid"`` the CLIP's temperature starts
+    at log(10), as SigLIP's does.
 
     Raises:
         ValueError: an unknown name, tag, file or option; the nearest name or the remedy is given.
@@ -75,6 +77,7 @@ class DRL(Head):
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
         query_expansion: bool = False,
+        loss: str = "softmax",
     ) -> None:
         nn.Module.__init__(self)  # Head's own would add a temperature beside the CLIP's
         # Signatures list the options in Config's order, which a test checks.
@@ -89,6 +92,7 @@ class DRL(Head):
             cdcr_weight,
             cdcr_padding,
             query_expansion,
+            loss,
         )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
@@ -98,6 +102,9 @@ class DRL(Head):
             self.register_buffer(name, buffer, persistent=False)
         dim = self.clip.text_projection.shape[1]
         self._build(Sizes(dim, dim, dim, self.clip.positional_embedding.shape[0]), config)
+        if config.loss == "sigmoid":
+            # CLIP's own factor, about 100, would make positives of all pairs.
+            nn.init.constant_(self.clip.logit_scale, math.log(FIRST_SIGMOID_SCALE))
         self.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
@@ -115,6 +122,7 @@ class DRL(Head):
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
         query_expansion: bool = False,
+        loss: str = "softmax",
     ) -> DRL:
         """Build around a CLIP of any size, given as a state dict in OpenAI's layout; all other modules are new.
 
@@ -132,6 +140,7 @@ class DRL(Head):
             cdcr_weight,
             cdcr_padding,
             query_expansion,
+            loss,
         )
         return cls(clip_from_state_dict(state), **asdict(config))
 
@@ -150,6 +159,7 @@ class DRL(Head):
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "competes",
         query_expansion: bool = False,
+        loss: str = "softmax",
         agg_module: str | None = None,
         cdcr_alpha1: float | None = None,
         cdcr_alpha2: float | None = None,
@@ -192,6 +202,7 @@ class DRL(Head):
             cdcr_weight=cdcr_weight if cdcr_lambda is None else cdcr_lambda,
             cdcr_padding=cdcr_padding,
             query_expansion=query_expansion,
+            loss=loss,
         )
         sizes = {"patch": (patch, model.clip.visual.patch_size[0]), "image_size": (image_size, model.picture_size[0])}
         for name, (value, own) in sizes.items():

@@ -20,7 +20,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "xti": {"interaction": "xti"},
     "ti": {"interaction": "ti", "cdcr": 2},
     "wti": {"interaction": "wti", "cdcr": 3, "cdcr_alpha_off": 0.1},
-    MMS: {"interaction": "mean_maxsim", "query_expansion": True},
+    MMS: {"interaction": "mean_maxsim", "query_expansion": True, "loss": "sigmoid"},
+    "wti, sigmoid": {"interaction": "wti", "loss": "sigmoid"},
     "ti, exclude": {"interaction": "ti", "masking": "exclude"},
 }
 CAPTIONS, VIDEOS, WORDS, FRAMES = 7, 4, 6, 5

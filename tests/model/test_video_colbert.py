@@ -11,12 +11,12 @@ import torch
 import drl_fast
 from drl_fast.model.config import Config
 from drl_fast.model.head import Head
-from tests.modules.test_mean_maxsim import plain
+from tests.modules.test_mean_maxsim import assert_same, plain, plain_dual_loss, plain_levels
 
 from ..engine.runs import tower
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROW: dict[str, Any] = {"interaction": "mean_maxsim", "temporal": None, "query_expansion": True}
+ROW: dict[str, Any] = {"interaction": "mean_maxsim", "temporal": None, "query_expansion": True, "loss": "sigmoid"}
 END = 59
 
 
@@ -62,6 +62,47 @@ def test_scores_are_the_papers() -> None:
     torch.testing.assert_close(model.similarity(*tokens), want, atol=1e-12, rtol=0)
 
 
+def test_the_loss_is_the_papers() -> None:
+    model, found = model_of().double(), []
+    assert (model.logit_scale.item(), model.logit_bias.item()) == (pytest.approx(10), -10)
+    inputs = {name: x.double() if name == "video" else x for name, x in batch().items()}
+    for dense in (False, True):
+        model.zero_grad()
+        loss = model(inputs)["total"]
+        if dense:
+            levels = plain_levels(model.interaction, *model.encode(inputs))
+            loss = plain_dual_loss(*levels, model.logit_scale, model.logit_bias)
+        loss.backward()
+        found.append({"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}})
+    assert_same(*found, 1e-10)
+    assert found[0]["clip.logit_scale"] != 0
+    assert found[0]["logit_bias"] != 0
+
+
+def test_a_step_lowers_the_loss() -> None:
+    model, inputs = model_of(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = model(inputs)["total"]
+    before.backward()
+    optimizer.step()
+    assert model(inputs)["total"] < before.detach() - 1e-3
+
+
+@pytest.mark.parametrize("interaction", ["wti", "dp"])
+def test_the_sigmoid_loss_of_other_interactions(interaction: str) -> None:
+    model = model_of(interaction=interaction, query_expansion=False)
+    tokens = model.encode(batch())
+    scaled = model.logit_scale * model.similarity(*tokens) + model.logit_bias
+    z = 2 * torch.eye(3) - 1
+    torch.testing.assert_close(model(batch())["total"], -(z * scaled).sigmoid().log().sum() / 3)
+
+
+def test_weights_trained_by_the_other_loss_are_refused(tmp_path: Path) -> None:
+    Head(32, **{**ROW, "loss": "softmax"}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="loss 'softmax' there and 'sigmoid' here"):
+        Head(32, **ROW).load_weights(tmp_path)
+
+
 def test_the_temporal_transformer_starts_as_clips() -> None:
     model = model_of()
     ours, clips = (blocks.state_dict() for blocks in (model.interaction.temporal.transformer, model.clip.transformer))
@@ -98,6 +139,7 @@ def test_a_head_joined_with_its_towers_expands_queries() -> None:
         ),
         ({**ROW, "interaction": "wti"}, "query_expansion must be False with interaction='wti', got True; use inter"),
         ({**ROW, "cdcr": 1}, "cdcr must be 0 with query_expansion, .*, got 1; use cdcr=0"),
+        ({**ROW, "loss": "hinge"}, "loss must be one of 'softmax', 'sigmoid', got 'hinge'"),
         ({**ROW, "masking": "exclude"}, "masking must be 'drl' with interaction='mean_maxsim', which has no other"),
     ],
     ids=str,
