@@ -27,17 +27,20 @@ class MeanMaxSim(nn.Module):
     ``video`` holds one token per frame, not mixed over time: the layer has its own temporal transformer. Masked tokens
     take no part and are never read. A side without a real token scores 0.
 
-    From the paper: the mean of maxima from text to video alone, the two levels and their sum, a temporal transformer
-    with visual expansion tokens, query expansion by padding tokens that count as words, and one sigmoid loss per level.
-    Nobody published the authors' code, and the paper leaves open, or we could not read, what follows. It is our
-    interpretation:
+    From the paper, as public summaries quote it: the mean of maxima, from text to video alone; the two levels and their
+    sum; a temporal transformer with visual expansion tokens; query expansion by padding tokens that count as words; one
+    sigmoid loss per level, with a learned factor and bias. The authors published no code, and we had no full text. What
+    follows is our interpretation:
 
     - Similarities are cosines, as in ColBERT and CLIP.
     - The transformer has the form of CLIP4Clip's, :class:`SeqTransf`: learned positions, no causal mask, and its input
       added to its output. Expansion tokens have the first positions, which padding does not move.
     - Four blocks and two expansion tokens, as in the public reimplementations.
     - The layer expands no query. The text encoder encodes padding, and ``text_mask`` marks it as real;
-      :class:`drl_fast.DRL` does so with ``query_expansion=True``.
+      :class:`drl_fast.DRL` does so with ``query_expansion=True``, up to ``max_words`` positions.
+    - Both levels' losses have weight 1, one factor, one bias, and SigLIP's sign: factor * logits + bias. They start at
+      SigLIP's 10 and -10. The reimplementations give 4.77 and -12.93 as the paper's. SigLIP's weights store about 4.7
+      as the factor's logarithm, so we read 4.77 as one; with CLIP's cosines all pairs would then start as positives.
 
     Args:
         dim: D, the width of the tokens.
