@@ -23,7 +23,7 @@ from .functional import (  # noqa: E402
     token_interaction,
     token_maxsim,
 )
-from .modules import DP, HI, MLP, TI, WTI, XTI  # noqa: E402
+from .modules import DP, HI, MLP, TI, WTI, XTI, MeanMaxSim  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "WTI",
     "XTI",
     "Matches",
+    "MeanMaxSim",
     "cdcr_loss",
     "cross_correlation_loss",
     "functional",

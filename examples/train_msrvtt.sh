@@ -3,9 +3,9 @@
 #
 #   VIDEOS=/data/msrvtt/videos ANNOTATIONS=/data/msrvtt ROW=wti_cdcr GPUS=8 examples/train_msrvtt.sh
 #
-# ROW is dp, dp_seqtransf, hi, mlp, xti, xti_seqtransf, ti, wti, dp_cdcr, ti_cdcr or wti_cdcr; GPUS is the number of
-# processes (default 1). After an interruption run it again: it resumes. Further arguments go to drl-fast train, such
-# as --set batch=256 or --dry-run.
+# ROW is dp, dp_seqtransf, hi, mlp, xti, xti_seqtransf, ti, wti, dp_cdcr, ti_cdcr, wti_cdcr or video_colbert; GPUS is the
+# number of processes (default 1). After an interruption run it again: it resumes. Further arguments go to drl-fast
+# train, such as --set batch=256 or --dry-run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROW=${ROW:-wti_cdcr} GPUS=${GPUS:-1} OUT=${OUT:-runs/msrvtt_$ROW}

@@ -73,9 +73,9 @@ KEPT = [
     *("drl_fast.metrics", "drl_fast.reference"),
 ]
 PUBLIC = {
-    "drl_fast": "DP HI MLP TI WTI XTI Matches cdcr_loss cross_correlation_loss functional info_nce maxsim metrics "
-    "modules token_contrastive_loss token_interaction",
-    "drl_fast.modules": "DP HI MLP TI WTI XTI SeqLSTM SeqTransf INTERACTIONS build_interaction",
+    "drl_fast": "DP HI MLP TI WTI XTI MeanMaxSim Matches cdcr_loss cross_correlation_loss functional info_nce maxsim "
+    "metrics modules token_contrastive_loss token_interaction",
+    "drl_fast.modules": "DP HI MLP TI WTI XTI MeanMaxSim SeqLSTM SeqTransf INTERACTIONS build_interaction",
     "drl_fast.functional": "cdcr_loss cross_correlation_loss info_nce maxsim token_contrastive_loss token_interaction",
     "drl_fast.reference": "cdcr_loss cross_correlation_loss info_nce maxsim token_contrastive_loss token_interaction",
     "drl_fast.metrics": "retrieval_metrics",

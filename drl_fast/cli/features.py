@@ -234,7 +234,8 @@ class _Encoding:
             weights = str(Path(weights).resolve())
         source = self.settings.init_from and str(Path(self.settings.init_from).resolve())
         found = {"clip": self.settings.clip, "pretrained": weights, "init_from": source}
-        return {**found, "seed": self.settings.seed, "weights": model.encoder_hash(side)}
+        expanded = {"query_expansion": True} if side == "text" and model.config.query_expansion else {}
+        return {**found, "seed": self.settings.seed, "weights": model.encoder_hash(side), **expanded}
 
     def _write(
         self,

@@ -24,9 +24,9 @@ from ..model.pretrained import BEST, Saved, read_saved
 # What a checkpoint brings and no option replaces.
 OF_CHECKPOINT = ("clip", "pretrained", "init_from")
 # Options of a model that change its scores; a configuration that names them must agree with the checkpoint.
-OF_MODEL = ("clip", "interaction", "temporal", "wti_arch", "masking")
+OF_MODEL = ("clip", "interaction", "temporal", "wti_arch", "masking", "query_expansion")
 # Interactions whose weights are not CLIP's.
-OWN_WEIGHTS = ("wti", "mlp", "xti", "hi")
+OWN_WEIGHTS = ("wti", "mlp", "xti", "hi", "mean_maxsim")
 
 
 class Settings(NamedTuple):

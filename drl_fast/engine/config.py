@@ -72,8 +72,8 @@ class RunConfig:
         clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU. On features they are
             those that encoded them; None: imported tokens.
         dim: D, the width of temporal module and interaction, on features; None: the text tokens' width.
-        interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight: see
-            :class:`drl_fast.model.config.Config`.
+        interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, query_expansion,
+            loss: see :class:`drl_fast.model.config.Config`.
         epochs: passes over the training captions.
         batch: pairs per step, over all processes; each is a negative of all others.
         lr, clip_lr: peak learning rates of new modules and of CLIP.
@@ -117,6 +117,8 @@ class RunConfig:
     cdcr_alpha_on: float = Config.cdcr_alpha_on
     cdcr_alpha_off: float = Config.cdcr_alpha_off
     cdcr_weight: float = Config.cdcr_weight
+    query_expansion: bool = Config.query_expansion
+    loss: str = Config.loss
     epochs: int = 5
     batch: int = 128
     lr: float = 1e-4
@@ -243,6 +245,8 @@ def _with_features(values: dict[str, Any], path: str, dataset: str | None) -> di
     encoder = about.video.encoder or about.text.encoder or {"clip": None, "pretrained": None}
     stored = {"dataset": about.dataset, "clip": encoder["clip"], "pretrained": encoder["pretrained"]}
     stored |= {name: (about.inputs or {}).get(name, getattr(RunConfig, name)) for name in OF_INPUTS}
+    if about.text.encoder is not None:
+        stored["query_expansion"] = about.text.encoder.get("query_expansion", False)
     configured = {**values, "dataset": values.get("dataset", dataset or about.dataset)}
     weights = configured.get("pretrained")
     if weights is not None and Path(weights).is_file():
@@ -389,7 +393,8 @@ def build_head(config: RunConfig, store: FeatureStore, *, load_weights: bool = T
     elif start:
         blocks = {key.removeprefix("blocks."): x for key, x in start.items() if key.startswith("blocks.")}
         head.init_from_clip(start["positional_embedding"], blocks)
-        head.stored_scale.data.fill_(float(start["logit_scale"]))
+        if config.loss == "softmax":  # the sigmoid loss starts at its own
+            head.stored_scale.data.fill_(float(start["logit_scale"]))
     head.inputs = None if about.inputs is None else Inputs(**about.inputs)
     head.encoders = Encoders(about.text.encoder, about.video.encoder)
     check_positions(head, store)
@@ -405,7 +410,7 @@ def check_positions(head: Head, store: FeatureStore) -> None:
     most = head.sizes.max_positions
     if head.config.interaction == "xti":
         most -= 1  # the text's end token has one
-    elif head.config.temporal != "seqTransf":
+    elif head.config.interaction != "mean_maxsim" and head.config.temporal != "seqTransf":
         return
     longest, name = store.longest("video")
     if longest > most:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import WTI, token_interaction, validation
+from .. import WTI, MeanMaxSim, token_interaction, validation
 from ..data.feature_cache import FeatureCache
 from ..data.feature_store import FeatureStore, Part
 from ..data.loading import Unreadable, tokenize
@@ -29,7 +29,7 @@ from ..metrics import recall_interval, retrieval_metrics
 from ..model.drl import DRL
 from ..model.head import Head
 from ..model.weight_files import weights_hash
-from .features import Encoded, OnProgress, device_of, encode_rows, for_model, frame_features
+from .features import VIDEOS, Encoded, OnProgress, device_of, encode_rows, for_model, frame_features
 from .precision import PRECISIONS, Autocast, autocast_for
 from .row_sharding import shard_rows
 
@@ -280,6 +280,7 @@ def _score(
     device, layer = device_of(model), model.interaction
     video, video_mask = for_model(model, videos.tokens), videos.mask.to(device)
     video_weight = None if videos.weight is None else videos.weight.to(device)
+    shared = {"in_context": _in_context(layer, video, video_mask)} if isinstance(layer, MeanMaxSim) else {}
     sim = torch.zeros(len(texts.tokens), len(video))
     for rows in shard_rows([sim], block, group, on_progress):
         with agree(group, "evaluate"):
@@ -287,7 +288,7 @@ def _score(
                 continue
             text, text_mask = for_model(model, texts.tokens[rows]), texts.mask[rows].to(device)
             if not isinstance(layer, WTI) or texts.weight is None:
-                sim[rows] = model.similarity(text, video, text_mask, video_mask)
+                sim[rows] = layer(text, video, text_mask, video_mask, **shared)
                 continue
             # Weights computed before: in another block the layer's heads would see other rows and round differently.
             scores = token_interaction(
@@ -304,6 +305,12 @@ def _score(
             assert isinstance(scores, Tensor)
             sim[rows] = scores
     return sim
+
+
+def _in_context(layer: MeanMaxSim, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mix all videos' frames over time once, a chunk of videos at a time, instead of with every block of texts."""
+    tokens, real = zip(*map(layer.in_context, video.split(VIDEOS), mask.split(VIDEOS)), strict=True)
+    return torch.cat(tokens), torch.cat(real)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
-from ..validation import MASKINGS, non_negative_int, non_negative_number, option, positive_int, positive_number
+from ..validation import MASKINGS, flag, non_negative_int, non_negative_number, option, positive_int, positive_number
 
 # Tokens of a row that the kernels serve.
 MOST_TOKENS = 32767
@@ -77,8 +77,8 @@ class Config:
     """What a DRL model consists of, besides its CLIP. Defaults are the paper's for MSR-VTT.
 
     Args:
-        interaction: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"`` or ``"wti"``.
-        temporal: module over frames: None, ``"seqLSTM"`` or ``"seqTransf"``.
+        interaction: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"``, ``"wti"`` or ``"mean_maxsim"``.
+        temporal: module over frames: None, ``"seqLSTM"`` or ``"seqTransf"``. ``"mean_maxsim"`` has its own: None.
         wti_arch: layers of WTI's weight heads, 1 to 3.
         masking: what TI and WTI do with padding: ``"drl"``, ``"exclude"`` or ``"none"``; see
             :func:`drl_fast.token_interaction`.
@@ -89,8 +89,15 @@ class Config:
         cdcr_padding: ``"never"`` leaves padding out of CDCR. ``"competes"`` reproduces a bug of the public code, and is
             the default for its checkpoints; see :mod:`drl_fast.model.padding`. It makes training encode padding too.
 
+        query_expansion: the padding after a caption's end token counts as words, which the text tower encodes and
+            ``"mean_maxsim"`` matches. Pass ids of one length, ``max_words``, in training and scoring. A head reads the
+            words that it is given; for it this is a record.
+        loss: ``"softmax"``: InfoNCE. ``"sigmoid"``: SigLIP's loss with a learned bias; with ``"mean_maxsim"`` the sum
+            of one loss per level, with the same factor and bias (Video-ColBERT's dual sigmoid loss).
+
     Raises:
         ValueError: an unknown value, or options that do not go together.
+        TypeError: ``query_expansion`` is not a bool.
     """
 
     interaction: str = "wti"
@@ -102,6 +109,8 @@ class Config:
     cdcr_alpha_off: float = 0.0
     cdcr_weight: float = 0.001
     cdcr_padding: str = "never"
+    query_expansion: bool = False
+    loss: str = "softmax"
 
     def __post_init__(self) -> None:
         for name in ("cdcr_alpha_on", "cdcr_alpha_off", "cdcr_weight"):
@@ -110,7 +119,13 @@ class Config:
         option("interaction", self.interaction, tuple(INTERACTIONS))
         if self.temporal is not None:
             option("temporal", self.temporal, (None, *TEMPORAL))
+            if self.interaction == "mean_maxsim":
+                raise ValueError(
+                    f"temporal must be None with interaction='mean_maxsim', which mixes frames itself and also reads "
+                    f"them unmixed, got {self.temporal!r}; use temporal=None"
+                )
         option("masking", self.masking, MASKINGS)
+        option("loss", self.loss, ("softmax", "sigmoid"))
         if self.masking != "drl" and self.interaction not in ("ti", "wti"):
             raise ValueError(
                 f"masking must be 'drl' with interaction={self.interaction!r}, which has no other, got "
@@ -123,3 +138,15 @@ class Config:
                 f"cdcr must be 0, 1 or 2 with interaction={self.interaction!r}, got 3, which needs WTI's weights; "
                 "use interaction='wti'"
             )
+        flag("query_expansion", self.query_expansion)
+        if self.query_expansion:
+            if self.interaction != "mean_maxsim":
+                raise ValueError(
+                    f"query_expansion must be False with interaction={self.interaction!r}, got True; use "
+                    "interaction='mean_maxsim'"
+                )
+            if self.cdcr != 0:
+                raise ValueError(
+                    f"cdcr must be 0 with query_expansion, whose padding it would read as words, got {self.cdcr}; use "
+                    "cdcr=0 or query_expansion=False"
+                )

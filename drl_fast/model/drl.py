@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from .clip import (
     uses_quick_gelu,
 )
 from .config import Config, Sizes
-from .head import Encoded, Head, architecture_differences, read_source, require
+from .head import FIRST_SIGMOID_SCALE, Encoded, Head, architecture_differences, read_source, require
 from .weight_files import weights_hash
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class DRL(Head):
         pretrained: a tag of that model (``"openai"``), a local weight file, or None: random weights.
 
     The other options are those of :class:`drl_fast.model.config.Config`. Temporal blocks, XTI and their positions start
-    as CLIP's text transformer and positions do, if widths agree.
+    as CLIP's text transformer and positions do, if widths agree. With ``loss="sigmoid"`` the CLIP's temperature starts
+    at log(10), as SigLIP's does.
 
     Raises:
         ValueError: an unknown name, tag, file or option; the nearest name or the remedy is given.
@@ -74,11 +76,23 @@ class DRL(Head):
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
+        query_expansion: bool = False,
+        loss: str = "softmax",
     ) -> None:
         nn.Module.__init__(self)  # Head's own would add a temperature beside the CLIP's
         # Signatures list the options in Config's order, which a test checks.
         config = Config(
-            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
+            interaction,
+            temporal,
+            wti_arch,
+            masking,
+            cdcr,
+            cdcr_alpha_on,
+            cdcr_alpha_off,
+            cdcr_weight,
+            cdcr_padding,
+            query_expansion,
+            loss,
         )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
@@ -88,6 +102,9 @@ class DRL(Head):
             self.register_buffer(name, buffer, persistent=False)
         dim = self.clip.text_projection.shape[1]
         self._build(Sizes(dim, dim, dim, self.clip.positional_embedding.shape[0]), config)
+        if config.loss == "sigmoid":
+            # CLIP's own factor, about 100, would make positives of all pairs.
+            nn.init.constant_(self.clip.logit_scale, math.log(FIRST_SIGMOID_SCALE))
         self.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
 
     @classmethod
@@ -104,6 +121,8 @@ class DRL(Head):
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "never",
+        query_expansion: bool = False,
+        loss: str = "softmax",
     ) -> DRL:
         """Build around a CLIP of any size, given as a state dict in OpenAI's layout; all other modules are new.
 
@@ -111,7 +130,17 @@ class DRL(Head):
             ValueError: entries that are missing, unexpected or of another shape; each is named.
         """
         config = Config(
-            interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, cdcr_padding
+            interaction,
+            temporal,
+            wti_arch,
+            masking,
+            cdcr,
+            cdcr_alpha_on,
+            cdcr_alpha_off,
+            cdcr_weight,
+            cdcr_padding,
+            query_expansion,
+            loss,
         )
         return cls(clip_from_state_dict(state), **asdict(config))
 
@@ -129,6 +158,8 @@ class DRL(Head):
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
         cdcr_padding: str = "competes",
+        query_expansion: bool = False,
+        loss: str = "softmax",
         agg_module: str | None = None,
         cdcr_alpha1: float | None = None,
         cdcr_alpha2: float | None = None,
@@ -170,6 +201,8 @@ class DRL(Head):
             cdcr_alpha_off=cdcr_alpha_off if cdcr_alpha2 is None else cdcr_alpha2,
             cdcr_weight=cdcr_weight if cdcr_lambda is None else cdcr_lambda,
             cdcr_padding=cdcr_padding,
+            query_expansion=query_expansion,
+            loss=loss,
         )
         sizes = {"patch": (patch, model.clip.visual.patch_size[0]), "image_size": (image_size, model.picture_size[0])}
         for name, (value, own) in sizes.items():
@@ -362,7 +395,8 @@ class DRL(Head):
         """Encode token ids (A, Nt), Nt <= the context, to tokens (A, Nt, D) and mask (A, Nt) bool.
 
         The real positions are those up to and including the end token, the largest id of a row; the others are 0 and
-        not computed. Longer captions are cut to the context and keep their end token, with one warning.
+        not computed. With ``query_expansion`` all positions are real, and ids after the end token become 0, CLIP's
+        padding. Longer captions are cut to the context and keep their end token, with one warning.
 
         Raises:
             ValueError, TypeError: ids that are not (A, Nt) integers, or lie outside the vocabulary (CPU only).
@@ -371,6 +405,8 @@ class DRL(Head):
         if len(ids) == 0:  # with a graph: over a group every rank's loss must have gradients
             return self._text_tower(ids.new_zeros((1, ids.shape[1])))[:0], torch.zeros_like(ids, dtype=torch.bool)
         mask = _until_end(ids)
+        if self.config.query_expansion:
+            ids, mask = ids.masked_fill(~mask, 0), torch.ones_like(mask)
         # Attention is causal: nothing after the end token reaches what comes before it.
         groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
         order, parts = groups.argsort(stable=True), []

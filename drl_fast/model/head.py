@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..functional import Matches
-from ..modules import TI, WTI, XTI, SeqLSTM, SeqTransf, build_interaction
+from ..modules import TI, WTI, XTI, MeanMaxSim, SeqLSTM, SeqTransf, build_interaction
 from ..numerics import zero_masked
 from . import losses, pretrained, upstream
 from .clip import load_strictly
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MAX_LOGIT_SCALE = 100.0
 # CLIP's factor before it was trained.
 FIRST_LOGIT_SCALE = 1 / 0.07
+# SigLIP's factor and bias before they were trained.
+FIRST_SIGMOID_SCALE, FIRST_SIGMOID_BIAS = 10.0, -10.0
 
 
 class Encoded(NamedTuple):
@@ -55,7 +57,8 @@ class Head(nn.Module):
             projection, without bias.
         max_positions: the largest number of video tokens.
 
-    The other options are those of :class:`drl_fast.model.config.Config`. The factor of the logits starts at 1 / 0.07.
+    The other options are those of :class:`drl_fast.model.config.Config`. The factor of the logits starts at 1 / 0.07,
+    with ``loss="sigmoid"`` at 10, and its bias at -10.
 
     Raises:
         ValueError, TypeError: a width below 1, an unknown option.
@@ -77,6 +80,8 @@ class Head(nn.Module):
         cdcr_alpha_on: float = 0.11,
         cdcr_alpha_off: float = 0.0,
         cdcr_weight: float = 0.001,
+        query_expansion: bool = False,
+        loss: str = "softmax",
         max_positions: int = 77,
     ) -> None:
         super().__init__()
@@ -87,11 +92,12 @@ class Head(nn.Module):
             max_positions,
         )
         options = (interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight)
-        self._build(sizes, Config(*options))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_LOGIT_SCALE)))
+        self._build(sizes, Config(*options, query_expansion=query_expansion, loss=loss))
+        first = FIRST_SIGMOID_SCALE if loss == "sigmoid" else FIRST_LOGIT_SCALE
+        self.log_scale = nn.Parameter(torch.tensor(math.log(first)))
 
     def _build(self, sizes: Sizes, config: Config) -> None:
-        """Make projections, temporal module and interaction."""
+        """Make projections, temporal module, interaction, and the sigmoid loss's bias."""
         self.config, self.sizes = config, sizes
         self.inputs: Inputs | None = None
         """How captions and frames are prepared; training sets it, and saved models keep it."""
@@ -105,8 +111,11 @@ class Head(nn.Module):
             "wti": {"arch": config.wti_arch, "masking": config.masking},
             "ti": {"masking": config.masking},
             "xti": {"max_positions": max_positions},
+            "mean_maxsim": {"max_positions": max_positions},
         }
         self.interaction = build_interaction(config.interaction, dim, **options.get(config.interaction, {}))
+        self.logit_bias = nn.Parameter(torch.tensor(FIRST_SIGMOID_BIAS)) if config.loss == "sigmoid" else None
+        """Of the sigmoid loss, added to the scaled logits."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Head:
@@ -163,14 +172,14 @@ class Head(nn.Module):
         load_strictly(self, without_towers(state), str(path))
 
     def init_from_clip(self, positional_embedding: Tensor, blocks: Mapping[str, Tensor]) -> None:
-        """Start temporal blocks, XTI and their positions as CLIP's text blocks and positions do, if widths agree.
+        """Start temporal blocks, XTI and all positions as CLIP's text blocks and positions do, if widths agree.
 
         Args:
             positional_embedding: (positions, D).
             blocks: the state dict of CLIP's text blocks, or of its first four.
         """
         for module in (self.temporal, self.interaction):
-            if isinstance(module, SeqTransf | SeqLSTM | XTI):
+            if isinstance(module, SeqTransf | SeqLSTM | XTI | MeanMaxSim):
                 module.init_from_clip(positional_embedding, blocks)
 
     @property
@@ -295,6 +304,8 @@ class Head(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], process_group: ProcessGroup | None = None) -> dict[str, Tensor]:
         """Compute the losses of a batch: ``total`` = ``info_nce`` + lambda ``cdcr``, scalars.
 
+        With ``loss="sigmoid"`` the entry ``info_nce`` is the sigmoid loss.
+
         Args:
             batch: see :meth:`encode`, row by row pairs. Optional: ``owner`` (B,), the id of each caption's video; or
                 ``video_of`` (A,), the row of ``video`` that each caption describes, if several captions share a row.
@@ -336,13 +347,15 @@ class Head(nn.Module):
             weights = self.interaction.weights(text, video, text_mask, video_mask)
         batch = losses.Batch(text, video, *weights, text_mask, video_mask)
         if video_of is None:
-            info_nce = losses.contrastive_loss(self.interaction, batch, self.logit_scale, owner, process_group)
+            info_nce = losses.contrastive_loss(
+                self.interaction, batch, self.logit_scale, self.logit_bias, owner, process_group
+            )
         else:
             if owner is not None and process_group is None:
                 raise ValueError("owner must be None with video_of, which says it already, got both; drop owner")
             video_of = losses.check_video_of(video_of, len(text), len(video))
             info_nce = losses.shared_videos_loss(
-                self.interaction, batch, self.logit_scale, video_of, owner, process_group
+                self.interaction, batch, self.logit_scale, self.logit_bias, video_of, owner, process_group
             )
             batch = losses.repeat_videos(batch, video_of)
         cdcr = losses.decorrelation_loss(self.config, batch, padded, process_group)
@@ -379,7 +392,7 @@ def architecture_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any],
     """
     # Neither DP nor TI has weights: a public file of one is a file of the other.
     either = "sizes" not in theirs and (theirs["interaction"], ours["interaction"]) == ("dp", "ti")
-    keys = [*more, *["interaction"] * (not either), "temporal", *["wti_arch"] * (ours["interaction"] == "wti")]
+    keys = [*more, *["interaction"] * (not either), "temporal", "loss", *["wti_arch"] * (ours["interaction"] == "wti")]
     return [
         f"{key} {theirs[key]!r} there and {ours[key]!r} here"
         for key in keys

@@ -1,4 +1,4 @@
-"""DRL's two losses, from tokens: InfoNCE of any interaction and CDCR, over one process or a group."""
+"""DRL's losses, from tokens: InfoNCE or the sigmoid loss of any interaction, and CDCR, over one process or a group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import functional, validation
 from ..distributed.gather import gather_rows
 from ..distributed.group import Group, agree
 from ..functional.dot_product import pool
-from ..modules import TI, WTI
+from ..modules import TI, WTI, MeanMaxSim
 from . import padding
 from .config import Config
 
@@ -36,10 +36,19 @@ class Batch(NamedTuple):
 
 
 def contrastive_loss(
-    interaction: nn.Module, batch: Batch, logit_scale: Tensor, owner: Tensor | None, group: ProcessGroup | None
+    interaction: nn.Module,
+    batch: Batch,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    owner: Tensor | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
-    """Compute InfoNCE of the batch, a scalar. TI and WTI never form the B x B logits; the others do, on every rank."""
-    if isinstance(interaction, WTI | TI):
+    """Compute InfoNCE of the batch, or with a ``logit_bias`` the sigmoid loss, a scalar.
+
+    InfoNCE of TI and WTI never forms the B x B logits; all else does, on every rank. The sigmoid loss of several levels
+    is the sum of one per level (Video-ColBERT).
+    """
+    if logit_bias is None and isinstance(interaction, WTI | TI):
         return functional.token_contrastive_loss(
             *batch,
             logit_scale=logit_scale,
@@ -49,18 +58,30 @@ def contrastive_loss(
             process_group=group,
         )
     if group is None:
-        logits = interaction(batch.text, batch.video, batch.text_mask, batch.video_mask)
+        levels = _levels(interaction, batch, logit_bias is not None)
     else:
-        logits, owner = _gather_logits(interaction, batch, owner, Group(group))
+        levels, owner = _gather_levels(interaction, batch, owner, Group(group), logit_bias is not None)
     if owner is not None:
         siblings = (owner[:, None] == owner).fill_diagonal_(False)
-        logits = logits.masked_fill(siblings, NO_NEGATIVE)
-    return functional.info_nce(logits, logit_scale)
+        levels = [logits.masked_fill(siblings, NO_NEGATIVE) for logits in levels]
+    if logit_bias is None:
+        return functional.info_nce(levels[0], logit_scale)
+    return torch.stack([functional.sigmoid_loss(logits, logit_scale, logit_bias) for logits in levels]).sum()
 
 
-def _gather_logits(
-    interaction: nn.Module, batch: Batch, owner: Tensor | None, group: Group
-) -> tuple[Tensor, Tensor | None]:
+def _levels(interaction: nn.Module, batch: Batch, apart: bool) -> list[Tensor]:
+    """Return the interaction's logits (A, B); MeanMaxSim's two levels if they are wanted ``apart``, else their sum."""
+    if isinstance(interaction, WTI | TI):
+        found = functional.token_interaction(*batch, masking=interaction.masking, normalize=interaction.normalize)
+        assert isinstance(found, Tensor)
+        return [found]
+    sides = batch.text, batch.video, batch.text_mask, batch.video_mask
+    return list(interaction.levels(*sides)) if apart and isinstance(interaction, MeanMaxSim) else [interaction(*sides)]
+
+
+def _gather_levels(
+    interaction: nn.Module, batch: Batch, owner: Tensor | None, group: Group, apart: bool
+) -> tuple[list[Tensor], Tensor | None]:
     """Return the group's logits (B, B) and owners; every rank scores its own texts against all videos."""
     text, video = batch.text, batch.video
     same: dict[str, object] = {"D": text.shape[2], "Nv": video.shape[1], "dtype": text.dtype}
@@ -68,9 +89,10 @@ def _gather_logits(
     with agree(group, "DRL's loss") as agreement:
         agreement.sizes, agreement.same = {"rows": len(text)}, same
     counts = [size["rows"] for size in agreement.sizes_by_rank]
-    videos, real = gather_rows(video, group, counts), gather_rows(batch.video_mask, group, counts)
-    logits = gather_rows(interaction(text, videos, batch.text_mask, real), group, counts)
-    return logits, None if owner is None else gather_rows(owner, group, counts)
+    sides = {name: getattr(batch, name) for name in ("video", "video_weight", "video_mask")}
+    gathered = {name: gather_rows(x, group, counts) for name, x in sides.items() if x is not None}
+    levels = [gather_rows(x, group, counts) for x in _levels(interaction, batch._replace(**gathered), apart)]
+    return levels, None if owner is None else gather_rows(owner, group, counts)
 
 
 def decorrelation_loss(
@@ -120,11 +142,12 @@ def shared_videos_loss(
     interaction: nn.Module,
     batch: Batch,
     logit_scale: Tensor,
+    logit_bias: Tensor | None,
     video_of: Tensor,
     owner: Tensor | None,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """Compute InfoNCE of captions (A) that share videos (B) from the (A, B) logits, a scalar.
+    """Compute the loss of captions (A) that share videos (B) from the (A, B) logits, a scalar.
 
     It is the loss of :func:`contrastive_loss` on repeated videos with ``owner=video_of``. From text to video every
     other video counts as often as it has captions in the batch. From video to text each caption is its video's answer
@@ -136,17 +159,17 @@ def shared_videos_loss(
     if group is not None:
         if owner is None:
             owner = video_of + _first_video(len(batch.video), Group(group), video_of.device)
-        return contrastive_loss(interaction, repeat_videos(batch, video_of), logit_scale, owner, group)
+        return contrastive_loss(interaction, repeat_videos(batch, video_of), logit_scale, logit_bias, owner, group)
     if len(batch.text) == 0:
         raise ValueError("text must hold at least one caption, got none; a batch without pairs has no loss")
-    if isinstance(interaction, WTI | TI):
-        found = functional.token_interaction(*batch, masking=interaction.masking, normalize=interaction.normalize)
-    else:
-        found = interaction(batch.text, batch.video, batch.text_mask, batch.video_mask)
-    assert isinstance(found, Tensor)
-    logits = found * logit_scale
-    captions = torch.bincount(video_of, minlength=len(batch.video)).to(logits.dtype)
+    levels = _levels(interaction, batch, logit_bias is not None)
+    captions = torch.bincount(video_of, minlength=len(batch.video)).to(levels[0].dtype)
     own = torch.nn.functional.one_hot(video_of, len(batch.video)).bool()
+    if logit_bias is not None:
+        counts = torch.where(own, 1, captions)  # of another video's pairs: one for each of its captions
+        scaled = [torch.where(own, -1, 1) * (logits * logit_scale + logit_bias) for logits in levels]
+        return torch.stack([(counts * torch.nn.functional.softplus(x)).sum() for x in scaled]).sum() / len(batch.text)
+    logits = levels[0] * logit_scale
     positive = logits.gather(1, video_of[:, None]).squeeze(1)
     # A video without a caption in the batch has log(0) = -inf: it is nobody's negative.
     text_to_video = torch.logsumexp(logits + captions.log().masked_fill(own, 0), dim=1)

@@ -10,19 +10,28 @@ from torch import nn
 from .. import validation
 from .dp import DP
 from .hi import HI
+from .mean_maxsim import MeanMaxSim
 from .mlp import MLP
 from .ti import TI
 from .wti import WTI
 from .xti import XTI
 
-INTERACTIONS: dict[str, type[nn.Module]] = {"dp": DP, "hi": HI, "mlp": MLP, "xti": XTI, "ti": TI, "wti": WTI}
+INTERACTIONS: dict[str, type[nn.Module]] = {
+    "dp": DP,
+    "hi": HI,
+    "mlp": MLP,
+    "xti": XTI,
+    "ti": TI,
+    "wti": WTI,
+    "mean_maxsim": MeanMaxSim,
+}
 
 
 def build_interaction(name: str, dim: int, **options: Any) -> nn.Module:
     """Build an interaction layer by name.
 
     Args:
-        name: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"`` or ``"wti"``.
+        name: ``"dp"``, ``"hi"``, ``"mlp"``, ``"xti"``, ``"ti"``, ``"wti"`` or ``"mean_maxsim"``.
         dim: D, the width of the tokens; DP and TI ignore it.
         options: the layer's own options.
 

@@ -69,7 +69,7 @@ def test_a_run_from_config_to_best_model(folder: Path, tmp_path: Path) -> None:
     assert scored.exit_code == 0, scored.output
 
 
-@pytest.mark.parametrize("row", ["dp_cdcr", "hi", "mlp", "xti", "ti_cdcr", "wti_cdcr"])
+@pytest.mark.parametrize("row", ["dp_cdcr", "hi", "mlp", "xti", "ti_cdcr", "wti_cdcr", "video_colbert"])
 def test_a_dry_run_of_every_interaction(row: str) -> None:
     done = train("--config", row, "--dataset", "msrvtt", "--dry-run")
     assert done.exit_code == 0, done.output

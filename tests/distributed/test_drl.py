@@ -21,6 +21,8 @@ CASES = {
     "mlp": {"interaction": "mlp", "cdcr": 1},
     "xti": {"interaction": "xti"},
     "ti": {"interaction": "ti", "cdcr": 2},
+    "mean_maxsim": {"interaction": "mean_maxsim", "loss": "sigmoid"},
+    "wti, sigmoid": {"interaction": "wti", "loss": "sigmoid"},
     "wti": {"interaction": "wti", "cdcr": 3, "cdcr_alpha_off": 0.1},
 }
 

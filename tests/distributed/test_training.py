@@ -26,7 +26,7 @@ WAYS = ("ddp", "fsdp")
 SHARED = {"captions_per_video": 2, "batch": 5}
 # First and last row of each process, of seven: unequal shares, or none.
 SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
-INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti")
+INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti", "mean_maxsim")
 
 
 def here(rank: int, size: int) -> Processes:

@@ -21,6 +21,7 @@ ROWS = {
     "mlp": {"interaction": "mlp", "temporal": "seqTransf"},
     "ti": {"interaction": "ti", "temporal": "seqTransf"},
     "ti_cdcr": {"interaction": "ti", "temporal": "seqTransf", "cdcr": 2, "cdcr_alpha_on": 0.16},
+    "video_colbert": {"interaction": "mean_maxsim", "temporal": None, "query_expansion": True, "loss": "sigmoid"},
     "wti": {"interaction": "wti", "temporal": "seqTransf", "wti_arch": 2},
     "wti_cdcr": {"interaction": "wti", "temporal": "seqTransf", "wti_arch": 2, "cdcr": 3, "cdcr_alpha_on": 0.14},
     "xti": {"interaction": "xti", "temporal": None},

@@ -19,7 +19,7 @@ from tests.engine.eval_problem import SAMPLING, WORDS, make_model, make_split, t
 
 SIZES = (1, 2, 3)
 BROKEN = 5
-INTERACTIONS = ("wti", "dp", "xti")
+INTERACTIONS = ("wti", "dp", "xti", "mean_maxsim")
 
 
 class NoRoom(FeatureCache):
@@ -32,7 +32,8 @@ class NoRoom(FeatureCache):
 def scores(split: Split, interaction: str, group: object, **options: Any) -> dict[str, Any]:
     """Evaluate on one rank, with chunks so small that every rank has some and the last is not full."""
     features.TEXTS, features.VIDEOS, features.DECODED = 4, 3, 2
-    model, done = make_model(interaction=interaction), []
+    options_of = {"temporal": None, "query_expansion": True} if interaction == "mean_maxsim" else {}
+    model, done = make_model(interaction=interaction, **options_of), []
     found = evaluate(
         model,
         split,

@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "xti, with dropout": {"interaction": "xti"},
     "ti": {"interaction": "ti", "cdcr": 2},
     "wti": {"interaction": "wti", "cdcr": 3, "cdcr_alpha_off": 0.1},
+    "mean_maxsim": {"interaction": "mean_maxsim", "query_expansion": True, "loss": "sigmoid"},
     "seqLSTM": {"interaction": "wti", "temporal": "seqLSTM"},
     "seqTransf": {"interaction": "ti", "temporal": "seqTransf"},
 }

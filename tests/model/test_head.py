@@ -12,6 +12,7 @@ import drl_fast
 from drl_fast.model.head import Head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MMS = "mean_maxsim"
 ROWS: dict[str, dict[str, Any]] = {
     "dp": {"interaction": "dp", "cdcr": 1},
     "hi": {"interaction": "hi"},
@@ -19,6 +20,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "xti": {"interaction": "xti"},
     "ti": {"interaction": "ti", "cdcr": 2},
     "wti": {"interaction": "wti", "cdcr": 3, "cdcr_alpha_off": 0.1},
+    MMS: {"interaction": "mean_maxsim", "query_expansion": True, "loss": "sigmoid"},
+    "wti, sigmoid": {"interaction": "wti", "loss": "sigmoid"},
     "ti, exclude": {"interaction": "ti", "masking": "exclude"},
 }
 CAPTIONS, VIDEOS, WORDS, FRAMES = 7, 4, 6, 5
@@ -45,8 +48,10 @@ def head_of(row: dict[str, Any], **options: Any) -> Head:
 VIDEO_OF = torch.tensor([2, 0, 0, 3, 2, 0, 1])
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("temporal", [None, "seqTransf"])
+@pytest.mark.parametrize(
+    ("temporal", "name"),
+    [(temporal, name) for temporal in (None, "seqTransf") for name in ROWS if (temporal, name) != ("seqTransf", MMS)],
+)
 def test_shared_videos_have_the_losses_and_gradients_of_repeated_ones(name: str, temporal: str | None) -> None:
     shared, repeated = head_of(ROWS[name], temporal=temporal), head_of(ROWS[name], temporal=temporal)
     batch = batch_of()

@@ -1,4 +1,4 @@
-"""Properties of all six interactions, built by name."""
+"""Properties of all interactions, built by name."""
 
 from __future__ import annotations
 
@@ -44,16 +44,18 @@ def gradients(layer: nn.Module, p: Problem) -> dict[str, Tensor]:
 
 
 def test_names() -> None:
-    assert list(INTERACTIONS) == ["dp", "hi", "mlp", "xti", "ti", "wti"]
+    assert list(INTERACTIONS) == ["dp", "hi", "mlp", "xti", "ti", "wti", "mean_maxsim"]
     for name, layer in INTERACTIONS.items():
-        assert type(build_interaction(name, 8)) is layer is getattr(drl_fast, name.upper())
+        public = "MeanMaxSim" if name == "mean_maxsim" else name.upper()
+        assert type(build_interaction(name, 8)) is layer is getattr(drl_fast, public)
     assert build_interaction("wti", 8, arch=1).text_weight_fc.weight.shape == (1, 8)
     assert build_interaction("ti", 8, masking="none").masking == "none"
     assert build_interaction("xti", 16, layers=1).dim == 16
 
 
 def test_unknown_names_and_options() -> None:
-    with pytest.raises(ValueError, match="interaction must be one of 'dp', 'hi', 'mlp', 'xti', 'ti', 'wti', got 'WTI'"):
+    names = "'dp', 'hi', 'mlp', 'xti', 'ti', 'wti', 'mean_maxsim'"
+    with pytest.raises(ValueError, match=f"interaction must be one of {names}, got 'WTI'"):
         build_interaction("WTI", 8)
     with pytest.raises(TypeError, match="arch must be an option of DP, which has: none; leave it out"):
         build_interaction("dp", 8, arch=2)

@@ -91,6 +91,7 @@ LOSSES: dict[str, Loss] = {
     "hi": partial(layer, name="hi"),
     "xti": partial(layer, name="xti"),
     "mlp": partial(layer, name="mlp"),
+    "mean_maxsim": partial(layer, name="mean_maxsim"),
 }
 
 
