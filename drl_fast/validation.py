@@ -175,13 +175,13 @@ def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def pooling(value: object, temperature: object) -> float:
-    """Check a pooling and its temperature; return the temperature."""
+def pooling(value: object, temperature: object, name: str = "temperature") -> float:
+    """Check a pooling and its temperature, the argument ``name``; return the temperature."""
     option("pooling", value, POOLINGS)
-    number = positive_number("temperature", temperature, "similarities are divided by it")
+    number = positive_number(name, temperature, "similarities are divided by it")
     if value == "max" and number != 1:
         raise ValueError(
-            f"temperature must be 1 with pooling='max', which does not use it, got {number}; "
+            f"{name} must be 1 with pooling='max', which does not use it, got {number}; "
             "leave it out, or choose pooling='softmax' or 'logsumexp'"
         )
     return number

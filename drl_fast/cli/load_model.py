@@ -24,7 +24,16 @@ from ..model.pretrained import BEST, Saved, read_saved
 # What a checkpoint brings and no option replaces.
 OF_CHECKPOINT = ("clip", "pretrained", "init_from")
 # Options of a model that change its scores; a configuration that names them must agree with the checkpoint.
-OF_MODEL = ("clip", "interaction", "temporal", "wti_arch", "masking", "query_expansion")
+OF_MODEL = (
+    "clip",
+    "interaction",
+    "temporal",
+    "wti_arch",
+    "masking",
+    "query_expansion",
+    "pooling",
+    "pooling_temperature",
+)
 # Interactions whose weights are not CLIP's.
 OWN_WEIGHTS = ("wti", "mlp", "xti", "hi", "mean_maxsim")
 
@@ -190,7 +199,7 @@ def _from_public(checkpoint: Path, settings: Settings) -> DRL:
             )
         inferred["interaction"] = "ti" if named["interaction"] == "ti" else "dp"
     _check_same(inferred, checkpoint, settings)
-    options = {name: named[name] for name in ("masking",) if name in named}
+    options = {name: named[name] for name in ("masking", "pooling", "pooling_temperature") if name in named}
     try:
         model = DRL.from_upstream(state, interaction=inferred["interaction"], **options)
     except ValueError as error:

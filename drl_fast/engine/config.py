@@ -73,7 +73,7 @@ class RunConfig:
             those that encoded them; None: imported tokens.
         dim: D, the width of temporal module and interaction, on features; None: the text tokens' width.
         interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight, query_expansion,
-            loss: see :class:`drl_fast.model.config.Config`.
+            loss, pooling, pooling_temperature: see :class:`drl_fast.model.config.Config`.
         epochs: passes over the training captions.
         batch: pairs per step, over all processes; each is a negative of all others.
         lr, clip_lr: peak learning rates of new modules and of CLIP.
@@ -119,6 +119,8 @@ class RunConfig:
     cdcr_weight: float = Config.cdcr_weight
     query_expansion: bool = Config.query_expansion
     loss: str = Config.loss
+    pooling: str = Config.pooling
+    pooling_temperature: float = Config.pooling_temperature
     epochs: int = 5
     batch: int = 128
     lr: float = 1e-4

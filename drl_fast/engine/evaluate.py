@@ -29,6 +29,7 @@ from ..metrics import recall_interval, retrieval_metrics
 from ..model.drl import DRL
 from ..model.head import Head
 from ..model.weight_files import weights_hash
+from ..modules.wti import interaction_options
 from .features import VIDEOS, Encoded, OnProgress, device_of, encode_rows, for_model, frame_features
 from .precision import PRECISIONS, Autocast, autocast_for
 from .row_sharding import shard_rows
@@ -298,9 +299,7 @@ def _score(
                 video_weight,
                 text_mask,
                 video_mask,
-                normalize=layer.normalize,
-                masking=layer.masking,
-                bidirectional=layer.bidirectional,
+                **interaction_options(layer),
             )
             assert isinstance(scores, Tensor)
             sim[rows] = scores

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
-from ..validation import MASKINGS, flag, non_negative_int, non_negative_number, option, positive_int, positive_number
+from ..validation import (
+    MASKINGS,
+    flag,
+    non_negative_int,
+    non_negative_number,
+    option,
+    pooling,
+    positive_int,
+    positive_number,
+)
 
 # Tokens of a row that the kernels serve.
 MOST_TOKENS = 32767
@@ -88,12 +97,14 @@ class Config:
         cdcr_weight: lambda, the factor of the regularizer in the total loss.
         cdcr_padding: ``"never"`` leaves padding out of CDCR. ``"competes"`` reproduces a bug of the public code, and is
             the default for its checkpoints; see :mod:`drl_fast.model.padding`. It makes training encode padding too.
-
         query_expansion: the padding after a caption's end token counts as words, which the text tower encodes and
             ``"mean_maxsim"`` matches. Pass ids of one length, ``max_words``, in training and scoring. A head reads the
             words that it is given; for it this is a record.
         loss: ``"softmax"``: InfoNCE. ``"sigmoid"``: SigLIP's loss with a learned bias; with ``"mean_maxsim"`` the sum
             of one loss per level, with the same factor and bias (Video-ColBERT's dual sigmoid loss).
+        pooling: what TI and WTI take over a token's similarities: ``"max"``, ``"softmax"`` or ``"logsumexp"``; see
+            :func:`drl_fast.token_interaction`.
+        pooling_temperature: of ``"softmax"`` and ``"logsumexp"``.
 
     Raises:
         ValueError: an unknown value, or options that do not go together.
@@ -111,6 +122,8 @@ class Config:
     cdcr_padding: str = "never"
     query_expansion: bool = False
     loss: str = "softmax"
+    pooling: str = "max"
+    pooling_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("cdcr_alpha_on", "cdcr_alpha_off", "cdcr_weight"):
@@ -130,6 +143,12 @@ class Config:
             raise ValueError(
                 f"masking must be 'drl' with interaction={self.interaction!r}, which has no other, got "
                 f"{self.masking!r}; use interaction='ti' or 'wti'"
+            )
+        pooling(self.pooling, self.pooling_temperature, "pooling_temperature")
+        if self.pooling != "max" and self.interaction not in ("ti", "wti"):
+            raise ValueError(
+                f"pooling must be 'max' with interaction={self.interaction!r}, which has no other, got "
+                f"{self.pooling!r}; use interaction='ti' or 'wti'"
             )
         option("cdcr", non_negative_int("cdcr", self.cdcr), (0, 1, 2, 3))
         option("cdcr_padding", self.cdcr_padding, ("never", "competes"))

@@ -78,6 +78,8 @@ class DRL(Head):
         cdcr_padding: str = "never",
         query_expansion: bool = False,
         loss: str = "softmax",
+        pooling: str = "max",
+        pooling_temperature: float = 1.0,
     ) -> None:
         nn.Module.__init__(self)  # Head's own would add a temperature beside the CLIP's
         # Signatures list the options in Config's order, which a test checks.
@@ -93,6 +95,8 @@ class DRL(Head):
             cdcr_padding,
             query_expansion,
             loss,
+            pooling,
+            pooling_temperature,
         )
         self.clip_name = clip if isinstance(clip, str) else None
         self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
@@ -123,6 +127,8 @@ class DRL(Head):
         cdcr_padding: str = "never",
         query_expansion: bool = False,
         loss: str = "softmax",
+        pooling: str = "max",
+        pooling_temperature: float = 1.0,
     ) -> DRL:
         """Build around a CLIP of any size, given as a state dict in OpenAI's layout; all other modules are new.
 
@@ -141,6 +147,8 @@ class DRL(Head):
             cdcr_padding,
             query_expansion,
             loss,
+            pooling,
+            pooling_temperature,
         )
         return cls(clip_from_state_dict(state), **asdict(config))
 
@@ -160,6 +168,8 @@ class DRL(Head):
         cdcr_padding: str = "competes",
         query_expansion: bool = False,
         loss: str = "softmax",
+        pooling: str = "max",
+        pooling_temperature: float = 1.0,
         agg_module: str | None = None,
         cdcr_alpha1: float | None = None,
         cdcr_alpha2: float | None = None,
@@ -203,6 +213,8 @@ class DRL(Head):
             cdcr_padding=cdcr_padding,
             query_expansion=query_expansion,
             loss=loss,
+            pooling=pooling,
+            pooling_temperature=pooling_temperature,
         )
         sizes = {"patch": (patch, model.clip.visual.patch_size[0]), "image_size": (image_size, model.picture_size[0])}
         for name, (value, own) in sizes.items():

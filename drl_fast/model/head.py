@@ -82,6 +82,8 @@ class Head(nn.Module):
         cdcr_weight: float = 0.001,
         query_expansion: bool = False,
         loss: str = "softmax",
+        pooling: str = "max",
+        pooling_temperature: float = 1.0,
         max_positions: int = 77,
     ) -> None:
         super().__init__()
@@ -92,7 +94,14 @@ class Head(nn.Module):
             max_positions,
         )
         options = (interaction, temporal, wti_arch, masking, cdcr, cdcr_alpha_on, cdcr_alpha_off, cdcr_weight)
-        self._build(sizes, Config(*options, query_expansion=query_expansion, loss=loss))
+        config = Config(
+            *options,
+            query_expansion=query_expansion,
+            loss=loss,
+            pooling=pooling,
+            pooling_temperature=pooling_temperature,
+        )
+        self._build(sizes, config)
         first = FIRST_SIGMOID_SCALE if loss == "sigmoid" else FIRST_LOGIT_SCALE
         self.log_scale = nn.Parameter(torch.tensor(math.log(first)))
 
@@ -107,9 +116,14 @@ class Head(nn.Module):
         self.text_projection = None if sizes.text_dim == dim else nn.Linear(sizes.text_dim, dim, bias=False)
         self.video_projection = None if sizes.video_dim == dim else nn.Linear(sizes.video_dim, dim, bias=False)
         self.temporal = None if config.temporal is None else TEMPORAL[config.temporal](dim, max_positions=max_positions)
+        of_both = {
+            "masking": config.masking,
+            "pooling": config.pooling,
+            "temperature": config.pooling_temperature,
+        }
         options: dict[str, dict[str, Any]] = {
-            "wti": {"arch": config.wti_arch, "masking": config.masking},
-            "ti": {"masking": config.masking},
+            "wti": {"arch": config.wti_arch, **of_both},
+            "ti": of_both,
             "xti": {"max_positions": max_positions},
             "mean_maxsim": {"max_positions": max_positions},
         }

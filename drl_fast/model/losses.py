@@ -12,6 +12,7 @@ from ..distributed.gather import gather_rows
 from ..distributed.group import Group, agree
 from ..functional.dot_product import pool
 from ..modules import TI, WTI, MeanMaxSim
+from ..modules.wti import interaction_options
 from . import padding
 from .config import Config
 
@@ -45,17 +46,18 @@ def contrastive_loss(
 ) -> Tensor:
     """Compute InfoNCE of the batch, or with a ``logit_bias`` the sigmoid loss, a scalar.
 
-    InfoNCE of TI and WTI never forms the B x B logits; all else does, on every rank. The sigmoid loss of several levels
-    is the sum of one per level (Video-ColBERT).
+    Those of TI and WTI never form the B x B logits; all others do, on every rank. The sigmoid loss of several levels is
+    the sum of one per level (Video-ColBERT).
     """
-    if logit_bias is None and isinstance(interaction, WTI | TI):
+    if isinstance(interaction, WTI | TI):
         return functional.token_contrastive_loss(
             *batch,
             logit_scale=logit_scale,
-            masking=interaction.masking,
-            normalize=interaction.normalize,
             owner=owner,
+            loss="softmax" if logit_bias is None else "sigmoid",
+            logit_bias=logit_bias,
             process_group=group,
+            **interaction_options(interaction),
         )
     if group is None:
         levels = _levels(interaction, batch, logit_bias is not None)
@@ -72,7 +74,7 @@ def contrastive_loss(
 def _levels(interaction: nn.Module, batch: Batch, apart: bool) -> list[Tensor]:
     """Return the interaction's logits (A, B); MeanMaxSim's two levels if they are wanted ``apart``, else their sum."""
     if isinstance(interaction, WTI | TI):
-        found = functional.token_interaction(*batch, masking=interaction.masking, normalize=interaction.normalize)
+        found = functional.token_interaction(*batch, **interaction_options(interaction))
         assert isinstance(found, Tensor)
         return [found]
     sides = batch.text, batch.video, batch.text_mask, batch.video_mask
@@ -89,8 +91,7 @@ def _gather_levels(
     with agree(group, "DRL's loss") as agreement:
         agreement.sizes, agreement.same = {"rows": len(text)}, same
     counts = [size["rows"] for size in agreement.sizes_by_rank]
-    sides = {name: getattr(batch, name) for name in ("video", "video_weight", "video_mask")}
-    gathered = {name: gather_rows(x, group, counts) for name, x in sides.items() if x is not None}
+    gathered = {name: gather_rows(getattr(batch, name), group, counts) for name in ("video", "video_mask")}
     levels = [gather_rows(x, group, counts) for x in _levels(interaction, batch._replace(**gathered), apart)]
     return levels, None if owner is None else gather_rows(owner, group, counts)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import validation
 from ..functional import Matches, token_interaction
-from .wti import pooling_repr
+from .wti import interaction_options, pooling_repr
 
 
 class TI(nn.Module):
@@ -75,10 +75,6 @@ class TI(nn.Module):
             None,
             text_mask,
             video_mask,
-            normalize=self.normalize,
-            masking=self.masking,
-            bidirectional=self.bidirectional,
-            pooling=self.pooling,
-            temperature=self.temperature,
             return_matches=return_matches,
+            **interaction_options(self),
         )

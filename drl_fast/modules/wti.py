@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +109,8 @@ class WTI(nn.Module):
         return interact(
             sides,
             *self._weights(sides),
-            normalize=self.normalize,
-            masking=self.masking,
-            bidirectional=self.bidirectional,
-            pooling=self.pooling,
-            temperature=self.temperature,
             return_matches=return_matches,
+            **interaction_options(self),
         )
 
     def weights(
@@ -133,6 +130,11 @@ class WTI(nn.Module):
         if self.bidirectional:
             video_weight = softmax_weights(self.video_weight_fc, sides.video, sides.video_mask, normalized=normalized)
         return softmax_weights(self.text_weight_fc, sides.text, sides.text_mask, normalized=normalized), video_weight
+
+
+def interaction_options(layer: nn.Module) -> dict[str, Any]:
+    """Return WTI's or TI's options as :func:`drl_fast.token_interaction` takes them."""
+    return {name: getattr(layer, name) for name in ("normalize", "masking", "bidirectional", "pooling", "temperature")}
 
 
 def pooling_repr(layer: nn.Module) -> str:
