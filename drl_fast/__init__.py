@@ -24,6 +24,9 @@ from .functional import (  # noqa: E402
     token_maxsim,
 )
 from .modules import DP, HI, MLP, TI, WTI, XTI, MeanMaxSim  # noqa: E402
+from .ops.backend import backend, force_from_environment  # noqa: E402
+
+force_from_environment()
 
 __version__ = "0.1.0"
 
@@ -36,6 +39,7 @@ __all__ = [
     "XTI",
     "Matches",
     "MeanMaxSim",
+    "backend",
     "cdcr_loss",
     "cross_correlation_loss",
     "functional",

@@ -14,27 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from drl_fast.ops import cdcr, dispatch, gpu
-from drl_fast.ops.chunked import soft_token_interaction as chunked_soft
+from drl_fast.ops import dispatch, gpu
+from drl_fast.ops.backend import CHUNKED
 from drl_fast.ops.chunked import token_interaction as chunked
 
-CHUNKED = {
-    "token_interaction": chunked.forward,
-    "token_interaction_backward": chunked.backward,
-    "soft_token_interaction": chunked_soft.forward,
-    "soft_token_interaction_backward": chunked_soft.backward,
-    **cdcr.CHUNKED,
-}
-OPERATORS = (
-    "token_interaction",
-    "token_interaction_backward",
-    "soft_token_interaction",
-    "soft_token_interaction_backward",
-    "cdcr_statistics",
-    "cdcr_correlation",
-    "cdcr_gradient",
-)
-GPU = {name: getattr(gpu, name) for name in OPERATORS}
+GPU = {name: getattr(gpu, name) for name in CHUNKED}
 
 
 @dataclass(frozen=True)

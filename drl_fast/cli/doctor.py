@@ -34,7 +34,7 @@ def doctor() -> None:
         table.add_column(heading, overflow="fold")
     table.add_column("largest error against float64", width=None if console.width >= WIDE else ONE_DTYPE)
     wrong, slow = [], []
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in devices(dispatch.forced):
         errors = {dtype: worst_error(device, dtype) for dtype in DTYPES}
         # `not <=` is true for NaN as well.
         failed = any(not error <= limit(dtype) for dtype, error in errors.items())
@@ -46,6 +46,8 @@ def doctor() -> None:
     if not torch.cuda.is_available():
         table.add_row("cuda", "-", "torch sees no CUDA device", "-")
     console.print(table)
+    if dispatch.forced != "auto":
+        console.print(f"DRL_FAST_BACKEND={dispatch.forced} forces one implementation.", highlight=False)
     console.print(environment(), highlight=False)
     console.print(", ".join(version(name) for name in OPTIONAL), highlight=False)
     if wrong:
@@ -61,6 +63,12 @@ def doctor() -> None:
     console.print(f"[bold green]OK:[/] results are right, {verdict}", highlight=False)
 
 
+def devices(forced: str) -> tuple[str, ...]:
+    """List the devices that the forced backend serves, of those that are there."""
+    served = {"cpp": ("cpu",), "triton": ("cuda",)}.get(forced, ("cpu", "cuda"))
+    return tuple(device for device in served if device == "cpu" or torch.cuda.is_available())
+
+
 def environment() -> str:
     """Name the versions that matter to a bug report, in one line."""
     return (
@@ -73,6 +81,8 @@ def reason(device: str) -> str:
     """Say why this implementation serves ``device``."""
     from ..ops import dispatch
 
+    if dispatch.forced == "torch":
+        return "forced by DRL_FAST_BACKEND=torch"
     if device == "cuda":
         problem = dispatch.triton_problem(device)
         if problem is not None:

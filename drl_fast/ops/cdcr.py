@@ -17,6 +17,7 @@ deviation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ SCHEMAS = {
     "cdcr_gradient": f"({_TOKENS}, Tensor channels, Tensor pull, bool normalize) "
     "-> (Tensor grad_text, Tensor grad_video, Tensor grad_text_weight, Tensor grad_video_weight)",
 }
-CHUNKED = {
+CHUNKED: dict[str, Callable[..., Any]] = {
     "cdcr_statistics": chunked.statistics,
     "cdcr_correlation": chunked.correlation,
     "cdcr_gradient": chunked.gradient,

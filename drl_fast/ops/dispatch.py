@@ -44,6 +44,9 @@ if EXTENSION_ERROR is not None:
     )
 
 
+# The implementation that drl_fast.backend forces; see backend.py.
+forced = "auto"
+
 # Ampere: the first with bfloat16 tensor cores and asynchronous copies.
 OLDEST_CAPABILITY = (8, 0)
 
@@ -74,7 +77,7 @@ def _triton_works(device: torch.device) -> bool:
 
 def triton_serves(x: Tensor) -> bool:
     """Say whether the Triton kernels serve this tensor; warn once per CUDA device that they cannot serve."""
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or forced == "torch":
         return False
     # CPU tensors reach this only under Triton's interpreter, in tests.
     return _triton_works(x.device) if x.is_cuda else True
@@ -90,7 +93,13 @@ def triton_or(chunked: Callable[..., Any]) -> Callable[[Operator], Operator]:
     def decorate(launch: Operator) -> Operator:
         @functools.wraps(launch)
         def serve(x: Tensor, *others: Any) -> Any:
-            if not triton_serves(x):
+            served = triton_serves(x)
+            if (forced == "triton" and not served) or (forced == "cpp" and x.is_cuda):
+                raise RuntimeError(
+                    f"backend {forced!r} does not serve this {x.dtype} tensor on {x.device}; use backend 'auto', or "
+                    "see drl-fast doctor"
+                )
+            if not served:
                 return chunked(x, *others)
             # Triton launches on the current device. The launchers' torch operations must not run under autocast.
             with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), autocast.off(x.device.type):
@@ -103,6 +112,8 @@ def triton_or(chunked: Callable[..., Any]) -> Callable[[Operator], Operator]:
 
 def implementation(device: str) -> str:
     """Name the implementation for tensors on ``device``: ``"cpp"``, ``"triton"`` or ``"chunked"``."""
+    if forced == "torch":
+        return "chunked"
     if device == "cpu" and EXTENSION_ERROR is None:
         return "cpp"
     if device.startswith("cuda") and torch.cuda.is_available() and triton_problem(device) is None:
