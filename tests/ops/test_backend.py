@@ -53,16 +53,19 @@ def test_torch_serves_both_passes(calls: list[str]) -> None:
 
 
 def test_blocks_nest_and_end_with_an_error(calls: list[str]) -> None:
-    with use("cpp"), pytest.raises(KeyError), drl_fast.backend("torch"):
-        with drl_fast.backend("cpp"):
+
+    def nested() -> None:
+        with drl_fast.backend("torch"):
+            for inner in ("cpp", "auto"):
+                with drl_fast.backend(inner):
+                    step()
+                    assert calls == []
             step()
-            assert calls == []
-        with drl_fast.backend("auto"):
-            step()
-            assert calls == []
-        step()
-        assert len(calls) == 4
-        raise KeyError
+            assert len(calls) == 4
+            raise KeyError
+
+    with use("cpp"), pytest.raises(KeyError):
+        nested()
     assert dispatch.forced == "auto"
     step()
     assert len(calls) == 4
