@@ -64,6 +64,10 @@ def interaction(text: Tensor, video: Tensor, *weights: Tensor) -> Tensor:
     return (drl_fast.token_interaction(text, video, *weights) * torch.randn(len(text), len(video))).sum()
 
 
+def soft(text: Tensor, video: Tensor, *weights: Tensor) -> Tensor:
+    return drl_fast.token_interaction(text, video, *weights, pooling="softmax", temperature=0.1).sum()
+
+
 def contrastive(*tensors: Tensor) -> Tensor:
     return drl_fast.token_contrastive_loss(*tensors, logit_scale=100.0)
 
@@ -88,6 +92,7 @@ LOSSES = {
     "xti": partial(pairwise, layer="xti"),
     "mlp": partial(pairwise, layer="mlp"),
     "interaction": interaction,
+    "soft": soft,
     "contrastive": contrastive,
     "contrastive, nothing kept": contrastive_in_blocks,
     "full": partial(decorrelation, alpha_off=0.06),
@@ -152,6 +157,18 @@ def test_a_step_keeps_a_byte_a_token_and_pair(name: str) -> None:
     assert kept(large) + BUFFERS < similarities(large) / 6
     # The difference cancels constant memory. Wider matches, or one more tensor of pairs and tokens, would exceed it.
     assert peak[large] - peak[small] < 1.3 * (kept(large) - kept(small)) + 12 * MIB, peak
+
+
+@pytest.mark.parametrize("name", ["cpp", "chunked"])
+@measured_again
+def test_soft_pooling_keeps_logits_alone(name: str) -> None:
+    """Besides the logits and their gradients it takes copies of the features: panels, gradients, and their sums."""
+    small, large = BATCHES[name]
+    peak = peaks(name, "soft", (small, large))
+    for batch in (small, large):
+        bound = 8 * batch**2 + 8 * 4 * batch * (WORDS + FRAMES) * (CHANNELS + 1)
+        assert peak[batch] < bound + BUFFERS, peak
+        assert bound + BUFFERS < similarities(batch) / 2 or batch == small
 
 
 @measured_again
