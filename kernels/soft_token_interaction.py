@@ -42,6 +42,7 @@ from .token_interaction import (
     Form,
     descriptors,
     frame_similarity,
+    halves,
     join,
     launch,
     match_address,
@@ -59,20 +60,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _pooled(top, total, weighted, temperature, FORM: tl.constexpr):
     """Return N and m from the largest S, the sum of e = exp((S - top) / T), and that of e S."""
     normalizer = top + temperature * tl.log(total)
-    return normalizer, normalizer if FORM.logsumexp else weighted / total
+    return normalizer, normalizer if FORM.pooling == "logsumexp" else weighted / total
 
 
 @triton.jit
 def _add_frame(top, total, weighted, s, exists, rate):
     """Add one more frame to the sums over frames (BM, BN), where it exists (BM,); ``rate``: log2(e) / T."""
-    above = s > top
+    gap = tl.where(exists[:, None], s - top, float("-inf"))  # that of -inf adds 0
     # One of the two exponentials of an online softmax is 1.
-    e = tl.exp2(-tl.abs(s - top) * rate)
-    old, new = tl.where(above, e, 1.0), tl.where(above, 1.0, e)
-    exists = tl.broadcast_to(exists[:, None], s.shape[0], s.shape[1])
-    total = tl.where(exists, total * old + new, total)
-    weighted = tl.where(exists, weighted * old + new * s, weighted)
-    return tl.where(exists & above, s, top), total, weighted
+    e = tl.exp2(-tl.abs(gap) * rate)
+    old, new = tl.where(gap > 0, e, 1.0), tl.where(gap > 0, 1.0, e)
+    # A frame that does not exist may have an infinite S.
+    s = tl.where(exists[:, None], s, 0.0)
+    return tl.where(gap > 0, s, top), total * old + new, weighted * old + new * s
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _over_words(s, real, zeros, about, temperature, FORM: tl.constexpr):
     # Without zeros exp(-top / T) may overflow.
     total += tl.where((zeros > 0)[None, :], zeros[None, :] * tl.exp2(-top * rate), 0.0)
     weighted = total
-    if not FORM.logsumexp:
+    if FORM.pooling != "logsumexp":
         weighted = word_sums(tl.where(real[None, :], e * s, 0.0), about, FORM)
     return _pooled(top, total, weighted, temperature, FORM)
 
@@ -121,14 +121,26 @@ def _store_words(
     """Store N and m (BM, BN) of the words from slot c0."""
     BM: tl.constexpr = value.shape[0]
     BN: tl.constexpr = value.shape[1]
-    column = c0 + tl.arange(0, BN)
-    place = tl.load(position + column)
-    text = tl.load(chunk_text + column // CHUNK).to(tl.int64)
-    b = b0 + tl.arange(0, BM)
-    rows = words + frames if FORM.joint else words
-    row = place + frames if FORM.swapped else place
-    at = match_address(text[None, :], row[None, :], b[:, None].to(tl.int64), texts, rows, videos, FORM)
-    _store(normalizers, pooled, at, normalizer, value, (place >= 0)[None, :] & (b < videos)[:, None])
+    if BN > 16:
+        # One half after the other: the addresses of a whole tile would need too many registers.
+        normalizer_0, normalizer_1 = halves(normalizer)
+        value_0, value_1 = halves(value)
+        c1 = c0 + BN // 2
+        _store_words(
+            normalizer_0, value_0, position, chunk_text, c0, b0, normalizers, pooled, texts, words, videos, frames, FORM
+        )
+        _store_words(
+            normalizer_1, value_1, position, chunk_text, c1, b0, normalizers, pooled, texts, words, videos, frames, FORM
+        )
+    else:
+        column = c0 + tl.arange(0, BN)
+        place = tl.load(position + column)
+        text = tl.load(chunk_text + column // CHUNK).to(tl.int64)
+        b = b0 + tl.arange(0, BM)
+        rows = words + frames if FORM.joint else words
+        row = place + frames if FORM.swapped else place
+        at = match_address(text[None, :], row[None, :], b[:, None].to(tl.int64), texts, rows, videos, FORM)
+        _store(normalizers, pooled, at, normalizer, value, (place >= 0)[None, :] & (b < videos)[:, None])
 
 
 @triton.jit(do_not_specialize=packing.SIZES)
@@ -180,7 +192,6 @@ def soft_forward(
                 s = frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
                 # Load for each frame what belongs to the tile: keeping it over the loop would cost registers.
                 exists = f < tl.load(length + texts + b)
-                top, mass, weighted = _add_frame(top, mass, weighted, s, exists, rate)
                 of_video = tl.load(weight + row + tl.arange(0, BM))
                 if FORM.both:
                     about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
@@ -212,6 +223,8 @@ def soft_forward(
                 else:
                     # With one direction only a frame with a NaN counts, whose weight is NaN.
                     total += tl.where(of_video != of_video, of_video, 0.0)[:, None]
+                # After the words: in the other order the compiler keeps more registers.
+                top, mass, weighted = _add_frame(top, mass, weighted, s, exists, rate)
             normalizer, value = _pooled(top, mass, weighted, temperature, FORM)
             if FORM.matches:
                 alive = tl.load(length + texts + b) > 0
@@ -251,7 +264,7 @@ def soft_forward(
 def _slope(s, normalizer, value, temperature, FORM: tl.constexpr):
     """Return the derivative of a pooled value with respect to S."""
     p = tl.exp2((s - normalizer) * (LOG2_E / temperature))
-    return p if FORM.logsumexp else p * (1.0 + (s - value) / temperature)
+    return p if FORM.pooling == "logsumexp" else p * (1.0 + (s - value) / temperature)
 
 
 @triton.jit(do_not_specialize=[*packing.SIZES, *PLACE])
@@ -310,7 +323,7 @@ def soft_coefficients(
     rows = words + frames if FORM.both else words
     at = (word_text * rows + place)[None, :] * videos + b[:, None]
     normalizer = tl.load(normalizers + at, mask=real, other=0.0)
-    value = normalizer if FORM.logsumexp else tl.load(pooled + at, mask=real, other=0.0)
+    value = normalizer if FORM.pooling == "logsumexp" else tl.load(pooled + at, mask=real, other=0.0)
     for f in tl.range(frame, frame + block_frames, flatten=True):
         row = word_rows + f * padded + b0
         s = frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
@@ -319,10 +332,10 @@ def soft_coefficients(
             f_place = b * 0 + f
             if FORM.video_holes:
                 f_place = tl.load(position + row + tl.arange(0, BM))
-            at = (text * rows + words + f_place[:, None]) * videos + b[:, None]
+            f_at = (text * rows + words + f_place[:, None]) * videos + b[:, None]
             exists = inside & (f < tl.load(length + texts + b))[:, None]
-            f_normalizer = tl.load(normalizers + at, mask=exists, other=0.0)
-            f_value = f_normalizer if FORM.logsumexp else tl.load(pooled + at, mask=exists, other=0.0)
+            f_normalizer = tl.load(normalizers + f_at, mask=exists, other=0.0)
+            f_value = f_normalizer if FORM.pooling == "logsumexp" else tl.load(pooled + f_at, mask=exists, other=0.0)
             by_frame = _slope(s, spread(f_normalizer), spread(f_value), temperature, FORM)
             c += by_frame * tl.load(weight + row + tl.arange(0, BM))[:, None]
         # The norms: this is the gradient of the raw dot product.
@@ -330,7 +343,7 @@ def soft_coefficients(
         # Select after multiplying: nothing of a token that does not exist may become NaN.
         there = real & (f < tl.load(length + texts + b))[:, None]
         c = tl.where(there, c * spread(g) * norms, 0.0)
-        target = (column - slot).to(tl.int64)[None, :] * (block_frames * block_videos)
+        target = (column - slot)[None, :] * (block_frames * block_videos)
         target += ((f - frame) * block_videos + b - video)[:, None]
         # The block's slots may end within the tile.
         tl.store(out + target, c.to(out.dtype.element_ty), mask=(column < texts * FORM.most)[None, :])
@@ -365,9 +378,10 @@ def _score(
     pooled = new((a, rows, b)) if keep and not logsumexp else None
     if a == 0 or b == 0:
         return logits, normalizers, pooled, None, None
-    options = {"zero_competes": zero_competes, "matches": keep, "keyed": False, "logsumexp": logsumexp}
+    options = {"zero_competes": zero_competes, "matches": keep, "keyed": False}
     packings = []
-    for packed, form in sweeps(text, video, normalize, **options):
+    pooling = "logsumexp" if logsumexp else "softmax"
+    for packed, form in sweeps(text, video, normalize, pooling=pooling, **options):
         launch(soft_forward, packed, form, logits, normalizers, pooled, temperature)
         packings.append((packed, form))
     return logits, normalizers, pooled, *packings[0]
@@ -398,10 +412,10 @@ def backward(
     return gradients(grad_logits, text, video, output_mask, tokens * (4 if logsumexp else 8), evaluate)
 
 
-def _expand(packed: Packed, form: Form, arguments: tuple[Tensor | float | None, ...], block: Block, out: Tensor) -> None:
-    tile, _ = tuning.forward_tile(
-        out.device, product_kind(packed, form), layout.CHUNK, block.slots, block.videos
-    )
+def _expand(
+    packed: Packed, form: Form, arguments: tuple[Tensor | float | None, ...], block: Block, out: Tensor
+) -> None:
+    tile, _ = tuning.forward_tile(out.device, product_kind(packed, form), layout.CHUNK, block.slots, block.videos)
     soft_coefficients[(-(-block.slots // tile.n) * (block.videos // tile.m),)](
         packed.data,
         *descriptors(packed, tile),

@@ -78,7 +78,7 @@ class Form(NamedTuple):
     factor: float
     text_holes: bool  # a word's slot may differ from its position
     video_holes: bool  # the same for frames
-    logsumexp: bool = False  # of soft pooling: logsumexp, not softmax
+    pooling: str | None = None  # "softmax", "logsumexp" or None, the maximum
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def _finish(best, floor, FORM: tl.constexpr):
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """Split the columns of x (BM, BN)."""
     BM: tl.constexpr = x.shape[0]
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, x.shape[1] // 2)), (0, 2, 1)))
@@ -233,8 +233,8 @@ def _store_words(
     BN: tl.constexpr = best.shape[1]
     if BN > 16:
         # One half after the other: the addresses of a whole tile would need too many registers.
-        best_0, best_1 = _halves(best)
-        frame_0, frame_1 = _halves(frame)
+        best_0, best_1 = halves(best)
+        frame_0, frame_1 = halves(frame)
         _store_words(
             best_0, frame_0, floor, position, chunk_text, c0, b0, matches, maxima, texts, words, videos, frames, FORM
         )
@@ -568,6 +568,8 @@ def launch(kernel: Any, packed: Packed, form: Form, *arguments: Any) -> None:
 def product_kind(packed: Packed, form: Form) -> str:
     """Return the tile table's key for a product of both sides."""
     kind = tuning.product(packed.data.dtype)
+    if form.pooling:
+        return f"soft {kind}"
     return kind if kind != "half" else "keyed" if form.keyed else "exact"
 
 
