@@ -115,12 +115,9 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
     ("tests/kernels/test_recompute.py", "test_small_gradients_in_one_block_and_large_ones_in_another", ["blocks"]),
     ("tests/kernels/test_recompute.py", "test_the_graph_keeps_matches_only_within_the_budget", ["True"]),
-    (
-        SOFT,
-        "test_shapes",
-        ["logsumexp-none-(1, 1, 1, 1)", "softmax-holes-(5, 1, 4, 6)", "softmax-holes-(3, 255, 2, 4)"],
-    ),
-    (SOFT, "test_options", ["softmax-both-raw-drl-torch.float16", "logsumexp-one way-unit-exclude-torch.float16"]),
+    # The doctor's check, at the end, runs long captions and one direction too.
+    (SOFT, "test_shapes", ["logsumexp-none-(1, 1, 1, 1)", "softmax-holes-(5, 1, 4, 6)"]),
+    (SOFT, "test_options", ["softmax-both-raw-drl-torch.float16"]),
     (SOFT, "test_temperatures", ["softmax-0.01"]),
     (SOFT, "test_rows_without_a_real_token_score_zero", ["logsumexp-drl"]),
     (SOFT, "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["nan"]),

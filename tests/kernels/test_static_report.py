@@ -48,6 +48,8 @@ CDCR = (
 SPILLS = {
     "sm_80 cdcr_partners fp32 diagonal",
     "sm_100 interaction_forward tf32 140 words",
+    "sm_90 soft_forward bf16 softmax, 77 words, 20 frames",
+    "sm_100 soft_forward bf16 softmax, 77 words, 20 frames",
 }
 
 
