@@ -31,7 +31,15 @@ from drl_fast.ops import gpu
 from drl_fast.ops import token_interaction as operator
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPERATORS = ("token_interaction", "token_interaction_backward", "cdcr_statistics", "cdcr_correlation", "cdcr_gradient")
+OPERATORS = (
+    "token_interaction",
+    "token_interaction_backward",
+    "soft_token_interaction",
+    "soft_token_interaction_backward",
+    "cdcr_statistics",
+    "cdcr_correlation",
+    "cdcr_gradient",
+)
 # Streaming multiprocessors of an A100, H100 and B200.
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}

@@ -181,6 +181,9 @@ OURS, YARDSTICK, IN_GRAPH = "drl_fast", "mm", " in a graph"
 WITH_LIBRARY = "drl_fast with torch.mm"  # in the backward
 PLAIN = {"max": eager.premasked, "amax": functools.partial(eager.premasked, largest=torch.amax)}
 FUNCTIONS = {OURS: drl_fast.token_interaction, **PLAIN}
+TEMPERATURE = 0.05
+SOFTMAX = functools.partial(drl_fast.token_interaction, pooling="softmax", temperature=TEMPERATURE)
+PLAIN_SOFTMAX = functools.partial(eager.premasked, largest=lambda x, dim: ((x / TEMPERATURE).softmax(dim) * x).sum(dim))
 # Beyond this batch launches take no visible part of the time, and a graph of plain PyTorch would keep its memory.
 LARGEST_GRAPH = 1024
 
@@ -203,14 +206,20 @@ PEERS = {
 
 
 def contestants(device: Device, rival: str) -> dict[str, Make]:
-    """Return the yardstick, ours and its rival: "plain" for both plain forms, "compiled <form>", or a peer."""
+    """Return the yardstick, ours and its rival: "plain" for both plain forms, "compiled <form>", or a peer.
+
+    "softmax" is softmax pooling, ours and the plain form.
+    """
+    function = SOFTMAX if rival == "softmax" else drl_fast.token_interaction
     if rival == "plain":
         rivals = {name: bench_wti.on_tokens(function) for name, function in PLAIN.items()}
+    elif rival == "softmax":
+        rivals = {rival: bench_wti.on_tokens(PLAIN_SOFTMAX)}
     elif rival.startswith("compiled "):
         rivals = {"compiled": bench_wti.on_tokens(device.compile(PLAIN[rival.removeprefix("compiled ")]))}
     else:
         rivals = {rival: PEERS[rival]}
-    return {YARDSTICK: dense_product, OURS: bench_wti.on_tokens(drl_fast.token_interaction), **rivals}
+    return {YARDSTICK: dense_product, OURS: bench_wti.on_tokens(function), **rivals}
 
 
 def training_step(problem: Problem, function: Callable[..., Any]) -> Call:

@@ -321,6 +321,7 @@ class Plan:
         search = {"shape": asdict(self.sizes.search), "gigabytes": GIGABYTES}
         batches = [self.asked(name, 15, "largest_batch", form=name, **search) for name in ("drl_fast", "max")]
         profiled = dict.fromkeys((self.sizes.shapes[0], self.sizes.large))
+        pooling = [self.asked(s.label(), 14, "speed", shape=asdict(s), rival="softmax") for s in profiled]
         kernels = [self.asked(s.label(), 8, "kernels", shape=asdict(s)) for s in profiled]
         side_by_side = 1 if self.rehearse else min(8, os.cpu_count() or 1)
         tiles = []
@@ -345,6 +346,7 @@ class Plan:
             Step("memory", memory),
             Step("batch", batches),
             Step("kernels", kernels),
+            Step("pooling", pooling),
             Step("compiled", compiled["full"]),
             Step("peers", peers),
             *tiles,

@@ -62,6 +62,7 @@ class Problem(NamedTuple):
     train: bool = True
     weights: bool = True  # the weights need gradients
     kept: bool = True  # the forward pass keeps matches; otherwise the backward finds them again, in two blocks
+    pooling: str = "max"
 
 
 ALIGNED, ODD, LARGE = (128, 32, 128, 12), (57, 32, 77, 12), (1024, 32, 1024, 12)
@@ -75,6 +76,7 @@ FEW = (
     Problem("batch of 128, scores only", train=False),
     Problem("57 texts, 77 videos, no masks", *ODD, masks=False),
     Problem("140 words, one direction", 57, 140, 77, both=False, dtype="fp16"),
+    Problem("softmax", pooling="softmax"),
 )
 PROBLEMS = (
     *FEW,
@@ -105,9 +107,15 @@ PROBLEMS = (
     *(Problem("140 words", words=140, dtype=dtype) for dtype in ("tf32", "fp32")),
     *(Problem(f"D = {dim}", dim=dim) for dim in (64, 100, 128, 768)),
     *(Problem(f"batch of 1024, D = {dim}", *LARGE, dim=dim) for dim in (64, 128)),
+    Problem("softmax, no masks", masks=False, pooling="softmax"),
+    Problem("softmax, 77 words, 20 frames", 57, 77, 77, 20, pooling="softmax"),
+    Problem("softmax, 140 words", words=140, pooling="softmax"),
+    *(Problem("softmax", dtype=dtype, pooling="softmax") for dtype in ("fp16", "tf32", "fp32")),
+    Problem("logsumexp", pooling="logsumexp"),
+    Problem("logsumexp, one direction", both=False, pooling="logsumexp"),
 )
 # Kernels with products on the tensor cores; --quick compiles the others for one architecture only.
-PRODUCTS = ("interaction_forward", "multiply_tiles")
+PRODUCTS = ("interaction_forward", "multiply_tiles", "soft_forward", "soft_coefficients")
 
 
 class Matched(NamedTuple):
@@ -148,7 +156,7 @@ def interact(problem: Problem) -> None:
     if not p.both:
         weights[1] = None
     weights = [None if x is None else x.requires_grad_(p.train and p.weights) for x in weights]
-    options = {"normalize": p.normalize, "masking": p.masking, "bidirectional": p.both}
+    options = {"normalize": p.normalize, "masking": p.masking, "bidirectional": p.both, "pooling": p.pooling}
     logits = drl_fast.token_interaction(text, video, *weights, text_mask, video_mask, **options)
     if p.train:
         logits.backward(torch.empty_like(logits))

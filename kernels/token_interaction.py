@@ -15,7 +15,7 @@ K = D in steps of BK. Programs take tiles in turn until the words in use are don
    BM |  frame f of BM videos  . t      |  for f  A chunk's words lie in the registers of 4 adjacent threads, so the
       +---------+----+----+-------------+         maximum over words needs no shared memory.
 
-The maximum over a text's words is that over each of its chunks, then over the chunks of the text (:func:`_join`): one
+The maximum over a text's words is that over each of its chunks, then over the chunks of the text (:func:`join`): one
 compiled kernel serves texts of every length, mixed in one tile.
 
 FLOP per tile and frame: 2 BM BN D. Bytes read: (BM + BN) D itemsize. Bytes written per tile: 4 per pair; in training
@@ -35,12 +35,14 @@ slots inside a warp, then pairs of sums.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import layout, packing, tuning
 from .packing import Packed, Side
@@ -59,13 +61,13 @@ LARGE = tl.constexpr(1 << 30)  # "no slot" in the other forms
 
 
 class Form(NamedTuple):
-    """Compile-time constants of the forward kernel, in addition to the tile."""
+    """Compile-time constants of the kernels that compute similarities, in addition to the tile."""
 
     dim: int  # D'
     most: int  # the most slots of a text
     long: bool  # texts may take several tiles
     both: bool  # both directions
-    matches: bool  # write matches
+    matches: bool  # write matches, or what the backward of soft pooling needs
     keyed: bool
     precision: str  # of the product: "ieee" or "tf32"
     none: int  # the index of "none chosen"
@@ -76,6 +78,7 @@ class Form(NamedTuple):
     factor: float
     text_holes: bool  # a word's slot may differ from its position
     video_holes: bool  # the same for frames
+    pooling: str | None = None  # "softmax", "logsumexp" or None, the maximum
 
 
 @triton.jit
@@ -104,7 +107,7 @@ def _join_two(x, about, WIDTH: tl.constexpr, HOW: tl.constexpr):
 
 
 @triton.jit
-def _join(x, about, MOST: tl.constexpr, HOW: tl.constexpr):
+def join(x, about, MOST: tl.constexpr, HOW: tl.constexpr):
     """Replace each chunk's value in x (BM, chunks) by that of its text; about (chunks,): the text's properties."""
     if MOST >= 32:
         x = _join_two(x, about, 2, HOW)
@@ -113,6 +116,14 @@ def _join(x, about, MOST: tl.constexpr, HOW: tl.constexpr):
     if MOST >= 128:
         x = _join_two(x, about, 8, HOW)
     return x
+
+
+@triton.jit
+def spread(x):
+    """Give every slot its chunk's value: x (BM, chunks) as (BM, BN)."""
+    BM: tl.constexpr = x.shape[0]
+    CHUNKS: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.broadcast_to(x[:, :, None], BM, CHUNKS, CHUNK), (BM, CHUNKS * CHUNK))
 
 
 @triton.jit
@@ -126,24 +137,23 @@ def _over_words(s, about, FORM: tl.constexpr):
     floor = (about & (packing.HAS_MASKED if FORM.zero_competes else packing.IS_EMPTY)) != 0  # a masked 0 competes
     if FORM.keyed and FORM.matches:
         key = (s.to(tl.uint32, bitcast=True) << 8) + (columns ^ NOBODY).to(tl.uint32)
-        best = _join(tl.max(tl.reshape(key, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
+        best = join(tl.max(tl.reshape(key, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         best = tl.maximum(best, tl.where(floor, ZERO_KEY, 0).to(tl.uint32)[None, :])
         value = _key_value(best)
         index = ((best & NOBODY) ^ NOBODY).to(tl.int32)
         stored = _fixed_point(best)
     elif FORM.keyed:
-        best = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
+        best = join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         value = tl.maximum(best, tl.where(floor, OFFSET, 0.0)[None, :]) - OFFSET
         index = value.to(tl.int32)  # not used
         stored = value
     else:
-        value = _join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
+        value = join(tl.max(tl.reshape(s, (BM, CHUNKS, CHUNK)), axis=2), about, FORM.most, "max")
         zero_wins = floor[None, :] & (value < 0)
         index = value.to(tl.int32)  # not used
         if FORM.matches:
-            whole = tl.reshape(tl.broadcast_to(value[:, :, None], BM, CHUNKS, CHUNK), (BM, CHUNKS * CHUNK))
-            index = tl.reshape(tl.where(s == whole, columns, LARGE), (BM, CHUNKS, CHUNK))
-            index = _join(tl.min(index, axis=2), about, FORM.most, "min")
+            index = tl.reshape(tl.where(s == spread(value), columns, LARGE), (BM, CHUNKS, CHUNK))
+            index = join(tl.min(index, axis=2), about, FORM.most, "min")
             index = tl.where(zero_wins | (index == LARGE), NOBODY, index)
         value = tl.where(zero_wins, 0.0, value)
         stored = value
@@ -195,7 +205,7 @@ def _finish(best, floor, FORM: tl.constexpr):
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """Split the columns of x (BM, BN)."""
     BM: tl.constexpr = x.shape[0]
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, x.shape[1] // 2)), (0, 2, 1)))
@@ -223,8 +233,8 @@ def _store_words(
     BN: tl.constexpr = best.shape[1]
     if BN > 16:
         # One half after the other: the addresses of a whole tile would need too many registers.
-        best_0, best_1 = _halves(best)
-        frame_0, frame_1 = _halves(frame)
+        best_0, best_1 = halves(best)
+        frame_0, frame_1 = halves(frame)
         _store_words(
             best_0, frame_0, floor, position, chunk_text, c0, b0, matches, maxima, texts, words, videos, frames, FORM
         )
@@ -256,7 +266,7 @@ def _store_words(
 
 
 @triton.jit
-def _frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE: tl.constexpr, FORM: tl.constexpr):
+def frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE: tl.constexpr, FORM: tl.constexpr):
     """Compute S of the BM frames from slot ``row`` with the BN words from slot c0; plus OFFSET if keyed."""
     # Triton 3.6 does not accept a field of a constexpr inside a tuple: bind it to a name.
     BM: tl.constexpr = TILE.m
@@ -333,12 +343,12 @@ def _store_frame(
 
 
 @triton.jit
-def _word_sums(terms, about, FORM: tl.constexpr):
+def word_sums(terms, about, FORM: tl.constexpr):
     """Sum terms (BM, BN) over each text's words, in an order that no tile shape changes."""
     BM: tl.constexpr = terms.shape[0]
     CHUNKS: tl.constexpr = terms.shape[1] // CHUNK
     x = tl.sum(tl.reshape(terms, (BM, 2 * CHUNKS, CHUNK // 2)), axis=2)
-    return _join(tl.sum(tl.reshape(x, (BM, CHUNKS, 2)), axis=2), about, FORM.most, "sum")
+    return join(tl.sum(tl.reshape(x, (BM, CHUNKS, 2)), axis=2), about, FORM.most, "sum")
 
 
 @triton.jit(do_not_specialize=packing.SIZES)
@@ -383,7 +393,7 @@ def interaction_forward(
             best, frame = _start(BM, BN, FORM)
             for f in tl.range(0, most, flatten=True):
                 row = word_rows + f * padded + b0
-                s = _frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
+                s = frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
                 place = tl.full((1, 1), f, tl.int32)
                 if FORM.video_holes and FORM.matches:
                     place = tl.load(position + row + tl.arange(0, BM))[:, None]
@@ -425,7 +435,7 @@ def interaction_forward(
                 if not FORM.keyed:
                     # A maximum drops a NaN that an overflowing product of raw tokens makes: put it into the score.
                     bad = tl.sum(tl.reshape(tl.where(s != s, s, 0.0), (BM, CHUNKS, CHUNK)), axis=2)
-                    total += _join(bad, about, FORM.most, "sum")
+                    total += join(bad, about, FORM.most, "sum")
             v_floor = tl.load(length + texts + b0 + tl.arange(0, BM)) < (frames if FORM.zero_competes else 1)
             if FORM.matches:
                 _store_words(
@@ -450,7 +460,7 @@ def interaction_forward(
             if not FORM.keyed:
                 real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
                 terms = tl.where(real[None, :], terms, 0.0)
-            total += _word_sums(terms, about, FORM)
+            total += word_sums(terms, about, FORM)
         b = b0 + tl.arange(0, BM)
         about = tl.load(chunk_about + first // CHUNK + tl.arange(0, CHUNKS))
         text = tl.load(chunk_text + first // CHUNK + tl.arange(0, CHUNKS)).to(tl.int64)
@@ -487,21 +497,13 @@ def forward(
     maxima = new((a, rows, b) if keep_maxima else (0,), dtype=maxima_dtype(text, video, normalize))
     if a == 0 or b == 0:
         return logits, video_index, text_index, maxima, new(0)
-    keyed = maxima.dtype == torch.int16
-    packed = packing.pack(text, video, normalize)
-    out = (logits, video_index, text_index, maxima if keep_maxima else None)
-    form = _form(packed, text, video, keyed, zero_competes, keep_matches)
-    if both and packed.form.long:
-        # Captions take several tiles here, and a frame's maximum over words would need all of them. So run one sweep
-        # per direction; the second one swaps the sides.
-        _launch(packed, out, form._replace(both=False, factor=0.5, joint=True))
-        swapped = packing.pack(video, text, normalize)
-        other = _form(swapped, video, text, keyed, zero_competes, keep_matches)
-        other = other._replace(both=False, factor=0.5, joint=True, swapped=True, add=True)
-        _launch(swapped, (logits, text_index, video_index, out[3]), other)
-    else:
-        _launch(packed, out, form)
-    return logits, video_index, text_index, maxima, packed.data if keep_matches else new(0)
+    options = {"zero_competes": zero_competes, "matches": keep_matches, "keyed": maxima.dtype == torch.int16}
+    data = []
+    for packed, form in sweeps(text, video, normalize, **options):
+        indices = (text_index, video_index) if form.swapped else (video_index, text_index)
+        launch(interaction_forward, packed, form, logits, *indices, maxima if keep_maxima else None)
+        data.append(packed.data)
+    return logits, video_index, text_index, maxima, data[0] if keep_matches else new(0)
 
 
 def maxima_dtype(text: Side, video: Side, normalize: bool) -> torch.dtype:
@@ -511,40 +513,68 @@ def maxima_dtype(text: Side, video: Side, normalize: bool) -> torch.dtype:
     return torch.int16 if keyed else torch.float32
 
 
-def _form(packed: Packed, text: Side, video: Side, keyed: bool, zero_competes: bool, keep_matches: bool) -> Form:
+def sweeps(text: Side, video: Side, normalize: bool, **options: Any) -> Iterator[tuple[Packed, Form]]:
+    """Pack the sides and yield them with the form of each launch; ``options`` are fields of the form.
+
+    Longer texts take several tiles, and a frame's result over all words would need all of them. So both directions then
+    take one sweep each; the second one swaps the sides.
+    """
+    packed = packing.pack(text, video, normalize)
+    form = _form(packed, text, video, **options)
+    if not (form.both and form.long):
+        yield packed, form
+        return
+    yield packed, form._replace(both=False)
+    packed = packing.pack(video, text, normalize)
+    yield packed, _form(packed, video, text, **options)._replace(both=False, swapped=True, add=True)
+
+
+def _form(packed: Packed, text: Side, video: Side, **options: Any) -> Form:
     both = video.weight is not None
     return Form(
         dim=packed.form.padded,
         most=packed.form.most,
         long=packed.form.long,
         both=both,
-        matches=keep_matches,
-        keyed=keyed,
         precision="tf32" if tuning.product(text.features.dtype) == "tf32" else "ieee",
         none=255 if packing.index_dtype(packed.sizes.frames) == torch.uint8 else -1,
-        zero_competes=zero_competes,
         swapped=False,
         add=False,
         joint=both,
         factor=0.5 if both else 1.0,
         text_holes=text.mask is not None or packed.sizes.words != packed.form.most,
         video_holes=video.mask is not None,
+        **options,
     )
 
 
-def _launch(packed: Packed, out: tuple[Tensor | None, ...], form: Form) -> None:
-    device, (texts, _, videos, _) = out[0].device, packed.sizes
-    kind = tuning.product(packed.data.dtype)
-    kind = kind if kind != "half" else "keyed" if form.keyed else "exact"
+def launch(kernel: Any, packed: Packed, form: Form, *arguments: Any) -> None:
+    """Launch a kernel on all tiles of word slots and videos."""
+    texts, _, videos, _ = packed.sizes
     most = min(form.most, layout.LONGEST_CLASS)
-    tile, programs = tuning.forward_tile(device, kind, most, texts * form.most, videos)
-    interaction_forward[(programs,)](
+    kind = product_kind(packed, form)
+    tile, programs = tuning.forward_tile(packed.data.device, kind, most, texts * form.most, videos)
+    kernel[(programs,)](
         packed.data,
-        packing.descriptor(packed, tile.n, tile.k) if tile.tma else None,
-        packing.descriptor(packed, tile.m, tile.k) if tile.tma else None,
-        *out,
+        *descriptors(packed, tile),
+        *arguments,
         *packed.sizes,
         TILE=tile,
         FORM=form,
         **tuning.launch_options(tile),
     )
+
+
+def product_kind(packed: Packed, form: Form) -> str:
+    """Return the tile table's key for a product of both sides."""
+    kind = tuning.product(packed.data.dtype)
+    if form.pooling:
+        return f"soft {kind}"
+    return kind if kind != "half" else "keyed" if form.keyed else "exact"
+
+
+def descriptors(packed: Packed, tile: tuning.Tile) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Describe a tile's words and frames for the tensor memory accelerator, if the tile uses it."""
+    if not tile.tma:
+        return None, None
+    return packing.descriptor(packed, tile.n, tile.k), packing.descriptor(packed, tile.m, tile.k)

@@ -27,7 +27,8 @@ again; the gradients have the same bits in both cases.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,8 +69,19 @@ class Block(NamedTuple):
     def columns(self) -> int:
         return self.frames * self.videos
 
+    @property
+    def place(self) -> tuple[int, int, int, int, int]:
+        """Return the arguments of kernels that write it."""
+        return self.slot, self.frame, self.video, self.frames, self.videos
 
-@triton.jit(do_not_specialize=[*packing.SIZES, "slot", "frame", "video", "block_frames", "block_videos"])
+
+# Write a block of coefficients into a tensor.
+Expand = Callable[[Block, Tensor], None]
+# The kernel's parameters for Block.place.
+PLACE = ["slot", "frame", "video", "block_frames", "block_videos"]
+
+
+@triton.jit(do_not_specialize=[*packing.SIZES, *PLACE])
 def expand_coefficients(
     packed,
     grad_logits,
@@ -360,6 +372,14 @@ def sum_weight_gradients(
             _sum_over_videos(maxima, grad_logits, text_mask, of_text, program, words, videos, rows, FACTOR)
 
 
+class Evaluated(NamedTuple):
+    """What the gradients of a block of text rows are computed from."""
+
+    packed: Packed | None  # None without gradients of features
+    expand: Expand
+    maxima: Tensor  # each token's maximum or other pooled value, (rows, Nt + Nv, B)
+
+
 def backward(
     grad_logits: Tensor,
     text: Side,
@@ -376,6 +396,39 @@ def backward(
 
     If the matches are empty, the forward pass did not keep them, and each block of text rows finds its own again.
     """
+    both = video.weight is not None
+    of_features, of_weights = any(output_mask[:2]), output_mask[2] or (output_mask[3] and both)
+    found_again = len(video_index) == 0 or (of_weights and len(maxima) == 0)
+    words, frames = text.features.shape[1], video.features.shape[1]
+    size = maxima_dtype(text, video, normalize).itemsize if of_weights else 0
+    pair = bytes_per_pair(words, frames, both, size)
+
+    def evaluate(part: Side, rows: slice, grad_logits: Tensor, boost: Tensor | None) -> Evaluated:
+        if found_again:
+            kept = forward(part, video, normalize, zero_competes, True, of_weights)[1:]
+        else:
+            # A block of rows has slots of its own, so what the forward pass packed serves only one block of all rows.
+            whole = len(part.features) == len(text.features)
+            kept = (*(_rows(x, rows) for x in (video_index, text_index, maxima)), packed if whole else packed[:0])
+        block = _packed(part, video, normalize, kept[3]) if of_features else None
+        coefficients = Coefficients(grad_logits, kept[0], kept[1] if both else None, boost)
+        return Evaluated(block, functools.partial(_expand, block, coefficients), kept[2])
+
+    return gradients(grad_logits, text, video, output_mask, pair, evaluate)
+
+
+def gradients(
+    grad_logits: Tensor,
+    text: Side,
+    video: Side,
+    output_mask: Sequence[bool],
+    pair: int,
+    evaluate: Callable[[Side, slice, Tensor, Tensor | None], Evaluated],
+) -> tuple[Tensor, ...]:
+    """Compute the gradients block by block; ``pair``: the bytes that a block needs for each of its pairs.
+
+    ``evaluate`` gets a block's texts, their rows, their gradients of logits and the factor of the coefficients.
+    """
     a, b, both = len(text.features), len(video.features), video.weight is not None
     wanted = (*output_mask[:3], output_mask[3] and both)
     of_features, of_weights = any(wanted[:2]), any(wanted[2:])
@@ -387,32 +440,27 @@ def backward(
     )
     grad_logits = grad_logits.to(torch.float32).contiguous()
     boost = _boost(grad_logits, text, video) if of_features else None
-    found_again = len(video_index) == 0 or (of_weights and len(maxima) == 0)
-    step = _rows_of_a_block(text, video, normalize, of_weights)
-    grad_frames = block = None
+    # The blocks depend on shapes only.
+    step = max(1, BLOCK_BYTES // (b * pair) // BLOCK_ROWS) * BLOCK_ROWS
+    grad_frames = None
     for start in range(0, a, step):
         rows = slice(start, start + step)
         part, g = Side(*(_rows(x, rows) for x in text)), _rows(grad_logits, rows)
-        if found_again:
-            kept = forward(part, video, normalize, zero_competes, True, of_weights)[1:]
-        else:
-            # A block of rows has slots of its own, so what the forward pass packed serves only one block of all rows.
-            kept = (*(_rows(x, rows) for x in (video_index, text_index, maxima)), packed if step >= a else packed[:0])
-        if of_features:
-            block = _packed(part, video, normalize, kept[3])
-            matches = kept[0], kept[1] if both else None
+        found = evaluate(part, rows, g, boost)
+        block = found.packed
+        if block is not None:
             grad_words = g.new_empty((block.word_slots, block.form.padded)) if of_text is not None else None
             if of_video is not None and grad_frames is None:
                 grad_frames = g.new_empty((block.videos * block.sizes.frames, block.form.padded))
-            _multiply(block, Coefficients(g, *matches, boost), grad_words, grad_frames, add=start > 0)
+            _multiply(block, found.expand, grad_words, grad_frames, add=start > 0)
             last = of_video if start + step >= a else None
             if of_text is not None or last is not None:
                 masks = part.mask, video.mask
                 packing.unpack(grad_words, grad_frames, *masks, block, boost, _rows(of_text, rows), last)
-            del grad_words, block, matches
+            del grad_words
         if of_weights:
-            _sum_weights(kept[2], g, part, video, _rows(of_text_weight, rows), of_video_weight, add=start > 0)
-        del kept  # free it before the next block finds its own
+            _sum_weights(found.maxima, g, part, video, _rows(of_text_weight, rows), of_video_weight, add=start > 0)
+        del found, block  # free them before the next block finds its own
     return grads
 
 
@@ -438,21 +486,13 @@ def bytes_per_pair(words: int, frames: int, both: bool, maxima: int) -> int:
     return size + frames * (packing.index_dtype(words).itemsize + maxima) if both else size
 
 
-def _rows_of_a_block(text: Side, video: Side, normalize: bool, maxima: bool) -> int:
-    """Choose the text rows of a block from shapes only, so that it does not depend on whether matches were kept."""
-    words, (videos, frames, _) = text.features.shape[1], video.features.shape
-    size = maxima_dtype(text, video, normalize).itemsize if maxima else 0
-    pair = bytes_per_pair(words, frames, video.weight is not None, size)
-    return max(1, BLOCK_BYTES // (videos * pair) // BLOCK_ROWS) * BLOCK_ROWS
-
-
 def _packed(text: Side, video: Side, normalize: bool, data: Tensor) -> Packed:
     """Describe what the forward pass packed, or pack again."""
     return packing.describe(text, video, normalize, data) if len(data) else packing.pack(text, video, normalize)
 
 
 class Coefficients(NamedTuple):
-    """What C is computed from."""
+    """What C is computed from with matches."""
 
     grad_logits: Tensor  # (texts, B) float32
     video_index: Tensor
@@ -478,28 +518,27 @@ def _blocks(packed: Packed) -> Iterator[Block]:
                 yield Block(slot, min(most, slots - slot), frame, min(step, frames - frame), video, some, column)
 
 
+def _expand(packed: Packed, of: Coefficients, block: Block, out: Tensor) -> None:
+    grid = (block.slots // layout.CHUNK * (block.videos // layout.VIDEO_BLOCK),)
+    expand_coefficients[grid](
+        packed.data,
+        *of,
+        out,
+        *packed.sizes,
+        *block.place,
+        FORM=packed.form.of_slots(),
+        **tuning.options(8),
+    )
+
+
 def _multiply(
-    packed: Packed, of: Coefficients, grad_words: Tensor | None, grad_frames: Tensor | None, *, add: bool
+    packed: Packed, expand: Expand, grad_words: Tensor | None, grad_frames: Tensor | None, *, add: bool
 ) -> None:
     """Compute H of words (word slots, D'), and of frames (frames x videos, D'); add: to the present H of frames."""
-    blocks, form = list(_blocks(packed)), packed.form.of_slots()
-    size = max(block.slots * block.columns for block in blocks)
-    coefficients = packed.data.new_empty(size)
+    blocks = list(_blocks(packed))
+    coefficients = packed.data.new_empty(max(block.slots * block.columns for block in blocks))
     for block in blocks:
-        grid = (block.slots // layout.CHUNK * (block.videos // layout.VIDEO_BLOCK),)
-        expand_coefficients[grid](
-            packed.data,
-            *of,
-            coefficients,
-            *packed.sizes,
-            block.slot,
-            block.frame,
-            block.video,
-            block.frames,
-            block.videos,
-            FORM=form,
-            **tuning.options(8),
-        )
+        expand(block, coefficients)
         c = coefficients.as_strided((block.slots, block.columns), (block.columns, 1))
         product = _library_products if packed.form.clear else _tiled_products
         product(packed, block, c, grad_words, grad_frames, add_words=block.column > 0, add_frames=add or block.slot > 0)

@@ -32,18 +32,25 @@ class Tile(NamedTuple):
 
 # Forward: m videos x n word slots, by the form of the maxima: "keyed" (16-bit unit tokens), "exact" (16-bit raw tokens,
 # or over 255 tokens), "tf32" and "fp32" (float32 tokens). "small" serves problems with too few large tiles to fill the
-# GPU. n grows to the most slots of a text if that is larger.
+# GPU. n grows to the most slots of a text if that is larger. "soft" is soft pooling, by the product, and its backward's
+# coefficients; these tiles are narrower because a program keeps three numbers for each slot and video.
 AMPERE_FORWARD = {
     "keyed": {"large": Tile(64, 128, 64, 8, 3, False), "small": Tile(64, 64, 64, 4, 3, False, 2)},
     "exact": dict.fromkeys(("large", "small"), Tile(64, 64, 64, 8, 3, False)),
     "tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 3, False)),
     "fp32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 2, False)),
+    "soft half": dict.fromkeys(("large", "small"), Tile(64, 64, 64, 8, 3, False)),
+    "soft tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 3, False)),
+    "soft fp32": dict.fromkeys(("large", "small"), Tile(32, 64, 16, 8, 2, False)),
 }
 HOPPER_FORWARD = {
     "keyed": {"large": Tile(128, 128, 64, 8, 3, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
     "exact": {"large": Tile(64, 128, 64, 8, 3, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
     "tf32": {"large": Tile(64, 128, 32, 8, 3, True), "small": Tile(64, 64, 32, 4, 4, True, 2)},
     "fp32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 2, False)),
+    "soft half": dict.fromkeys(("large", "small"), Tile(64, 64, 64, 8, 3, True)),
+    "soft tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 3, True)),
+    "soft fp32": dict.fromkeys(("large", "small"), Tile(32, 64, 16, 8, 2, False)),
 }
 SIZES = ("large", "small")
 BLACKWELL_FORWARD = {
@@ -51,6 +58,9 @@ BLACKWELL_FORWARD = {
     "exact": {"large": Tile(64, 128, 32, 8, 4, True), "small": Tile(64, 64, 32, 8, 4, True, 2)},
     "tf32": {"large": Tile(64, 128, 16, 8, 4, True), "small": Tile(64, 64, 16, 8, 4, True, 2)},
     "fp32": dict(HOPPER_FORWARD["fp32"]),
+    "soft half": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 4, True)),
+    "soft tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 4, True)),
+    "soft fp32": dict.fromkeys(("large", "small"), Tile(32, 64, 16, 8, 2, False)),
 }
 FORWARD = {
     "sm_80": AMPERE_FORWARD,

@@ -49,6 +49,13 @@ CASES = (
 )
 
 
+SOFT_CASES = (
+    Case(9, 13, 37, 5),
+    Case(3, 140, 4, 9, normalize=False),  # more words than one tile
+    Case(9, 13, 11, 5, both=False),
+)
+
+
 # CDCR pairs text a with video a.
 PAIR_CASES = (
     Case(9, 12, 9, 5),
@@ -64,7 +71,8 @@ def worst_error(device: str, dtype: torch.dtype) -> float:
     The reference is another implementation, chunked PyTorch in float64 on the CPU, on the same rounded features.
     """
     # Python's max can drop a NaN; torch's cannot.
-    return float(torch.stack([*interaction_errors(device, dtype), *decorrelation_errors(device, dtype)]).max())
+    checks = interaction_errors, soft_interaction_errors, decorrelation_errors
+    return float(torch.stack([error for check in checks for error in check(device, dtype)]).max())
 
 
 def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -98,6 +106,25 @@ def interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
                 for found, true, mask in zip(matches, true_matches, choosers(inputs), strict=True)
                 if len(found)
             ]
+    return errors
+
+
+def soft_interaction_errors(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Compare logits and gradients of softmax and logsumexp pooling."""
+    from ..ops.chunked import soft_token_interaction as chunked
+
+    op: Any = torch.ops.drl_fast
+    true: Any = chunked
+    errors = []
+    for case in SOFT_CASES:
+        inputs, probe = problem(case, dtype)
+        here, double = [None if x is None else x.to(device) for x in inputs], to_float64(inputs)
+        for logsumexp in (True, False):
+            options = (case.normalize, True, logsumexp, 0.1 if case.normalize else 2.0)
+            gradients = op.soft_token_interaction_backward(probe.to(device), *here, *options, [True] * 4)
+            ours = [op.soft_token_interaction(*here, *options), *gradients]
+            truth = true.backward(probe.double(), *double, *options, [True] * 4)
+            errors += relative(ours, [true.forward(*double, *options), *truth])
     return errors
 
 

@@ -361,8 +361,8 @@ def test_a_rehearsal_in_a_bare_source_tree(tmp_path: Path) -> None:
         bad
     )
     assert list(found) == [
-        *("correctness", "speed", "memory", "batch", "kernels", "compiled", "peers", "candidates", "tuning"),
-        *("tests", "tools"),
+        *("correctness", "speed", "memory", "batch", "kernels", "pooling", "compiled", "peers"),
+        *("candidates", "tuning", "tests", "tools"),
     ]
     for tests in (found["correctness"]["tests"], found["tests"]["all"]):
         assert int(tests["summary"].strip("= ").split("/")[0]) > 20, "tests that -k selects"

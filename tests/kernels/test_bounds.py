@@ -76,10 +76,11 @@ def checked(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> Checked:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(5, 9, 6, 4), (1, 130, 2, 3)], ids=str)
+@pytest.mark.parametrize("pooling", ["max", "softmax"])
 def test_addresses_are_inside(
-    checked: Checked, impl: Implementation, shape: tuple[int, int, int, int], dtype: torch.dtype
+    checked: Checked, impl: Implementation, pooling: str, shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
-    p = make(shape, 70, dtype, masks=("holes", "empty"), weights=torch.float32)
+    p = make(shape, 70, dtype, masks=("holes", "empty"), weights=torch.float32, pooling=pooling)
     run(drl_fast.token_interaction, p.map(lambda x: x.to(impl.device)), torch.randn(p.pairs))
     assert checked.ranges
     assert checked.outside == 0

@@ -14,6 +14,7 @@ import torch
 import drl_fast
 from drl_fast.ops import dispatch
 from tests.ops import test_cdcr as cdcr
+from tests.ops import test_soft_token_interaction as soft
 from tests.oracle import Problem, judge, make, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -46,6 +47,15 @@ def test_small_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, norma
     for bidirectional in (True, False):
         options = {"normalize": normalize, "bidirectional": bidirectional}
         judge(make(shape, 80, dtype, masks=("holes", "empty"), weights=torch.float32, **options), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("pooling", soft.POOLINGS)
+def test_soft_pooling_at_small_sizes(shape: tuple[int, int, int, int], dtype: torch.dtype, pooling: str) -> None:
+    for bidirectional in (True, False):
+        options = {"bidirectional": bidirectional, "pooling": pooling, "temperature": 0.1}
+        soft.judge(make(shape, 80, dtype, masks=("holes", "empty"), weights=torch.float32, **options), "cuda")
 
 
 def test_tf32_only_if_torch_allows_it() -> None:

@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/ops/test_token_interaction"
+SOFT = "tests/ops/test_soft_token_interaction.py"
 CDCR = "tests/ops/test_cdcr.py"
 CONTRASTIVE = "tests/functional/test_token_contrastive_loss.py"
 ROW = "interpreter"
@@ -114,6 +115,12 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
     ("tests/kernels/test_recompute.py", "test_small_gradients_in_one_block_and_large_ones_in_another", ["blocks"]),
     ("tests/kernels/test_recompute.py", "test_the_graph_keeps_matches_only_within_the_budget", ["True"]),
+    # The doctor's check, at the end, runs long captions and one direction too.
+    (SOFT, "test_shapes", ["logsumexp-none-(1, 1, 1, 1)", "softmax-holes-(5, 1, 4, 6)"]),
+    (SOFT, "test_options", ["softmax-both-raw-drl-torch.float16"]),
+    (SOFT, "test_temperatures", ["softmax-0.01"]),
+    (SOFT, "test_rows_without_a_real_token_score_zero", ["logsumexp-drl"]),
+    (SOFT, "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["nan"]),
     (CONTRASTIVE, "test_against_the_reference", ["kept-holes-True", "scored again-empty rows, exclude-False"]),
     (
         CDCR,
@@ -146,7 +153,11 @@ SUITE: list[tuple[str, str, list[str]]] = [
     ("tests/kernels/test_cdcr.py", "test_blocks_and_parts", ["(40, 5, 3)", "(40, 3, 5)"]),
     ("tests/kernels/test_cdcr.py", "test_equal_bits", []),
     ("tests/kernels/test_cdcr.py", "test_ties_and_nan_in_long_rows", []),
-    ("tests/kernels/test_bounds.py", "test_addresses_are_inside", ["(5, 9, 6, 4)-torch.float16"]),
+    (
+        "tests/kernels/test_bounds.py",
+        "test_addresses_are_inside",
+        ["max-(5, 9, 6, 4)-torch.float16", "softmax-(5, 9, 6, 4)-torch.float16"],
+    ),
     ("tests/kernels/test_addresses.py", "test_offsets_of_matches_are_64_bit", []),
     ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]

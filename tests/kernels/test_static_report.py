@@ -31,7 +31,8 @@ ARCHS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 # sm_80's entries also serve GPUs with less shared memory (8.6, 8.9, 12.x).
 SHARED_SMALL = 101376
-PRODUCTS = ("interaction_forward", "multiply_tiles")
+SOFT = ("soft_forward", "soft_coefficients")
+PRODUCTS = ("interaction_forward", "multiply_tiles", *SOFT)
 INTERACTION = (*PRODUCTS, "count_tokens", "pack_rows", "expand_coefficients", "unpack_gradients")
 # Its products are so small that it uses mma on every architecture; memory limits it.
 SMALL_PRODUCT = "cdcr_partners"
@@ -47,6 +48,8 @@ CDCR = (
 SPILLS = {
     "sm_80 cdcr_partners fp32 diagonal",
     "sm_100 interaction_forward tf32 140 words",
+    "sm_90 soft_forward bf16 softmax, 77 words, 20 frames",
+    "sm_100 soft_forward bf16 softmax, 77 words, 20 frames",
 }
 
 
@@ -77,7 +80,7 @@ def test_every_launched_kernel_compiles(rows: list[dict[str, Any]]) -> None:
 def test_every_kernel_on_every_architecture(rows: list[dict[str, Any]]) -> None:
     for arch in ARCHS:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        assert kernels >= {*PRODUCTS}
+        assert kernels >= {*PRODUCTS} - ({*SOFT} if arch != "sm_90" and not WHOLE else set())
         if WHOLE or arch == "sm_90":
             assert kernels >= {*INTERACTION, *CDCR}
     assert {row["dtype"] for row in rows if row["kernel"] == "interaction_forward"} == {"bf16", "fp16", "fp32", "tf32"}
