@@ -172,7 +172,8 @@ def test_every_row_is_a_configuration_of_that_name() -> None:
         assert config.interaction.upper() == (name.split()[0] if row["trained"] else "DP")
     shipped = {path.stem.removeprefix("msrvtt_") for path in folder.glob("*.yaml")}
     shipped = {stem for stem in shipped if stem.partition("_")[0] not in DATASETS}
-    assert {row["config"] for row in PUBLISHED["rows"]} == shipped
+    # Video-ColBERT is another paper's model.
+    assert {row["config"] for row in PUBLISHED["rows"]} == shipped - {"video_colbert"}
 
 
 def test_nothing_is_measured_without_an_evaluation(evaluations: Path) -> None:

@@ -22,6 +22,7 @@ SUITES = (
     "tests/ops/test_token_interaction_masks.py",
     "tests/ops/test_token_interaction_matches.py",
     "tests/ops/test_token_interaction_bits.py",
+    "tests/ops/test_soft_token_interaction.py",
     "tests/ops/test_cdcr.py",
     "tests/test_golden.py",
 )
@@ -126,6 +127,41 @@ def test_token_interaction_without_channels() -> None:
     text, video, *weights = torch.ops.drl_fast.token_interaction_backward(*arguments)
     assert (text.shape, video.shape) == ((4, 3, 0), (2, 5, 0))
     assert all((weight == 0).all() for weight in weights)
+
+
+SOFT = {**{name: FORWARD[name] for name in list(FORWARD)[:8]}, "logsumexp": True, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("video", torch.zeros(2, 5, 9), "one D"),
+        ("video", torch.zeros(2, 5, 8).half(), "one dtype"),
+        ("text_mask", torch.ones(2, 2, dtype=torch.bool), r"masks must be bool \(rows, tokens\)"),
+        ("video_weight", torch.ones(2, 4), r"weights must be \(rows, tokens\)"),
+        ("temperature", 0.0, "temperature must be positive"),
+        ("temperature", float("nan"), "temperature must be positive"),
+    ],
+)
+def test_soft_pooling_reads_nothing_beyond_its_arguments(name: str, value: object, message: str) -> None:
+    arguments = list({**SOFT, name: value}.values())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.soft_token_interaction(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.soft_token_interaction_backward(torch.zeros(4, 2), *arguments, [True] * 4)
+
+
+@pytest.mark.parametrize(
+    ("grad", "wanted", "message"),
+    [
+        (torch.zeros(4, 3), [True] * 4, r"grad_logits must be \(A, B\)"),
+        (torch.zeros(4, 2).double(), [True] * 4, "grad_logits must be"),
+        (torch.zeros(4, 2), [True] * 3, "output_mask must be four bools"),
+    ],
+)
+def test_soft_pooling_checks_its_gradient(grad: torch.Tensor, wanted: list[bool], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drl_fast.soft_token_interaction_backward(grad, *SOFT.values(), wanted)
 
 
 SIDES = {"text": torch.randn(4, 3, 8), "video": torch.randn(4, 5, 8)}
