@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <numbers>
 #include <type_traits>
 
 #include "capability.h"

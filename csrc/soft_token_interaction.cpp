@@ -204,11 +204,12 @@ struct Span {
 std::vector<Span> join(const std::vector<int64_t>& sizes) {
   std::vector<Span> spans;
   int64_t at = 0;
-  for (int64_t piece = 0; piece < static_cast<int64_t>(sizes.size()); piece++) {
-    if (spans.empty() || spans.back().size() + sizes[piece] > kSuperblock)
+  int64_t piece = 0;
+  for (const int64_t size : sizes) {
+    if (spans.empty() || spans.back().size() + size > kSuperblock)
       spans.push_back({.first = piece, .last = piece, .begin = at, .end = at});
-    spans.back().last = piece + 1;
-    at += sizes[piece];
+    at += size;
+    spans.back().last = ++piece;
     spans.back().end = at;
   }
   return spans;

@@ -23,12 +23,12 @@ struct Format;
 template <>
 struct Format<float> {
   static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;
-  static constexpr float kRound = 0x1.8p23F, kLowest = -87.0F, kLog2High = 0x1.62e4p-1F, kLog2Low = 0x1.7f7d1cp-20F;
+  static constexpr float kRound = 0x1.8p23F, kLowest = -87.0F, kLog2High = 45426 / 65536.0F, kLog2Low = 0x1.7f7d1cp-20F;
 };
 template <>
 struct Format<double> {
   static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;
-  static constexpr double kRound = 0x1.8p52, kLowest = -708.0, kLog2High = 0x1.62e42fefap-1,
+  static constexpr double kRound = 0x1.8p52, kLowest = -708.0, kLog2High = 47632711549 / 68719476736.0,
                           kLog2Low = 0x1.cf79abc9e3b39p-40;
 };
 
@@ -56,7 +56,7 @@ DRL_FAST_ALWAYS_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
   using F = Format<T>;
   const V magic = S::broadcast(F::kRound);
   // Adding 1.5 * 2^mantissa leaves the rounded number in the low bits.
-  const V shifted = x * S::broadcast(T(1.4426950408889634)) + magic;
+  const V shifted = x * S::broadcast(T(std::numbers::log2e)) + magic;
   const V n = shifted - magic;
   const V r = (x - n * S::broadcast(F::kLog2High)) - n * S::broadcast(F::kLog2Low);
   V sum = S::broadcast(inverse_factorial<T>(F::kTerms));
@@ -77,7 +77,7 @@ DRL_FAST_ALWAYS_INLINE typename Simd<T>::V log_of(typename Simd<T>::V x) {
   using S = Simd<T>;
   using V = typename S::V;
   using F = Format<T>;
-  constexpr T kStep = T(0.6931471805599453) / static_cast<T>(IntOf<T>{1} << F::kMantissa);
+  constexpr T kStep = T(std::numbers::ln2) / static_cast<T>(IntOf<T>{1} << F::kMantissa);
   const V one = S::broadcast(T(1));
   const V from_one = __builtin_convertvector(bits_of<T>(x) - bits_of<T>(one), V);
   V y = from_one * S::broadcast(kStep);
@@ -99,7 +99,7 @@ struct Pool {
   // `zeros`: the number of candidates of similarity 0.
   DRL_FAST_ALWAYS_INLINE Pool(V highest, V zeros, T temperature) : inverse(S::broadcast(T(1) / temperature)) {
     const I has = zeros > V{};
-    top = has & (highest < V{}) ? V{} : highest;
+    top = (has & (highest < V{})) ? V{} : highest;
     total = has ? zeros * exp_of<T>((V{} - top) * inverse) : V{};
     weighted = V{};
   }
@@ -118,7 +118,7 @@ struct Pool {
 // The larger of two; a NaN beats every number.
 template <class T>
 DRL_FAST_ALWAYS_INLINE typename Simd<T>::V larger(typename Simd<T>::V a, typename Simd<T>::V b) {
-  return (b > a) | (b != b) ? b : a;
+  return ((b > a) | (b != b)) ? b : a;
 }
 
 // d value / d S from the candidate's exponential and 1 / total.
