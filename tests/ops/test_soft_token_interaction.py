@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import drl_fast
-from drl_fast import reference
+from drl_fast import Head, reference
 from tests.implementations import Implementation
 from tests.ops.test_fuzz import FUZZ, problems
 from tests.oracle import ATOL, LEAVES, Problem, Result, assert_close, make, plain, run
@@ -416,6 +417,21 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
         for layer in (drl_fast.TI, drl_fast.WTI):
             with pytest.raises(error, match=message):
                 layer(**options)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        drl_fast.TI(pooling="softmax"),
+        drl_fast.WTI(4, pooling="softmax"),
+        Head(4, interaction="wti", temporal=None, pooling="softmax").similarity,
+    ],
+    ids=["TI", "WTI", "Head"],
+)
+def test_layers_refuse_matches(score: Callable[..., object]) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match=r"return_matches must be False with pooling='softmax'.*pooling='max'"):
+        score(x, x, return_matches=True)
 
 
 @settings(FUZZ, max_examples=3000 if os.environ.get("DRL_FAST_FUZZ") == "1" else 20)
