@@ -121,6 +121,17 @@ def test_temperatures(impl: Implementation, pooling: str, temperature: float) ->
         assert all(bool(x.isfinite().all()) for x in (found.logits, *found.grads.values()))
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_extreme_temperatures_are_finite(impl: Implementation, pooling: str, temperature: float) -> None:
+    """Also for a single candidate and for ties, whose similarities may differ from their mean by rounding."""
+    for shape in ((4, 1, 3, 1), (4, 5, 3, 6)):
+        problem = make(shape, masks=(None, "holes"), pooling=pooling, temperature=temperature)
+        problem.video[:, 1:3] = problem.video[:, :1]
+        found = run(drl_fast.token_interaction, on(impl, problem), torch.ones(problem.pairs))
+        assert all(bool(x.isfinite().all()) for x in (found.logits, *found.grads.values()))
+
+
 def test_limits(impl: Implementation) -> None:
     """A small temperature gives the maximum, a large one the mean."""
     problem = on(impl, make((6, 9, 7, 5), masks=("holes", "prefix"), masking="exclude"))
@@ -400,6 +411,12 @@ def test_layers(impl: Implementation, layer: torch.nn.Module) -> None:
         ({"pooling": "softmax", "temperature": 0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"pooling": "softmax", "temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
         ({"pooling": "logsumexp", "temperature": math.nan}, ValueError, "temperature must be positive and finite"),
+        (
+            {"pooling": "softmax", "temperature": 1e-40},
+            ValueError,
+            "temperature must be between 1e-30 and 1e30, got 1e-4",
+        ),
+        ({"pooling": "softmax", "temperature": 1e39}, ValueError, r"between 1e-30 and 1e30, got 1e\+39; similarities"),
         ({"pooling": "softmax", "temperature": "0.1"}, TypeError, "temperature must be a number, got str '0.1'"),
         ({"temperature": 0.1}, ValueError, "temperature must be 1 with pooling='max'.* got 0.1; leave it out"),
         (
