@@ -167,16 +167,19 @@ def test_every_masked_slot_counts_with_drl(impl: Implementation, pooling: str) -
 def test_masked_features_reach_nothing(impl: Implementation, pooling: str, poison: float, masking: str) -> None:
     found = []
     for dirty in (False, True):
-        problem = make((6, 9, 7, 5), 16, masks=("empty", "holes"), masking=masking, pooling=pooling)
+        options = {"masking": masking, "pooling": pooling}
+        problem = make((6, 9, 7, 5), 16, masks=("empty", "holes"), weights=torch.float32, **options)
         if dirty:
-            problem.text[~problem.text_mask] = poison
-            problem.video[~problem.video_mask] = poison
+            for x in (problem.text, problem.text_weight):
+                x[~problem.text_mask] = poison
+            for x in (problem.video, problem.video_weight):
+                x[~problem.video_mask] = poison
         found.append(run(drl_fast.token_interaction, on(impl, problem), torch.ones(6, 7)))
     want, got = found
     assert torch.equal(got.logits, want.logits)
-    for name in ("text", "video"):
-        assert torch.equal(got.grads[name], want.grads[name])
-        assert not got.grads[name].cpu()[~getattr(problem, f"{name}_mask")].any()
+    for name, grad in got.grads.items():
+        assert torch.equal(grad, want.grads[name])
+        assert not grad.cpu()[~getattr(problem, f"{name.removesuffix('_weight')}_mask")].any()
 
 
 @pytest.mark.parametrize("masking", ["drl", "exclude", "none"])
@@ -220,6 +223,20 @@ def test_a_bad_upstream_gradient_reaches_only_its_own_tokens(impl: Implementatio
         for grad in (grads[name].cpu(), grads[f"{name}_weight"].cpu()):
             assert not grad[~mask].any()
             assert bool(grad[others].isfinite().all())
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_bad_upstream_gradient_of_a_pair_with_an_empty_side_reaches_nothing(
+    impl: Implementation, poison: float
+) -> None:
+    problem = make((3, 5, 4, 6), 16, masks=("holes", "holes"), weights=torch.float32, pooling="softmax")
+    problem.text_mask[1], problem.video_mask[2] = False, False
+    probe = torch.ones(3, 4)
+    want = run(drl_fast.token_interaction, on(impl, problem), probe).grads
+    probe[1], probe[:, 2] = poison, poison
+    got = run(drl_fast.token_interaction, on(impl, problem), probe).grads
+    for name, grad in got.items():
+        assert torch.equal(grad, want[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
