@@ -179,6 +179,8 @@ def pooling(value: object, temperature: object, name: str = "temperature") -> fl
     """Check a pooling and its temperature, the argument ``name``; return the temperature."""
     option("pooling", value, POOLINGS)
     number = positive_number(name, temperature, "similarities are divided by it")
+    # In float32, 1 / temperature overflows below and the temperature above; either makes scores NaN.
+    _accept(1e-30 <= number <= 1e30, name, number, "between 1e-30 and 1e30", "similarities are divided by it")
     if value == "max" and number != 1:
         raise ValueError(
             f"{name} must be 1 with pooling='max', which does not use it, got {number}; "

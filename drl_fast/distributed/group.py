@@ -105,10 +105,11 @@ class Group:
         failed = [rank for rank, row in enumerate(found) if row[0] != READY]
         if failed:
             raise RuntimeError(f"{kind} failed on rank {failed[0]}: {self._texts('')[failed[0]]}")
-        names = ["loss", *mine.same]
-        for name, *values in zip(names, *([row[1], *row[2 + SIZES :]] for row in found), strict=False):
+        # Not a dict: a loss may have an option of that name, too.
+        compared = [("loss", kind), *((name, _show(value)) for name, value in mine.same.items())]
+        for (name, shown), *values in zip(compared, *([row[1], *row[2 + SIZES :]] for row in found), strict=False):
             if len(set(values)) > 1:
-                texts = self._texts(kind if name == "loss" else _show(mine.same[name]))
+                texts = self._texts(shown)
                 raise ValueError(f"{kind}: {name} must be the same on all ranks of the group, got {_by_rank(texts)}")
         return [dict(zip(mine.sizes, row[2:], strict=False)) for row in found]
 

@@ -65,12 +65,13 @@ def _cross_entropy(x: Tensor, positive: Tensor, smoothing: float) -> Tensor:
     """Average the rows' cross-entropies, over rows with a positive."""
     count = positive.sum(1)
     has = count > 0
+    # A row without a positive may hold anything, such as -inf alone, whose softmax and gradient would be NaN.
+    x = torch.where(has[:, None], x, 0)
     # Subtract the maximum first: the difference is exact where the positive is the maximum.
     x = x - x.detach().amax(1, keepdim=True)
     target = torch.where(positive, x, 0).sum(1) / count.clamp(min=1)
     if smoothing:
         target = (1 - smoothing) * target + smoothing * x.mean(1)
-    # A row without a positive may hold anything, such as -inf alone.
     return torch.where(has, x.logsumexp(1) - target, 0).sum() / has.sum()
 
 

@@ -236,8 +236,10 @@ def _count(columns: Tensor | None, texts: int, videos: int, like: Tensor) -> tup
         return like.new_ones(texts), like.new_ones(videos)
     if columns.dtype == torch.bool:
         return columns.sum(1).to(like.dtype), columns.sum(0).to(like.dtype)
-    real = (columns >= 0).to(like.dtype)
-    return real, like.new_zeros(videos).index_add_(0, columns.clamp(min=0), real)
+    # Texts without a positive go to one video more, which is dropped: a rank may have no video at all.
+    slots = torch.where(columns >= 0, columns, videos)
+    per_video = like.new_zeros(videos + 1).index_add_(0, slots, like.new_ones(texts))[:videos]
+    return (columns >= 0).to(like.dtype), per_video
 
 
 def _comparable(scale: float | Tensor) -> object:

@@ -83,11 +83,6 @@ def token_interaction(
     for name, value in (("normalize", normalize), ("bidirectional", bidirectional), ("return_matches", return_matches)):
         validation.flag(name, value)
     temperature = validation.pooling(pooling, temperature)
-    if return_matches and pooling != "max":
-        raise ValueError(
-            f"return_matches must be False with pooling={pooling!r}, in which a token chooses no single other; "
-            "call again with pooling='max' for matches"
-        )
     sides = validation.check_sides(text, video, text_mask, video_mask)
     if text_weight is not None:
         text_weight = validation.weight("text_weight", text_weight, sides.text, "A, Nt", "text")
@@ -123,10 +118,15 @@ def interact(
     temperature: float = 1.0,
     return_matches: bool = False,
 ) -> Tensor | tuple[Tensor, Matches]:
-    """Compute :func:`token_interaction` of arguments that the caller has checked.
+    """Compute :func:`token_interaction` of arguments that the caller has checked one by one.
 
     Matches are kept if the caller wants them or a backward pass will read them.
     """
+    if return_matches and pooling != "max":
+        raise ValueError(
+            f"return_matches must be False with pooling={pooling!r}, in which a token chooses no single other; "
+            "call again with pooling='max' for matches"
+        )
     text, video, text_mask, video_mask = sides
     dtype = accumulation_dtype(text.dtype)
     text_weight = uniform_weight(text_mask, text) if text_weight is None else text_weight.to(dtype)

@@ -51,8 +51,8 @@ def share(rank: int, rows: list[int], case: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(rank)
     count, dtype = rows[rank], case.get("dtype", torch.float32)
     words, frames = WORDS - rank % 2, FRAMES - rank % 3
-    # With positives a rank has more texts than videos, or fewer.
-    texts = max(0, count + 1 - rank) if case.get("positives") else count
+    # With positives a rank has more texts than videos, or fewer, or texts alone.
+    texts = max(0, count + 2 - rank) if case.get("positives") else count
     found: dict[str, Any] = {
         **case.get("options", {}),
         "text": torch.randn(texts, words, DIM, generator=generator).to(dtype),
@@ -244,6 +244,9 @@ def disagreements(rank: int, group: Any) -> dict[str, str]:
         "D": {"text": torch.ones(2, 3, 5), "video": torch.ones(2, 4, 5)},
         "dtype": {"text": torch.ones(2, 3, DIM).double(), "video": torch.ones(2, 4, DIM).double()},
         "masking": {"masking": "exclude"},
+        "loss": {"loss": "sigmoid", "logit_bias": -10.0},
+        "pooling": {"pooling": "softmax", "temperature": 0.5},
+        "positives": {"positives": torch.tensor([0, 2])},
         "scale": {"logit_scale": 3.0},
         "owner": {"owner": torch.zeros(2, dtype=torch.int64)},
         "gradients": {"text": torch.ones(2, 3, DIM, requires_grad=True)},
@@ -267,12 +270,15 @@ def test_all_ranks_raise(ranks: list[dict[str, Any]]) -> None:
     assert last["own error"].startswith("ValueError: logit_scale must be positive and finite, got -1.0")
     assert "failed on rank 2: TypeError: text must be a torch.Tensor" in first["not a tensor"]
     assert "failed on rank 2: ValueError: video must have as many rows as text" in first["shapes"]
+    assert "failed on rank 2: ValueError: positives must lie in 0..1" in first["positives"]
     assert "failed on rank 2: ValueError: process_group must support text's device meta" in first["device"]
     assert "gloo for cpu tensors" in last["device"]
     for name, words in {
         "D": "D must be the same on all ranks of the group, got 8 on ranks 0, 1 and 5 on rank 2",
         "dtype": "dtype must be .* got torch.float32 on ranks 0, 1 and torch.float64 on rank 2",
         "masking": "masking must be .* got drl on ranks 0, 1 and exclude on rank 2",
+        "loss": "loss must be .* got softmax on ranks 0, 1 and sigmoid on rank 2",
+        "pooling": "pooling must be .* got max on ranks 0, 1 and softmax at temperature 0.5 on rank 2",
         "scale": "logit_scale must be .* got 2.0 on ranks 0, 1 and 3.0 on rank 2",
         "owner": "owner must be .* got None on ranks 0, 1 and ids on rank 2",
         "gradients": "what needs gradients must be .* got nothing on ranks 0, 1 and text on rank 2",

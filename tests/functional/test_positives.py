@@ -96,6 +96,20 @@ def test_large_logits_do_not_overflow() -> None:
         assert bool(loss.isfinite())
 
 
+def test_a_row_without_a_positive_may_hold_anything() -> None:
+    for filler in (-math.inf, math.nan):
+        logits = torch.randn(3, 4)
+        logits[2] = filler
+        logits.requires_grad_()
+        options = {"direction": "t2v", "label_smoothing": 0.1}
+        loss = info_nce(logits, 10.0, positives=torch.tensor([0, 1, -1]), **options)
+        loss.backward()
+        want = info_nce(logits[:2], 10.0, positives=torch.tensor([0, 1]), **options)
+        assert loss.item() == pytest.approx(want.item())
+        assert bool(logits.grad.isfinite().all())
+        assert not logits.grad[2].any()
+
+
 L = torch.zeros(3, 4)
 
 

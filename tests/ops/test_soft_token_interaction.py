@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import drl_fast
-from drl_fast import reference
+from drl_fast import Head, reference
 from tests.implementations import Implementation
 from tests.ops.test_fuzz import FUZZ, problems
 from tests.oracle import ATOL, LEAVES, Problem, Result, assert_close, make, plain, run
@@ -120,6 +121,17 @@ def test_temperatures(impl: Implementation, pooling: str, temperature: float) ->
         assert all(bool(x.isfinite().all()) for x in (found.logits, *found.grads.values()))
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_extreme_temperatures_are_finite(impl: Implementation, pooling: str, temperature: float) -> None:
+    """Also for a single candidate and for ties, whose similarities may differ from their mean by rounding."""
+    for shape in ((4, 1, 3, 1), (4, 5, 3, 6)):
+        problem = make(shape, masks=(None, "holes"), pooling=pooling, temperature=temperature)
+        problem.video[:, 1:3] = problem.video[:, :1]
+        found = run(drl_fast.token_interaction, on(impl, problem), torch.ones(problem.pairs))
+        assert all(bool(x.isfinite().all()) for x in (found.logits, *found.grads.values()))
+
+
 def test_limits(impl: Implementation) -> None:
     """A small temperature gives the maximum, a large one the mean."""
     problem = on(impl, make((6, 9, 7, 5), masks=("holes", "prefix"), masking="exclude"))
@@ -155,16 +167,19 @@ def test_every_masked_slot_counts_with_drl(impl: Implementation, pooling: str) -
 def test_masked_features_reach_nothing(impl: Implementation, pooling: str, poison: float, masking: str) -> None:
     found = []
     for dirty in (False, True):
-        problem = make((6, 9, 7, 5), 16, masks=("empty", "holes"), masking=masking, pooling=pooling)
+        options = {"masking": masking, "pooling": pooling}
+        problem = make((6, 9, 7, 5), 16, masks=("empty", "holes"), weights=torch.float32, **options)
         if dirty:
-            problem.text[~problem.text_mask] = poison
-            problem.video[~problem.video_mask] = poison
+            for x in (problem.text, problem.text_weight):
+                x[~problem.text_mask] = poison
+            for x in (problem.video, problem.video_weight):
+                x[~problem.video_mask] = poison
         found.append(run(drl_fast.token_interaction, on(impl, problem), torch.ones(6, 7)))
     want, got = found
     assert torch.equal(got.logits, want.logits)
-    for name in ("text", "video"):
-        assert torch.equal(got.grads[name], want.grads[name])
-        assert not got.grads[name].cpu()[~getattr(problem, f"{name}_mask")].any()
+    for name, grad in got.grads.items():
+        assert torch.equal(grad, want.grads[name])
+        assert not grad.cpu()[~getattr(problem, f"{name.removesuffix('_weight')}_mask")].any()
 
 
 @pytest.mark.parametrize("masking", ["drl", "exclude", "none"])
@@ -208,6 +223,20 @@ def test_a_bad_upstream_gradient_reaches_only_its_own_tokens(impl: Implementatio
         for grad in (grads[name].cpu(), grads[f"{name}_weight"].cpu()):
             assert not grad[~mask].any()
             assert bool(grad[others].isfinite().all())
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_a_bad_upstream_gradient_of_a_pair_with_an_empty_side_reaches_nothing(
+    impl: Implementation, poison: float
+) -> None:
+    problem = make((3, 5, 4, 6), 16, masks=("holes", "holes"), weights=torch.float32, pooling="softmax")
+    problem.text_mask[1], problem.video_mask[2] = False, False
+    probe = torch.ones(3, 4)
+    want = run(drl_fast.token_interaction, on(impl, problem), probe).grads
+    probe[1], probe[:, 2] = poison, poison
+    got = run(drl_fast.token_interaction, on(impl, problem), probe).grads
+    for name, grad in got.items():
+        assert torch.equal(grad, want[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
@@ -399,6 +428,12 @@ def test_layers(impl: Implementation, layer: torch.nn.Module) -> None:
         ({"pooling": "softmax", "temperature": 0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"pooling": "softmax", "temperature": -1.0}, ValueError, "temperature must be positive and finite, got -1.0"),
         ({"pooling": "logsumexp", "temperature": math.nan}, ValueError, "temperature must be positive and finite"),
+        (
+            {"pooling": "softmax", "temperature": 1e-40},
+            ValueError,
+            "temperature must be between 1e-30 and 1e30, got 1e-4",
+        ),
+        ({"pooling": "softmax", "temperature": 1e39}, ValueError, r"between 1e-30 and 1e30, got 1e\+39; similarities"),
         ({"pooling": "softmax", "temperature": "0.1"}, TypeError, "temperature must be a number, got str '0.1'"),
         ({"temperature": 0.1}, ValueError, "temperature must be 1 with pooling='max'.* got 0.1; leave it out"),
         (
@@ -416,6 +451,21 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
         for layer in (drl_fast.TI, drl_fast.WTI):
             with pytest.raises(error, match=message):
                 layer(**options)
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        drl_fast.TI(pooling="softmax"),
+        drl_fast.WTI(4, pooling="softmax"),
+        Head(4, interaction="wti", temporal=None, pooling="softmax").similarity,
+    ],
+    ids=["TI", "WTI", "Head"],
+)
+def test_layers_refuse_matches(score: Callable[..., object]) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match=r"return_matches must be False with pooling='softmax'.*pooling='max'"):
+        score(x, x, return_matches=True)
 
 
 @settings(FUZZ, max_examples=3000 if os.environ.get("DRL_FAST_FUZZ") == "1" else 20)

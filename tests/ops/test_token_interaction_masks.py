@@ -70,12 +70,13 @@ def test_masked_features_reach_nothing(impl: Implementation, masking: str, poiso
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_masked_weights_count_for_nothing(impl: Implementation, masking: str) -> None:
-    """A masked token's own maximum is 0 for every finite weight, and the weight's gradient is 0."""
+@pytest.mark.parametrize("weight", [1e6, *POISON])
+def test_masked_weights_count_for_nothing(impl: Implementation, masking: str, weight: float) -> None:
+    """A masked token's own maximum is 0 whatever its weight, and the weight's gradient is 0."""
     problem = make((6, 9, 7, 5), 16, masks=("empty", "holes"), weights=torch.float32, masking=masking)
     want = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device)), probe_for(problem))
-    problem.text_weight[~problem.text_mask] = 1e6
-    problem.video_weight[~problem.video_mask] = -1e6
+    problem.text_weight[~problem.text_mask] = weight
+    problem.video_weight[~problem.video_mask] = -weight
     got = run(drl_fast.token_interaction, problem.map(lambda x: x.to(impl.device)), probe_for(problem))
     assert torch.equal(got.logits, want.logits)
     assert torch.equal(got.grads["text"], want.grads["text"])

@@ -133,6 +133,8 @@ def backward(
             by_word, by_frame = pool_block(s, t, v, sa, sb, zero_competes, logsumexp, temperature)
             g = grad_logits[sa, sb].to(s.dtype)
             na, nb = g.shape
+            # The score of a pair with an empty side is constant, but the upstream gradient may be NaN.
+            g = torch.where(t.real[sa][:na].any(1)[:, None] & v.real[sb][:nb].any(1), g, 0)
             g = (g if wv is None else g / 2)[:, None, :, None]
             coefficient = by_word.slope[:na, :, :nb] * wt[sa][:na, :, None, None]
             # A masked token's value is 0, but the upstream gradient may be NaN.

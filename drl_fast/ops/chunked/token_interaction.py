@@ -239,8 +239,9 @@ def unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
 
 
 def pad_rows(weight: Tensor, side: Side) -> Tensor:
-    """Pad token weights to the side's whole blocks."""
-    return torch.nn.functional.pad(weight, (0, 0, 0, len(side.tokens) - len(weight)))
+    """Pad token weights to the side's whole blocks; a masked token's becomes 0, whatever it was."""
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, len(side.tokens) - len(weight)))
+    return torch.where(side.real, padded, 0)
 
 
 # The index of "none chosen" while indices are computed; the operator's own value is _none().
