@@ -139,7 +139,8 @@ def values_are_visible(x: Tensor) -> bool:
 @functools.cache
 def _warn_no_real_token(name: str) -> None:
     warnings.warn(
-        f"drl_fast: {name} holds no real token at all, so all scores are 0; real tokens are non-zero in a mask",
+        f"drl_fast: {name} holds no real token at all, so all scores are 0 (except with masking='none'); "
+        "real tokens are non-zero in a mask",
         stacklevel=5,
     )
 
@@ -155,7 +156,8 @@ def weight(name: str, value: object, features: Tensor, letters: str, features_na
     """Check token weights and return them in the dtype that sums are kept in; see :func:`private_copy`."""
     x = per_token(name, value, features, letters, features_name)
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}; convert it with {name}.float()")
+        mask_name = f"pass a mask as {name.removesuffix('weight')}mask=, or " if name.endswith("_weight") else ""
+        raise TypeError(f"{name} must be floating point, got {x.dtype}; {mask_name}convert it with {name}.float()")
     return private_copy(x).to(accumulation_dtype(features.dtype))
 
 
@@ -178,6 +180,8 @@ def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def pooling(value: object, temperature: object, name: str = "temperature") -> float:
     """Check a pooling and its temperature, the argument ``name``; return the temperature."""
     option("pooling", value, POOLINGS)
+    if isinstance(temperature, Tensor):
+        raise TypeError(f"{name} must be a number, got {describe(temperature)}; pass float(...): it is not learned")
     number = positive_number(name, temperature, "similarities are divided by it")
     # In float32, 1 / temperature overflows below and the temperature above; either makes scores NaN.
     _accept(1e-30 <= number <= 1e30, name, number, "between 1e-30 and 1e30", "similarities are divided by it")

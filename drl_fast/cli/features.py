@@ -115,7 +115,7 @@ def features(
         if workers is not None:
             settings = dataclasses.replace(settings, workers=workers)
         print_machine(console)
-        work = _Encoding(settings, parts, dtype, precision, strict, here, console)
+        work = _Encoding(settings, str(config or "wti"), parts, dtype, precision, strict, here, console)
         if source is None:
             work.encode(out, *with_folders(settings, videos, annotations)[1:])
         else:
@@ -127,6 +127,8 @@ class _Encoding:
     """What the command does, with the options that both of its forms share."""
 
     settings: RunConfig
+    row: str
+    """The configuration to train with, for the last line."""
     parts: Sequence[str]
     dtype: str
     precision: str
@@ -299,7 +301,7 @@ class _Encoding:
         print_line(
             self.console,
             f"{about.text.items} captions and {about.video.items} videos in {out}, {size:.0f} MB; train on them with "
-            f"drl-fast train --config wti --features {out}",
+            f"drl-fast train --config {self.row} --features {out}",
         )
 
 

@@ -117,7 +117,7 @@ def train(
                     settings, videos, annotations, strict, load_weights, here, dry_run, console
                 )
             stop = stack.enter_context(_stop_on_signal(console))
-            watcher = _Watcher(console, dry_run)
+            watcher = _Watcher(console, dry_run, "InfoNCE" if settings.loss == "softmax" else "sigmoid loss")
             run = Run(settings, model, data, folder, here, watcher, stop)
             run.open_folder(resume)
             with watcher.bars:
@@ -242,8 +242,8 @@ def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
 class _Watcher:
     """Show progress bars, one line per evaluation, and the names of unreadable videos."""
 
-    def __init__(self, console: Console, dry: bool) -> None:
-        self.console, self.bars, self.dry = console, progress(console), dry
+    def __init__(self, console: Console, dry: bool, loss: str) -> None:
+        self.console, self.bars, self.dry, self.loss = console, progress(console), dry, loss
         self._task: Any = None
         self._stages: dict[str, Any] = {}
 
@@ -254,7 +254,7 @@ class _Watcher:
 
     def stepped(self, values: dict[str, float]) -> None:
         speed = values["pairs"] / values["seconds"]
-        note = f"epoch {values['epoch']:.0f}, InfoNCE {values['info_nce']:.3f}, {speed:.1f} pairs/s"
+        note = f"epoch {values['epoch']:.0f}, {self.loss} {values['info_nce']:.3f}, {speed:.1f} pairs/s"
         self.bars.update(self._task, completed=values["step"], note=note)
 
     def evaluating(self, stage: str, done: int, total: int) -> None:

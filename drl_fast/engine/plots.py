@@ -44,16 +44,17 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, partial(figure.savefig, format="png"))
 
 
-def loss_plot(losses: Mapping[str, Sequence[float]], batch: int, title: str) -> Figure:
-    """Plot every step's losses, smoothed, and log(batch), the loss of guessing."""
+def loss_plot(losses: Mapping[str, Sequence[float]], batch: int, title: str, *, chance: bool = True) -> Figure:
+    """Plot every step's losses, smoothed, and with ``chance`` log(batch), the loss of guessing with InfoNCE."""
     steps = max(map(len, losses.values()))
     window = max(1, round(SMOOTHED * steps))
     curves = {}
     for name, values in losses.items():
         means = torch.tensor(values, dtype=torch.float64).unfold(0, window, 1).mean(dim=1).tolist()
         curves[name] = (range(window, len(values) + 1), means)
-    chance = math.log(batch)
-    figure, axes = _curves(curves, title, (f"log({batch}) = {chance:.2f}, chance", chance))
+    guessing = math.log(batch)
+    line = (f"log({batch}) = {guessing:.2f}, chance", guessing) if chance else None
+    figure, axes = _curves(curves, title, line)
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss in nats, {batch} pairs" + (f", mean of {window} steps" if window > 1 else ""))
     return figure

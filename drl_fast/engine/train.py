@@ -200,7 +200,9 @@ class Run:
 
     def _check_loss(self, values: dict[str, float]) -> None:
         """Warn once where InfoNCE stands at log(batch) after the warm-up."""
-        if values["step"] > schedule.warmup_steps(len(self.batches), self.config.warmup):
+        if self.config.loss == "softmax" and values["step"] > schedule.warmup_steps(
+            len(self.batches), self.config.warmup
+        ):
             self._info_nce.append(values["info_nce"])
             if len(self._info_nce) % sanity_checks.WINDOW == 0 and not self._warned_of_loss:
                 text = sanity_checks.loss_at_chance(self._info_nce, int(values["pairs"]))
@@ -348,6 +350,9 @@ class Run:
         losses = {name: [float(row[name]) for row in rows] for name in names}
         batch, val = len(self.batches[0]), self.data.val
         if rows:  # someone may have deleted the log
-            plots.save(plots.loss_plot(losses, batch, "Training"), self.folder / "loss.png")
+            plots.save(
+                plots.loss_plot(losses, batch, "Training", chance=self.config.loss == "softmax"),
+                self.folder / "loss.png",
+            )
         title = f"{val.dataset}, {val.part}: {len(val.captions):,} captions of {len(val.videos):,} videos"
         plots.save(plots.recall_plot(self.progress.evaluations, title), self.folder / "recall.png")

@@ -23,6 +23,9 @@ def maxsim(
 ) -> Tensor:
     """Score every query against every document: sum over query tokens the best match among document tokens.
 
+    Its defaults are ColBERT's: tokens as given, and masked tokens left out. :func:`token_maxsim` has DRL's:
+    ``normalize=True, masking="drl"``.
+
     Args:
         query: (A, Nt, D) token features; float32, float16, bfloat16 or float64.
         document: (B, Nv, D), the same dtype and device.
@@ -36,7 +39,8 @@ def maxsim(
             document tokens are tokens like all others, and ``query_mask`` only shapes the weights.
 
     Returns:
-        (A, B) scores, float32 (float64 for float64 input). A query or document without a real token scores 0.
+        (A, B) scores, float32 (float64 for float64 input). A query or document without a real token scores 0,
+            except with ``masking="none"``.
 
     Raises:
         ValueError: an unknown ``reduction``, or as :func:`token_interaction`.

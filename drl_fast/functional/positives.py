@@ -35,13 +35,13 @@ def check_positives(
     if x.dtype not in (*INTEGERS, torch.bool):
         raise TypeError(
             f"positives must be integers, a video's row for each text, or a bool matrix, got {x.dtype}; "
-            "convert it with positives.long()"
+            f"convert it with positives.{'bool' if x.dim() == 2 else 'long'}()"
         )
     want = (rows, columns) if x.dtype == torch.bool else (rows,)
     if tuple(x.shape) != want:
         raise ValueError(
             f"positives must be (A,) = ({rows},) integers or (A, B) = ({rows}, {columns}) bool, got "
-            f"{validation.describe(x)}"
+            f"{validation.describe(x)}" + _hint(x, rows, columns)
         )
     if x.device != device:
         raise ValueError(
@@ -55,11 +55,20 @@ def check_positives(
         if x.dtype != torch.bool and rows and not -1 <= int(x.min()) <= int(x.max()) < columns:
             raise ValueError(
                 f"positives must lie in 0..{columns - 1}, video's rows, or be -1 for a text without a positive, got "
-                f"{int(x.min())}..{int(x.max())}"
+                f"{int(x.min())}..{int(x.max())}" + ("; replace -100 by -1" if int(x.min()) == -100 else "")
             )
         if needs_one and not bool((x if x.dtype == torch.bool else x >= 0).any()):
             raise ValueError("positives must hold at least one positive pair, got none; skip such batches")
     return x
+
+
+def _hint(x: Tensor, rows: int, columns: int) -> str:
+    """Name the remedy for the likeliest wrong shapes."""
+    if x.dtype != torch.bool:
+        return "; convert a matrix with positives.bool()" if tuple(x.shape) == (rows, columns) else ""
+    if tuple(x.shape) == (columns, rows):
+        return "; transpose it: rows are texts"
+    return "; pass the video's row of each text, and -1 for none" if x.dim() == 1 else ""
 
 
 def positive_mask(positives: Tensor, columns: int) -> Tensor:

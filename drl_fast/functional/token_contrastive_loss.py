@@ -84,7 +84,8 @@ def token_contrastive_loss(
         direction: ``"t2v"`` averages over texts, ``"v2t"`` over videos, ``"both"`` takes the mean of the two. The
             sigmoid loss has only ``"both"``.
         positives: (A,) integers, the row of ``video`` that belongs to each text, -1 for a text that is only a negative;
-            or (A, B) bool. None: the diagonal. Over a group they are rows of the rank's own videos.
+            or (A, B) bool. None: the diagonal. Over a group they index this rank's own videos: (own A,) or
+            (own A, own B).
         pooling, temperature, bidirectional: as in :func:`token_interaction`.
         process_group: a torch.distributed group whose backend serves the tensors' device; None: this process alone.
             ``torch.distributed.group.WORLD`` is None before ``init_process_group``. Not within ``torch.compile``.

@@ -23,7 +23,8 @@ def token_maxsim(
     """Compute the maximum similarity of every text token over the tokens of every video.
 
     For code that pools these values itself: a softmax or top-k over words, or weights for each pair. The A x B x Nt x
-    Nv similarities are never stored. Differentiable once in both features.
+    Nv similarities are never stored. Differentiable once in both features. Its defaults are DRL's; those of
+    :func:`maxsim` are ColBERT's: ``normalize=False, masking="exclude"``.
 
     Args:
         text: (A, Nt, D) token features, raw; float32, float16, bfloat16 or float64.

@@ -141,14 +141,14 @@ class Config:
         option("loss", self.loss, ("softmax", "sigmoid"))
         if self.masking != "drl" and self.interaction not in ("ti", "wti"):
             raise ValueError(
-                f"masking must be 'drl' with interaction={self.interaction!r}, which has no other, got "
-                f"{self.masking!r}; use interaction='ti' or 'wti'"
+                f"masking must be left out with interaction={self.interaction!r}, whose rule is fixed (padding takes "
+                f"no part), got {self.masking!r}; use interaction='ti' or 'wti' to choose one"
             )
         pooling(self.pooling, self.pooling_temperature, "pooling_temperature")
         if self.pooling != "max" and self.interaction not in ("ti", "wti"):
             raise ValueError(
                 f"pooling must be 'max' with interaction={self.interaction!r}, which has no other, got "
-                f"{self.pooling!r}; use interaction='ti' or 'wti'"
+                f"{self.pooling!r}; leave it out, or use interaction='ti' or 'wti'"
             )
         option("cdcr", non_negative_int("cdcr", self.cdcr), (0, 1, 2, 3))
         option("cdcr_padding", self.cdcr_padding, ("never", "competes"))

@@ -49,8 +49,8 @@ class MeanMaxSim(nn.Module):
         expansion: number of visual expansion tokens; 0: none.
 
     Raises:
-        ValueError: a size below 1, an ``expansion`` below 0, or a ``dim`` that is not a multiple of its heads; in the
-            call, tokens of another width, or more frames than ``max_positions``.
+        ValueError: a size below 1, an ``expansion`` below 0, or a ``dim`` that is not a multiple of its heads,
+            dim // 64; in the call, tokens of another width, or more frames than ``max_positions``.
         TypeError: a size is not an integer; in the call, tokens of a wider dtype than the parameters (float64 into
             float32).
 

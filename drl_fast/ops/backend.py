@@ -7,13 +7,14 @@ removes it afterwards; for CUDA tensors the functions of :mod:`.gpu` ask :data:`
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from .. import validation
+from .. import interrupts, validation
 from . import cdcr, dispatch, gpu
 from .chunked import soft_token_interaction as chunked_soft
 from .chunked import token_interaction as chunked
@@ -40,7 +41,8 @@ def backend(name: str) -> Iterator[None]:
     ...     logits = drl_fast.token_interaction(text, video)
 
     It holds for the whole process, all threads included, and also for backward passes that run in the block. The
-    environment variable ``DRL_FAST_BACKEND`` sets it from the start. ``drl-fast doctor`` shows it.
+    environment variable ``DRL_FAST_BACKEND`` sets it from the start. ``drl-fast doctor`` shows it. A call outside of
+    ``with`` changes nothing.
 
     Args:
         name: ``"auto"``: the best for each tensor. ``"torch"``: chunked PyTorch, on every device. ``"cpp"``: the C++
@@ -88,9 +90,18 @@ def _no_cpu_tensors(*_: object) -> None:
 
 
 def force_from_environment() -> None:
-    """Apply ``DRL_FAST_BACKEND``, if it is set."""
-    name = os.environ.get(VARIABLE, "auto")
-    if name not in BACKENDS:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}; unset it")
-    if name != "auto":
+    """Apply ``DRL_FAST_BACKEND``, if it is set and not empty.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`backend`; the command line ends with the message instead.
+    """
+    name = os.environ.get(VARIABLE) or "auto"
+    try:
+        if name not in BACKENDS:
+            raise ValueError(f"{VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}; unset it")
         _force(name)
+    except (ValueError, RuntimeError) as error:
+        message = str(error) if VARIABLE in str(error) else f"{VARIABLE}={name}: {error}"
+        if interrupts.is_command_line():
+            sys.exit(f"error: {message}")
+        raise type(error)(message) from None

@@ -85,7 +85,7 @@ def test_values_are_read_and_overridden(tmp_path: Path) -> None:
         ("dataset: folder\ninteraction: dpp", "interaction must be .* got 'dpp'"),
         ("dataset: folder\ninteraction: ti\ncdcr: 3", "cdcr must be 0, 1 or 2 with interaction='ti', got 3"),
         ("dataset: folder\nmasking: dlr", "masking must be .* got 'dlr'"),
-        ("dataset: folder\ninteraction: dp\nmasking: none", "masking must be 'drl' with interaction='dp'"),
+        ("dataset: folder\ninteraction: dp\nmasking: none", "masking must be left out with interaction='dp'"),
         ("batch: many\nbatchsize: 4", "unknown key 'batchsize'"),
         ("batch: 4", "no data set given, and .*run.yaml names none; add --dataset with one of msrvtt"),
         ("- a\n- b", "must map names to values, got list"),

@@ -140,7 +140,7 @@ def test_a_head_joined_with_its_towers_expands_queries() -> None:
         ({**ROW, "interaction": "wti"}, "query_expansion must be False with interaction='wti', got True; use inter"),
         ({**ROW, "cdcr": 1}, "cdcr must be 0 with query_expansion, .*, got 1; use cdcr=0"),
         ({**ROW, "loss": "hinge"}, "loss must be one of 'softmax', 'sigmoid', got 'hinge'"),
-        ({**ROW, "masking": "exclude"}, "masking must be 'drl' with interaction='mean_maxsim', which has no other"),
+        ({**ROW, "masking": "exclude"}, "masking must be left out with interaction='mean_maxsim', whose rule is fixed"),
     ],
     ids=str,
 )
