@@ -16,7 +16,7 @@ COMMAND, MODULE = "drl-fast", "drl_fast.cli"
 
 def end_at_once() -> None:
     """Let Ctrl-C end this process like any other signal, if it is the command line and nobody set a handler."""
-    if _is_command_line() and _is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if is_command_line() and _is_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -26,7 +26,8 @@ def raise_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _is_command_line() -> bool:
+def is_command_line() -> bool:
+    """Tell whether this process is ``drl-fast`` or ``python -m drl_fast.cli``."""
     script = os.path.basename(sys.argv[0]) if sys.argv else ""
     # While ``python -m`` imports a module's package, argv[0] is "-m".
     return script.removesuffix(".exe") == COMMAND or (script == "-m" and MODULE in sys.orig_argv)
