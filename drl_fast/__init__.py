@@ -26,7 +26,12 @@ from .functional import (  # noqa: E402
 from .modules import DP, HI, MLP, TI, WTI, XTI, MeanMaxSim  # noqa: E402
 from .ops.backend import backend, force_from_environment  # noqa: E402
 
-force_from_environment()
+try:
+    force_from_environment()
+except (ValueError, RuntimeError) as error:
+    if interrupts.is_command_line():
+        raise SystemExit(f"error: {error}") from None
+    raise
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,7 @@ def raise_interrupts() -> None:
 
 
 def is_command_line() -> bool:
-    """Return whether this process is ``drl-fast`` or ``python -m drl_fast.cli``."""
+    """Tell whether this process is ``drl-fast`` or ``python -m drl_fast.cli``."""
     script = os.path.basename(sys.argv[0]) if sys.argv else ""
     # While ``python -m`` imports a module's package, argv[0] is "-m".
     return script.removesuffix(".exe") == COMMAND or (script == "-m" and MODULE in sys.orig_argv)

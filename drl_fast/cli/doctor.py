@@ -24,7 +24,7 @@ ONE_DTYPE = 20
 def doctor() -> None:
     """Show which implementation serves each device and compare its results with float64.
 
-    The last line is the verdict. Exits with status 1 if a result is wrong.
+    The last line is the verdict. Exits with status 1 if a result is wrong or no device is checked.
     """
     from ..ops import dispatch
 
@@ -34,7 +34,8 @@ def doctor() -> None:
         table.add_column(heading, overflow="fold")
     table.add_column("largest error against float64", width=None if console.width >= WIDE else ONE_DTYPE)
     wrong, slow = [], []
-    for device in devices(dispatch.forced):
+    checked = devices(dispatch.forced)
+    for device in checked:
         errors = {dtype: worst_error(device, dtype) for dtype in DTYPES}
         # `not <=` is true for NaN as well.
         failed = any(not error <= limit(dtype) for dtype, error in errors.items())
@@ -50,6 +51,11 @@ def doctor() -> None:
         console.print(f"DRL_FAST_BACKEND={dispatch.forced} forces one implementation.", highlight=False)
     console.print(environment(), highlight=False)
     console.print(", ".join(version(name) for name in OPTIONAL), highlight=False)
+    if not checked:
+        console.print(
+            f"[bold red]NOTHING CHECKED:[/] no device here runs with DRL_FAST_BACKEND={dispatch.forced}; unset it."
+        )
+        raise typer.Exit(1)
     if wrong:
         console.print(
             "[bold red]PROBLEM:[/] A value is wrong on this device: do not train on it "
@@ -64,7 +70,10 @@ def doctor() -> None:
 
 
 def devices(forced: str) -> tuple[str, ...]:
-    """List the devices that the forced backend serves, of those that are there."""
+    """List the devices that the forced backend serves, of those that are there.
+
+    Not the CPU for Triton's interpreter, which would take minutes.
+    """
     served = {"cpp": ("cpu",), "triton": ("cuda",)}.get(forced, ("cpu", "cuda"))
     return tuple(device for device in served if device == "cpu" or torch.cuda.is_available())
 

@@ -7,14 +7,14 @@ removes it afterwards; for CUDA tensors the functions of :mod:`.gpu` ask :data:`
 from __future__ import annotations
 
 import os
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from .. import interrupts, validation
+from .. import validation
 from . import cdcr, dispatch, gpu
 from .chunked import soft_token_interaction as chunked_soft
 from .chunked import token_interaction as chunked
@@ -31,6 +31,9 @@ VARIABLE = "DRL_FAST_BACKEND"
 
 # The registration for CPU tensors that is on top of the extension's.
 _on_cpu = ExitStack()
+# The environment's choice, then that of every block that has not ended; the last one holds.
+_active: dict[object, str] = {None: "auto"}
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -40,9 +43,9 @@ def backend(name: str) -> Iterator[None]:
     >>> with drl_fast.backend("torch"):
     ...     logits = drl_fast.token_interaction(text, video)
 
-    It holds for the whole process, all threads included, and also for backward passes that run in the block. The
-    environment variable ``DRL_FAST_BACKEND`` sets it from the start. ``drl-fast doctor`` shows it. A call outside of
-    ``with`` changes nothing.
+    It holds for the whole process, all threads included, and also for backward passes that run in the block. If blocks
+    overlap, the one that started last holds. The environment variable ``DRL_FAST_BACKEND`` sets it from the start.
+    ``drl-fast doctor`` shows it. A call outside of ``with`` changes nothing.
 
     Args:
         name: ``"auto"``: the best for each tensor. ``"torch"``: chunked PyTorch, on every device. ``"cpp"``: the C++
@@ -54,16 +57,21 @@ def backend(name: str) -> Iterator[None]:
         RuntimeError: at the start, an implementation that is missing here; in the block, a CPU or CUDA tensor that
             ``"cpp"`` or ``"triton"`` does not serve. Neither falls back to another.
     """
-    before = dispatch.forced
-    _force(name)
+    validation.option("backend", name, BACKENDS)
+    block = object()
+    with _lock:
+        _force(name)
+        _active[block] = name
     try:
         yield
     finally:
-        _force(before)
+        with _lock:
+            # Blocks of several threads may end in any order.
+            del _active[block]
+            _force(next(reversed(_active.values())))
 
 
 def _force(name: str) -> None:
-    validation.option("backend", name, BACKENDS)
     interpreter = os.environ.get("TRITON_INTERPRET") == "1"
     if name == "cpp" and dispatch.EXTENSION_ERROR is not None:
         raise RuntimeError(
@@ -93,15 +101,14 @@ def force_from_environment() -> None:
     """Apply ``DRL_FAST_BACKEND``, if it is set and not empty.
 
     Raises:
-        ValueError, RuntimeError: as :func:`backend`; the command line ends with the message instead.
+        ValueError, RuntimeError: as :func:`backend`, with the variable's name.
     """
     name = os.environ.get(VARIABLE) or "auto"
-    try:
-        if name not in BACKENDS:
-            raise ValueError(f"{VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}; unset it")
-        _force(name)
-    except (ValueError, RuntimeError) as error:
-        message = str(error) if VARIABLE in str(error) else f"{VARIABLE}={name}: {error}"
-        if interrupts.is_command_line():
-            sys.exit(f"error: {message}")
-        raise type(error)(message) from None
+    if name not in BACKENDS:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}; unset it")
+    if name != "auto":
+        try:
+            _force(name)
+        except RuntimeError as error:
+            raise RuntimeError(f"{VARIABLE}={name}: {error}") from None
+        _active[None] = name

@@ -71,6 +71,20 @@ def test_blocks_nest_and_end_with_an_error(calls: list[str]) -> None:
     assert len(calls) == 4
 
 
+def test_overlapping_blocks(calls: list[str]) -> None:
+    """As in two threads: the first block ends before the second."""
+    first, second = drl_fast.backend("torch"), drl_fast.backend("cpp")
+    with use("cpp"):
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert dispatch.forced == "cpp"
+        second.__exit__(None, None, None)
+        assert dispatch.forced == "auto"
+        step()
+    assert calls == []
+
+
 def test_every_operator_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     called = set()
     for name, function in backend.CHUNKED.items():
@@ -152,6 +166,37 @@ def test_environment_variable() -> None:
     assert "ValueError: DRL_FAST_BACKEND must be one of 'auto', 'torch', 'cpp', 'triton', got 'fast'" in wrong.stderr
 
 
+def test_an_empty_variable_is_not_set() -> None:
+    script = "from drl_fast.ops import dispatch; print(dispatch.forced)"
+    assert run(script, DRL_FAST_BACKEND="").stdout.split() == ["auto"]
+
+
+def doctor(**environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "drl_fast.cli", "doctor"],
+        env={**os.environ, "COLUMNS": "160", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_line_reports_a_wrong_variable_in_one_line() -> None:
+    done = doctor(DRL_FAST_BACKEND="fast")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: DRL_FAST_BACKEND must be one of 'auto', 'torch', 'cpp', 'triton', got 'fast'; unset it"
+    ]
+
+
+@NO_GPU
+def test_doctor_passes_nothing_that_it_did_not_check() -> None:
+    done = doctor(DRL_FAST_BACKEND="triton", TRITON_INTERPRET="1")
+    assert done.returncode == 1, done.stderr
+    assert "NOTHING CHECKED: no device here runs with DRL_FAST_BACKEND=triton; unset it." in done.stdout
+    assert "OK" not in done.stdout
+
+
 def test_interpreter_serves_cpu_tensors() -> None:
     """In the block and, forced by the variable, in both passes."""
     pytest.importorskip("triton")
@@ -173,13 +218,7 @@ def test_interpreter_serves_cpu_tensors() -> None:
 
 
 def test_doctor_shows_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "drl_fast.cli", "doctor"],
-        env={**os.environ, "DRL_FAST_BACKEND": "torch", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = doctor(DRL_FAST_BACKEND="torch")
     assert done.returncode == 0, done.stderr
     assert "DRL_FAST_BACKEND=torch forces one implementation." in done.stdout
     assert "chunked" in done.stdout
