@@ -72,8 +72,8 @@ def token_interaction(
 
     Raises:
         ValueError: wrong rank, sizes or devices that do not match, an unknown ``masking``, or a mask with NaN or a
-            negative value (checked on the CPU in eager mode only); an unknown ``pooling``, a ``temperature`` that is
-            not positive or is given with ``"max"``, or ``return_matches`` with another pooling.
+            negative value (checked on the CPU in eager mode only); an unknown ``pooling``, a ``temperature`` outside
+            1e-30..1e30 or given with ``"max"``, or ``return_matches`` with another pooling.
         TypeError: not a tensor, or an unsupported dtype.
 
     Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction"; the softmax over similarities: Ma et al.,

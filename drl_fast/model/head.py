@@ -304,7 +304,7 @@ class Head(nn.Module):
             logits (A, B) float32, and with ``return_matches`` :class:`drl_fast.Matches`.
 
         Raises:
-            ValueError: shapes that do not go together, or ``return_matches`` with another interaction.
+            ValueError: shapes that do not go together, or ``return_matches`` with another interaction or soft pooling.
         """
         if not return_matches:
             return self.interaction(text, video, text_mask, video_mask)
