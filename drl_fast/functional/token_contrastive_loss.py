@@ -47,7 +47,7 @@ def token_contrastive_loss(
 
     In one process, logits and matches of all pairs are kept for the backward pass if they fit 256 MB; the shapes alone
     decide. That is enough for 2,364 pairs of 32 words and 12 frames. Otherwise blocks of texts are scored against all
-    videos twice, once in each pass, and memory beyond the inputs and their gradients is one block (about 16 MB), six
+    videos twice, once in each pass, and memory beyond the inputs and their gradients is one block (about 16 MB), seven
     numbers per training example, and on the CPU copies of masks, ids and weights that need no gradient. The loss is
     differentiable once in features, weights, ``logit_scale`` and ``logit_bias``; a second derivative or forward-mode AD
     raises.

@@ -196,6 +196,8 @@ class DRL(Head):
             ValueError: entries that are missing, unexpected or of another shape, each of them named; a file without a
                 state dict; an option that does not fit the entries.
         """
+        if loss != Config.loss:
+            raise ValueError(f"loss must be 'softmax' for a public checkpoint, which has no bias, got {loss!r}")
         weights, inferred = upstream.read(state)
         temporal = temporal if agg_module is None else agg_module
         if temporal == "auto":
