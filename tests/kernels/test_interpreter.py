@@ -109,18 +109,20 @@ SUITE: list[tuple[str, str, list[str]]] = [
             "blocks-(17, 5, 3, 3)-torch.float32-drl-both",
             "blocks-(17, 5, 3, 3)-torch.float16-exclude-both",
             "blocks-(17, 5, 3, 3)-torch.float32-exclude-one way",
-            "blocks-(17, 130, 1, 3)-torch.float16-drl-both",
         ],
     ),
     ("tests/kernels/test_recompute.py", "test_against_the_oracle", ["blocks-(33, 5, 4, 3)-torch.float32"]),
     ("tests/kernels/test_recompute.py", "test_small_gradients_in_one_block_and_large_ones_in_another", ["blocks"]),
     ("tests/kernels/test_recompute.py", "test_the_graph_keeps_matches_only_within_the_budget", ["True"]),
-    # The doctor's check, at the end, runs long captions and one direction too.
-    (SOFT, "test_shapes", ["logsumexp-none-(1, 1, 1, 1)", "softmax-holes-(5, 1, 4, 6)"]),
-    (SOFT, "test_options", ["softmax-both-raw-drl-torch.float16"]),
+    (
+        SOFT,
+        "test_shapes",
+        ["softmax-empty-(3, 255, 2, 4)", "logsumexp-none-(1, 1, 1, 1)", "softmax-holes-(5, 1, 4, 6)"],
+    ),
+    (SOFT, "test_options", ["softmax-both-raw-drl-torch.float16", "logsumexp-one way-unit-exclude-torch.float32"]),
     (SOFT, "test_rows_without_a_real_token_score_zero", ["logsumexp-drl"]),
     (SOFT, "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["nan"]),
-    (CONTRASTIVE, "test_against_the_reference", ["kept-holes-True", "scored again-empty rows, exclude-False"]),
+    (CONTRASTIVE, "test_against_the_reference", ["kept-holes-True"]),
     (
         CDCR,
         "test_shapes",
@@ -158,7 +160,6 @@ SUITE: list[tuple[str, str, list[str]]] = [
         ["max-(5, 9, 6, 4)-torch.float16", "softmax-(5, 9, 6, 4)-torch.float16"],
     ),
     ("tests/kernels/test_addresses.py", "test_offsets_of_matches_are_64_bit", []),
-    ("tests/cli/test_device_check.py", "test_every_implementation_passes", ["torch.float16"]),
 ]
 
 
