@@ -107,7 +107,8 @@ struct Pool {
   DRL_FAST_ALWAYS_INLINE V add(V s, I present) {
     const V e = present ? exp_of<T>((s - top) * inverse) : V{};
     total += e;
-    weighted += present ? e * s : V{};
+    // Without a choice here: with one, compilers fuse multiply and add in some callers and not in others.
+    weighted += e * s;
     return e;
   }
   DRL_FAST_ALWAYS_INLINE V value(const SoftJob<T>& job) const {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
@@ -52,12 +53,14 @@ def info_nce(
     validation.option("direction", direction, DIRECTIONS)
     smoothing = validation.fraction("label_smoothing", label_smoothing, one=False)
     scaled = x.to(accumulation_dtype(x.dtype)) * check_scale(logit_scale, x.device)
-    positive = positive_mask(check_positives(positives, x.shape[0], x.shape[1], x.device, not_square(x)), x.shape[1])
-    losses = []
-    if direction != "v2t":
-        losses.append(_cross_entropy(scaled, positive, smoothing))
-    if direction != "t2v":
-        losses.append(_cross_entropy(scaled.T, positive.T, smoothing))
+    columns = check_positives(positives, x.shape[0], x.shape[1], x.device, not_square(x))
+    sides = [scaled] * (direction != "v2t") + [scaled.T] * (direction != "t2v")
+    if positives is None:
+        losses = [F.cross_entropy(side, columns, label_smoothing=smoothing) for side in sides]
+    else:
+        positive = positive_mask(columns, x.shape[1])
+        masks = [positive] * (direction != "v2t") + [positive.T] * (direction != "t2v")
+        losses = [_cross_entropy(side, mask, smoothing) for side, mask in zip(sides, masks, strict=True)]
     return torch.stack(losses).mean()
 
 

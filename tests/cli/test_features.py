@@ -352,7 +352,7 @@ def encode_on_ranks(rank: int, size: int, videos: Path, out: Path) -> int:
     settings = read_config("wti", [word for word in TOY if word != "--set"], "folder")
     here = Processes(rank, size, group=group)
     console = module.Console(quiet=True)
-    module._Encoding(settings, ("train", "val", "test"), "fp16", "fp32", False, here, console).encode(
+    module._Encoding(settings, "wti", ("train", "val", "test"), "fp16", "fp32", False, here, console).encode(
         out, videos, videos
     )
     return rank
