@@ -180,6 +180,8 @@ def option(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def pooling(value: object, temperature: object, name: str = "temperature") -> float:
     """Check a pooling and its temperature, the argument ``name``; return the temperature."""
     option("pooling", value, POOLINGS)
+    if value == "max" and torch.compiler.is_compiling():
+        return 1.0  # reading a number would make torch.compile build its graph twice
     if isinstance(temperature, Tensor):
         raise TypeError(f"{name} must be a number, got {describe(temperature)}; pass float(...): it is not learned")
     number = positive_number(name, temperature, "similarities are divided by it")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import drl_fast
 from tests.implementations import Implementation
+from tests.ops import test_soft_token_interaction as soft
 from tests.oracle import NEAR, Problem, choices, judge, make, probe_for, term_sizes
 
 LONG = os.environ.get("DRL_FAST_FUZZ") == "1"
@@ -122,3 +123,16 @@ def test_buffers_refilled_before_the_backward(cpu_impl: Implementation, problem:
         found.append(torch.autograd.grad(logits.sum(), (p.text, p.video)))
     for want, got in zip(*found, strict=True):
         assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+
+
+@settings(FUZZ, max_examples=3000 if LONG else 12)
+@given(problem=problems(), pooling=st.sampled_from(soft.POOLINGS), temperature=st.sampled_from([0.05, 0.5, 3.0]))
+def test_soft_pooling_against_the_oracle(
+    impl: Implementation, problem: Problem, pooling: str, temperature: float
+) -> None:
+    problem.options |= {"pooling": pooling, "temperature": temperature}
+    largest = float(problem.video.double().abs().max()) if problem.video.numel() else 1.0
+    # Rounding of raw similarities is amplified by 1 / temperature in every probability.
+    raw = 1.0 if problem.options["normalize"] else max(1.0, 40 * largest)
+    result = soft.judge(problem, impl.device, floor=raw / min(temperature, 1.0))
+    assert bool(result.logits.isfinite().all())
