@@ -168,3 +168,10 @@ def test_which_side_trains(tiny_clip: str) -> None:
     assert [model.trains(side) for side in ("text", "video")] == [False, False]
     model.clip.visual.requires_grad_(True)
     assert [model.trains(side) for side in ("text", "video")] == [False, True]
+
+
+def test_soft_pooling_has_no_matches() -> None:
+    head = drl_fast.Head(4, interaction="wti", temporal=None, pooling="softmax")
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="return_matches must be False with pooling='softmax'"):
+        head.similarity(x, x, return_matches=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import drl_fast
-from drl_fast import Head, reference
+from drl_fast import reference
 from tests.conftest import use
 from tests.implementations import Implementation
 from tests.oracle import ATOL, LEAVES, Problem, Result, assert_close, make, plain, run
@@ -465,9 +465,8 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], message: str
     [
         drl_fast.TI(pooling="softmax"),
         drl_fast.WTI(4, pooling="softmax"),
-        Head(4, interaction="wti", temporal=None, pooling="softmax").similarity,
     ],
-    ids=["TI", "WTI", "Head"],
+    ids=["TI", "WTI"],
 )
 def test_layers_refuse_matches(score: Callable[..., object]) -> None:
     x = torch.randn(2, 3, 4)
