@@ -21,6 +21,11 @@ inline Tensor with_contiguous_tokens(const Tensor& features) {
   return torch::stable::contiguous(features);
 }
 
+inline void check_pair(const Tensor& text, const Tensor& video) {
+  STD_TORCH_CHECK(text.size(2) == video.size(2) && text.scalar_type() == video.scalar_type(),
+                  "drl_fast::token_interaction: text and video must have one D and one dtype; cast one of them");
+}
+
 // One side's real tokens, and the memory that Tokens<T> points into.
 template <class T>
 class Side {
@@ -196,5 +201,12 @@ class Lanes {
   std::vector<IntOf<T>> count_, zeros_;
   std::unique_ptr<Buffer<T>> panel_;
 };
+
+// Few items leave lanes empty and unequal lengths leave slots empty: put the side in lanes that wastes less.
+template <class T>
+bool text_goes_in_rows(const Side<T>& text, const Side<T>& video, const Lanes<T>& text_lanes,
+                       const Lanes<T>& video_lanes) {
+  return text.count() * video_lanes.steps <= video.count() * text_lanes.steps * 1.1;
+}
 
 }  // namespace drl_fast

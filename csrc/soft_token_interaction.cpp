@@ -35,15 +35,13 @@ struct Layout {
          const OptionalTensor& text_mask, const OptionalTensor& video_mask, const Options& options)
       : text_side(text, text_weight, text_mask, options.normalize, options.zero_competes),
         video_side(video, video_weight, video_mask, options.normalize, options.zero_competes) {
-    STD_TORCH_CHECK(text.size(2) == video.size(2) && text.scalar_type() == video.scalar_type(),
-                    "drl_fast::soft_token_interaction: text and video must have one D and one dtype; cast one of them");
+    check_pair(text, video);
     STD_TORCH_CHECK(options.temperature > 0,
                     "drl_fast::soft_token_interaction: temperature must be positive; divide by a number above 0");
     const int vector = chosen_kernels<T>().vector;
     auto video_lanes = std::make_unique<Lanes<T>>(video_side.tokens, vector);
     auto text_lanes = std::make_unique<Lanes<T>>(text_side.tokens, vector);
-    // Few items leave lanes empty and unequal lengths leave slots empty: put the side in lanes that wastes less.
-    text_in_rows = text_side.count() * video_lanes->steps <= video_side.count() * text_lanes->steps * 1.1;
+    text_in_rows = text_goes_in_rows(text_side, video_side, *text_lanes, *video_lanes);
     lanes = std::move(text_in_rows ? video_lanes : text_lanes);
     job.rows = text_in_rows ? text_side.tokens : video_side.tokens;
     job.lanes = text_in_rows ? video_side.tokens : text_side.tokens;

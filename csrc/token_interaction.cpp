@@ -74,11 +74,6 @@ void run_forward(const Side<T>& rows, const Side<T>& lanes_side, Lanes<T>& lanes
   });
 }
 
-void check_pair(const Tensor& text, const Tensor& video) {
-  STD_TORCH_CHECK(text.size(2) == video.size(2) && text.scalar_type() == video.scalar_type(),
-                  "drl_fast::token_interaction: text and video must have one D and one dtype; cast one of them");
-}
-
 // Dtype of matches, by the length of the rows that they index into.
 ScalarType index_type(int64_t indexed) { return indexed <= 255 ? ScalarType::Byte : ScalarType::Short; }
 
@@ -114,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& text, const Tensor& vid
   job.logits = data_of<T>(logits);
   const int vector = chosen_kernels<T>().vector;
   Lanes<T> video_lanes(v.tokens, vector), text_lanes(t.tokens, vector);
-  // Few items leave lanes empty and unequal lengths leave slots empty: put the side in lanes that wastes less.
-  if (t.count() * video_lanes.steps <= v.count() * text_lanes.steps * 1.1) {
+  if (text_goes_in_rows(t, v, text_lanes, video_lanes)) {
     job.logits_stride_row = b;
     job.logits_stride_lane = 1;
     job.row_matches = view(video_index, true);

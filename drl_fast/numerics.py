@@ -1,4 +1,4 @@
-"""Numeric rules that every implementation follows: dtypes of sums, statistics and indices, and the norm of zero."""
+"""Rules that every implementation follows: dtypes of sums, statistics and indices, the norm of zero, and masks."""
 
 from __future__ import annotations
 
@@ -50,3 +50,10 @@ def uniform_weight(mask: Tensor | None, features: Tensor) -> Tensor:
     if mask is None:
         return torch.full((rows, length), 1 / length, dtype=dtype, device=features.device)
     return mask.to(dtype) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def positive_mask(positives: Tensor, columns: int) -> Tensor:
+    """Return positives, (A,) columns with -1 for none or already (A, B) bool, as bool (A, B)."""
+    if positives.dtype == torch.bool:
+        return positives
+    return positives[:, None] == torch.arange(columns, device=positives.device)

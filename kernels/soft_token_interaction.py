@@ -96,7 +96,7 @@ def _over_words(s, real, zeros, about, temperature, FORM: tl.constexpr):
 
 @triton.jit
 def _store(normalizers, pooled, at, normalizer, value, mask):
-    """Store N and m; without ``pooled`` only m, which then is N but for empty rows."""
+    """Store N and m. With logsumexp ``pooled`` is None, and m alone is stored: it equals N, but is 0 in empty rows."""
     tl.store(normalizers + at, value if pooled is None else normalizer, mask=mask)
     if pooled is not None:
         tl.store(pooled + at, value, mask=mask)

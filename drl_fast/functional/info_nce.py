@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import validation
-from ..numerics import accumulation_dtype
-from .positives import check_positives, positive_mask
+from ..numerics import accumulation_dtype, positive_mask
+from .positives import check_positives
 
 DIRECTIONS = ("both", "t2v", "v2t")
 

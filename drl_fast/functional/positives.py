@@ -69,10 +69,3 @@ def _hint(x: Tensor, rows: int, columns: int) -> str:
     if tuple(x.shape) == (columns, rows):
         return "; transpose it: rows are texts"
     return "; pass the video's row of each text, and -1 for none" if x.dim() == 1 else ""
-
-
-def positive_mask(positives: Tensor, columns: int) -> Tensor:
-    """Return checked positives as bool (A, B)."""
-    if positives.dtype == torch.bool:
-        return positives
-    return positives[:, None] == torch.arange(columns, device=positives.device)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import accumulation_dtype
+from ..numerics import accumulation_dtype, positive_mask
 from .info_nce import check_bias, check_logits, check_scale, not_square
-from .positives import check_positives, positive_mask
+from .positives import check_positives
 
 
 def sigmoid_loss(

@@ -13,8 +13,8 @@ from ..distributed.group import Group, agree
 from ..numerics import uniform_weight
 from ..ops import token_contrastive_loss as ops
 from .info_nce import DIRECTIONS, check_bias, check_scale
-from .positives import check_positives
-from .token_interaction import refuse_forward_mode
+from .positives import INTEGERS, check_positives
+from .token_interaction import refuse_forward_mode, refuse_unused_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,11 +133,7 @@ def token_contrastive_loss(
             "belongs to each text, or repeat a video for each of its captions and mark them with owner",
             needs_one=group is None,
         )
-        if not bidirectional and video_weight is not None:
-            raise ValueError(
-                "video_weight must be None when bidirectional=False (only the text side is summed), "
-                f"got {validation.describe(video_weight)}"
-            )
+        refuse_unused_weight(video_weight, bidirectional)
         wt = uniform_weight(sides.text_mask, sides.text) if text_weight is None else text_weight
         wv = uniform_weight(sides.video_mask, sides.video) if video_weight is None else video_weight
         wt = validation.weight("text_weight", wt, sides.text, "A, Nt", "text")
@@ -265,7 +261,7 @@ def _owner(value: object, text: Tensor) -> Tensor:
     owner = validation.tensor("owner", value)
     if tuple(owner.shape) != (len(text),):
         raise ValueError(f"owner must be (B,) = ({len(text)},) to match text, got {tuple(owner.shape)}")
-    if owner.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if owner.dtype not in INTEGERS:
         raise TypeError(f"owner must hold integers, one id a video, got {owner.dtype}; convert it with owner.long()")
     if owner.device != text.device:
         raise ValueError(

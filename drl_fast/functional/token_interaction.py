@@ -86,12 +86,8 @@ def token_interaction(
     sides = validation.check_sides(text, video, text_mask, video_mask)
     if text_weight is not None:
         text_weight = validation.weight("text_weight", text_weight, sides.text, "A, Nt", "text")
+    refuse_unused_weight(video_weight, bidirectional)
     if video_weight is not None:
-        if not bidirectional:
-            raise ValueError(
-                "video_weight must be None when bidirectional=False (only the text side is summed), "
-                f"got {validation.describe(video_weight)}"
-            )
         video_weight = validation.weight("video_weight", video_weight, sides.video, "B, Nv", "video")
     return interact(
         sides,
@@ -156,6 +152,15 @@ def interact(
         return logits
     by_word = op.public_index(video_index, text_mask, None)
     return logits, Matches(by_word, op.public_index(text_index, None, video_mask) if bidirectional else None)
+
+
+def refuse_unused_weight(video_weight: Tensor | None, bidirectional: bool) -> None:
+    """Raise if weights of the video's tokens are given although only the text side is summed."""
+    if video_weight is not None and not bidirectional:
+        raise ValueError(
+            "video_weight must be None when bidirectional=False (only the text side is summed), "
+            f"got {validation.describe(video_weight)}"
+        )
 
 
 def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:

@@ -6,7 +6,7 @@ The kernels are imported in the first call, because importing drl_fast must not 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,73 +15,50 @@ from .chunked import soft_token_interaction as chunked_soft_token_interaction
 from .chunked import token_interaction as chunked_token_interaction
 from .dispatch import triton_or
 
+if TYPE_CHECKING:
+    from drl_fast.kernels.packing import Side
 
-@triton_or(chunked_token_interaction.forward)
-def token_interaction(
+
+def _sides(
     text: Tensor,
     video: Tensor,
     text_weight: Tensor,
     video_weight: Tensor | None,
     text_mask: Tensor | None,
     video_mask: Tensor | None,
-    *options: bool,
-) -> tuple[Tensor, ...]:
-    from drl_fast.kernels import token_interaction as kernels
+) -> tuple[Side, Side]:
+    """Group the tensors that the token interaction's operators begin with."""
     from drl_fast.kernels.packing import Side
 
-    return kernels.forward(Side(text, text_weight, text_mask), Side(video, video_weight, video_mask), *options)
+    return Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
+
+
+@triton_or(chunked_token_interaction.forward)
+def token_interaction(*arguments: Any) -> tuple[Tensor, ...]:
+    from drl_fast.kernels import token_interaction as kernels
+
+    return kernels.forward(*_sides(*arguments[:6]), *arguments[6:])
 
 
 @triton_or(chunked_token_interaction.backward)
-def token_interaction_backward(
-    grad_logits: Tensor,
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    *kept_and_options: Any,
-) -> tuple[Tensor, ...]:
+def token_interaction_backward(grad_logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from drl_fast.kernels import token_interaction_backward as kernels
-    from drl_fast.kernels.packing import Side
 
-    sides = Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
-    return kernels.backward(grad_logits, *sides, *kept_and_options)
+    return kernels.backward(grad_logits, *_sides(*arguments[:6]), *arguments[6:])
 
 
 @triton_or(chunked_soft_token_interaction.forward)
-def soft_token_interaction(
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    *options: Any,
-) -> Tensor:
+def soft_token_interaction(*arguments: Any) -> Tensor:
     from drl_fast.kernels import soft_token_interaction as kernels
-    from drl_fast.kernels.packing import Side
 
-    return kernels.forward(Side(text, text_weight, text_mask), Side(video, video_weight, video_mask), *options)
+    return kernels.forward(*_sides(*arguments[:6]), *arguments[6:])
 
 
 @triton_or(chunked_soft_token_interaction.backward)
-def soft_token_interaction_backward(
-    grad_logits: Tensor,
-    text: Tensor,
-    video: Tensor,
-    text_weight: Tensor,
-    video_weight: Tensor | None,
-    text_mask: Tensor | None,
-    video_mask: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+def soft_token_interaction_backward(grad_logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from drl_fast.kernels import soft_token_interaction as kernels
-    from drl_fast.kernels.packing import Side
 
-    sides = Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
-    return kernels.backward(grad_logits, *sides, *options)
+    return kernels.backward(grad_logits, *_sides(*arguments[:6]), *arguments[6:])
 
 
 @triton_or(chunked_cdcr.statistics)

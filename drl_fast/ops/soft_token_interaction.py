@@ -20,6 +20,7 @@ from ..numerics import accumulation_dtype
 from . import gpu
 from .chunked import soft_token_interaction as chunked
 from .dispatch import LIBRARY
+from .token_interaction import empty_gradients, no_second_derivative
 
 LIBRARY.define(
     "soft_token_interaction(Tensor text, Tensor video, Tensor text_weight, Tensor? video_weight, Tensor? text_mask, "
@@ -50,15 +51,7 @@ def _(text: Tensor, video: Tensor, *_: Any) -> Tensor:
 def _(
     grad_logits: Tensor, text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_text, of_video, of_text_weight, of_video_weight = options[-1]
-    of_video_weight = of_video_weight and video_weight is not None
-    dtype = text_weight.dtype
-    return (
-        text.new_empty(text.shape if of_text else (0,)),
-        video.new_empty(video.shape if of_video else (0,)),
-        text.new_empty(text.shape[:2] if of_text_weight else (0,), dtype=dtype),
-        video.new_empty(video.shape[:2] if of_video_weight else (0,), dtype=dtype),
-    )
+    return empty_gradients(text, video, text_weight, video_weight, options[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -73,11 +66,5 @@ def _differentiate(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 6)
 
 
-def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
-    raise NotImplementedError(
-        "drl_fast: the token interaction has no second derivative; compute it with drl_fast.reference.token_interaction"
-    )
-
-
 torch.library.register_autograd("drl_fast::soft_token_interaction", _differentiate, setup_context=_save, lib=LIBRARY)
-torch.library.register_autograd("drl_fast::soft_token_interaction_backward", _no_second_derivative, lib=LIBRARY)
+torch.library.register_autograd("drl_fast::soft_token_interaction_backward", no_second_derivative, lib=LIBRARY)

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed.exchange import Exchange, WeightedTokens
-from ..numerics import accumulation_dtype
+from ..numerics import accumulation_dtype, positive_mask
 from . import token_interaction as op
 from .no_double_backward import differentiable_once
 from .soft_token_interaction import soft_token_interaction
@@ -84,9 +84,7 @@ class Positives(NamedTuple):
 
     def among(self, rows: slice) -> Tensor | None:
         """Return the positives of some texts as bool (rows, B); None: the diagonal."""
-        if self.columns is None or self.columns.dtype == torch.bool:
-            return None if self.columns is None else self.columns[rows]
-        return self.columns[rows, None] == torch.arange(len(self.per_video), device=self.columns.device)
+        return None if self.columns is None else positive_mask(self.columns[rows], len(self.per_video))
 
 
 class Options(NamedTuple):
@@ -203,6 +201,21 @@ class Loss(torch.autograd.Function):
         return (*grads, *none[LEAVES:])
 
 
+def scaled_blocks(
+    text: WeightedTokens,
+    videos: WeightedTokens,
+    scale: float | Tensor,
+    rule: Rule,
+    kept: tuple[Tensor, ...],
+    own: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of each block of texts and their scaled logits; ``own``: the videos are this rank's."""
+    for block in blocks(text, videos, rule):
+        part = cut(text, block)
+        logits = kept[0][block] if kept else score(part, videos, rule)[0]
+        yield block, scaled(logits, scale, part, videos, block.start if own else None)
+
+
 def softmax_forward(
     text: WeightedTokens,
     video: WeightedTokens,
@@ -213,26 +226,28 @@ def softmax_forward(
     exchange: Exchange,
     kept: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
-    """Compute InfoNCE and the log-sum-exps of own rows and of all columns, with the columns' weights."""
+    """Compute InfoNCE and the log-sum-exps of own rows and of all columns, with the columns' weights.
+
+    Those of a direction that is not wanted have no terms, and the weight 0.
+    """
     rows, row_hits = empty_sums(text.features), text.weight.new_zeros(len(text.features))
     column_hits = video.weight.new_zeros(len(video.features))
     visit = exchange.start(video, merge_sums, [2 * count for count in exchange.rows])
     for source, videos in visit:
         columns = empty_sums(videos.features)
-        for block in blocks(text, videos, options.rule):
-            part, own = cut(text, block), block.start if source == exchange.rank else None
-            logits = kept[0][block] if kept else score(part, videos, options.rule)[0]
-            x = scaled(logits, scale, part, videos, own)
-            if own is not None:
+        for block, x in scaled_blocks(text, videos, scale, options.rule, kept, source == exchange.rank):
+            if source == exchange.rank:
                 among = positives.among(block)
                 if among is None:
-                    row_hits[block] = column_hits[block] = x.diagonal(own)
+                    row_hits[block] = column_hits[block] = x.diagonal(block.start)
                 else:
                     hit = torch.where(among, x, 0)
                     row_hits[block] = hit.sum(1)
                     column_hits += hit.sum(0)
-            add_logits(rows[:, block], x, 1)
-            add_logits(columns, x, 0)
+            if options.directions[0]:
+                add_logits(rows[:, block], x, 1)
+            if options.directions[1]:
+                add_logits(columns, x, 0)
         visit.give(columns.flatten())
     columns = visit.result().view(2, -1)
     rows[1].log_()
@@ -263,12 +278,10 @@ def sigmoid_forward(
     loss = text.weight.new_zeros(())
     visit = exchange.start(video, torch.add, [0 for _ in exchange.rows])
     for source, videos in visit:
-        for block in blocks(text, videos, options.rule):
-            part, own = cut(text, block), block.start if source == exchange.rank else None
-            logits = kept[0][block] if kept else score(part, videos, options.rule)[0]
-            y = scaled(logits, scale, part, videos, own) + bias
-            if own is not None:
-                negate_positives(y, positives.among(block), own)
+        for block, x in scaled_blocks(text, videos, scale, options.rule, kept, source == exchange.rank):
+            y = x + bias
+            if source == exchange.rank:
+                negate_positives(y, positives.among(block), block.start)
             loss += F.softplus(y).sum()
         visit.give(loss.new_empty(0))
     return (exchange.add(loss) / options.texts,)

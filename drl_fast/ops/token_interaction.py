@@ -128,7 +128,14 @@ def _(
 def _(
     grad_logits: Tensor, text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_text, of_video, of_text_weight, of_video_weight = options[-1]
+    return empty_gradients(text, video, text_weight, video_weight, options[-1])
+
+
+def empty_gradients(
+    text: Tensor, video: Tensor, text_weight: Tensor, video_weight: Tensor | None, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tensors like the gradients of both features and both weights; without elements if not wanted."""
+    of_text, of_video, of_text_weight, of_video_weight = output_mask
     of_video_weight = of_video_weight and video_weight is not None
     dtype = text_weight.dtype
     return (
@@ -164,11 +171,11 @@ def _differentiate(ctx: Any, grad_logits: Tensor | None, *_: None) -> tuple[Tens
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *(None,) * 6)
 
 
-def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
+def no_second_derivative(ctx: Any, *_: Tensor) -> None:
     raise NotImplementedError(
         "drl_fast: the token interaction has no second derivative; compute it with drl_fast.reference.token_interaction"
     )
 
 
 torch.library.register_autograd("drl_fast::token_interaction", _differentiate, setup_context=_save, lib=LIBRARY)
-torch.library.register_autograd("drl_fast::token_interaction_backward", _no_second_derivative, lib=LIBRARY)
+torch.library.register_autograd("drl_fast::token_interaction_backward", no_second_derivative, lib=LIBRARY)

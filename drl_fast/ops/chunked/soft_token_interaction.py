@@ -12,15 +12,14 @@ from torch import Tensor
 
 from ... import autocast
 from ...numerics import accumulation_dtype
-from .token_interaction import Side, blocks, pad_rows, prepare, similarities, unnormalize, weighted_sum
+from .token_interaction import Gradients, Side, blocks, pad_rows, prepare, similarities, weighted_sum
 
 
 class Pooled(NamedTuple):
     """The pooled values of one direction, and what their derivative needs; S is (C, Nt, V, Nv)."""
 
     value: Tensor  # S without the pooled axis
-    probability: Tensor  # the softmax, of S's shape; 0 for tokens that do not take part
-    slope: Tensor  # d value / d S, of S's shape
+    slope: Tensor  # d value / d S, of S's shape; 0 for tokens that do not take part
 
 
 def pool(
@@ -48,30 +47,29 @@ def pool(
     value = top + temperature * total.log() if logsumexp else weighted / total
     probability = exponential / total.unsqueeze(dim)
     slope = probability if logsumexp else probability * (1 + (s - value.unsqueeze(dim)) / temperature)
-    return Pooled(torch.where(counts, value, 0), probability, torch.where(takes_part & counts.unsqueeze(dim), slope, 0))
+    return Pooled(torch.where(counts, value, 0), torch.where(takes_part & counts.unsqueeze(dim), slope, 0))
 
 
-def pool_block(
+def pool_words(
     s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool, logsumexp: bool, temperature: float
-) -> tuple[Pooled, Pooled]:
-    """Pool one block's similarities over frames, values (C, Nt, V), and over words, values (C, V, Nv)."""
+) -> Pooled:
+    """Pool one block's similarities over frames: values (C, Nt, V)."""
     t_real, v_real = text.real[sa], video.real[sb]
-    t_zeros, v_zeros = (((~x).sum(1) * zero_competes).to(s.dtype) for x in (t_real, v_real))
-    real = t_real[:, :, None], v_real[None]
-    by_word = pool(s, 3, v_real[None, None], v_zeros[None, None], logsumexp, temperature, real[0])
-    by_frame = pool(s, 1, t_real[:, :, None, None], t_zeros[:, None, None], logsumexp, temperature, real[1])
+    zeros = ((~v_real).sum(1) * zero_competes).to(s.dtype)
+    by_word = pool(s, 3, v_real[None, None], zeros[None, None], logsumexp, temperature, t_real[:, :, None])
     # A pair with an empty side scores 0, masked zeros or not.
-    alive = t_real.any(1)[:, None] & v_real.any(1)[None]
-    return (
-        _keep(by_word, alive[:, None, :], 3),
-        _keep(by_frame, alive[:, :, None], 1),
-    )
+    return by_word._replace(value=torch.where(v_real.any(1), by_word.value, 0))
 
 
-def _keep(pooled: Pooled, alive: Tensor, dim: int) -> Pooled:
-    value, probability, slope = pooled
-    wide = alive.unsqueeze(dim)
-    return Pooled(torch.where(alive, value, 0), torch.where(wide, probability, 0), torch.where(wide, slope, 0))
+def pool_frames(
+    s: Tensor, text: Side, video: Side, sa: slice, sb: slice, zero_competes: bool, logsumexp: bool, temperature: float
+) -> Pooled:
+    """Pool one block's similarities over words: values (C, V, Nv)."""
+    t_real, v_real = text.real[sa], video.real[sb]
+    zeros = ((~t_real).sum(1) * zero_competes).to(s.dtype)
+    real = t_real[:, :, None, None], v_real[None]
+    by_frame = pool(s, 1, real[0], zeros[:, None, None], logsumexp, temperature, real[1])
+    return by_frame._replace(value=torch.where(t_real.any(1)[:, None, None], by_frame.value, 0))
 
 
 def forward(
@@ -95,9 +93,11 @@ def forward(
         wv = None if video_weight is None else pad_rows(video_weight, v)
         for sa, sb in blocks(t, v, a, b):
             s = similarities(t, v, sa, sb)
-            by_word, by_frame = pool_block(s, t, v, sa, sb, zero_competes, logsumexp, temperature)
+            options = (t, v, sa, sb, zero_competes, logsumexp, temperature)
+            by_word = pool_words(s, *options)
             total = weighted_sum(by_word.value, wt[sa][:, :, None])
             if wv is not None:
+                by_frame = pool_frames(s, *options)
                 total = (total + weighted_sum(by_frame.value.transpose(1, 2), wv[sb].T[None, :, :])) / 2
             na, nb = logits[sa, sb].shape
             logits[sa, sb] = total[:na, :nb]
@@ -119,18 +119,15 @@ def backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of both features and both weights; one that ``output_mask`` leaves out is empty."""
-    a, nt, _ = text.shape
-    b, nv, _ = video.shape
-    of_text, of_video, of_text_weight, of_video_weight = output_mask
     with autocast.off(text.device.type):
         t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
         wt = pad_rows(text_weight, t)
         wv = None if video_weight is None else pad_rows(video_weight, v)
-        grad_t, grad_v = torch.zeros_like(t.tokens), torch.zeros_like(v.tokens)
-        grad_wt, grad_wv = torch.zeros_like(t.tokens[..., 0]), torch.zeros_like(v.tokens[..., 0])
-        for sa, sb in blocks(t, v, a, b):
+        sums = Gradients(t, v, output_mask)
+        for sa, sb in blocks(t, v, len(text), len(video)):
             s = similarities(t, v, sa, sb)
-            by_word, by_frame = pool_block(s, t, v, sa, sb, zero_competes, logsumexp, temperature)
+            options = (t, v, sa, sb, zero_competes, logsumexp, temperature)
+            by_word = pool_words(s, *options)
             g = grad_logits[sa, sb].to(s.dtype)
             na, nb = g.shape
             # The score of a pair with an empty side is constant, but the upstream gradient may be NaN.
@@ -139,18 +136,10 @@ def backward(
             coefficient = by_word.slope[:na, :, :nb] * wt[sa][:na, :, None, None]
             # A masked token's value is 0, but the upstream gradient may be NaN.
             real = t.real[sa][:na, :, None]
-            grad_wt[sa][:na] += torch.where(real, by_word.value[:na, :, :nb] * g[..., 0], 0).sum(2)
+            sums.text_weight[sa][:na] += torch.where(real, by_word.value[:na, :, :nb] * g[..., 0], 0).sum(2)
             if wv is not None:
+                by_frame = pool_frames(s, *options)
                 coefficient = coefficient + by_frame.slope[:na, :, :nb] * wv[sb][:nb]
-                grad_wv[sb][:nb] += torch.where(v.real[sb][:nb], by_frame.value[:na, :nb] * g[:, 0], 0).sum(0)
-            flat = (coefficient * g).reshape(na * nt, nb * nv)
-            if of_text:
-                grad_t[sa][:na] += (flat @ v.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
-            if of_video:
-                grad_v[sb][:nb] += (flat.T @ t.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
-        return (
-            unnormalize(grad_t, t, text) if of_text else text.new_empty(0),
-            unnormalize(grad_v, v, video) if of_video else video.new_empty(0),
-            grad_wt[:a].clone() if of_text_weight else text_weight.new_empty(0),
-            grad_wv[:b].clone() if of_video_weight and wv is not None else text_weight.new_empty(0),
-        )
+                sums.video_weight[sb][:nb] += torch.where(v.real[sb][:nb], by_frame.value[:na, :nb] * g[:, 0], 0).sum(0)
+            sums.add(sa, sb, coefficient * g)
+        return sums.of(text, video, both=wv is not None)

@@ -190,15 +190,14 @@ def backward(
     """Compute the gradients of both features and both weights; one that ``output_mask`` leaves out is empty."""
     a, nt, _ = text.shape
     b, nv, _ = video.shape
-    of_text, of_video, of_text_weight, of_video_weight = output_mask
+    _, _, of_text_weight, of_video_weight = output_mask
     # If the forward pass kept no matches, each block finds its own again.
     kept = video_index.numel() > 0
     words = torch.arange(nt, device=text.device)[None, :, None, None]
     frames = torch.arange(nv, device=text.device)
     with autocast.off(text.device.type):
         t, v = prepare(text, text_mask, normalize), prepare(video, video_mask, normalize)
-        grad_t, grad_v = torch.zeros_like(t.tokens), torch.zeros_like(v.tokens)
-        grad_wt, grad_wv = torch.zeros_like(t.tokens[..., 0]), torch.zeros_like(v.tokens[..., 0])
+        sums = Gradients(t, v, output_mask)
         for sa, sb in blocks(t, v, a, b):
             g = grad_logits[sa, sb].to(t.tokens.dtype)[:, None, :, None]
             if video_weight is not None:
@@ -210,28 +209,48 @@ def backward(
             # The order of the sums below depends on the layout: make it the same for kept and recomputed matches.
             hit = chosen.contiguous()[..., None] == frames
             if of_text_weight:
-                grad_wt[sa][:na] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((2, 3))
+                sums.text_weight[sa][:na] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((2, 3))
             coefficient = torch.where(hit, g * text_weight[sa][:, :, None, None], 0)
             if video_weight is not None:
                 chosen = text_index[sa, :, sb] if kept else best_words(s, t, v, sa, sb, zero_competes)[1][:na, :, :nb]
                 hit = chosen.contiguous().transpose(1, 2)[:, None] == words
                 if of_video_weight:
-                    grad_wv[sb][:nb] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((0, 1))
+                    sums.video_weight[sb][:nb] += torch.where(hit, s[:na, :, :nb] * g, 0).sum((0, 1))
                 coefficient = coefficient + torch.where(hit, g * video_weight[sb][None, None], 0)
-            flat = coefficient.reshape(na * nt, nb * nv)
-            if of_text:
-                grad_t[sa][:na] += (flat @ v.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
-            if of_video:
-                grad_v[sb][:nb] += (flat.T @ t.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
+            sums.add(sa, sb, coefficient)
+        return sums.of(text, video, both=video_weight is not None)
+
+
+class Gradients:
+    """Gradients of both sides' tokens and weights, summed block by block."""
+
+    def __init__(self, text: Side, video: Side, output_mask: list[bool]) -> None:
+        self._text, self._video, self._wanted = text, video, output_mask
+        self._of_text, self._of_video = torch.zeros_like(text.tokens), torch.zeros_like(video.tokens)
+        self.text_weight = torch.zeros_like(text.tokens[..., 0])
+        self.video_weight = torch.zeros_like(video.tokens[..., 0])
+
+    def add(self, sa: slice, sb: slice, coefficient: Tensor) -> None:
+        """Add what follows from one block's d loss / d S (texts, Nt, videos, Nv), without the block's padding."""
+        na, nt, nb, nv = coefficient.shape
+        flat = coefficient.reshape(na * nt, nb * nv)
+        if self._wanted[0]:
+            self._of_text[sa][:na] += (flat @ self._video.tokens[sb][:nb].flatten(0, 1)).view(na, nt, -1)
+        if self._wanted[1]:
+            self._of_video[sb][:nb] += (flat.T @ self._text.tokens[sa][:na].flatten(0, 1)).view(nb, nv, -1)
+
+    def of(self, text: Tensor, video: Tensor, *, both: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of both features and both weights; one that is not wanted is empty."""
+        of_text, of_video, of_text_weight, of_video_weight = self._wanted
         return (
-            unnormalize(grad_t, t, text) if of_text else text.new_empty(0),
-            unnormalize(grad_v, v, video) if of_video else video.new_empty(0),
-            grad_wt[:a].clone() if of_text_weight else text_weight.new_empty(0),
-            grad_wv[:b].clone() if of_video_weight and video_weight is not None else text_weight.new_empty(0),
+            _unnormalize(self._of_text, self._text, text) if of_text else text.new_empty(0),
+            _unnormalize(self._of_video, self._video, video) if of_video else video.new_empty(0),
+            self.text_weight[: len(text)].clone() if of_text_weight else self.text_weight.new_empty(0),
+            self.video_weight[: len(video)].clone() if of_video_weight and both else self.text_weight.new_empty(0),
         )
 
 
-def unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
+def _unnormalize(grad: Tensor, side: Side, features: Tensor) -> Tensor:
     """Turn gradients of unit tokens into those of the features, without the last block's padding, in their dtype."""
     rows = len(features)
     grad = through_norm(grad[:rows], side.tokens[:rows], side.inverse_norm, side.real[:rows])
