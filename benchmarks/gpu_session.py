@@ -1,6 +1,6 @@
 """Check and measure the kernels on a GPU in a few minutes, from a source tree in which nothing is installed or built.
 
-    python benchmarks/gpu_session.py [--minutes 9] [--out DIR] [--retry]     # run again to continue
+    python benchmarks/gpu_session.py [--minutes 9] [--out DIR] [--retry] [--only STEPS]     # run again to continue
     python benchmarks/gpu_session.py --show DIR/session.json                 # tables for README and docs/gpu.md
     python benchmarks/gpu_session.py --rehearse --out DIR                    # without a GPU: see gpu_device.py
 
@@ -33,7 +33,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="drl-fast-") as name:
         link_tree(Path(name))
         command = [sys.executable, str(Path(name, "benchmarks", "gpu_steps.py")), *sys.argv[1:]]
-        return subprocess.call(command, env={**os.environ, "PYTHONPATH": name, "PYTHONUNBUFFERED": "1"})
+        path = os.pathsep.join([name, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.call(command, env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"})
 
 
 if __name__ == "__main__":

@@ -336,10 +336,11 @@ class Plan:
             self.tool(
                 "racecheck", self.sizes.check, "compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"
             ),
-            self.tool(
-                "ncu", self.sizes.large, "ncu", "--clock-control", "none", "--set", "full", "--launch-count", "20"
-            ),
         ]
+        # One launch of each kernel that takes long; the kernels that draw and check the problem are torch's.
+        which = ["--kernel-name", "regex:interaction|expand|multiply", "--launch-count", "4"]
+        sections = ["--set", "full", "--print-details", "all"]
+        ncu = self.tool("ncu", self.sizes.large, "ncu", "--clock-control", "none", *sections, *which)
         return [
             Step("correctness", [quick, *doctors], parallel=1 if self.rehearse else 4),
             Step("speed", speed),
@@ -352,6 +353,7 @@ class Plan:
             *tiles,
             # Its limit is all the time left: a part of the tests is better than none.
             Step("tests", [Case("all", 60, functools.partial(self.pytest, "tests-all", CUDA_TESTS), slack=10)]),
+            Step("counters", [ncu]),
             Step("tools", tools),
             Step("compiled", compiled["real"]),
         ]
@@ -452,6 +454,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="start nothing that would end later; default 9")
     parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<gpu>")
     parser.add_argument("--retry", action="store_true", help="repeat cases that failed")
+    parser.add_argument("--only", metavar="STEPS", help="run these steps, separated by commas: speed,kernels,tuning")
     parser.add_argument("--rehearse", action="store_true", help="run without a GPU; no figure means anything")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a session.json")
     options = parser.parse_args()
@@ -478,7 +481,14 @@ def main() -> None:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     session.result["calls"].append({"date": date, "minutes": options.minutes, **changing})
     print(f"{about['gpu']}: at most {options.minutes:g} min; writes {session.path}", flush=True)
-    session.run(Plan(session, processes, options.rehearse).steps(), processes)
+    steps = Plan(session, processes, options.rehearse).steps()
+    if options.only:
+        wanted = options.only.split(",")
+        known = list(dict.fromkeys(step.name for step in steps))
+        if unknown := [name for name in wanted if name not in known]:
+            raise SystemExit(f"--only: no step is called {unknown[0]!r}; the steps: {', '.join(known)}")
+        steps = [step for name in wanted for step in steps if step.name == name]
+    session.run(steps, processes)
     session.save()
 
 
