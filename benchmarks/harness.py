@@ -39,8 +39,9 @@ from drl_fast.atomic_write import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MB = 1e6
-# A sample shorter than this is mostly timer and dispatch jitter, so short calls are repeated within a sample.
-SAMPLE_SECONDS = 2e-3
+# A sample shorter than this is mostly timer and dispatch jitter, so short calls are repeated within a sample. On a GPU
+# a sample begins after a wait, which a training loop does not have, so it needs more calls.
+SAMPLE_SECONDS, CUDA_SAMPLE_SECONDS = 2e-3, 2e-2
 MAX_ROUNDS = 200
 WORKER_TIMEOUT = 900
 
@@ -67,9 +68,10 @@ def seconds(call: Call, number: int, device: str) -> float:
 def interleave(calls: dict[str, Call], device: str, target_seconds: float, min_rounds: int) -> dict[str, list[float]]:
     """Time warmed-up calls in rounds of one sample each, as many as fit ``target_seconds``, at least ``min_rounds``."""
     number = {}
+    least = CUDA_SAMPLE_SECONDS if device.startswith("cuda") else SAMPLE_SECONDS
     for name, call in calls.items():
         once = min(seconds(call, 1, device) for _ in range(2))
-        number[name] = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
+        number[name] = max(1, math.ceil(least / max(once, 1e-7)))
     order, times = list(calls), {name: [] for name in calls}
     gc.collect()
     gc.disable()

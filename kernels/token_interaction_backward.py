@@ -13,8 +13,8 @@ memory. So C is written in blocks, in the features' dtype, and two matrix produc
       H of words (slots x D)   += C (slots x columns)   V (columns x D)
       H of frames (columns x D) += C^T (columns x slots)  T (slots x D)
 
-A block has at most COLUMNS columns, one per frame and video, and as many word slots as COEFFICIENT_BYTES allow, so it
-stays in a GPU's L2 cache and memory is bounded. No atomics: each result has one owner that adds in a fixed order.
+A block has at most COLUMNS columns, one per frame and video, and as many word slots as COEFFICIENT_BYTES allow, so
+memory is bounded. No atomics: each result has one owner that adds in a fixed order.
 
 The library multiplies where the number of word slots is known on the host (texts of equal length), and float32, which
 then uses TF32 only if torch allows it. Elsewhere :func:`multiply_tiles` does, which ends at the words in use: captions
@@ -42,9 +42,13 @@ from .packing import Packed, Side
 from .token_interaction import FRACTION, forward, maxima_dtype
 
 CHUNK = packing.CHUNK
-# Size of the largest block of coefficients, half of an H100's L2 cache; and its most columns: with 16 bits and 3072
-# slots, both products have enough tiles to fill an H100.
-COEFFICIENT_BYTES, COLUMNS = 24 << 20, 4096
+# Size of the largest block of coefficients, and its most columns. Blocks that fit an H100's L2 cache (24 to 32 MiB) are
+# slower there, although these pass through memory: they need more launches, their products leave more of the GPU idle
+# in the last wave, and expand_coefficients has fewer frames to spread its start over (docs/gpu.md has the times).
+COEFFICIENT_BYTES, COLUMNS = 128 << 20, 16384
+# No frame, and no word or frame chosen: values that no match has, which are 0 or more, or -1 for "none".
+NO_FRAME, NOTHING = tl.constexpr(-2), tl.constexpr(-3)
+EXPAND_WARPS = 8
 # Videos of a program that sums over texts.
 SOME_VIDEOS = tl.constexpr(32)
 # Bytes of matches and maxima in a block of text rows. Each block costs a packing and a pass over all video gradients,
@@ -79,6 +83,25 @@ class Block(NamedTuple):
 Expand = Callable[[Block, Tensor], None]
 # The kernel's parameters for Block.place.
 PLACE = ["slot", "frame", "video", "block_frames", "block_videos"]
+
+
+@triton.jit
+def _place(position, f, frames_of, FORM: tl.constexpr):
+    """Return the position in its padded row of frame f of each video, NO_FRAME beyond the video's ``frames_of``."""
+    exists = f < frames_of
+    if FORM.video_holes:
+        return tl.load(position, mask=exists, other=NO_FRAME)
+    else:
+        return tl.where(exists, f, NO_FRAME)
+
+
+@triton.jit
+def _match(text_index, first, place, videos, b):
+    """Return the word that each video's frame chose in the text whose matches start at row ``first``."""
+    if text_index is None:
+        return place
+    else:
+        return tl.load(text_index + (first + place) * videos + b, mask=place >= 0, other=-1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=[*packing.SIZES, *PLACE])
@@ -119,10 +142,11 @@ def expand_coefficients(
     s = first + tl.arange(0, CHUNK)
     word = tl.load(position + s)
     real = word >= 0
-    # All factors of a coefficient that belong to the word, and its weight.
-    of_word = tl.where(real, tl.load(scale + s), 0.0)[:, None]
-    word_weight = tl.load(weight + s)[:, None]
-    b = video + tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+    # What a coefficient takes from the word if it chose the frame, and if the frame chose it.
+    of_choice = tl.load(scale + s)[:, None]
+    of_word = of_choice * tl.load(weight + s)[:, None]
+    column = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+    b = video + column
     inside = b < tl.where(there, videos, 0)
     g = tl.load(grad_logits + text * videos + b, mask=inside, other=0.0)
     if text_index is not None:
@@ -131,25 +155,38 @@ def expand_coefficients(
         g = g * tl.load(boost)
     of_row = (text * words + word)[:, None] * videos + b[None, :]
     chosen = tl.load(video_index + of_row, mask=real[:, None] & inside[None, :], other=0).to(tl.int32)
-    v_length = tl.load(length + texts + b)
+    # Frames and words that are not there have numbers that nothing equals.
+    chosen = tl.where(real[:, None], chosen, NOTHING)
+    word = tl.where(real, word, NOTHING)
+    frames_of = tl.where(inside, tl.load(length + texts + b), 0)
     padded = tl.cdiv(videos, packing.VIDEO_BLOCK) * packing.VIDEO_BLOCK
-    row = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64) * (block_frames * block_videos)
-    target = out + row[:, None] + (b - video)[None, :]
-    for f in tl.range(frame, frame + block_frames):
-        at = texts * FORM.most + packing.TAIL + f * padded + b
-        place = f + tl.zeros((BK,), tl.int32)
-        if FORM.video_holes:
-            place = tl.load(position + at)
-        exists = inside & (f < v_length)
+    at = texts * FORM.most + packing.TAIL + frame * padded + b
+    # block_videos, as a product with BK: the compiler then knows that stores are aligned, and makes them wide.
+    width = tiles * BK
+    row = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64) * (block_frames * width)
+    target = out + row[:, None] + column[None, :]
+    # Load a frame's numbers while the one before is computed, and its position, which its match needs, earlier still.
+    end = frame + block_frames
+    place = _place(position + at, frame, frames_of, FORM)
+    later = _place(position + at + padded, frame + 1, tl.where(frame + 1 < end, frames_of, 0), FORM)
+    by_frame = _match(text_index, text * frames, place, videos, b)
+    v_scale = tl.load(scale + at)
+    v_weight = tl.load(weight + at)
+    for f in tl.range(frame, end):
+        at += padded
+        next_match = _match(text_index, text * frames, later, videos, b)
+        more = b < tl.where(f + 1 < end, video + block_videos, 0)
+        next_scale = tl.load(scale + at, mask=more, other=0.0)
+        next_weight = tl.load(weight + at, mask=more, other=0.0)
+        last = _place(position + at + padded, f + 2, tl.where(f + 2 < end, frames_of, 0), FORM)
         # Select after multiplying: a NaN or Inf in g must not reach tokens that did not choose each other.
-        share = (g * tl.load(scale + at))[None, :] * of_word
-        c = tl.where(chosen == place[None, :], share * word_weight, 0.0)
+        share = g * v_scale
+        c = tl.where(chosen == place[None, :], share[None, :] * of_word, 0.0)
         if text_index is not None:
-            match = (text * frames + place) * videos + b
-            by_frame = tl.load(text_index + match, mask=exists, other=0).to(tl.int32)
-            c += tl.where(by_frame[None, :] == word[:, None], share * tl.load(weight + at)[None, :], 0.0)
-        c = tl.where(exists[None, :] & real[:, None], c, 0.0)
-        tl.store(target + (f - frame) * block_videos, c.to(out.dtype.element_ty))
+            c += tl.where(by_frame[None, :] == word[:, None], (share * v_weight)[None, :] * of_choice, 0.0)
+        tl.store(target, c.to(out.dtype.element_ty))
+        target += width
+        place, later, by_frame, v_scale, v_weight = later, last, next_match, next_scale, next_weight
 
 
 @triton.jit
@@ -503,10 +540,11 @@ class Coefficients(NamedTuple):
 def _blocks(packed: Packed) -> Iterator[Block]:
     """Cut C into blocks: some frames of all videos, or one frame of some videos."""
     slots, frames = packed.word_slots - layout.TAIL, packed.sizes.frames
-    # Parts of equal size, videos and slots, so that no launch is much smaller than the others.
+    # Parts of equal size, so that no launch is much smaller than the others.
     parts = -(-packed.videos // COLUMNS)
     videos = -(-packed.videos // parts // layout.VIDEO_BLOCK) * layout.VIDEO_BLOCK
     step = max(1, COLUMNS // packed.videos)
+    step = -(-frames // -(-frames // step))
     columns = min(step, frames) * videos
     most = max(1, COEFFICIENT_BYTES // (packed.data.itemsize * columns * layout.TAIL)) * layout.TAIL
     most = -(-slots // -(-slots // most) // layout.TAIL) * layout.TAIL
@@ -527,7 +565,7 @@ def _expand(packed: Packed, of: Coefficients, block: Block, out: Tensor) -> None
         *packed.sizes,
         *block.place,
         FORM=packed.form.of_slots(),
-        **tuning.options(8),
+        **tuning.options(EXPAND_WARPS),
     )
 
 

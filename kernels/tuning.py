@@ -43,10 +43,14 @@ AMPERE_FORWARD = {
     "soft tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 3, False)),
     "soft fp32": dict.fromkeys(("large", "small"), Tile(32, 64, 16, 8, 2, False)),
 }
+H100 = "measured on NVIDIA H100 80GB HBM3"
 HOPPER_FORWARD = {
-    "keyed": {"large": Tile(128, 128, 64, 8, 3, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
-    "exact": {"large": Tile(64, 128, 64, 8, 3, True), "small": Tile(64, 64, 64, 4, 4, True, 2)},
-    "tf32": {"large": Tile(64, 128, 32, 8, 3, True), "small": Tile(64, 64, 32, 4, 4, True, 2)},
+    "keyed": {
+        "large": Tile(128, 128, 64, 8, 3, True, source=H100),
+        "small": Tile(64, 64, 64, 4, 4, False, 2, source=H100),
+    },
+    "exact": {"large": Tile(64, 128, 64, 8, 3, True, source=H100), "small": Tile(64, 64, 64, 4, 4, True, 2)},
+    "tf32": {"large": Tile(64, 128, 32, 8, 3, True, source=H100), "small": Tile(64, 64, 32, 4, 4, True, 2)},
     "fp32": dict.fromkeys(("large", "small"), Tile(64, 64, 16, 8, 2, False)),
     "soft half": dict.fromkeys(("large", "small"), Tile(64, 64, 64, 8, 3, True)),
     "soft tf32": dict.fromkeys(("large", "small"), Tile(64, 64, 32, 8, 3, True)),
@@ -72,11 +76,14 @@ FORWARD = {
 
 # Backward's products of 16-bit tokens: m slots x n channels, k slots of the other side per step.
 AMPERE_PRODUCT = {"large": Tile(128, 128, 64, 8, 3, False), "small": Tile(64, 64, 64, 4, 3, False)}
-HOPPER_PRODUCT = {"large": Tile(128, 256, 64, 8, 3, True), "small": Tile(64, 128, 64, 8, 4, True)}
+HOPPER_PRODUCT = {
+    "large": Tile(128, 256, 64, 8, 3, True, source=H100),
+    "small": Tile(64, 128, 64, 8, 3, True, source=H100),
+}
 PRODUCT = {
     "sm_80": AMPERE_PRODUCT,
     "sm_90": HOPPER_PRODUCT,
-    "sm_100": dict(HOPPER_PRODUCT),
+    "sm_100": {"large": Tile(128, 256, 64, 8, 3, True), "small": Tile(64, 128, 64, 8, 4, True)},
     "interpreter": dict.fromkeys(SIZES, Tile(64, 64, 64, 1, 1, False)),
 }
 
