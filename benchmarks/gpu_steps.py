@@ -284,9 +284,9 @@ CANDIDATES: Candidates = {
         {"m": 64, "n": 64, "programs": 2},
         {"m": 64, "n": 64, "warps": 4, "programs": 3},
     ],
-    ("forward", "keyed", "small"): [{"stages": 3, "programs": 3}, {"stages": 3}, {"n": 32}, {"tma": False}],
+    ("forward", "keyed", "small"): [{"stages": 3, "programs": 3}, {"stages": 3}, {"n": 32}, {"tma": True}],
     ("product", "half", "large"): [{"n": 128, "stages": 4}, {"m": 256, "n": 128}, {"m": 64, "n": 256, "stages": 4}],
-    ("product", "half", "small"): [{"stages": 3}, {"n": 64}, {"m": 128, "warps": 8, "stages": 3}],
+    ("product", "half", "small"): [{"stages": 4}, {"n": 64}, {"m": 128, "warps": 8, "stages": 3}],
     ("forward", "exact", "large"): [{"n": 64, "stages": 4}, {"n": 64, "warps": 4}],
     ("forward", "tf32", "large"): [{"n": 64, "stages": 4}, {"n": 64, "warps": 4}],
     ("forward", "fp32", "large"): [{"stages": 3}, {"m": 32}],
@@ -304,7 +304,7 @@ class Plan:
     def steps(self) -> list[Step]:
         # Durations on an H100 with 16 CPU cores, rounded up.
         shapes = self.sizes.shapes
-        doctors = [self.asked(f"doctor {dtype}", 30, "doctor", dtype=dtype) for dtype in DTYPES]
+        doctors = [self.asked(f"doctor {dtype}", 150, "doctor", dtype=dtype) for dtype in DTYPES]
         quick = Case("quick", 130, functools.partial(self.pytest, "tests-quick", QUICK_TESTS))
         speed = [self.asked(s.label(), 10, "speed", shape=asdict(s), rival="plain") for s in shapes]
         peers = [

@@ -463,10 +463,107 @@ def launches(result: Result) -> Table:
     return Table("Launches of a training step", heads, rows)
 
 
+# --- a GPU session ----------------------------------------------------------------------------------------------------
+def gpu_forward(result: Result) -> Table:
+    """Show a forward pass in ms, as called and, where the host takes part of the time, in a CUDA graph."""
+    peers = ("flash-maxsim", "late-interaction-kernels")
+    return _gpu_times(result, "forward", peers)
+
+
+def gpu_step(result: Result) -> Table:
+    return _gpu_times(result, "step", ())
+
+
+def _gpu_times(result: Result, mode: str, peers: Sequence[str]) -> Table:
+    rows = []
+    for shape, row in result["steps"]["speed"].items():
+        found = row[mode]["results"]
+        for peer in peers:
+            measured = result["steps"]["peers"].get(f"{peer} {shape}", {})
+            found = found | {peer: measured[mode]["results"][peer]} if measured.get("status") == "ok" else found
+        plain = min((name for name in ("max", "amax") if name in found), key=lambda name: found[name]["ms"]["median"])
+        names = ["mm", plain, "max in a graph", *peers, "drl_fast", "drl_fast in a graph"]
+        cells = [f"{found[name]['ms']['median']:.3g}" if name in found else NOTHING for name in names]
+        faster = found[plain]["ms"]["median"] / found["drl_fast"]["ms"]["median"]
+        rows.append([shape.replace(" bfloat16", ""), *cells, f"{faster:.2f}"])
+    heads = [
+        SHAPES,
+        "one product",
+        "plain PyTorch",
+        "`max` in a graph",
+        *peers,
+        "drl-fast",
+        "in a graph",
+        "plain / drl-fast",
+    ]
+    title = {"forward": "Forward pass, ms", "step": "Training step, ms"}[mode]
+    return Table(title, heads, rows)
+
+
+def gpu_summary(result: Result) -> Table:
+    """Show time and memory of a step at the lengths of real captions."""
+    rows = []
+    for shape, row in result["steps"]["speed"].items():
+        if "real" in shape:
+            times, used = row["step"]["results"], result["steps"]["memory"][shape]["mb"]
+            plain = min(times[name]["ms"]["median"] for name in ("max", "amax") if name in times)
+            least = min(used[name] for name in ("max", "amax") if name in used)
+            ours = times["drl_fast"]["ms"]["median"]
+            memory = [bytes_of(1e6 * least), bytes_of(1e6 * used["drl_fast"])]
+            rows.append([shape.split(" bf")[0], f"{plain:.3g} ms", f"{ours:.3g} ms", *memory])
+    heads = [SHAPES, "plain PyTorch", "drl-fast", "plain PyTorch, memory", "drl-fast, memory"]
+    return Table("Training step on a GPU", heads, rows)
+
+
+def gpu_memory(result: Result) -> Table:
+    """Show a step's memory beyond its inputs, of the plain form that needs less, and ours."""
+    rows = []
+    for shape, row in result["steps"]["memory"].items():
+        plain, ours = min(row["mb"][name] for name in ("max", "amax") if name in row["mb"]), row["mb"]["drl_fast"]
+        if "real" not in shape:  # the same, since memory depends on shapes only
+            rows.append([shape.replace(" bfloat16", ""), f"{plain:.0f} MB", f"{ours:.0f} MB", f"{plain / ours:.1f}"])
+    batches = {name: result["steps"]["batch"][name]["batch"] for name in ("max", "drl_fast")}
+    rows.append(
+        ["largest batch in 8 GB, inputs included", *(str(batches[name]) for name in ("max", "drl_fast")), NOTHING]
+    )
+    return Table("Memory of a training step", [SHAPES, "plain PyTorch", "drl-fast", "plain / drl-fast"], rows)
+
+
+def gpu_blocks(result: Result) -> Table:
+    """Show a training step's ms by the size of the blocks of coefficients: as called, and in a CUDA graph."""
+    shapes = {
+        "1024": "(1024, 32, 12)",
+        "1024 real": "real lengths",
+        "long": "(1024, 64, 64)",
+        "long real": "real lengths",
+    }
+    rows = []
+    for block in result["blocks"]:
+        cells = [f"{block['ms'][shape]['called']:.3g}, {block['ms'][shape]['graph']:.3g}" for shape in shapes]
+        rows.append([f"{block['mib']} MiB, {block['columns']} columns", *cells])
+    return Table("Training step by size of blocks", ["ms as called, in a graph", *shapes.values()], rows)
+
+
+def gpu_products(result: Result) -> Table:
+    """Show a training step's ms in a CUDA graph with our products in the backward, and with the library's."""
+    block = next(block for block in result["blocks"] if (block["mib"], block["columns"]) == (128, 16384))["ms"]
+    shapes = {
+        "1024": "(1024, 32, 12)",
+        "1024 real": "(1024, 32, 12), real lengths",
+        "long real": "(1024, 64, 64), real lengths",
+    }
+    rows = [
+        [label, f"{block[shape]['graph']:.3g}", f"{block[shape + ' mm']['graph']:.3g}"]
+        for shape, label in shapes.items()
+    ]
+    return Table("Products of the backward", ["ms in a graph", "`multiply_tiles`", "`torch.mm`"], rows)
+
+
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
 _MORE = (pooling, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
+_GPU = (gpu_summary, gpu_forward, gpu_step, gpu_memory, gpu_blocks, gpu_products)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
-TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_FEATURES)}
+TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES)}
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),

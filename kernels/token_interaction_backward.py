@@ -48,7 +48,7 @@ CHUNK = packing.CHUNK
 COEFFICIENT_BYTES, COLUMNS = 128 << 20, 16384
 # No frame, and no word or frame chosen: values that no match has, which are 0 or more, or -1 for "none".
 NO_FRAME, NOTHING = tl.constexpr(-2), tl.constexpr(-3)
-EXPAND_WARPS = 8
+EXPAND_WARPS = 2
 # Videos of a program that sums over texts.
 SOME_VIDEOS = tl.constexpr(32)
 # Bytes of matches and maxima in a block of text rows. Each block costs a packing and a pass over all video gradients,

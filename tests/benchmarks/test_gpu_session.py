@@ -352,19 +352,19 @@ def test_a_rehearsal_in_a_bare_source_tree(tmp_path: Path) -> None:
         return subprocess.run([python, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
     assert "No module named 'drl_fast'" in run(tmp_path, "-c", "import drl_fast").stderr
-    done = run(tree, "benchmarks/gpu_session.py", "--rehearse", "--minutes", "12", "--out", str(tmp_path / "out"))
+    done = run(tree, "benchmarks/gpu_session.py", "--rehearse", "--minutes", "18", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     found = rows(tmp_path / "out")
     bad = {(step, name): row for step, cases in found.items() for name, row in cases.items() if row["status"] != "ok"}
-    assert {step for step, _ in bad} <= {"peers", "tools"}, bad
+    assert {step for step, _ in bad} <= {"peers", "counters", "tools"}, bad
     assert {row["why"].partition(" ")[2] or row["why"] for row in bad.values()} <= {"is not installed", "installed"}, (
         bad
     )
     assert list(found) == [
-        *("correctness", "speed", "memory", "batch", "kernels", "pooling", "compiled", "peers"),
-        *("candidates", "tuning", "tests", "tools"),
+        *("correctness", "speed", "kernels", "memory", "batch", "pooling", "compiled", "peers"),
+        *("candidates", "tuning", "tests", "counters", "tools"),
     ]
-    for tests in (found["correctness"]["tests"], found["tests"]["all"]):
+    for tests in found["tests"].values():
         assert int(tests["summary"].strip("= ").split("/")[0]) > 20, "tests that -k selects"
     assert {k["name"] for row in found["kernels"].values() for k in row["kernels"]} > {"interaction_forward"}
     assert found["batch"]["drl_fast"]["batch"] == found["batch"]["max"]["batch"] == 20
@@ -373,6 +373,13 @@ def test_a_rehearsal_in_a_bare_source_tree(tmp_path: Path) -> None:
     for row in tiles:
         assert (row["arch"], Tile(**row["tile"]).source) == ("sm_90", "measured on none: a rehearsal")
     assert "the C++ extension is not available" in (tmp_path / "out" / "logs" / "worker-0.txt").read_text()
+    some = ["--rehearse", "--out", str(tmp_path / "some"), "--only"]
+    assert run(tree, "benchmarks/gpu_session.py", *some, "kernels,speed").returncode == 0
+    assert list(rows(tmp_path / "some")) == ["kernels", "speed"]
+    assert (
+        "no step is called 'sped'; the steps: correctness, "
+        in run(tree, "benchmarks/gpu_session.py", *some, "sped").stderr
+    )
     shown = run(tree, "benchmarks/gpu_session.py", "--show", str(tmp_path / "out" / "session.json"))
     assert "nothing in it was measured" in shown.stderr
     assert files(tree) == before
