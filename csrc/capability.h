@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cdcr.h"
+#include "rerank.h"
 #include "token_interaction.h"
 
 namespace drl_fast {
@@ -14,6 +15,8 @@ struct Capability {
   Kernels<double> f64;
   CdcrKernels<float> cdcr_f32;
   CdcrKernels<double> cdcr_f64;
+  RerankKernels<float> rerank_f32;
+  RerankKernels<double> rerank_f64;
 };
 
 extern const Capability kPortable;
@@ -38,6 +41,14 @@ const CdcrKernels<T>& chosen_cdcr_kernels() {
     return capability().cdcr_f64;
   else
     return capability().cdcr_f32;
+}
+
+template <class T>
+const RerankKernels<T>& chosen_rerank_kernels() {
+  if constexpr (std::is_same_v<T, double>)
+    return capability().rerank_f64;
+  else
+    return capability().rerank_f32;
 }
 
 }  // namespace drl_fast

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "capability.h"
 #include "parallel.h"
 #include "tensors.h"
 #include "token_interaction.h"
@@ -207,6 +208,16 @@ template <class T>
 bool text_goes_in_rows(const Side<T>& text, const Side<T>& video, const Lanes<T>& text_lanes,
                        const Lanes<T>& video_lanes) {
   return text.count() * video_lanes.steps <= video.count() * text_lanes.steps * 1.1;
+}
+
+// Copy one token's row into column `at` of the panels of `count` tokens; see add_product.
+template <class T>
+void put_in_panels(const T* row, int64_t width, int64_t at, int64_t count, T* panels) {
+  const int64_t two = 2 * static_cast<int64_t>(chosen_kernels<T>().vector);
+  for (int64_t d = 0; d < width; d += two) {
+    const int64_t wide = std::min(two, width - d);
+    std::copy_n(row + d, wide, panels + d * count + at * wide);
+  }
 }
 
 }  // namespace drl_fast

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cdcr_kernels.h"
+#include "rerank_kernels.h"
 #include "simd.h"
 #include "soft_token_interaction.h"
 #include "token_interaction_backward.h"
@@ -43,6 +44,11 @@ constexpr CdcrKernels<T> cdcr_kernels() {
   };
 }
 
+template <class T>
+constexpr RerankKernels<T> rerank_kernels() {
+  return {.pool = pool_columns<T>, .weighted_sum = weighted_sum<T>};
+}
+
 constexpr Capability capability(const char* name) {
   return {
       .name = name,
@@ -50,6 +56,8 @@ constexpr Capability capability(const char* name) {
       .f64 = token_interaction_kernels<double>(),
       .cdcr_f32 = cdcr_kernels<float>(),
       .cdcr_f64 = cdcr_kernels<double>(),
+      .rerank_f32 = rerank_kernels<float>(),
+      .rerank_f64 = rerank_kernels<double>(),
   };
 }
 

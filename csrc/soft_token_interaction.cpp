@@ -138,16 +138,6 @@ Tensor forward(const Tensor& text, const Tensor& video, const Tensor& text_weigh
   return logits;
 }
 
-// Copy one token's row into column `at` of the panels of `count` tokens; see add_product.
-template <class T>
-void put_in_panels(const T* row, int64_t width, int64_t at, int64_t count, T* panels) {
-  const int64_t two = 2 * static_cast<int64_t>(chosen_kernels<T>().vector);
-  for (int64_t d = 0; d < width; d += two) {
-    const int64_t wide = std::min(two, width - d);
-    std::copy_n(row + d, wide, panels + d * count + at * wide);
-  }
-}
-
 // The gradients of one side, item by item as the caller sees them.
 template <class T>
 class Gradient {

@@ -173,6 +173,49 @@ def maxsim(
     return scores
 
 
+def rerank(
+    text: Tensor,
+    candidates: Tensor,
+    text_weight: Tensor | None = None,
+    candidate_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+    *,
+    offsets: Tensor | None = None,
+    normalize: bool = True,
+    masking: str = "drl",
+    bidirectional: bool = True,
+    pooling: str = "max",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Score every text against candidates of its own; see :func:`drl_fast.functional.rerank`."""
+    scores = []
+    for a in range(len(text)):
+        rows = a if offsets is None else slice(int(offsets[a]), int(offsets[a + 1]))
+        own = [None if x is None else x[rows] for x in (candidates, candidate_weight, candidate_mask)]
+        one = [None if x is None else x[a : a + 1] for x in (text, text_weight, text_mask)]
+        assert one[0] is not None
+        assert own[0] is not None
+        found = token_interaction(
+            one[0],
+            own[0],
+            one[1],
+            own[1],
+            one[2],
+            own[2],
+            normalize=normalize,
+            masking=masking,
+            bidirectional=bidirectional,
+            pooling=pooling,
+            temperature=temperature,
+        )
+        assert isinstance(found, Tensor)
+        scores.append(found[0])
+    if not scores:
+        return text.new_zeros(candidates.shape[:-2], dtype=torch.promote_types(text.dtype, torch.float32))
+    return torch.cat(scores) if offsets is not None else torch.stack(scores)
+
+
 def dot_product(
     text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None
 ) -> Tensor:

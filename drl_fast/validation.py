@@ -59,21 +59,22 @@ def tensor(name: str, value: object) -> Tensor:
 
 
 def tokens(name: str, value: object, letters: str) -> Tensor:
-    """Check one side's token features: rank 3, at least one token and one channel, a floating dtype we serve."""
+    """Check token features: the rank of ``letters``, at least one token and one channel, a floating dtype we serve."""
     x = tensor(name, value)
-    if x.dim() != 3:
-        hint = f"; add the missing dimension with {name}.unsqueeze(...)" if x.dim() == 2 else ""
+    rank = len(letters.split(", "))
+    if x.dim() != rank:
+        hint = f"; add the missing dimension with {name}.unsqueeze(...)" if x.dim() == rank - 1 else ""
         raise ValueError(f"{name} must be ({letters}), got shape {tuple(x.shape)}{hint}")
     if x.dtype not in FEATURE_DTYPES:
         raise TypeError(
             f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}; convert it with {name}.float()"
         )
-    if x.shape[1] == 0 or x.shape[2] == 0:
+    if x.shape[-2] == 0 or x.shape[-1] == 0:
         raise ValueError(
             f"{name} must be ({letters}) with at least one token and one channel, got shape {tuple(x.shape)}"
         )
-    if x.shape[1] > 32767:
-        raise ValueError(f"{name} must have at most 32767 tokens a row, got {x.shape[1]}; split the rows")
+    if x.shape[-2] > 32767:
+        raise ValueError(f"{name} must have at most 32767 tokens a row, got {x.shape[-2]}; split the rows")
     return x
 
 
@@ -89,17 +90,17 @@ def same_features(text: Tensor, video: Tensor, text_name: str, video_name: str) 
             f"{video_name} must have {text_name}'s dtype {text.dtype}, got {video.dtype}; "
             f"convert it with {video_name}.to({text_name}.dtype)"
         )
-    if video.shape[2] != text.shape[2]:
+    if video.shape[-1] != text.shape[-1]:
         raise ValueError(
-            f"{video_name} must have D = {text.shape[2]} channels to match {text_name}, got {video.shape[2]}; "
+            f"{video_name} must have D = {text.shape[-1]} channels to match {text_name}, got {video.shape[-1]}; "
             "project one side to the other's width"
         )
 
 
 def per_token(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:
-    """Check a (rows, tokens) companion of features: shape and device."""
+    """Check a companion of features, (rows, tokens) or whatever precedes their channels: shape and device."""
     x = tensor(name, value)
-    want = tuple(features.shape[:2])
+    want = tuple(features.shape[:-1])
     if tuple(x.shape) != want:
         extra = f"; pass {name}.squeeze(1)" if tuple(x.shape) == (want[0], 1, want[1]) else ""
         raise ValueError(f"{name} must be ({letters}) = {want} to match {features_name}, got {tuple(x.shape)}{extra}")
@@ -145,11 +146,15 @@ def _warn_no_real_token(name: str) -> None:
     )
 
 
-def _has_any(x: Tensor) -> bool:
-    # Fake tensors and those that vmap or a tracer wraps have no values to look at.
+def has_values(x: Tensor) -> bool:
+    """Tell whether a tensor has values to look at: fake tensors and those that vmap or a tracer wraps have none."""
     if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
-    return torch.utils._python_dispatch._get_current_dispatch_mode() is None and bool(x.any())
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+def _has_any(x: Tensor) -> bool:
+    return has_values(x) and bool(x.any())
 
 
 def weight(name: str, value: object, features: Tensor, letters: str, features_name: str) -> Tensor:

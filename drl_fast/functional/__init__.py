@@ -4,6 +4,7 @@ from .cdcr import cdcr_loss, cross_correlation_loss
 from .dot_product import dot_product
 from .info_nce import info_nce
 from .maxsim import maxsim
+from .rerank import rerank
 from .sigmoid_loss import sigmoid_loss
 from .token_contrastive_loss import token_contrastive_loss
 from .token_interaction import Matches, token_interaction
@@ -16,6 +17,7 @@ __all__ = [
     "dot_product",
     "info_nce",
     "maxsim",
+    "rerank",
     "sigmoid_loss",
     "token_contrastive_loss",
     "token_interaction",

@@ -134,11 +134,7 @@ def interact(
         text_mask = video_mask = None
     inputs = (text, video, text_weight, video_weight)
     refuse_forward_mode(inputs, "token interaction")
-    tracked = torch._C._functorch.is_gradtrackingtensor
-    if not torch.compiler.is_compiling() and (tracked(text) or tracked(video)):
-        raise NotImplementedError(
-            "drl_fast: the token interaction does not work under torch.func.grad; use torch.autograd.grad or backward()"
-        )
+    refuse_func_grad(inputs, "token interaction")
     if pooling != "max":
         soft = normalize, masking == "drl", pooling == "logsumexp", temperature
         return soft_token_interaction(*inputs, text_mask, video_mask, *soft)
@@ -154,11 +150,11 @@ def interact(
     return logits, Matches(by_word, op.public_index(text_index, None, video_mask) if bidirectional else None)
 
 
-def refuse_unused_weight(video_weight: Tensor | None, bidirectional: bool) -> None:
+def refuse_unused_weight(video_weight: Tensor | None, bidirectional: bool, name: str = "video_weight") -> None:
     """Raise if weights of the video's tokens are given although only the text side is summed."""
     if video_weight is not None and not bidirectional:
         raise ValueError(
-            "video_weight must be None when bidirectional=False (only the text side is summed), "
+            f"{name} must be None when bidirectional=False (only the text side is summed), "
             f"got {validation.describe(video_weight)}"
         )
 
@@ -171,4 +167,13 @@ def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:
         raise NotImplementedError(
             f"drl_fast: the {what} has no forward-mode derivative; use backward(), or "
             f"drl_fast.reference.{what.replace(' ', '_')}"
+        )
+
+
+def refuse_func_grad(inputs: tuple[Tensor | None, ...], what: str) -> None:
+    """Raise under ``torch.func.grad``, of which the operator would know nothing."""
+    tracked = torch._C._functorch.is_gradtrackingtensor
+    if not torch.compiler.is_compiling() and any(x is not None and tracked(x) for x in inputs[:2]):
+        raise NotImplementedError(
+            f"drl_fast: the {what} does not work under torch.func.grad; use torch.autograd.grad or backward()"
         )

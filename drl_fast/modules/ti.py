@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import validation
-from ..functional import Matches, token_interaction
+from ..functional import Matches, rerank, token_interaction
 from .wti import interaction_options, pooling_repr
 
 
@@ -77,4 +77,22 @@ class TI(nn.Module):
             video_mask,
             return_matches=return_matches,
             **interaction_options(self),
+        )
+
+    def rerank(
+        self,
+        text: Tensor,
+        candidates: Tensor,
+        text_mask: Tensor | None = None,
+        candidate_mask: Tensor | None = None,
+        *,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Score every text (A, Nt, D) against candidates of its own (A, K, Nv, D): (A, K).
+
+        Masks are (A, Nt) and (A, K, Nv). With ``offsets`` (A + 1,) the candidates are (sum K, Nv, D), their mask is
+        (sum K, Nv) and the result (sum K,); see :func:`drl_fast.rerank`, also for the errors.
+        """
+        return rerank(
+            text, candidates, None, None, text_mask, candidate_mask, offsets=offsets, **interaction_options(self)
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import autocast, validation
 from ..functional import Matches
+from ..functional.rerank import check_candidates, score
 from ..functional.token_interaction import interact
 from ..numerics import unit, zero_masked
 
@@ -112,6 +113,24 @@ class WTI(nn.Module):
             return_matches=return_matches,
             **interaction_options(self),
         )
+
+    def rerank(
+        self,
+        text: Tensor,
+        candidates: Tensor,
+        text_mask: Tensor | None = None,
+        candidate_mask: Tensor | None = None,
+        *,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """Score every text (A, Nt, D) against candidates of its own (A, K, Nv, D): (A, K).
+
+        The heads compute the weights. Masks are (A, Nt) and (A, K, Nv). With ``offsets`` (A + 1,) the candidates are
+        (sum K, Nv, D), their mask is (sum K, Nv) and the result (sum K,); see :func:`drl_fast.rerank`, also for the
+        errors.
+        """
+        checked = check_candidates(text, candidates, text_mask, candidate_mask, offsets)
+        return score(checked, *self._weights(checked.sides), **interaction_options(self))
 
     def weights(
         self, text: Tensor, video: Tensor, text_mask: Tensor | None = None, video_mask: Tensor | None = None

@@ -16,6 +16,7 @@ import torch
 
 from .. import validation
 from . import cdcr, dispatch, gpu
+from .chunked import rerank as chunked_rerank
 from .chunked import soft_token_interaction as chunked_soft
 from .chunked import token_interaction as chunked
 
@@ -24,6 +25,8 @@ CHUNKED: dict[str, Callable[..., Any]] = {
     "token_interaction_backward": chunked.backward,
     "soft_token_interaction": chunked_soft.forward,
     "soft_token_interaction_backward": chunked_soft.backward,
+    "rerank": chunked_rerank.forward,
+    "rerank_backward": chunked_rerank.backward,
     **cdcr.CHUNKED,
 }
 BACKENDS = ("auto", "torch", "cpp", "triton")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .chunked import cdcr as chunked_cdcr
+from .chunked import rerank as chunked_rerank
 from .chunked import soft_token_interaction as chunked_soft_token_interaction
 from .chunked import token_interaction as chunked_token_interaction
 from .dispatch import triton_or
@@ -59,6 +60,17 @@ def soft_token_interaction_backward(grad_logits: Tensor, *arguments: Any) -> tup
     from drl_fast.kernels import soft_token_interaction as kernels
 
     return kernels.backward(grad_logits, *_sides(*arguments[:6]), *arguments[6:])
+
+
+@triton_or(chunked_rerank.forward)
+def rerank(*arguments: Any) -> Tensor:
+    from drl_fast.kernels import rerank as kernels
+
+    return kernels.forward(*_sides(*arguments[:6]), *arguments[6:])
+
+
+# There is no Triton kernel: the products of chunked PyTorch are batched already.
+rerank_backward = triton_or(chunked_rerank.backward)(chunked_rerank.backward)
 
 
 @triton_or(chunked_cdcr.statistics)
