@@ -1,21 +1,21 @@
-"""Forward kernels of reranking: each text against candidates of its own, by both poolings.
+"""Forward kernel of reranking: each text against candidates of its own.
 
-    scores[r] = what token_interaction.py and soft_token_interaction.py give for candidate r and the text that owns it
+    scores[r] = the logit of token_interaction.py or soft_token_interaction.py for candidate r and the text that owns it
 
-Packing, similarities, maxima, soft pooling and the order of all sums are theirs: candidates stand in for the videos. So
-a score has the same bits. Only the tiles differ: a program takes one text and one block of BM candidates, and computes
-the score of those that the text owns.
+Packing, similarities, maxima, soft pooling and the order of all sums are theirs; candidates stand in for the videos.
+Only the tiles differ: a program takes one text and one block of BM candidates, and stores the scores of those that the
+text owns.
 
     offsets[a]     offsets[a + 1]
-        |               |              Unit offsets[a] // BM + a and those after it belong to text a: unit u is text a
-    |-------|-------|-------|          and block u - a. There are R // BM + A units, whatever the offsets are, so the
-      block   block   block            host need not know them.
+        |               |
+    |-------|-------|-------|          Unit u is a text a and block u - a, where offsets[a] // BM + a is the first unit
+      block   block   block            of text a. There are R // BM + A units, so the host need not read the offsets.
 
 Tile: BM candidates (one frame of each at a time) x BN word slots, those of the longest text. FLOP per tile and frame:
-2 BM BN D. Bytes read: (BM + BN) D itemsize; since a candidate meets one text only, memory limits the kernel.
+2 BM BN D. Bytes read: (BM + BN) D itemsize. A candidate meets one text only, so memory is the limit.
 
-A text of more than 128 words takes several tiles. The sum over its words needs all frames of a tile, the maximum over
-its words all tiles of a frame: with both directions, S is computed twice.
+A text of more than 128 words takes several tiles. The sum over words needs all frames of a tile, the pooling over words
+all tiles of a frame: with both directions S is then computed twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from .soft_token_interaction import LOG2_E, _add_frame, _pooled
 from .soft_token_interaction import _over_words as _pool_words
 from .token_interaction import (
     CHUNK,
-    Form,
     _finish,
     _form,
     _over_frames,
@@ -39,6 +38,7 @@ from .token_interaction import (
     _start,
     descriptors,
     frame_similarity,
+    join,
     maxima_dtype,
     product_kind,
     word_sums,
@@ -46,7 +46,7 @@ from .token_interaction import (
 
 
 @triton.jit
-def owner_of(offsets, unit, texts, BM: tl.constexpr):
+def _owner(offsets, unit, texts, BM: tl.constexpr):
     """Return the last text whose first unit is not after ``unit``."""
     low, high = unit * 0, unit * 0 + texts
     while high - low > 1:
@@ -58,9 +58,26 @@ def owner_of(offsets, unit, texts, BM: tl.constexpr):
 
 
 @triton.jit
-def _first_chunk(x):
-    """Return the text's value, that of the tile's first chunk, from x (BM, chunks)."""
-    return tl.sum(tl.where((tl.arange(0, x.shape[1]) == 0)[None, :], x, 0.0), 1)
+def _of_frame(s, real, about, zeros, temperature, FORM: tl.constexpr):
+    """Pool s (BM, BN) over each text's words; return N and m of soft pooling, or the maximum twice."""
+    if FORM.pooling is None:
+        value, _, _ = _over_words(s, about, FORM)
+        return value, value
+    else:
+        return _pool_words(s, real, tl.zeros((about.shape[0],), tl.float32) + zeros, about, temperature, FORM)
+
+
+@triton.jit
+def _join_tiles(normalizer, value, more_normalizer, more_value, temperature, FORM: tl.constexpr):
+    """Join what :func:`_of_frame` returned for two tiles of one text."""
+    if FORM.pooling is None:
+        value = tl.maximum(value, more_value)
+        return value, value
+    else:
+        rate = LOG2_E / temperature
+        top = tl.maximum(normalizer, more_normalizer)
+        old, new = tl.exp2((normalizer - top) * rate), tl.exp2((more_normalizer - top) * rate)
+        return _pooled(top, old + new, value * old + more_value * new, temperature, FORM)
 
 
 @triton.jit(do_not_specialize=packing.SIZES)
@@ -88,47 +105,117 @@ def rerank_forward(
     word_rows = texts * FORM.most + packing.TAIL
     padded = tl.cdiv(videos, packing.VIDEO_BLOCK) * packing.VIDEO_BLOCK
     unit = tl.program_id(0)
-    text = owner_of(offsets, unit, texts, BM)
+    text = _owner(offsets, unit, texts, BM)
     b0 = (unit - text) * BM
+    # Offsets that do not fit cannot be refused here, but they must not lead out of the candidates.
+    if b0 >= videos:
+        return
     b = b0 + tl.arange(0, BM)
     own = (b >= tl.load(offsets + text)) & (b < tl.load(offsets + text + 1)) & (b < videos)
-    # Offsets that do not fit cannot be refused here, but they must not lead outside of the candidates.
-    if (b0 >= 0) & (b0 < videos) & (tl.max(own.to(tl.int32), 0) > 0):
-        first, count = tl.load(start + text), tl.load(length + text)
-        tiles = tl.cdiv(count, BN) if FORM.long else 1
-        most = tl.max(tl.where(own, tl.load(length + texts + b), 0), 0)
-        rate = LOG2_E / temperature
-        total = tl.zeros((BM, CHUNKS), tl.float32)
-        for tile in tl.range(0, tiles if FORM.long else 1):
-            c0 = first + tile * BN
+    lengths = tl.where(own, tl.load(length + texts + b), 0)
+    most = tl.max(lengths, 0)
+    first, count = tl.load(start + text), tl.load(length + text)
+    t_zeros = ((words - count) if FORM.zero_competes else count * 0).to(tl.float32)
+    v_zeros = ((frames - lengths) if FORM.zero_competes else lengths * 0).to(tl.float32)
+    total = tl.zeros((BM, CHUNKS), tl.float32)
+    for tile in tl.range(0, tl.cdiv(count, BN) if FORM.long else 1):
+        c0 = first + tile * BN
+        if FORM.pooling is None:
             best, frame = _start(BM, BN, FORM)
-            v_zeros = ((frames - tl.load(length + texts + b)) if FORM.zero_competes else b * 0).to(tl.float32)
+        else:
             top = tl.broadcast_to(tl.where(v_zeros > 0, 0.0, float("-inf"))[:, None], BM, BN)
             mass = tl.broadcast_to(v_zeros[:, None], BM, BN)
             weighted = tl.zeros((BM, BN), tl.float32)
-            for f in tl.range(0, most):
-                row = word_rows + f * padded + b0
-                s = frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
-                exists = f < tl.load(length + texts + b)
-                of_video = tl.load(weight + row + tl.arange(0, BM))
-                about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
-                if FORM.both and not FORM.long:
-                    value = _of_frame(s, position + c0, about, words - count, temperature, FORM)[1]
-                    total += tl.where(exists[:, None], value * of_video[:, None], 0.0)
-                if not FORM.both:
-                    # With one direction only a frame with a NaN counts, whose weight is NaN.
-                    total += tl.where(of_video != of_video, of_video, 0.0)[:, None]
-                if FORM.pooling is None:
-                    best, frame = _over_frames(best, frame, s, tl.full((1, 1), f, tl.int32), FORM)
-                    total += _not_a_number(s, FORM)
-                else:
-                    top, mass, weighted = _add_frame(top, mass, weighted, s, exists, rate)
-            if FORM.pooling is None:
-                floor = tl.load(length + texts + b) < (frames if FORM.zero_competes else 1)
-                value = _finish(best, floor, FORM)
-            else:
-                _, value = _pooled(top, mass, weighted, temperature, FORM)
-            real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
-            terms = tl.where(real[None, :], value * tl.load(weight + c0 + tl.arange(0, BN))[None, :], 0.0)
+        for f in tl.range(0, most, flatten=True):
+            row = word_rows + f * padded + b0
+            s = frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
+            # Load for each frame what belongs to the tile: keeping it over the loop would cost registers.
+            exists = f < tl.load(length + texts + b)
+            of_video = tl.load(weight + row + tl.arange(0, BM))
             about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
-            total += word_sums(terms, about, FORM)
+            if FORM.both and not FORM.long:
+                real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
+                _, value = _of_frame(s, real, about, t_zeros, temperature, FORM)
+                total += tl.where(exists[:, None], value * of_video[:, None], 0.0)
+            if not FORM.both:
+                # With one direction only a frame with a NaN counts, whose weight is NaN.
+                total += tl.where(of_video != of_video, of_video, 0.0)[:, None]
+            if FORM.pooling is None:
+                best, frame = _over_frames(best, frame, s, tl.full((1, 1), f, tl.int32), FORM)
+                if not FORM.keyed:
+                    # A maximum drops a NaN that an overflowing product of raw tokens makes: put it into the score.
+                    bad = tl.sum(tl.reshape(tl.where(s != s, s, 0.0), (BM, CHUNKS, CHUNK)), axis=2)
+                    total += join(bad, about, FORM.most, "sum")
+            else:
+                top, mass, weighted = _add_frame(top, mass, weighted, s, exists, LOG2_E / temperature)
+        if FORM.pooling is None:
+            value = _finish(best, lengths < (frames if FORM.zero_competes else 1), FORM)
+        else:
+            _, value = _pooled(top, mass, weighted, temperature, FORM)
+        real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
+        about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
+        terms = value * tl.load(weight + c0 + tl.arange(0, BN))[None, :]
+        total += word_sums(tl.where(real[None, :], terms, 0.0), about, FORM)
+    if FORM.both and FORM.long:
+        for f in tl.range(0, most):
+            row = word_rows + f * padded + b0
+            normalizer = tl.full((BM, CHUNKS), float("-inf"), tl.float32)
+            value = tl.full((BM, CHUNKS), float("-inf") if FORM.pooling is None else 0.0, tl.float32)
+            for tile in tl.range(0, tl.cdiv(count, BN), flatten=True):
+                c0 = first + tile * BN
+                s = frame_similarity(packed, scale, word_tiles, frame_tiles, row, c0, TILE, FORM)
+                about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
+                real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
+                # The masked words' zeros count once.
+                zeros = tl.where(tile == 0, t_zeros, 0.0)
+                more_normalizer, more_value = _of_frame(s, real, about, zeros, temperature, FORM)
+                normalizer, value = _join_tiles(normalizer, value, more_normalizer, more_value, temperature, FORM)
+            of_video = tl.load(weight + row + tl.arange(0, BM))
+            total += tl.where((f < tl.load(length + texts + b))[:, None], value * of_video[:, None], 0.0)
+    # The tile's first chunk is the text's.
+    score = tl.sum(tl.where((tl.arange(0, CHUNKS) == 0)[None, :], total, 0.0), 1) * FORM.factor
+    # A pair with an empty side scores 0, even if the other side has infinite weights.
+    tl.store(scores + b, tl.where((count > 0) & (lengths > 0), score, 0.0), mask=own)
+
+
+def forward(
+    text: Side,
+    candidates: Side,
+    offsets: Tensor,
+    normalize: bool,
+    zero_competes: bool,
+    pooling: str,
+    temperature: float,
+) -> Tensor:
+    """Return scores (R,) float32. If candidates have no weights, compute only the text's direction, not halved."""
+    rows = len(candidates.features)
+    # Zeros for candidates that no text owns: then the offsets do not fit.
+    scores = candidates.features.new_zeros(rows, dtype=torch.float32)
+    if rows == 0 or len(text.features) == 0:
+        return scores
+    packed = packing.pack(text, candidates, normalize)
+    form = _form(
+        packed,
+        text,
+        candidates,
+        zero_competes=zero_competes,
+        matches=False,
+        keyed=pooling == "max" and maxima_dtype(text, candidates, normalize) == torch.int16,
+        pooling=None if pooling == "max" else pooling,
+    )
+    most = min(form.most, layout.LONGEST_CLASS)
+    # A program has one text, so its tile is no wider than the longest, and small.
+    tile, _ = tuning.forward_tile(scores.device, product_kind(packed, form), most, 1, 1)
+    tile = tile._replace(n=min(tile.n, most))
+    rerank_forward[(rows // tile.m + len(text.features),)](
+        packed.data,
+        *descriptors(packed, tile),
+        offsets.contiguous(),
+        scores,
+        temperature,
+        *packed.sizes,
+        TILE=tile,
+        FORM=form,
+        **tuning.launch_options(tile),
+    )
+    return scores
