@@ -36,6 +36,7 @@ OPERATORS = (
     "token_interaction_backward",
     "soft_token_interaction",
     "soft_token_interaction_backward",
+    "rerank",
     "cdcr_statistics",
     "cdcr_correlation",
     "cdcr_gradient",

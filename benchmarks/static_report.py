@@ -115,7 +115,7 @@ PROBLEMS = (
     Problem("logsumexp, one direction", both=False, pooling="logsumexp"),
 )
 # Kernels with products on the tensor cores; --quick compiles the others for one architecture only.
-PRODUCTS = ("interaction_forward", "multiply_tiles", "soft_forward", "soft_coefficients")
+PRODUCTS = ("interaction_forward", "multiply_tiles", "soft_forward", "soft_coefficients", "rerank_forward")
 
 
 class Matched(NamedTuple):
@@ -138,6 +138,35 @@ MATCHED = (
     Matched("full, more frames than words", words=12, frames=32),
     Matched("full, one token a row", words=1, frames=1),
     Matched("diagonal, one token a row", words=1, frames=1, full=False),
+)
+
+
+class Reranked(NamedTuple):
+    """One call of rerank, forward: its backward launches no Triton kernel."""
+
+    name: str
+    texts: int = 16
+    words: int = 32
+    candidates: int = 100  # of each text
+    frames: int = 12
+    dtype: str = "bf16"
+    normalize: bool = True
+    both: bool = True
+    pooling: str = "max"
+
+
+FEW_RERANKED = (Reranked("rerank"), Reranked("rerank", dtype="fp32"), Reranked("rerank, softmax", pooling="softmax"))
+RERANKED = (
+    *FEW_RERANKED,
+    *(Reranked("rerank", dtype=dtype) for dtype in ("fp16", "tf32")),
+    *(Reranked(f"rerank, {words} words", words=words) for words in (16, 64, 77)),
+    Reranked("rerank, 77 words", words=77, dtype="fp32"),
+    Reranked("rerank, raw tokens", normalize=False),
+    Reranked("rerank, one direction", both=False),
+    *(Reranked("rerank, 140 words", words=140, dtype=dtype) for dtype in ("bf16", "fp32")),
+    Reranked("rerank, 140 words, softmax", words=140, pooling="softmax"),
+    Reranked("rerank, softmax", dtype="fp32", pooling="softmax"),
+    Reranked("rerank, logsumexp", pooling="logsumexp"),
 )
 
 
@@ -171,8 +200,23 @@ def decorrelate(problem: Matched) -> None:
     drl_fast.cdcr_loss(*inputs, alpha_on=1.0, alpha_off=0.06 if p.full else 0.0).backward()
 
 
+def rerank(problem: Reranked) -> None:
+    """Call rerank."""
+    p = problem
+    rows = p.texts * p.candidates
+    text, candidates, *companions = tensors(p.texts, p.words, rows, p.frames, 512, p.dtype, True)
+    if not p.both:
+        companions[1] = None
+    offsets = torch.arange(p.texts + 1) * p.candidates
+    options = {"normalize": p.normalize, "bidirectional": p.both, "pooling": p.pooling}
+    drl_fast.rerank(text, candidates, *companions, offsets=offsets, **options)
+
+
+AnyProblem = Problem | Matched | Reranked
+
+
 @contextmanager
-def _setting(problem: Problem | Matched) -> Iterator[None]:
+def _setting(problem: AnyProblem) -> Iterator[None]:
     """Set what a problem needs besides its arguments."""
     precision = torch.backends.cuda.matmul.fp32_precision
     with ExitStack() as stack:
@@ -187,7 +231,7 @@ def _setting(problem: Problem | Matched) -> Iterator[None]:
 
 
 def launches(
-    capability: int, problem: Problem | Matched, quick: bool = False
+    capability: int, problem: AnyProblem, quick: bool = False
 ) -> tuple[list[fake_gpu.Launch], list[tuple[str, str]]]:
     """Run one problem as on a GPU of this compute capability; return its launches, and what does not compile."""
     fake_gpu.install(capability)
@@ -202,14 +246,15 @@ def launches(
         fake_gpu.library_products(),
         fake_gpu.compiled_kernels(wanted, failures) as found,
     ):
-        (interact if isinstance(problem, Problem) else decorrelate)(problem)
+        call = {Problem: interact, Matched: decorrelate, Reranked: rerank}[type(problem)]
+        call(problem)
     return found, failures
 
 
-def _problems(capability: int, quick: bool) -> tuple[Problem | Matched, ...]:
+def _problems(capability: int, quick: bool) -> tuple[AnyProblem, ...]:
     if not quick:
-        return (*PROBLEMS, *MATCHED)
-    return (*FEW, *FEW_MATCHED) if capability == QUICK else FEW[:3]
+        return (*PROBLEMS, *MATCHED, *RERANKED)
+    return (*FEW, *FEW_MATCHED, *FEW_RERANKED) if capability == QUICK else FEW[:3]
 
 
 def report(quick: bool = False) -> Iterator[dict[str, Any]]:

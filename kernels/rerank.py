@@ -61,7 +61,7 @@ def _owner(offsets, unit, texts, BM: tl.constexpr):
 def _of_frame(s, real, about, zeros, temperature, FORM: tl.constexpr):
     """Pool s (BM, BN) over each text's words; return N and m of soft pooling, or the maximum twice."""
     if FORM.pooling is None:
-        value, _, _ = _over_words(s, about, FORM)
+        value, column, stored = _over_words(s, about, FORM)
         return value, value
     else:
         return _pool_words(s, real, tl.zeros((about.shape[0],), tl.float32) + zeros, about, temperature, FORM)
@@ -99,7 +99,7 @@ def rerank_forward(
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     CHUNKS: tl.constexpr = BN // CHUNK
-    scale, weight, position, _, length, start, _, chunk_about, _ = packing.companions(
+    scale, weight, position, factor, length, start, chunk_text, chunk_about, by_class = packing.companions(
         packed, texts, videos, frames, FORM.most, FORM.dim
     )
     word_rows = texts * FORM.most + packing.TAIL
@@ -135,7 +135,7 @@ def rerank_forward(
             about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
             if FORM.both and not FORM.long:
                 real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
-                _, value = _of_frame(s, real, about, t_zeros, temperature, FORM)
+                normalizer, value = _of_frame(s, real, about, t_zeros, temperature, FORM)
                 total += tl.where(exists[:, None], value * of_video[:, None], 0.0)
             if not FORM.both:
                 # With one direction only a frame with a NaN counts, whose weight is NaN.
@@ -151,7 +151,7 @@ def rerank_forward(
         if FORM.pooling is None:
             value = _finish(best, lengths < (frames if FORM.zero_competes else 1), FORM)
         else:
-            _, value = _pooled(top, mass, weighted, temperature, FORM)
+            normalizer, value = _pooled(top, mass, weighted, temperature, FORM)
         real = tl.load(position + c0 + tl.arange(0, BN)) >= 0
         about = tl.load(chunk_about + c0 // CHUNK + tl.arange(0, CHUNKS))
         terms = value * tl.load(weight + c0 + tl.arange(0, BN))[None, :]

@@ -76,10 +76,10 @@ PUBLIC = {
     "drl_fast": "DP HI MLP TI WTI XTI MeanMaxSim Matches cdcr_loss cross_correlation_loss functional info_nce maxsim "
     "metrics modules rerank sigmoid_loss token_contrastive_loss token_interaction token_maxsim backend",
     "drl_fast.modules": "DP HI MLP TI WTI XTI MeanMaxSim SeqLSTM SeqTransf INTERACTIONS build_interaction",
-    "drl_fast.functional": "cdcr_loss cross_correlation_loss info_nce maxsim rerank sigmoid_loss token_contrastive_loss "
-    "token_interaction token_maxsim",
-    "drl_fast.reference": "cdcr_loss cross_correlation_loss info_nce maxsim rerank sigmoid_loss token_contrastive_loss "
-    "token_interaction token_maxsim",
+    "drl_fast.functional": "cdcr_loss cross_correlation_loss info_nce maxsim rerank sigmoid_loss "
+    "token_contrastive_loss token_interaction token_maxsim",
+    "drl_fast.reference": "cdcr_loss cross_correlation_loss info_nce maxsim rerank sigmoid_loss "
+    "token_contrastive_loss token_interaction token_maxsim",
     "drl_fast.metrics": "retrieval_metrics",
 }
 

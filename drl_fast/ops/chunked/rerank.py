@@ -109,9 +109,7 @@ def forward(
     return scores
 
 
-def load_block(
-    candidates: Tensor, weight: Tensor | None, mask: Tensor | None, rows: slice, options: Options
-) -> Tokens:
+def load_block(candidates: Tensor, weight: Tensor | None, mask: Tensor | None, rows: slice, options: Options) -> Tokens:
     """Normalise the candidates of one block."""
     parts = (None if x is None else x[rows] for x in (weight, mask))
     return load(candidates[rows], *parts, options.normalize)
