@@ -179,6 +179,22 @@ def pooling(result: Result) -> Table:
     return Table("A training step of each similarity", heads, rows)
 
 
+def rerank(result: Result) -> Table:
+    """Show scoring and training steps of each form beside rerank: time and peak memory."""
+    used = {(row["contestant"], row["mode"], str(row["shape"])): row for row in result["memory"]}
+    rows = []
+    for row in result["time"]:
+        ours = used.get(("rerank", row["mode"], str(row["shape"])))
+        shape = "({texts}, {words}, {candidates}, {frames})".format(**row["shape"])
+        for name in (name for name in result["contestants"] if name != "rerank"):
+            theirs = used.get((name, row["mode"], str(row["shape"])))
+            cells = [medians(row, name), medians(row, "rerank"), quartiles(row["against"][name])]
+            cells += [NOTHING if memory is None else megabytes(memory) for memory in (theirs, ours)]
+            rows.append([result["contestants"][name]["label"], row["mode"], shape, *cells, share_of(ours, theirs)])
+    heads = ["against", "", "texts, words, candidates, frames", "time", "rerank", "relative time"]
+    return Table("Reranking", [*heads, "memory", "memory, rerank", "relative memory"], rows)
+
+
 def share_of(ours: Result | None, theirs: Result | None) -> str:
     """Write one peak of memory relative to another, where both were measured."""
     if ours is None or theirs is None or {ours["status"], theirs["status"]} != {"ok"}:
@@ -560,7 +576,7 @@ def gpu_products(result: Result) -> Table:
 
 
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
-_MORE = (pooling, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
+_MORE = (pooling, rerank, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _GPU = (gpu_summary, gpu_forward, gpu_step, gpu_memory, gpu_blocks, gpu_products)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES)}
@@ -568,6 +584,7 @@ TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in 
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),
     "pooling": (pooling,),
+    "rerank": (rerank,),
     "contrastive": (contrastive, memory, budget),
     "cdcr": (cdcr, memory),
     "features": _FEATURES,

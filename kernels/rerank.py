@@ -61,7 +61,7 @@ def _owner(offsets, unit, texts, BM: tl.constexpr):
 def _of_frame(s, real, about, zeros, temperature, FORM: tl.constexpr):
     """Pool s (BM, BN) over each text's words; return N and m of soft pooling, or the maximum twice."""
     if FORM.pooling is None:
-        value, column, stored = _over_words(s, about, FORM)
+        value, _, _ = _over_words(s, about, FORM)
         return value, value
     else:
         return _pool_words(s, real, tl.zeros((about.shape[0],), tl.float32) + zeros, about, temperature, FORM)
@@ -99,7 +99,7 @@ def rerank_forward(
     BM: tl.constexpr = TILE.m
     BN: tl.constexpr = TILE.n
     CHUNKS: tl.constexpr = BN // CHUNK
-    scale, weight, position, factor, length, start, chunk_text, chunk_about, by_class = packing.companions(
+    scale, weight, position, _, length, start, _, chunk_about, _ = packing.companions(
         packed, texts, videos, frames, FORM.most, FORM.dim
     )
     word_rows = texts * FORM.most + packing.TAIL

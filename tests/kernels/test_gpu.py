@@ -14,6 +14,7 @@ import torch
 import drl_fast
 from drl_fast.ops import dispatch
 from tests.ops import test_cdcr as cdcr
+from tests.ops import test_rerank as rerank
 from tests.ops import test_soft_token_interaction as soft
 from tests.oracle import Problem, judge, make, run
 
@@ -56,6 +57,58 @@ def test_soft_pooling_at_small_sizes(shape: tuple[int, int, int, int], dtype: to
     for bidirectional in (True, False):
         options = {"bidirectional": bidirectional, "pooling": pooling, "temperature": 0.1}
         soft.judge(make(shape, 80, dtype, masks=("holes", "empty"), weights=torch.float32, **options), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(16, 32, 100, 12), (3, 77, 20, 20)], ids=str)
+@pytest.mark.parametrize("pooling", rerank.POOLINGS)
+def test_rerank_at_real_sizes(pooling: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    options = {"pooling": pooling, "temperature": 1.0 if pooling == "max" else 0.1}
+    r = rerank.ranking(shape, 512, dtype, masks=("prefix", "prefix"), weights=torch.float32, **options)
+    rerank.judge(r, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("words", [13, 100, 140])
+@pytest.mark.parametrize("pooling", rerank.POOLINGS)
+def test_ragged_rerank_at_small_sizes(pooling: str, words: int, dtype: torch.dtype) -> None:
+    for bidirectional in (True, False):
+        options = {"bidirectional": bidirectional, "pooling": pooling, "temperature": 1.0 if pooling == "max" else 0.1}
+        r = rerank.ranking(
+            (0, words, 0, 5),
+            80,
+            dtype,
+            masks=("holes", "empty"),
+            weights=torch.float32,
+            offsets=[0, 3, 3, 140, 141],
+            **options,
+        )
+        rerank.judge(r, "cuda")
+
+
+def test_rerank_in_a_cuda_graph() -> None:
+    """It replays on other offsets, so no decision depends on the host."""
+    r = rerank.ranking((0, 32, 0, 12), 512, torch.bfloat16, weights=torch.float32, offsets=[0, 100, 100, 170])
+    r = r.map(lambda x: x.cuda())
+    leaves = [x.requires_grad_() for x in map(r.arguments.get, rerank.LEAVES)]
+    probe = torch.randn(170, device="cuda")
+
+    def step() -> tuple[torch.Tensor, ...]:
+        scores = drl_fast.rerank(**r.arguments)
+        return scores, *torch.autograd.grad(scores, leaves, probe)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    r.offsets.copy_(torch.tensor([0, 7, 130, 170]))
+    graph.replay()
+    for got, want in zip([x.clone() for x in captured], step(), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_tf32_only_if_torch_allows_it() -> None:

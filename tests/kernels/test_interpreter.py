@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 OPS = "tests/ops/test_token_interaction"
 SOFT = "tests/ops/test_soft_token_interaction.py"
+RERANK = "tests/ops/test_rerank.py"
 CDCR = "tests/ops/test_cdcr.py"
 CONTRASTIVE = "tests/functional/test_token_contrastive_loss.py"
 ROW = "interpreter"
@@ -122,6 +123,40 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (SOFT, "test_options", ["softmax-both-raw-drl-torch.float16", "logsumexp-one way-unit-exclude-torch.float32"]),
     (SOFT, "test_rows_without_a_real_token_score_zero", ["logsumexp-drl"]),
     (SOFT, "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["nan"]),
+    (
+        RERANK,
+        "test_shapes",
+        [
+            "max-empty-(3, 40, 3, 20)",
+            "max-none-(1, 1, 1, 1)",
+            "max-empty-(2, 140, 3, 4)",
+            "softmax-text only-(2, 140, 3, 4)",
+            "logsumexp-empty-(2, 300, 2, 5)",
+            "max-empty-(2, 4, 3, 300)",
+        ],
+    ),
+    (
+        RERANK,
+        "test_ragged",
+        ["max-[0, 3, 3, 40, 41]-9", "softmax-[0, 3, 3, 40, 41]-9", f"max-{[0, *range(1, 20)]}-9", "max-[0, 0]-9"],
+    ),
+    (RERANK, "test_widths", ["True-1", "False-64"]),
+    (
+        RERANK,
+        "test_options",
+        [
+            "max-both-unit-drl-torch.float16",
+            "max-both-raw-exclude-torch.float16",
+            "max-one way-unit-none-torch.float32",
+            "softmax-one way-unit-exclude-torch.float32",
+            "logsumexp-both-raw-drl-torch.float16",
+        ],
+    ),
+    (RERANK, "test_nothing_to_score", ["max-(0, 3, 4, 5)", "max-(4, 3, 0, 5)"]),
+    (RERANK, "test_masked_features_reach_nothing", ["max-nan-drl", "softmax-inf-exclude"]),
+    (RERANK, "test_rows_without_a_real_token_score_zero", ["max-drl", "logsumexp-exclude"]),
+    (RERANK, "test_a_bad_real_token_affects_only_its_own_scores", ["max-nan", "softmax-inf"]),
+    (RERANK, "test_ties_go_to_the_lowest_index", []),
     (CONTRASTIVE, "test_against_the_reference", ["kept-holes-True"]),
     (
         CDCR,

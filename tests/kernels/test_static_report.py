@@ -32,7 +32,7 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 # sm_80's entries also serve GPUs with less shared memory (8.6, 8.9, 12.x).
 SHARED_SMALL = 101376
 SOFT = ("soft_forward", "soft_coefficients")
-PRODUCTS = ("interaction_forward", "multiply_tiles", *SOFT)
+PRODUCTS = ("interaction_forward", "multiply_tiles", *SOFT, "rerank_forward")
 INTERACTION = (*PRODUCTS, "count_tokens", "pack_rows", "expand_coefficients", "unpack_gradients")
 # Its products are so small that it uses mma on every architecture; memory limits it.
 SMALL_PRODUCT = "cdcr_partners"
@@ -80,7 +80,7 @@ def test_every_launched_kernel_compiles(rows: list[dict[str, Any]]) -> None:
 def test_every_kernel_on_every_architecture(rows: list[dict[str, Any]]) -> None:
     for arch in ARCHS:
         kernels = {row["kernel"] for row in rows if row["arch"] == arch}
-        assert kernels >= {*PRODUCTS} - ({*SOFT} if arch != "sm_90" and not WHOLE else set())
+        assert kernels >= {*PRODUCTS} - ({*SOFT, "rerank_forward"} if arch != "sm_90" and not WHOLE else set())
         if WHOLE or arch == "sm_90":
             assert kernels >= {*INTERACTION, *CDCR}
     assert {row["dtype"] for row in rows if row["kernel"] == "interaction_forward"} == {"bf16", "fp16", "fp32", "tf32"}

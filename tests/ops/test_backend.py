@@ -99,6 +99,7 @@ def test_every_operator_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     with drl_fast.backend("torch"):
         drl_fast.token_interaction(text, video).sum().backward()
         drl_fast.token_interaction(text, video, pooling="softmax").sum().backward()
+        drl_fast.rerank(text, video[:, None]).sum().backward()
         drl_fast.cdcr_loss(text, video, alpha_on=0.1, alpha_off=0.1).backward()
     assert called == set(backend.CHUNKED)
 

@@ -30,8 +30,11 @@ class Tokens(NamedTuple):
     real: Tensor  # (rows, N) bool
     weight: Tensor | None  # (rows, N); 0 for masked tokens
 
-    def row(self, index: Tensor | slice) -> Tokens:
-        return Tokens(*(None if x is None else x[index] for x in self))
+    def of(self, owner: Tensor) -> Tokens:
+        """Return the rows of these owners."""
+        inverse = None if self.inverse_norm is None else self.inverse_norm[owner]
+        weight = None if self.weight is None else self.weight[owner]
+        return Tokens(self.tokens[owner], inverse, self.real[owner], weight)
 
     def zeros(self, zero_competes: bool) -> Tensor:
         """Return how many masked tokens of each row take part with similarity 0, (rows, 1)."""
@@ -42,19 +45,25 @@ class Tokens(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How S is computed and pooled."""
+    """How S is pooled."""
 
-    normalize: bool
     zero_competes: bool
     pooling: str
     temperature: float
 
 
-def load(features: Tensor, weight: Tensor | None, mask: Tensor | None, normalize: bool) -> Tokens:
-    """Normalise one side's features."""
+def load(
+    features: Tensor, weight: Tensor | None, mask: Tensor | None, normalize: bool, rows: slice = slice(None)
+) -> Tokens:
+    """Normalise the features of some rows of one side."""
+    features, weight, mask = features[rows], part(weight, rows), part(mask, rows)
     real = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
     tokens, inverse = unit(features, mask, normalize)
     return Tokens(tokens, inverse, real, None if weight is None else torch.where(real, weight, 0))
+
+
+def part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 def blocks(text: Tensor, candidates: Tensor) -> Iterator[slice]:
@@ -90,16 +99,20 @@ def forward(
     text_mask: Tensor | None,
     candidate_mask: Tensor | None,
     offsets: Tensor,
-    *options: object,
+    normalize: bool,
+    zero_competes: bool,
+    pooling: str,
+    temperature: float,
 ) -> Tensor:
-    """Compute the scores (candidates,). ``options`` are the fields of :class:`Options`."""
-    how = Options(*options)  # type: ignore[arg-type]
+    """Compute the scores (candidates,)."""
+    how = Options(zero_competes, pooling, temperature)
     scores = text.new_empty(len(candidates), dtype=accumulation_dtype(text.dtype))
     owner = owners(offsets, candidates)
     with autocast.off(text.device.type):
-        texts = load(text, text_weight, text_mask, how.normalize)
+        texts = load(text, text_weight, text_mask, normalize)
         for rows in blocks(text, candidates):
-            t, v = texts.row(owner[rows]), load_block(candidates, candidate_weight, candidate_mask, rows, how)
+            t = texts.of(owner[rows])
+            v = load(candidates, candidate_weight, candidate_mask, normalize, rows)
             s = t.tokens @ v.tokens.transpose(1, 2)
             assert t.weight is not None
             total = weighted_sum(pool_side(s, 2, v, t, how).value, t.weight)
@@ -107,12 +120,6 @@ def forward(
                 total = (total + weighted_sum(pool_side(s, 1, t, v, how).value, v.weight)) / 2
             scores[rows] = torch.where(t.alive() & v.alive(), total, 0)
     return scores
-
-
-def load_block(candidates: Tensor, weight: Tensor | None, mask: Tensor | None, rows: slice, options: Options) -> Tokens:
-    """Normalise the candidates of one block."""
-    parts = (None if x is None else x[rows] for x in (weight, mask))
-    return load(candidates[rows], *parts, options.normalize)
 
 
 def backward(
@@ -124,23 +131,27 @@ def backward(
     text_mask: Tensor | None,
     candidate_mask: Tensor | None,
     offsets: Tensor,
-    *options: object,
+    normalize: bool,
+    zero_competes: bool,
+    pooling: str,
+    temperature: float,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of both features and both weights; one that ``output_mask`` leaves out is empty."""
-    *fields, output_mask = options
-    how = Options(*fields)  # type: ignore[arg-type]
-    of_text, of_candidates, of_text_weight, of_candidate_weight = output_mask  # type: ignore[misc]
+    how = Options(zero_competes, pooling, temperature)
+    of_text, of_candidates, of_text_weight, of_candidate_weight = output_mask
     of_candidate_weight = of_candidate_weight and candidate_weight is not None
     owner = owners(offsets, candidates)
     with autocast.off(text.device.type):
-        texts = load(text, text_weight, text_mask, how.normalize)
+        texts = load(text, text_weight, text_mask, normalize)
         # A last row for what belongs to no text.
         grad_text = texts.tokens.new_zeros((len(text) + 1, *text.shape[1:]) if of_text else 0)
         grad_text_weight = texts.tokens.new_zeros((len(text) + 1, text.shape[1]) if of_text_weight else 0)
         grad_candidates = candidates.new_empty(candidates.shape if of_candidates else 0)
         grad_candidate_weight = texts.tokens.new_empty(candidates.shape[:2] if of_candidate_weight else 0)
         for rows in blocks(text, candidates):
-            t, v = texts.row(owner[rows]), load_block(candidates, candidate_weight, candidate_mask, rows, how)
+            t = texts.of(owner[rows])
+            v = load(candidates, candidate_weight, candidate_mask, normalize, rows)
             s = t.tokens @ v.tokens.transpose(1, 2)
             # The score of a pair with an empty side is constant, but the upstream gradient may be NaN.
             g = torch.where(t.alive() & v.alive(), grad_scores[rows].to(s.dtype), 0)
