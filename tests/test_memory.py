@@ -68,6 +68,13 @@ def soft(text: Tensor, video: Tensor, *weights: Tensor) -> Tensor:
     return drl_fast.token_interaction(text, video, *weights, pooling="softmax", temperature=0.1).sum()
 
 
+def reranked(text: Tensor, video: Tensor, *weights: Tensor) -> Tensor:
+    """Score 8 texts against the videos, an equal share each."""
+    own = [x[:8].detach().requires_grad_() for x in (text, weights[0])]
+    candidates = [x.unflatten(0, (8, -1)) for x in (video, weights[1])]
+    return drl_fast.rerank(own[0], candidates[0], own[1], candidates[1]).sum()
+
+
 def contrastive(*tensors: Tensor) -> Tensor:
     return drl_fast.token_contrastive_loss(*tensors, logit_scale=100.0)
 
@@ -93,6 +100,7 @@ LOSSES = {
     "mlp": partial(pairwise, layer="mlp"),
     "interaction": interaction,
     "soft": soft,
+    "rerank": reranked,
     "contrastive": contrastive,
     "contrastive, nothing kept": contrastive_in_blocks,
     "full": partial(decorrelation, alpha_off=0.06),
@@ -169,6 +177,17 @@ def test_soft_pooling_keeps_logits_alone(name: str) -> None:
         bound = 8 * batch**2 + 8 * 4 * batch * (WORDS + FRAMES) * (CHANNELS + 1)
         assert peak[batch] < bound + BUFFERS, peak
         assert bound + BUFFERS < similarities(batch) / 2 or batch == small
+
+
+@pytest.mark.parametrize("name", ["cpp", "chunked"])
+@measured_again
+def test_rerank_holds_little_beside_its_gradients(name: str) -> None:
+    """Dense code holds the similarities three times, which here are as large as the candidates, and unit tokens."""
+    small, large = 4096, 16384
+    peak = peaks(name, "rerank", (small, large))
+    gradients = {batch: 4 * batch * FRAMES * (CHANNELS + 1) for batch in (small, large)}
+    assert gradients[large] / 2 < peak[large] < 1.4 * gradients[large] + 8 * MIB, peak
+    assert peak[large] - peak[small] < 1.4 * (gradients[large] - gradients[small]), peak
 
 
 @measured_again
