@@ -204,8 +204,9 @@ def forward(
         pooling=None if pooling == "max" else pooling,
     )
     most = min(form.most, layout.LONGEST_CLASS)
-    # A program has one text, so its tile is no wider than the longest, and small.
-    tile, _ = tuning.forward_tile(scores.device, product_kind(packed, form), most, 1, 1)
+    # A program has one text, so its tile is no wider than the longest: the small one, unless texts need the large one.
+    many = 1 << 20 if most > 64 else 1
+    tile, _ = tuning.forward_tile(scores.device, product_kind(packed, form), most, many, many)
     tile = tile._replace(n=min(tile.n, most))
     rerank_forward[(rows // tile.m + len(text.features),)](
         packed.data,
