@@ -18,7 +18,7 @@ from .soft_token_interaction import Pooled, pool
 from .token_interaction import LARGEST, best, through_norm, unit, weighted_sum
 
 # Tokens of a block's longer side. On a CPU a block should stay in cache.
-BLOCK_TOKENS = {"cpu": 288}
+BLOCK_TOKENS = {"cpu": 1152}
 BLOCK_TOKENS_ELSEWHERE = 1 << 15
 
 
@@ -144,9 +144,8 @@ def backward(
     owner = owners(offsets, candidates)
     with autocast.off(text.device.type):
         texts = load(text, text_weight, text_mask, normalize)
-        # A last row for what belongs to no text.
-        grad_text = texts.tokens.new_zeros((len(text) + 1, *text.shape[1:]) if of_text else 0)
-        grad_text_weight = texts.tokens.new_zeros((len(text) + 1, text.shape[1]) if of_text_weight else 0)
+        grad_text = texts.tokens.new_zeros(text.shape if of_text else 0)
+        grad_text_weight = texts.tokens.new_zeros(text.shape[:2] if of_text_weight else 0)
         grad_candidates = candidates.new_empty(candidates.shape if of_candidates else 0)
         grad_candidate_weight = texts.tokens.new_empty(candidates.shape[:2] if of_candidate_weight else 0)
         for rows in blocks(text, candidates):
@@ -173,8 +172,8 @@ def backward(
                 grad = coefficient.transpose(1, 2) @ t.tokens
                 grad_candidates[rows] = through_norm(grad, v.tokens, v.inverse_norm, v.real).to(candidates.dtype)
         if of_text:
-            grad_text = through_norm(grad_text[:-1], texts.tokens, texts.inverse_norm, texts.real)
-    return grad_text.to(text.dtype), grad_candidates, grad_text_weight[: len(text)].clone(), grad_candidate_weight
+            grad_text = through_norm(grad_text, texts.tokens, texts.inverse_norm, texts.real)
+    return grad_text.to(text.dtype), grad_candidates, grad_text_weight, grad_candidate_weight
 
 
 def where_not_zero(x: Tensor, factor: Tensor) -> Tensor:
@@ -183,16 +182,9 @@ def where_not_zero(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def add_to_owners(total: Tensor, owner: Tensor, rows: Tensor) -> None:
-    """Add each of ``rows`` to its owner's row of ``total``, whose last row is scrap; ``owner`` does not decrease.
-
-    The sum over an owner's rows doubles its reach in every step. So its order is fixed, and no owner gets two terms,
-    which an accelerator would add in any order.
-    """
-    reach = 1
-    while reach < len(owner):
-        same = (owner[:-reach] == owner[reach:]).view(-1, *[1] * (rows.dim() - 1))
-        rows = torch.cat([rows[:-reach] + torch.where(same, rows[reach:], 0), rows[-reach:]])
-        reach *= 2
-    first = torch.ones_like(owner, dtype=torch.bool)
-    first[1:] = owner[1:] != owner[:-1]
-    total.index_add_(0, torch.where(first, owner, len(total) - 1), rows)
+    """Add each of ``rows`` to its owner's row of ``total``, in an order that does not change from run to run."""
+    if total.device.type == "cuda":
+        # index_add_ would add in any order; this sorts first.
+        total.index_put_((owner,), rows, accumulate=True)
+    else:
+        total.index_add_(0, owner, rows)
