@@ -64,6 +64,7 @@ bench: setup .venv/.peers ## run the benchmarks; QUICK=1: a minute each, FULL=1:
 	$(BIN)/python benchmarks/bench_contrastive.py $(SIZE)
 	$(BIN)/python benchmarks/bench_pooling.py $(SIZE)
 	$(BIN)/python benchmarks/bench_rerank.py $(SIZE)
+	$(BIN)/python benchmarks/bench_prepared.py $(SIZE)
 	$(BIN)/python benchmarks/bench_cdcr.py $(SIZE)
 	$(BIN)/python benchmarks/bench_model.py $(SIZE)
 	$(BIN)/python benchmarks/bench_features.py $(SIZE)

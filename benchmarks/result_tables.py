@@ -336,6 +336,35 @@ def features_rounding(result: Result) -> Table:
     return Table("What rounding stored tokens changes", ["stored as", "largest change", "other top answers"], rows)
 
 
+# --- prepared videos --------------------------------------------------------------------------------------------------
+def prepared(result: Result) -> Table:
+    """Show the time of a call for each number of queries, relative to the product."""
+    names = ("float32", "float16", "bfloat16", "topk", "unprepared")
+    rows = []
+    for row in result["time"]:
+        found = row["results"]
+        cells = [milliseconds(found[name]["ms"]) for name in ("product", "float32")]
+        cells += [quartiles(found[name]["ratio"]) for name in names]
+        rows.append([str(row["queries"]), *cells, quartiles(found["float32"]["of_read"])])
+    heads = ["queries", "product", "float32", *(f"{name} / product" for name in names), "float32 / reading"]
+    return Table(f"Scoring {result['settings']['videos']:,} prepared videos", heads, rows)
+
+
+def prepared_storage(result: Result) -> Table:
+    """Show what preparing takes and what 16 bits change."""
+    moved = {row["dtype"]: f"{row['largest']:.1e}" for row in result["error"]}
+    rows = [
+        [
+            row["dtype"],
+            milliseconds({"median": row["seconds"] * 1e3}),
+            bytes_of(row["bytes"]),
+            moved.get(row["dtype"], "0"),
+        ]
+        for row in result["prepare"]
+    ]
+    return Table("Preparing them", ["stored as", "time", "memory", "largest change of a score"], rows)
+
+
 # --- the model of many GPUs -------------------------------------------------------------------------------------------
 def scaling(result: Result) -> Table:
     rows = []
@@ -579,7 +608,10 @@ _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, pr
 _MORE = (pooling, rerank, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _GPU = (gpu_summary, gpu_forward, gpu_step, gpu_memory, gpu_blocks, gpu_products)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
-TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES)}
+_PREPARED = (prepared, prepared_storage)
+TABLES: dict[str, Callable[[Any], Table]] = {
+    table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED)
+}
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),
@@ -588,6 +620,7 @@ SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "contrastive": (contrastive, memory, budget),
     "cdcr": (cdcr, memory),
     "features": _FEATURES,
+    "prepared": _PREPARED,
     "model": (model_time, model_memory, memory, budget),
     "scaling": (scaling,),
     "scaling_check": (scaling_check,),

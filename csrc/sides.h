@@ -122,24 +122,33 @@ constexpr int64_t kPackWork = 32;
 template <class T>
 class Lanes {
  public:
-  Lanes(const Tokens<T>& side, int vector) : side_(side), vector_(vector) {
+  // `sorted_items`: lengths are sorted among this many items, so that a range of items is in few groups.
+  Lanes(const Tokens<T>& side, int vector, int64_t sorted_items = INT64_MAX) : side_(side), vector_(vector) {
     for (int64_t item = 0; item < side.items; item++)
       if (length(item) > 0) order_.push_back(item);
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length(a) > length(b); });
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) {
+      return a / sorted_items == b / sorted_items ? length(a) > length(b) : a < b;
+    });
     for (size_t first = 0; first < order_.size(); first += size_t{2} * vector) {
       const int64_t left = static_cast<int64_t>(order_.size() - first);
       Group<T> group = {};
       group.width = left > vector ? 2 * vector : vector;
-      group.slots = static_cast<int>(length(order_[first]));
+      for (size_t i = first; i < std::min(order_.size(), first + group.width); i++)
+        group.slots = std::max(group.slots, static_cast<int>(length(order_[i])));
       groups.push_back(group);
       steps += tokens_of(group);
     }
   }
 
-  // Lay out the panels. Every (group, slot) is a task.
+  // Lay out the panels in memory of T.
   void pack(const Kernels<T>& kernels) {
+    panel_ = std::make_unique<Buffer<T>>(steps * side_.dim);
+    pack(kernels, panel_->get(), dtype_of_arithmetic<T>);
+  }
+
+  // Lay out the panels in `memory`, which holds `steps` tokens. Every (group, slot) is a task.
+  void pack(const Kernels<T>& kernels, void* memory, Dtype storage) {
     const int64_t dim = side_.dim;
-    panel_ = std::make_unique<Buffer<T>>(steps * dim);
     weight_.resize(steps);
     position_.resize(steps);
     const int64_t columns = static_cast<int64_t>(groups.size()) * 2 * vector_;
@@ -149,6 +158,7 @@ class Lanes {
     item_.resize(columns);
     int64_t step = 0;
     for (size_t g = 0; g < groups.size(); g++) {
+      groups[g].panel = static_cast<char*>(memory) + step * dim * size_of(storage);
       describe(g, step);
       step += tokens_of(groups[g]);
     }
@@ -159,7 +169,7 @@ class Lanes {
     const int64_t tasks = static_cast<int64_t>(slots.size()), threads = threads_for(tasks, kPackWork * steps * dim);
     Buffer<T> scratch(scratch_size * threads);
     parallel(tasks, threads, [&](int64_t t, int64_t thread) {
-      kernels.pack_slot(side_, groups[slots[t].first], slots[t].second, scratch.get() + thread * scratch_size);
+      kernels.pack_slot(side_, groups[slots[t].first], slots[t].second, storage, scratch.get() + thread * scratch_size);
     });
   }
 
@@ -173,7 +183,6 @@ class Lanes {
   void describe(size_t g, int64_t step) {
     Group<T>& group = groups[g];
     const size_t column = g * 2 * vector_;
-    group.panel = panel_->get() + step * side_.dim;
     group.weight = weight_.data() + step;
     group.position = position_.data() + step;
     group.count = count_.data() + column;

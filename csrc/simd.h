@@ -41,6 +41,35 @@ struct Simd {
   }
 };
 
+// One vector of T from numbers of T; of float also from a 16-bit type.
+template <class T>
+DRL_FAST_ALWAYS_INLINE typename Simd<T>::V load_as(const T* p) {
+  return Simd<T>::load(p);
+}
+
+template <class T>
+DRL_FAST_ALWAYS_INLINE typename Simd<T>::V load_as(const Half* p) {
+#if defined(DRL_FAST_LOAD_HALF)
+  return DRL_FAST_LOAD_HALF(p);
+#else
+  typename Simd<T>::V v;
+  for (int i = 0; i < Simd<T>::N; i++) v[i] = static_cast<T>(p[i]);
+  return v;
+#endif
+}
+
+// A bfloat16 is the upper half of a float.
+template <class T>
+DRL_FAST_ALWAYS_INLINE typename Simd<T>::V load_as(const BFloat16* p) {
+  using U __attribute__((vector_size(DRL_FAST_VECTOR_BYTES / 2))) = uint16_t;
+  U upper;
+  __builtin_memcpy(&upper, p, sizeof upper);
+  const typename Simd<T>::I bits = __builtin_convertvector(upper, typename Simd<T>::I) << 16;
+  typename Simd<T>::V v;
+  __builtin_memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
 template <class T>
 T dot(const T* a, const T* b, int64_t padded_dim) {
   using S = Simd<T>;
@@ -53,6 +82,21 @@ template <class T, class From>
 void convert_row(const char* from, T* to, int64_t n) {
   const From* p = reinterpret_cast<const From*>(from);
   for (int64_t k = 0; k < n; k++) to[k] = static_cast<T>(p[k]);
+}
+
+// out[i] = from[i]; `count` is a multiple of a vector.
+template <class T, class P>
+void widen_as(const void* from, int64_t count, T* out) {
+  for (int64_t k = 0; k < count; k += Simd<T>::N) Simd<T>::store(out + k, load_as<T>(static_cast<const P*>(from) + k));
+}
+
+template <class T>
+void widen(const void* from, Dtype dtype, int64_t count, T* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == Dtype::f16) return widen_as<T, Half>(from, count, out);
+    if (dtype == Dtype::bf16) return widen_as<T, BFloat16>(from, count, out);
+  }
+  widen_as<T, T>(from, count, out);
 }
 
 template <class T, class To>

@@ -14,6 +14,7 @@
 #define DRL_FAST_TILE_ROWS 6
 #define DRL_FAST_SUM_ROWS 6
 #define DRL_FAST_GATHER_VECTORS 8
+#define DRL_FAST_LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
 #include "simd_kernels.h"
 
 constexpr drl_fast::Capability drl_fast::kAvx2 = drl_fast::avx2::capability("avx2");

@@ -15,6 +15,7 @@
 #define DRL_FAST_TILE_ROWS 8
 #define DRL_FAST_SUM_ROWS 14
 #define DRL_FAST_GATHER_VECTORS 16
+#define DRL_FAST_LOAD_HALF(p) _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))
 #include "simd_kernels.h"
 
 constexpr drl_fast::Capability drl_fast::kAvx512 = drl_fast::avx512::capability("avx512");

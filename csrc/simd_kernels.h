@@ -6,6 +6,7 @@
 //   DRL_FAST_TILE_ROWS       rows of the forward's register tile
 //   DRL_FAST_SUM_ROWS        rows of the register tile of add_product, whose sums are longer
 //   DRL_FAST_GATHER_VECTORS  vectors of D that the backward's gather sums in registers at once
+//   DRL_FAST_LOAD_HALF(p)    a vector of float from float16 at p; without it, number by number
 #pragma once
 
 #include "cdcr_kernels.h"
@@ -24,6 +25,7 @@ constexpr Kernels<T> token_interaction_kernels() {
       .load_row = load_row<T>,
       .pack_slot = pack_slot<T>,
       .forward = forward<T>,
+      .widen = widen<T>,
       .backward = backward<T>,
       .soft_forward = soft_forward<T>,
       .soft_backward = soft_backward<T>,

@@ -11,6 +11,7 @@
 
 #include "capability.h"
 #include "parallel.h"
+#include "prepared.h"
 #include "sides.h"
 #include "tensors.h"
 #include "token_interaction.h"
@@ -28,6 +29,35 @@ struct Options {
   double temperature;
 };
 
+// One side in blocks of rows, the other in groups of lanes that are laid out.
+template <class T>
+struct Plan {
+  Plan(const Tokens<T>& rows, const Tokens<T>& lanes, std::vector<Group<T>> of_lanes, int64_t steps_of_lanes,
+       bool both_directions, const Options& options)
+      : groups(std::move(of_lanes)), steps(steps_of_lanes) {
+    STD_TORCH_CHECK(options.temperature > 0,
+                    "drl_fast::soft_token_interaction: temperature must be positive; divide by a number above 0");
+    job.rows = rows;
+    job.lanes = lanes;
+    job.scale = both_directions ? T(0.5) : T(1);
+    job.temperature = static_cast<T>(options.temperature);
+    job.logsumexp = options.logsumexp;
+    for (const Group<T>& group : groups) most_columns = std::max(most_columns, columns_of(group));
+    block = cut(job.rows, kTaskRows, &most_rows);
+  }
+
+  static int64_t columns_of(const Group<T>& group) { return static_cast<int64_t>(group.slots) * group.width; }
+  int64_t row_count() const { return job.rows.start[job.rows.items]; }
+  bool empty() const { return groups.empty() || row_count() == 0; }
+
+  std::vector<Group<T>> groups;
+  int64_t steps;
+  Dtype storage = dtype_of_arithmetic<T>;  // of the groups' panels
+  SoftJob<T> job = {};
+  std::vector<int64_t> block;  // [blocks + 1] first row item
+  int64_t most_rows = 1, most_columns = 1;
+};
+
 // Both sides, the one in lanes laid out.
 template <class T>
 struct Layout {
@@ -36,43 +66,31 @@ struct Layout {
       : text_side(text, text_weight, text_mask, options.normalize, options.zero_competes),
         video_side(video, video_weight, video_mask, options.normalize, options.zero_competes) {
     check_pair(text, video);
-    STD_TORCH_CHECK(options.temperature > 0,
-                    "drl_fast::soft_token_interaction: temperature must be positive; divide by a number above 0");
     const int vector = chosen_kernels<T>().vector;
     auto video_lanes = std::make_unique<Lanes<T>>(video_side.tokens, vector);
     auto text_lanes = std::make_unique<Lanes<T>>(text_side.tokens, vector);
     text_in_rows = text_goes_in_rows(text_side, video_side, *text_lanes, *video_lanes);
     lanes = std::move(text_in_rows ? video_lanes : text_lanes);
-    job.rows = text_in_rows ? text_side.tokens : video_side.tokens;
-    job.lanes = text_in_rows ? video_side.tokens : text_side.tokens;
-    job.scale = video_weight ? T(0.5) : T(1);
-    job.temperature = static_cast<T>(options.temperature);
-    job.logsumexp = options.logsumexp;
     lanes->pack(chosen_kernels<T>());
-    for (const Group<T>& group : lanes->groups) most_columns = std::max(most_columns, columns_of(group));
-    block = cut(job.rows, kTaskRows, &most_rows);
+    const Tokens<T>&t = text_side.tokens, &v = video_side.tokens;
+    plan = std::make_unique<Plan<T>>(text_in_rows ? t : v, text_in_rows ? v : t, lanes->groups, lanes->steps,
+                                     video_weight.has_value(), options);
   }
   Layout(const Layout&) = delete;
-
-  static int64_t columns_of(const Group<T>& group) { return static_cast<int64_t>(group.slots) * group.width; }
-  int64_t row_count() const { return job.rows.start[job.rows.items]; }
-  bool empty() const { return lanes->groups.empty() || row_count() == 0; }
 
   Side<T> text_side, video_side;
   bool text_in_rows;
   std::unique_ptr<Lanes<T>> lanes;
-  SoftJob<T> job = {};
-  std::vector<int64_t> block;  // [blocks + 1] first row item
-  int64_t most_rows = 1, most_columns = 1;
+  std::unique_ptr<Plan<T>> plan;
 };
 
 // The scratch memory of all threads.
 template <class T>
 class Scratch {
  public:
-  Scratch(const Layout<T>& layout, int64_t threads, bool backward)
-      : rows_(layout.most_rows),
-        columns_(layout.most_columns),
+  Scratch(const Plan<T>& plan, int64_t threads, bool backward)
+      : rows_(plan.most_rows),
+        columns_(plan.most_columns),
         width_(2 * static_cast<int64_t>(chosen_kernels<T>().vector)),
         value_(threads * rows_ * width_),
         factor_(backward ? threads * rows_ * width_ : 0),
@@ -96,38 +114,45 @@ class Scratch {
 };
 
 template <class T>
-Tensor forward(const Tensor& text, const Tensor& video, const Tensor& text_weight, const OptionalTensor& video_weight,
-               const OptionalTensor& text_mask, const OptionalTensor& video_mask, const Options& options) {
-  Layout<T> layout(text, video, text_weight, video_weight, text_mask, video_mask, options);
-  SoftJob<T>& job = layout.job;
-  const int64_t b = video.size(0), width = padded(job.rows.dim);
-  Tensor logits = zeros({text.size(0), b}, scalar_type<T>);
-  if (layout.empty()) return logits;
+Tensor run_forward(Plan<T>& plan, int64_t a, int64_t b, bool text_in_rows) {
+  SoftJob<T>& job = plan.job;
+  const int64_t width = padded(job.rows.dim);
+  Tensor logits = zeros({a, b}, scalar_type<T>);
+  if (plan.empty()) return logits;
   job.logits = data_of<T>(logits);
-  job.logits_stride_row = layout.text_in_rows ? b : 1;
-  job.logits_stride_lane = layout.text_in_rows ? 1 : b;
-  const int64_t blocks = static_cast<int64_t>(layout.block.size()) - 1;
-  const int64_t groups = static_cast<int64_t>(layout.lanes->groups.size());
+  job.logits_stride_row = text_in_rows ? b : 1;
+  job.logits_stride_lane = text_in_rows ? 1 : b;
+  const int64_t blocks = static_cast<int64_t>(plan.block.size()) - 1;
+  const int64_t groups = static_cast<int64_t>(plan.groups.size());
   const int64_t threads = torch::stable::get_num_threads();
   // If there are blocks enough, a thread takes one block with all groups, and so loads its rows only once.
   const int64_t at_once = blocks >= 8 * threads ? groups : 1;
   const int64_t claims = blocks * groups / at_once;
-  const int64_t workers = threads_for(claims, layout.row_count() * layout.lanes->steps * width);
-  Scratch<T> scratch(layout, workers, false);
-  Buffer<T> rows(workers * layout.most_rows * width);
+  const int64_t workers = threads_for(claims, plan.row_count() * plan.steps * width);
+  Scratch<T> scratch(plan, workers, false);
+  Buffer<T> rows(workers * plan.most_rows * width);
+  // The kernels read panels of T.
+  const bool widen = plan.storage != dtype_of_arithmetic<T>;
+  const int64_t panel_size = widen ? plan.most_columns * job.rows.dim : 0;
+  Buffer<T> panels(workers * panel_size);
   std::vector<int64_t> loaded(workers, -1);
   parallel(claims, workers, [&](int64_t claim, int64_t worker) {
     for (int64_t task = claim * at_once; task < (claim + 1) * at_once; task++) {
-      const Group<T>& group = layout.lanes->groups[task % groups];
+      Group<T> group = plan.groups[task % groups];
+      if (widen) {
+        T* panel = panels.get() + worker * panel_size;
+        chosen_kernels<T>().widen(group.panel, plan.storage, plan.columns_of(group) * job.rows.dim, panel);
+        group.panel = panel;
+      }
       const int64_t index = task / groups;
       SoftBlock<T> block = scratch.block(worker);
-      block.first_item = layout.block[index];
-      block.last_item = layout.block[index + 1];
-      block.rows = rows.get() + worker * layout.most_rows * width;
+      block.first_item = plan.block[index];
+      block.last_item = plan.block[index + 1];
+      block.rows = rows.get() + worker * plan.most_rows * width;
       block.similarity = scratch.similarity(worker);
-      block.stride = layout.columns_of(group);
+      block.stride = plan.columns_of(group);
       if (loaded[worker] != index) {
-        T* out = rows.get() + worker * layout.most_rows * width;
+        T* out = rows.get() + worker * plan.most_rows * width;
         for (int64_t r = job.rows.start[block.first_item]; r < job.rows.start[block.last_item]; r++, out += width)
           chosen_kernels<T>().load_row(job.rows, r, out, nullptr);
         loaded[worker] = index;
@@ -136,6 +161,26 @@ Tensor forward(const Tensor& text, const Tensor& video, const Tensor& text_weigh
     }
   });
   return logits;
+}
+
+template <class T>
+Tensor forward(const Tensor& text, const Tensor& video, const Tensor& text_weight, const OptionalTensor& video_weight,
+               const OptionalTensor& text_mask, const OptionalTensor& video_mask, const Options& options) {
+  Layout<T> layout(text, video, text_weight, video_weight, text_mask, video_mask, options);
+  return run_forward(*layout.plan, text.size(0), video.size(0), layout.text_in_rows);
+}
+
+// The forward against prepared videos first..last - 1. The text is always in rows.
+template <class T>
+Tensor prepared_forward(const Tensor& text, const Tensor& text_weight, const OptionalTensor& text_mask,
+                        const std::vector<Tensor>& parts, int64_t first, int64_t last, bool both,
+                        const Options& options) {
+  const Side<T> t(text, text_weight, text_mask, options.normalize, options.zero_competes);
+  PreparedLanes<T> v(parts, text.size(2), first, last, options.zero_competes, chosen_kernels<T>().vector);
+  if (both) v.sum_lanes(parts);
+  Plan<T> plan(t.tokens, v.tokens, v.groups, v.steps, both, options);
+  plan.storage = v.storage;
+  return run_forward(plan, text.size(0), last - first, true);
 }
 
 // The gradients of one side, item by item as the caller sees them.
@@ -213,7 +258,8 @@ std::vector<Tensor> backward(const Tensor& grad_logits, const Tensor& text, cons
                   "drl_fast::soft_token_interaction_backward: grad_logits must be (A, B), in the logits' dtype");
   STD_TORCH_CHECK(wanted.size() == 4, "drl_fast::soft_token_interaction_backward: output_mask must be four bools");
   const Kernels<T>& k = chosen_kernels<T>();
-  SoftJob<T>& job = layout.job;
+  Plan<T>& plan = *layout.plan;
+  SoftJob<T>& job = plan.job;
   const bool flip = !layout.text_in_rows;
   Gradient<T> of_text(text, layout.text_side.tokens, wanted[0], wanted[2]);
   Gradient<T> of_video(video, layout.video_side.tokens, wanted[1], wanted[3] && video_weight);
@@ -221,18 +267,18 @@ std::vector<Tensor> backward(const Tensor& grad_logits, const Tensor& text, cons
   const Gradient<T>& of_lanes = flip ? of_text : of_video;
   const bool rows_wanted = wanted[flip ? 1 : 0], lanes_wanted = wanted[flip ? 0 : 1];
   std::vector<Tensor> grads = {of_text.features, of_video.features, of_text.weight, of_video.weight};
-  if (layout.empty()) return grads;
+  if (plan.empty()) return grads;
   job.grad_logits = const_data_of<T>(grad_logits);
   job.logits_stride_row = grad_logits.stride(flip ? 1 : 0);
   job.logits_stride_lane = grad_logits.stride(flip ? 0 : 1);
 
-  const std::vector<Group<T>>& groups = layout.lanes->groups;
-  const int64_t width = padded(job.rows.dim), steps = layout.lanes->steps;
+  const std::vector<Group<T>>& groups = plan.groups;
+  const int64_t width = padded(job.rows.dim), steps = plan.steps;
   std::vector<int64_t> block_rows, group_columns, group_start = {0};
-  for (size_t b = 0; b + 1 < layout.block.size(); b++)
-    block_rows.push_back(job.rows.start[layout.block[b + 1]] - job.rows.start[layout.block[b]]);
+  for (size_t b = 0; b + 1 < plan.block.size(); b++)
+    block_rows.push_back(job.rows.start[plan.block[b + 1]] - job.rows.start[plan.block[b]]);
   for (const Group<T>& group : groups) {
-    group_columns.push_back(layout.columns_of(group));
+    group_columns.push_back(plan.columns_of(group));
     group_start.push_back(group_start.back() + group_columns.back());
   }
   const std::vector<Span> row_spans = join(block_rows), column_spans = join(group_columns);
@@ -247,8 +293,8 @@ std::vector<Tensor> backward(const Tensor& grad_logits, const Tensor& text, cons
   }
   // A line more, so that the rows of a column do not all fall into one set of the cache.
   const int64_t stride = (most_columns + 15) / 16 * 16 + 16;
-  const int64_t threads = threads_for(torch::stable::get_num_threads(), layout.row_count() * steps * width);
-  Scratch<T> scratch(layout, threads, true);
+  const int64_t threads = threads_for(torch::stable::get_num_threads(), plan.row_count() * steps * width);
+  Scratch<T> scratch(plan, threads, true);
   Buffer<T> matrix(most_rows * stride), rows(most_rows * width), row_panels(most_rows * width);
   Buffer<T> column_panels(rows_wanted ? steps * width : 0), spare(threads * width);
   Buffer<T> grad_rows(most_rows * width), grad_columns(lanes_wanted ? steps * width : width);
@@ -288,8 +334,8 @@ std::vector<Tensor> backward(const Tensor& grad_logits, const Tensor& text, cons
       parallel(blocks * across, std::min(threads, blocks * across), [&](int64_t task, int64_t thread) {
         const int64_t b = task / across, g = task % across;
         SoftBlock<T> block = scratch.block(thread);
-        block.first_item = layout.block[in_rows.first + b];
-        block.last_item = layout.block[in_rows.first + b + 1];
+        block.first_item = plan.block[in_rows.first + b];
+        block.last_item = plan.block[in_rows.first + b + 1];
         const int64_t row = job.rows.start[block.first_item] - in_rows.begin;
         const int64_t column = group_start[in_columns.first + g] - in_columns.begin;
         block.rows = rows.get() + row * width;
@@ -341,6 +387,15 @@ Tensor soft_token_interaction(Tensor text, Tensor video, Tensor text_weight, Opt
       {.normalize = normalize, .zero_competes = zero_competes, .logsumexp = logsumexp, .temperature = temperature});
 }
 
+Tensor prepared_soft_token_interaction(Tensor text, Tensor text_weight, OptionalTensor text_mask,
+                                       std::vector<Tensor> parts, int64_t first, int64_t last, int64_t, bool normalize,
+                                       bool zero_competes, bool both, bool logsumexp, double temperature) {
+  const auto run = computes_in_double(text) ? prepared_forward<double> : prepared_forward<float>;
+  return run(
+      text, text_weight, text_mask, parts, first, last, both,
+      {.normalize = normalize, .zero_competes = zero_competes, .logsumexp = logsumexp, .temperature = temperature});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> soft_token_interaction_backward(
     Tensor grad_logits, Tensor text, Tensor video, Tensor text_weight, OptionalTensor video_weight,
     OptionalTensor text_mask, OptionalTensor video_mask, bool normalize, bool zero_competes, bool logsumexp,
@@ -358,6 +413,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_token_interaction_backward(
 STABLE_TORCH_LIBRARY_IMPL(drl_fast, CPU, m) {
   m.impl("soft_token_interaction", TORCH_BOX(&soft_token_interaction));
   m.impl("soft_token_interaction_backward", TORCH_BOX(&soft_token_interaction_backward));
+  m.impl("prepared_soft_token_interaction", TORCH_BOX(&prepared_soft_token_interaction));
 }
 
 }  // namespace drl_fast

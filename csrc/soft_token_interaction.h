@@ -181,11 +181,11 @@ void soft_similarities(const SoftJob<T>& job, const Group<T>& group, int64_t cou
   const int64_t dim = job.rows.dim, width = padded(dim);
   int slot = 0;
   for (; NV == 1 && slot + 1 < group.slots; slot += 2) {
-    const Panel<T> two = {.data = group.panel + slot * dim * N, .step = N, .apart = dim * N};
+    const Panel<T> two = {.data = static_cast<const T*>(group.panel) + slot * dim * N, .step = N, .apart = dim * N};
     product<T, 2>(block.rows, count, width, two, dim, block.similarity + slot * N, block.stride);
   }
   for (; slot < group.slots; slot++) {
-    const Panel<T> one = {.data = group.panel + slot * dim * W, .step = W, .apart = N};
+    const Panel<T> one = {.data = static_cast<const T*>(group.panel) + slot * dim * W, .step = W, .apart = N};
     product<T, NV>(block.rows, count, width, one, dim, block.similarity + slot * W, block.stride);
   }
 }

@@ -9,6 +9,7 @@
 
 #include "capability.h"
 #include "parallel.h"
+#include "prepared.h"
 #include "sides.h"
 #include "tensors.h"
 
@@ -32,21 +33,20 @@ Matches view(const Tensor& index, bool items_first) {
   };
 }
 
+// Run one side's rows against the other side's groups of `steps` tokens, whose panels are laid out.
 template <class T>
-void run_forward(const Side<T>& rows, const Side<T>& lanes_side, Lanes<T>& lanes, ForwardJob<T> job) {
+void run_forward(const Side<T>& rows, const std::vector<Group<T>>& lanes, int64_t steps, ForwardJob<T> job) {
   const Kernels<T>& k = chosen_kernels<T>();
-  if (lanes.groups.empty() || rows.count() == 0) return;
-  lanes.pack(k);
+  if (lanes.empty() || rows.count() == 0) return;
   // Small blocks give enough tasks to keep every thread busy; large ones reuse a panel from cache.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = static_cast<int64_t>(lanes.groups.size());
+  const int64_t groups = static_cast<int64_t>(lanes.size());
   const int64_t rows_wanted = std::clamp<int64_t>(rows.count() * groups / (8 * threads), 64, 256);
   int64_t max_rows = 0, max_items = 1;
   const std::vector<int64_t> block = cut(rows.tokens, rows_wanted, &max_rows);
   for (size_t b = 0; b + 1 < block.size(); b++) max_items = std::max(max_items, block[b + 1] - block[b]);
   job.rows = rows.tokens;
-  job.lanes = lanes_side.tokens;
-  job.groups = lanes.groups.data();
+  job.groups = lanes.data();
   job.group_count = groups;
   job.block = block.data();
   const int64_t blocks = static_cast<int64_t>(block.size()) - 1;
@@ -54,16 +54,18 @@ void run_forward(const Side<T>& rows, const Side<T>& lanes_side, Lanes<T>& lanes
   // If there are blocks enough, a thread takes one block with all groups, and so loads its rows only once.
   const int64_t at_once = blocks >= 8 * threads ? groups : 1;
   const int64_t claims = blocks * groups / at_once;
-  const int64_t workers = threads_for(claims, rows.count() * lanes.steps * dim);
-  Buffer<T> rows_buffer(workers * max_rows * dim), similarity(workers * max_rows * width);
+  const int64_t workers = threads_for(claims, rows.count() * steps * dim);
+  // A tile of few rows needs one row more, to load the tokens.
+  const int64_t held_rows = std::max<int64_t>(max_rows, kFewRows + 1);
+  Buffer<T> rows_buffer(workers * held_rows * dim), similarity(workers * held_rows * width);
   Buffer<T> best(workers * max_rows * width), lane_sum(workers * max_items * width);
   Buffer<IntOf<T>> best_slot(workers * max_rows * width);
   std::vector<ForwardScratch<T>> scratch;
   scratch.reserve(workers);
   for (int64_t w = 0; w < workers; w++)
     scratch.push_back({
-        .rows = rows_buffer.get() + w * max_rows * dim,
-        .similarity = similarity.get() + w * max_rows * width,
+        .rows = rows_buffer.get() + w * held_rows * dim,
+        .similarity = similarity.get() + w * held_rows * width,
         .best = best.get() + w * max_rows * width,
         .best_slot = best_slot.get() + w * max_rows * width,
         .lane_sum = lane_sum.get() + w * max_items * width,
@@ -107,21 +109,53 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& text, const Tensor& vid
   ForwardJob<T> job = {};
   job.scale = both ? T(0.5) : T(1);
   job.logits = data_of<T>(logits);
-  const int vector = chosen_kernels<T>().vector;
+  job.storage = dtype_of_arithmetic<T>;
+  const Kernels<T>& k = chosen_kernels<T>();
+  const int vector = k.vector;
   Lanes<T> video_lanes(v.tokens, vector), text_lanes(t.tokens, vector);
   if (text_goes_in_rows(t, v, text_lanes, video_lanes)) {
     job.logits_stride_row = b;
     job.logits_stride_lane = 1;
     job.row_matches = view(video_index, true);
     job.lane_matches = view(text_index, false);
-    run_forward(t, v, video_lanes, job);
+    job.lanes = v.tokens;
+    if (t.count() > 0) video_lanes.pack(k);
+    run_forward(t, video_lanes.groups, video_lanes.steps, job);
   } else {
     job.logits_stride_row = 1;
     job.logits_stride_lane = b;
     job.row_matches = view(text_index, false);
     job.lane_matches = view(video_index, true);
-    run_forward(v, t, text_lanes, job);
+    job.lanes = t.tokens;
+    if (v.count() > 0) text_lanes.pack(k);
+    run_forward(v, text_lanes.groups, text_lanes.steps, job);
   }
+  return {logits, video_index, text_index};
+}
+
+// The forward against prepared videos first..last - 1 of `frames` padded tokens. The text is always in rows.
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& text, const Tensor& text_weight,
+                                                    const OptionalTensor& text_mask, const std::vector<Tensor>& parts,
+                                                    int64_t first, int64_t last, int64_t frames, bool normalize,
+                                                    bool zero_competes, bool both, bool keep_matches) {
+  const int64_t a = text.size(0), b = last - first;
+  Side<T> t(text, text_weight, text_mask, normalize, zero_competes);
+  PreparedLanes<T> v(parts, text.size(2), first, last, zero_competes, chosen_kernels<T>().vector);
+  if (both) v.sum_lanes(parts);
+  Tensor logits = zeros({a, b}, scalar_type<T>);
+  Tensor video_index = no_matches(keep_matches, {a, text.size(1), b}, frames);
+  Tensor text_index = no_matches(keep_matches && both, {a, frames, b}, text.size(1));
+  ForwardJob<T> job = {};
+  job.lanes = v.tokens;
+  job.storage = v.storage;
+  job.scale = both ? T(0.5) : T(1);
+  job.logits = data_of<T>(logits);
+  job.logits_stride_row = b;
+  job.logits_stride_lane = 1;
+  job.row_matches = view(video_index, true);
+  job.lane_matches = view(text_index, false);
+  run_forward(t, v.groups, v.steps, job);
   return {logits, video_index, text_index};
 }
 
@@ -275,6 +309,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_interaction(Tensor text
   return {logits, video_index, text_index, empty({0}, ScalarType::Float), empty({0}, text.scalar_type())};
 }
 
+std::tuple<Tensor, Tensor, Tensor> prepared_token_interaction(Tensor text, Tensor text_weight, OptionalTensor text_mask,
+                                                              std::vector<Tensor> parts, int64_t first, int64_t last,
+                                                              int64_t frames, bool normalize, bool zero_competes,
+                                                              bool both, bool keep_matches) {
+  const auto run = computes_in_double(text) ? prepared_forward<double> : prepared_forward<float>;
+  return run(text, text_weight, text_mask, parts, first, last, frames, normalize, zero_competes, both, keep_matches);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(Tensor grad_logits, Tensor text, Tensor video,
                                                                       Tensor text_weight, OptionalTensor video_weight,
                                                                       OptionalTensor text_mask,
@@ -291,6 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_interaction_backward(Tensor gra
 STABLE_TORCH_LIBRARY_IMPL(drl_fast, CPU, m) {
   m.impl("token_interaction", TORCH_BOX(&token_interaction));
   m.impl("token_interaction_backward", TORCH_BOX(&token_interaction_backward));
+  m.impl("prepared_token_interaction", TORCH_BOX(&prepared_token_interaction));
 }
 
 }  // namespace drl_fast

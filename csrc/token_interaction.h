@@ -52,7 +52,7 @@ struct Matches {
 template <class T>
 struct Group {
   int width, slots;
-  T* panel;                 // [slots][dim][width]
+  void* panel;              // [slots][dim][width], in the dtype that the lanes are stored in
   const T* weight;          // [slots][width]
   const IntOf<T>* count;    // [width] real tokens of the lane's item, 0 for an unused lane
   const IntOf<T>* zeros;    // [width]
@@ -64,6 +64,7 @@ struct Group {
 template <class T>
 struct ForwardJob {
   Tokens<T> rows, lanes;
+  Dtype storage;  // of the panels
   const Group<T>* groups;
   int64_t group_count;
   const int64_t* block;  // [blocks + 1] first row item of each block of whole items
@@ -76,8 +77,8 @@ struct ForwardJob {
 // Scratch memory of one thread.
 template <class T>
 struct ForwardScratch {
-  T* rows;        // [max_block_rows][padded dim] tokens of the block that was loaded last
-  T* similarity;  // [max_block_rows][width]
+  T* rows;        // [max_block_rows][padded dim] tokens of the block that was loaded last, or one tile and a row
+  T* similarity;  // [max_block_rows, at least kFewRows][width]
   T* best;        // [max_block_rows][width]
   IntOf<T>* best_slot;
   T* lane_sum;  // [max_block_items][width]
@@ -145,13 +146,18 @@ struct SoftBlock {
   T* grad_lane_weight;  // [slots * width], backward only
 };
 
+// A block of at most this many rows may be kept as one tile, [dim][kFewRows], so that each panel is read once. With
+// videos that fit no cache this hides the time that reading takes.
+constexpr int kFewRows = 12;
+
 // Kernels of one instruction set for one T.
 template <class T>
 struct Kernels {
   int vector;  // lanes of one vector
   void (*load_row)(const Tokens<T>&, int64_t token, T* out, T* inverse_norm);
-  void (*pack_slot)(const Tokens<T>&, const Group<T>&, int slot, T* scratch);
+  void (*pack_slot)(const Tokens<T>&, const Group<T>&, int slot, Dtype storage, T* scratch);
   void (*forward)(const ForwardJob<T>&, int64_t task, ForwardScratch<T>&);
+  void (*widen)(const void* from, Dtype, int64_t count, T* out);  // count is a multiple of vector
   void (*backward)(const BackwardJob<T>&, int64_t task, BackwardScratch<T>&);
   void (*soft_forward)(const SoftJob<T>&, const Group<T>&, const SoftBlock<T>&);
   void (*soft_backward)(const SoftJob<T>&, const Group<T>&, const SoftBlock<T>&);

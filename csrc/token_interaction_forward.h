@@ -15,9 +15,16 @@
 
 namespace drl_fast::DRL_FAST_ISA {
 
+// panel[k][l] = rows[l][k] for k < dim.
+template <class T, class P>
+void transpose(const T* rows, int64_t stride, int64_t dim, int width, P* panel) {
+  for (int64_t k = 0; k < dim; k++)
+    for (int l = 0; l < width; l++) panel[k * width + l] = static_cast<P>(rows[l * stride + k]);
+}
+
 // Lay out one slot of a group: row l of scratch is lane l's token, and the panel is the transpose of scratch.
 template <class T>
-void pack_slot(const Tokens<T>& lanes, const Group<T>& group, int slot, T* scratch) {
+void pack_slot(const Tokens<T>& lanes, const Group<T>& group, int slot, Dtype storage, T* scratch) {
   const int64_t width = padded(lanes.dim), dim = lanes.dim;
   for (int l = 0; l < group.width; l++) {
     if (group.count[l] == 0) {
@@ -27,22 +34,29 @@ void pack_slot(const Tokens<T>& lanes, const Group<T>& group, int slot, T* scrat
     const int64_t first = lanes.start[group.item[l]];
     load_row(lanes, first + (slot < group.count[l] ? slot : 0), scratch + l * width, static_cast<T*>(nullptr));
   }
-  T* panel = group.panel + static_cast<int64_t>(slot) * dim * group.width;
-  for (int64_t k = 0; k < dim; k++)
-    for (int l = 0; l < group.width; l++) panel[k * group.width + l] = scratch[l * width + k];
+  const int64_t offset = static_cast<int64_t>(slot) * dim * group.width;
+  if (storage == Dtype::f16)
+    transpose(scratch, width, dim, group.width, static_cast<Half*>(group.panel) + offset);
+  else if (storage == Dtype::bf16)
+    transpose(scratch, width, dim, group.width, static_cast<BFloat16*>(group.panel) + offset);
+  else
+    transpose(scratch, width, dim, group.width, static_cast<T*>(group.panel) + offset);
 }
 
-// The lanes of a product: vector j at depth k is at data + k * step + j * apart.
-template <class T>
+// The lanes of a product: vector j at depth k is at data + k * step + j * apart. P is T or a 16-bit type.
+template <class P>
 struct Panel {
-  const T* data;
+  const P* data;
   int64_t step, apart;
 };
 
+// Bytes of a cache line, and how far ahead of the product a panel that comes from memory is fetched.
+constexpr int kLine = 64, kPrefetch = 8192;
+
 // out[M][stride_out] (+)= rows[M][depth] x panel[depth][NV vectors]. Element (i, k) of rows is at i * stride + k, or at
-// k * stride + i if TRANSPOSED.
-template <class T, int M, int NV, bool TRANSPOSED = false>
-void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, bool accumulate, T* out,
+// k * stride + i if TRANSPOSED. STREAMED: the panel comes from memory.
+template <class T, int M, int NV, bool TRANSPOSED = false, class P = T, bool STREAMED = false>
+void tile(const T* rows, int64_t stride, const Panel<P>& panel, int64_t depth, bool accumulate, T* out,
           int64_t stride_out) {
   using S = Simd<T>;
   typename S::V acc[M][NV];
@@ -54,7 +68,11 @@ void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, b
   for (int64_t k = 0; k < depth; k++) {
     typename S::V lane[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) lane[j] = S::load(panel.data + k * panel.step + j * panel.apart);
+    for (int j = 0; j < NV; j++) lane[j] = load_as<T>(panel.data + k * panel.step + j * panel.apart);
+    if constexpr (STREAMED)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV * S::N * static_cast<int>(sizeof(P)); j += kLine)
+        __builtin_prefetch(reinterpret_cast<const char*>(panel.data + k * panel.step) + kPrefetch + j, 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < M; i++) {
       const typename S::V x = S::broadcast(rows[TRANSPOSED ? k * stride + i : i * stride + k]);
@@ -72,14 +90,14 @@ void tile(const T* rows, int64_t stride, const Panel<T>& panel, int64_t depth, b
 constexpr int64_t kDepth = 1024;
 
 // out[count][stride_out] = rows[count][dim] x panel[dim][NV vectors]
-template <class T, int NV>
-void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel, int64_t dim, T* out,
+template <class T, int NV, class P>
+void product(const T* rows, int64_t count, int64_t stride, const Panel<P>& panel, int64_t dim, T* out,
              int64_t stride_out) {
   constexpr int M = DRL_FAST_TILE_ROWS;
   // Once even if D is 0, to set `out` to zeros.
   for (int64_t k = 0; k == 0 || k < dim; k += kDepth) {
     const int64_t depth = dim - k < kDepth ? dim - k : kDepth;
-    const Panel<T> slice = {.data = panel.data + k * panel.step, .step = panel.step, .apart = panel.apart};
+    const Panel<P> slice = {.data = panel.data + k * panel.step, .step = panel.step, .apart = panel.apart};
     int64_t r = 0;
     const auto at = [&](int64_t row) { return rows + row * stride + k; };
     for (; r + M <= count; r += M) tile<T, M, NV>(at(r), stride, slice, depth, k > 0, out + r * stride_out, stride_out);
@@ -92,6 +110,36 @@ void product(const T* rows, int64_t count, int64_t stride, const Panel<T>& panel
       r += 2;
     }
     for (; r < count; r++) tile<T, 1, NV>(at(r), stride, slice, depth, k > 0, out + r * stride_out, stride_out);
+  }
+}
+
+// Whether a block's rows are kept as one tile. Fewer rows are one tile of the product as they are, and vectors shorter
+// than 64 bytes come in too few registers.
+inline bool is_one_tile(int64_t rows) {
+  return DRL_FAST_VECTOR_BYTES == 64 && rows > DRL_FAST_TILE_ROWS && rows <= kFewRows;
+}
+
+// out[count][stride_out] = a block's rows x panel[dim][NV vectors]
+template <class T, int NV, class P>
+void block_product(const T* rows, int64_t count, const Panel<P>& panel, int64_t dim, T* out, int64_t stride_out) {
+  if constexpr (DRL_FAST_VECTOR_BYTES == 64)
+    if (is_one_tile(count))
+      return tile<T, kFewRows, NV, true, P, true>(rows, kFewRows, panel, dim, false, out, stride_out);
+  product<T, NV>(rows, count, padded(dim), panel, dim, out, stride_out);
+}
+
+// Load the tokens row0..row1 - 1 for block_product. `scratch` holds as many padded rows, or kFewRows + 1.
+template <class T>
+void load_block(const Tokens<T>& side, int64_t row0, int64_t row1, T* scratch) {
+  const int64_t width = padded(side.dim);
+  if (!is_one_tile(row1 - row0)) {
+    for (int64_t r = row0; r < row1; r++) load_row(side, r, scratch + (r - row0) * width, static_cast<T*>(nullptr));
+    return;
+  }
+  T* row = scratch + kFewRows * width;
+  for (int64_t r = 0; r < kFewRows; r++) {
+    if (row0 + r < row1) load_row(side, row0 + r, row, static_cast<T*>(nullptr));
+    for (int64_t k = 0; k < width; k++) scratch[k * kFewRows + r] = row0 + r < row1 ? row[k] : T(0);
   }
 }
 
@@ -204,25 +252,39 @@ void finish(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int6
   }
 }
 
-template <class T, int NV, bool ROWS, bool LANES>
+template <class T, class P, int NV, bool ROWS, bool LANES>
 void forward_group(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int64_t item1,
                    ForwardScratch<T>& scratch) {
   constexpr int N = Simd<T>::N, W = NV * N;
-  const int64_t count = job.rows.start[item1] - job.rows.start[item0], dim = job.rows.dim, width = padded(dim);
+  const int64_t count = job.rows.start[item1] - job.rows.start[item0], dim = job.rows.dim;
+  const P* panel = static_cast<const P*>(group.panel);
   int slot = 0;
   // A tile of one vector is bound by load latency, so a narrow group's slots go through the product in pairs.
   for (; NV == 1 && slot + 1 < group.slots; slot += 2) {
-    const Panel<T> two = {.data = group.panel + slot * dim * N, .step = N, .apart = dim * N};
-    product<T, 2>(scratch.rows, count, width, two, dim, scratch.similarity, 2 * N);
+    const Panel<P> two = {.data = panel + slot * dim * N, .step = N, .apart = dim * N};
+    block_product<T, 2>(scratch.rows, count, two, dim, scratch.similarity, 2 * N);
     for (int s = 0; s < 2; s++)
       reduce_slot<T, NV, ROWS, LANES>(job, group, slot + s, scratch.similarity + s * N, 2 * N, item0, item1, scratch);
   }
   for (; slot < group.slots; slot++) {
-    const Panel<T> one = {.data = group.panel + slot * dim * W, .step = W, .apart = N};
-    product<T, NV>(scratch.rows, count, width, one, dim, scratch.similarity, W);
+    const Panel<P> one = {.data = panel + slot * dim * W, .step = W, .apart = N};
+    block_product<T, NV>(scratch.rows, count, one, dim, scratch.similarity, W);
     reduce_slot<T, NV, ROWS, LANES>(job, group, slot, scratch.similarity, W, item0, item1, scratch);
   }
   finish<T, NV, ROWS, LANES>(job, group, item0, item1, scratch);
+}
+
+template <class T, class P>
+void forward_directions(const ForwardJob<T>& job, const Group<T>& group, int64_t item0, int64_t item1,
+                        ForwardScratch<T>& scratch) {
+  const bool rows = job.rows.weight, lanes = job.lanes.weight, two = group.width > Simd<T>::N;
+  auto run = two ? (rows && lanes ? forward_group<T, P, 2, true, true>
+                    : rows        ? forward_group<T, P, 2, true, false>
+                                  : forward_group<T, P, 2, false, true>)
+                 : (rows && lanes ? forward_group<T, P, 1, true, true>
+                    : rows        ? forward_group<T, P, 1, true, false>
+                                  : forward_group<T, P, 1, false, true>);
+  run(job, group, item0, item1, scratch);
 }
 
 // Run one task: one block of row items against one group of lane items.
@@ -232,19 +294,14 @@ void forward(const ForwardJob<T>& job, int64_t task, ForwardScratch<T>& scratch)
   const Group<T>& group = job.groups[task % job.group_count];
   const int64_t item0 = job.block[block], item1 = job.block[block + 1];
   if (scratch.loaded_block != block) {
-    const int64_t row0 = job.rows.start[item0], row1 = job.rows.start[item1];
-    for (int64_t r = row0; r < row1; r++)
-      load_row(job.rows, r, scratch.rows + (r - row0) * padded(job.rows.dim), static_cast<T*>(nullptr));
+    load_block(job.rows, job.rows.start[item0], job.rows.start[item1], scratch.rows);
     scratch.loaded_block = block;
   }
-  const bool rows = job.rows.weight, lanes = job.lanes.weight, two = group.width > Simd<T>::N;
-  auto run = two ? (rows && lanes ? forward_group<T, 2, true, true>
-                    : rows        ? forward_group<T, 2, true, false>
-                                  : forward_group<T, 2, false, true>)
-                 : (rows && lanes ? forward_group<T, 1, true, true>
-                    : rows        ? forward_group<T, 1, true, false>
-                                  : forward_group<T, 1, false, true>);
-  run(job, group, item0, item1, scratch);
+  if constexpr (std::is_same_v<T, float>) {
+    if (job.storage == Dtype::f16) return forward_directions<T, Half>(job, group, item0, item1, scratch);
+    if (job.storage == Dtype::bf16) return forward_directions<T, BFloat16>(job, group, item0, item1, scratch);
+  }
+  forward_directions<T, T>(job, group, item0, item1, scratch);
 }
 
 }  // namespace drl_fast::DRL_FAST_ISA

@@ -14,15 +14,18 @@ interrupts.end_at_once()  # before torch is loaded, where this process is the co
 from . import functional, metrics, modules  # noqa: E402
 from .functional import (  # noqa: E402
     Matches,
+    PreparedVideos,
     cdcr_loss,
     cross_correlation_loss,
     info_nce,
     maxsim,
+    prepare,
     rerank,
     sigmoid_loss,
     token_contrastive_loss,
     token_interaction,
     token_maxsim,
+    topk,
 )
 from .modules import DP, HI, MLP, TI, WTI, XTI, MeanMaxSim  # noqa: E402
 from .ops.backend import backend, force_from_environment  # noqa: E402
@@ -45,6 +48,7 @@ __all__ = [
     "XTI",
     "Matches",
     "MeanMaxSim",
+    "PreparedVideos",
     "backend",
     "cdcr_loss",
     "cross_correlation_loss",
@@ -53,11 +57,13 @@ __all__ = [
     "maxsim",
     "metrics",
     "modules",
+    "prepare",
     "rerank",
     "sigmoid_loss",
     "token_contrastive_loss",
     "token_interaction",
     "token_maxsim",
+    "topk",
 ]
 
 

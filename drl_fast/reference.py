@@ -114,6 +114,40 @@ def token_interaction(
     return (logits, (frame, word if bidirectional else None)) if return_matches else logits
 
 
+def topk(
+    text: Tensor,
+    video: Tensor,
+    k: int,
+    text_weight: Tensor | None = None,
+    video_weight: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    video_mask: Tensor | None = None,
+    *,
+    normalize: bool = True,
+    masking: str = "drl",
+    bidirectional: bool = True,
+    pooling: str = "max",
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Sort all scores: the k best of every text (A, k), ties by the lower index, and their videos' indices."""
+    scores = token_interaction(
+        text,
+        video,
+        text_weight,
+        video_weight,
+        text_mask,
+        video_mask,
+        normalize=normalize,
+        masking=masking,
+        bidirectional=bidirectional,
+        pooling=pooling,
+        temperature=temperature,
+    )
+    assert isinstance(scores, Tensor)
+    order = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order), order
+
+
 def token_maxsim(
     text: Tensor,
     video: Tensor,

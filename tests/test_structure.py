@@ -74,12 +74,13 @@ KEPT = [
 ]
 PUBLIC = {
     "drl_fast": "DP HI MLP TI WTI XTI MeanMaxSim Matches cdcr_loss cross_correlation_loss functional info_nce maxsim "
-    "metrics modules rerank sigmoid_loss token_contrastive_loss token_interaction token_maxsim backend",
+    "metrics modules rerank sigmoid_loss token_contrastive_loss token_interaction token_maxsim "
+    "backend PreparedVideos prepare topk",
     "drl_fast.modules": "DP HI MLP TI WTI XTI MeanMaxSim SeqLSTM SeqTransf INTERACTIONS build_interaction",
     "drl_fast.functional": "cdcr_loss cross_correlation_loss info_nce maxsim rerank sigmoid_loss "
-    "token_contrastive_loss token_interaction token_maxsim",
+    "token_contrastive_loss token_interaction token_maxsim PreparedVideos prepare topk",
     "drl_fast.reference": "cdcr_loss cross_correlation_loss info_nce maxsim rerank sigmoid_loss "
-    "token_contrastive_loss token_interaction token_maxsim",
+    "token_contrastive_loss token_interaction token_maxsim topk",
     "drl_fast.metrics": "retrieval_metrics",
 }
 
@@ -295,9 +296,9 @@ def test_top_level_names_are_those_of_their_files() -> None:
             assert getattr(drl_fast, name) is getattr(home, name)
 
 
-@pytest.mark.parametrize("name", sorted(set(functional.__all__) - {"Matches"}))
+@pytest.mark.parametrize("name", sorted(set(functional.__all__) - {"Matches", "PreparedVideos", "prepare"}))
 def test_the_oracle_has_the_same_signature(name: str) -> None:
-    """Same names, kinds and defaults."""
+    """Same names, kinds and defaults. Preparing computes nothing that the oracle could check."""
     ours = inspect.signature(getattr(functional, name)).parameters
     theirs = inspect.signature(getattr(reference, name)).parameters
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .. import validation
 from ..numerics import accumulation_dtype
+from .prepared import PreparedVideos, check_sides
 from .token_interaction import interact
 
 
 def maxsim(
     query: Tensor,
-    document: Tensor,
+    document: Tensor | PreparedVideos,
     query_mask: Tensor | None = None,
     document_mask: Tensor | None = None,
     *,
@@ -28,7 +29,7 @@ def maxsim(
 
     Args:
         query: (A, Nt, D) token features; float32, float16, bfloat16 or float64.
-        document: (B, Nv, D), the same dtype and device.
+        document: (B, Nv, D), the same dtype and device, or what :func:`prepare` made of them; its weights play no part.
         query_mask: (A, Nt), non-zero = real, holes allowed; None: all real.
         document_mask: (B, Nv), likewise.
         query_weight: (A, Nt), any float dtype; None: 1 for every real token.
@@ -52,7 +53,8 @@ def maxsim(
     validation.flag("normalize", normalize)
     validation.option("reduction", reduction, ("sum", "mean"))
     validation.option("masking", masking, validation.MASKINGS)
-    sides = validation.check_sides(query, document, query_mask, document_mask, ("query", "document"))
+    names = "query", "document"
+    sides = check_sides(query, document, query_mask, document_mask, names, normalize=normalize, masking=masking)
     if query_weight is None:
         dtype = accumulation_dtype(sides.text.dtype)
         ones = torch.ones(sides.text.shape[:2], dtype=dtype, device=sides.text.device)

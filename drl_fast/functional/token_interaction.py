@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import validation
-from ..numerics import accumulation_dtype, uniform_weight
+from ..numerics import accumulation_dtype, uniform_weight, unit
+from ..ops import prepared as prepared_op
 from ..ops import token_interaction as op
 from ..ops.soft_token_interaction import soft_token_interaction
+from .prepared import PreparedSides, PreparedVideos, check_sides, refuse_beside_prepared
 
 
 class Matches(NamedTuple):
@@ -25,7 +27,7 @@ class Matches(NamedTuple):
 
 def token_interaction(
     text: Tensor,
-    video: Tensor,
+    video: Tensor | PreparedVideos,
     text_weight: Tensor | None = None,
     video_weight: Tensor | None = None,
     text_mask: Tensor | None = None,
@@ -48,7 +50,8 @@ def token_interaction(
 
     Args:
         text: (A, Nt, D) token features, raw; float32, float16, bfloat16 or float64.
-        video: (B, Nv, D) frame features of the same dtype and device.
+        video: (B, Nv, D) frame features of the same dtype and device, or what :func:`prepare` made of them, which holds
+            their weights and mask.
         text_weight: (A, Nt) weights, any float dtype, used as given; None: uniform over real tokens (TI).
         video_weight: (B, Nv), likewise. Must be None when ``bidirectional=False``.
         text_mask: (A, Nt), non-zero = real token, any dtype, holes allowed; None: all real.
@@ -79,16 +82,19 @@ def token_interaction(
     Source: arXiv 2203.07111, section 3.2, "Weighted Token-wise Interaction"; the softmax over similarities: Ma et al.,
     "X-CLIP", arXiv 2207.07285, section 3.4.
     """
-    validation.option("masking", masking, validation.MASKINGS)
-    for name, value in (("normalize", normalize), ("bidirectional", bidirectional), ("return_matches", return_matches)):
-        validation.flag(name, value)
+    validation.flag("return_matches", return_matches)
     temperature = validation.pooling(pooling, temperature)
-    sides = validation.check_sides(text, video, text_mask, video_mask)
-    if text_weight is not None:
-        text_weight = validation.weight("text_weight", text_weight, sides.text, "A, Nt", "text")
-    refuse_unused_weight(video_weight, bidirectional)
-    if video_weight is not None:
-        video_weight = validation.weight("video_weight", video_weight, sides.video, "B, Nv", "video")
+    sides, text_weight, video_weight = check_arguments(
+        text,
+        video,
+        text_weight,
+        video_weight,
+        text_mask,
+        video_mask,
+        normalize=normalize,
+        masking=masking,
+        bidirectional=bidirectional,
+    )
     return interact(
         sides,
         text_weight,
@@ -102,8 +108,37 @@ def token_interaction(
     )
 
 
+def check_arguments(
+    text: Tensor,
+    video: Tensor | PreparedVideos,
+    text_weight: Tensor | None,
+    video_weight: Tensor | None,
+    text_mask: Tensor | None,
+    video_mask: Tensor | None,
+    *,
+    normalize: bool,
+    masking: str,
+    bidirectional: bool,
+) -> tuple[validation.Sides | PreparedSides, Tensor | None, Tensor | None]:
+    """Check the arguments of :func:`token_interaction`; return both sides and their weights for :func:`interact`."""
+    validation.option("masking", masking, validation.MASKINGS)
+    validation.flag("normalize", normalize)
+    validation.flag("bidirectional", bidirectional)
+    sides = check_sides(text, video, text_mask, video_mask, normalize=normalize, masking=masking)
+    if text_weight is not None:
+        text_weight = validation.weight("text_weight", text_weight, sides.text, "A, Nt", "text")
+    if isinstance(sides, PreparedSides):
+        refuse_beside_prepared("video_weight", video_weight)
+        refuse_unused_weight(sides.video.weight, bidirectional)
+        return sides, text_weight, None
+    refuse_unused_weight(video_weight, bidirectional)
+    if video_weight is not None:
+        video_weight = validation.weight("video_weight", video_weight, sides.video, "B, Nv", "video")
+    return sides, text_weight, video_weight
+
+
 def interact(
-    sides: validation.Sides,
+    sides: validation.Sides | PreparedSides,
     text_weight: Tensor | None,
     video_weight: Tensor | None,
     *,
@@ -122,6 +157,17 @@ def interact(
         raise ValueError(
             f"return_matches must be False with pooling={pooling!r}, in which a token chooses no single other; "
             "call again with pooling='max' for matches"
+        )
+    if isinstance(sides, PreparedSides):
+        return _interact_prepared(
+            sides,
+            text_weight,
+            normalize=normalize,
+            masking=masking,
+            bidirectional=bidirectional,
+            pooling=pooling,
+            temperature=temperature,
+            return_matches=return_matches,
         )
     text, video, text_mask, video_mask = sides
     dtype = accumulation_dtype(text.dtype)
@@ -148,6 +194,53 @@ def interact(
         return logits
     by_word = op.public_index(video_index, text_mask, None)
     return logits, Matches(by_word, op.public_index(text_index, None, video_mask) if bidirectional else None)
+
+
+def _interact_prepared(
+    sides: PreparedSides,
+    text_weight: Tensor | None,
+    *,
+    normalize: bool,
+    masking: str,
+    bidirectional: bool,
+    pooling: str,
+    temperature: float,
+    return_matches: bool,
+) -> Tensor | tuple[Tensor, Matches]:
+    """Compute :func:`interact` with prepared videos, from their lanes or, where there are none, from their tokens."""
+    text, video, text_mask = sides
+    if video.lanes is None:
+        tokens, final = video.rows()
+        if final and normalize:
+            text = unit(text)
+        dtype = torch.promote_types(text.dtype, tokens.dtype)
+        return interact(
+            validation.Sides(text.to(dtype), tokens.to(dtype), text_mask, video.mask),
+            text_weight,
+            video.weight if bidirectional else None,
+            normalize=normalize and not final,
+            masking=masking,
+            bidirectional=bidirectional,
+            pooling=pooling,
+            temperature=temperature,
+            return_matches=return_matches,
+        )
+    text_weight = uniform_weight(text_mask, text) if text_weight is None else text_weight
+    text_weight = text_weight.to(accumulation_dtype(text.dtype))
+    if masking == "none":
+        text_mask = None
+    refuse_forward_mode((text, text_weight), "token interaction")
+    lanes, first, last = video.lanes
+    arguments = text, text_weight, text_mask, lanes, first, last, video.shape[1], normalize, masking == "drl"
+    if pooling != "max":
+        return prepared_op.prepared_soft_token_interaction(
+            *arguments, bidirectional, pooling == "logsumexp", temperature
+        )
+    logits, video_index, text_index = prepared_op.prepared_token_interaction(*arguments, bidirectional, return_matches)
+    if not return_matches:
+        return logits
+    by_word = op.public_index(video_index, text_mask, None)
+    return logits, Matches(by_word, op.public_index(text_index, None, video.mask) if bidirectional else None)
 
 
 def refuse_unused_weight(video_weight: Tensor | None, bidirectional: bool, name: str = "video_weight") -> None:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import validation
+from .prepared import PreparedVideos, check_sides
 from .token_interaction import interact
 
 
 def token_maxsim(
     text: Tensor,
-    video: Tensor,
+    video: Tensor | PreparedVideos,
     text_mask: Tensor | None = None,
     video_mask: Tensor | None = None,
     *,
@@ -29,6 +30,7 @@ def token_maxsim(
     Args:
         text: (A, Nt, D) token features, raw; float32, float16, bfloat16 or float64.
         video: (B, Nv, D) frame features of the same dtype and device. Swap the sides for the frames' maxima over words.
+            Or what :func:`prepare` made of them; its weights play no part.
         text_mask: (A, Nt), non-zero = real token, any dtype, holes allowed; None: all real.
         video_mask: (B, Nv), likewise.
         normalize: L2-normalise tokens first, as :func:`token_interaction` does.
@@ -50,7 +52,7 @@ def token_maxsim(
     validation.option("masking", masking, validation.MASKINGS)
     validation.flag("normalize", normalize)
     temperature = validation.pooling(pooling, temperature)
-    sides = validation.check_sides(text, video, text_mask, video_mask)
+    sides = check_sides(text, video, text_mask, video_mask, normalize=normalize, masking=masking)
     texts, words, _ = sides.text.shape
     # A word's own value is the score of a text that has no other word.
     one_word = sides._replace(

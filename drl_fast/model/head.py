@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import validation
-from ..functional import Matches
+from ..functional import Matches, PreparedVideos
 from ..modules import TI, WTI, XTI, MeanMaxSim, SeqLSTM, SeqTransf, build_interaction
 from ..numerics import zero_masked
 from . import losses, pretrained, upstream
@@ -270,15 +270,41 @@ class Head(nn.Module):
         for module in modules:
             yield from () if module is None else module.parameters()
 
+    def prepare(
+        self, video: Tensor, video_mask: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> PreparedVideos:
+        """Prepare encoded videos (B, Nv, D) for many calls of :meth:`similarity`, with their weights; TI and WTI only.
+
+        >>> prepared = head.prepare(*head.video_tokens(frames, frame_mask))
+        >>> logits = head.similarity(text, prepared, text_mask)
+
+        Args:
+            video_mask: (B, Nv), non-zero = real; None: all real.
+            dtype: what the tokens are stored in; see :func:`drl_fast.prepare`.
+
+        Raises:
+            ValueError: another interaction, or a shape that does not fit.
+        """
+        if not isinstance(self.interaction, TI | WTI):
+            raise ValueError(
+                f"prepare needs interaction 'ti' or 'wti', got {self.config.interaction!r}; pass the video's tokens to "
+                "similarity()"
+            )
+        return self.interaction.prepare(video, video_mask, dtype=dtype)
+
     @overload
     def similarity(
-        self, text: Tensor, video: Tensor, text_mask: Tensor | None = ..., video_mask: Tensor | None = ...
+        self,
+        text: Tensor,
+        video: Tensor | PreparedVideos,
+        text_mask: Tensor | None = ...,
+        video_mask: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def similarity(
         self,
         text: Tensor,
-        video: Tensor,
+        video: Tensor | PreparedVideos,
         text_mask: Tensor | None = ...,
         video_mask: Tensor | None = ...,
         *,
@@ -287,7 +313,7 @@ class Head(nn.Module):
     def similarity(
         self,
         text: Tensor,
-        video: Tensor,
+        video: Tensor | PreparedVideos,
         text_mask: Tensor | None = None,
         video_mask: Tensor | None = None,
         *,
@@ -296,7 +322,7 @@ class Head(nn.Module):
         """Score every text against every video, without the temperature.
 
         Args:
-            text, video: encoded tokens (A, Nt, D) and (B, Nv, D).
+            text, video: encoded tokens (A, Nt, D) and (B, Nv, D); the video may be what :meth:`prepare` returned.
             text_mask, video_mask: (A, Nt) and (B, Nv), non-zero = real; None: all real.
             return_matches: also return which frame each word chose and which word each frame chose; TI and WTI only.
 

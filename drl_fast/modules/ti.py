@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .. import validation
-from ..functional import Matches, rerank, token_interaction
+from .. import autocast, validation
+from ..functional import Matches, PreparedVideos, prepare, rerank, token_interaction
+from ..numerics import uniform_weight
 from .wti import interaction_options, pooling_repr
 
 
@@ -57,7 +59,7 @@ class TI(nn.Module):
     def forward(
         self,
         text: Tensor,
-        video: Tensor,
+        video: Tensor | PreparedVideos,
         text_mask: Tensor | None = None,
         video_mask: Tensor | None = None,
         *,
@@ -65,8 +67,9 @@ class TI(nn.Module):
     ) -> Tensor | tuple[Tensor, Matches]:
         """Score every text (A, Nt, D) against every video (B, Nv, D): logits (A, B), float32 or float64.
 
-        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real. With ``return_matches`` the result is a pair
-        ``(logits, Matches)``. Errors are those of :func:`drl_fast.token_interaction`.
+        Masks are (A, Nt) and (B, Nv), non-zero = real; None: all real. ``video`` may be what :meth:`prepare` returned,
+        without a mask. With ``return_matches`` the result is a pair ``(logits, Matches)``. Errors are those of
+        :func:`drl_fast.token_interaction`.
         """
         return token_interaction(
             text,
@@ -78,6 +81,24 @@ class TI(nn.Module):
             return_matches=return_matches,
             **interaction_options(self),
         )
+
+    def prepare(
+        self, video: Tensor, video_mask: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> PreparedVideos:
+        """Prepare videos (B, Nv, D) for many calls; see :func:`drl_fast.prepare`, also for ``dtype``.
+
+        >>> prepared = layer.prepare(video, video_mask)
+        >>> logits = layer(text, prepared, text_mask)
+
+        Errors are those of the call.
+        """
+        weight = None
+        if self.masking == "none" and self.bidirectional and video_mask is not None:
+            # The mask only shapes the weights, so they take its place.
+            video = autocast.cast(validation.tokens("video", video, "B, Nv, D"))
+            weight = uniform_weight(validation.mask("video_mask", video_mask, video, "B, Nv", "video"), video)
+        kept = None if self.masking == "none" else video_mask
+        return prepare(video, weight, kept, normalize=self.normalize, dtype=dtype)
 
     def rerank(
         self,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import autocast, validation
 from ..functional import Matches
+from ..functional.prepared import PreparedSides, PreparedVideos, check_sides, prepare
 from ..functional.rerank import check_candidates, score
-from ..functional.token_interaction import interact
+from ..functional.token_interaction import interact, refuse_unused_weight
 from ..numerics import unit, zero_masked
 
 
@@ -82,7 +83,7 @@ class WTI(nn.Module):
     def forward(
         self,
         text: Tensor,
-        video: Tensor,
+        video: Tensor | PreparedVideos,
         text_mask: Tensor | None = None,
         video_mask: Tensor | None = None,
         *,
@@ -92,7 +93,8 @@ class WTI(nn.Module):
 
         Args:
             text: (A, Nt, D) word features, raw.
-            video: (B, Nv, D) frame features, raw, of the same dtype and device.
+            video: (B, Nv, D) frame features, raw, of the same dtype and device; or what :meth:`prepare` made of them,
+                without ``video_mask``.
             text_mask: (A, Nt), non-zero = real word, any dtype, holes allowed; None: all real.
             video_mask: (B, Nv), likewise for frames.
             return_matches: also return which token matched each token best.
@@ -106,13 +108,36 @@ class WTI(nn.Module):
                 or of a wider dtype than the parameters (float64 into float32).
         """
         validation.flag("return_matches", return_matches)
-        sides = validation.check_sides(text, video, text_mask, video_mask)
+        sides = check_sides(text, video, text_mask, video_mask, normalize=self.normalize, masking=self.masking)
         return interact(
             sides,
             *self._weights(sides),
             return_matches=return_matches,
             **interaction_options(self),
         )
+
+    @torch.no_grad()
+    def prepare(
+        self, video: Tensor, video_mask: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> PreparedVideos:
+        """Compute the weights of videos (B, Nv, D) and prepare them for many calls; see :func:`drl_fast.prepare`.
+
+        >>> prepared = layer.prepare(video, video_mask)
+        >>> logits = layer(text, prepared, text_mask)
+
+        The weights are those of the parameters now: prepare again after training. ``dtype`` is what the tokens are
+        stored in; None: as given. Errors are those of the call.
+        """
+        video = autocast.cast(validation.tokens("video", video, "B, Nv, D"))
+        real = validation.mask("video_mask", video_mask, video, "B, Nv", "video")
+        check_width(self, video)
+        weight = None
+        if self.bidirectional:
+            normalized = self.weight_input == "normalized"
+            weight = softmax_weights(self.video_weight_fc, video, real, normalized=normalized)
+        # With masking="none" the mask only shapes the weights.
+        real = None if self.masking == "none" else real
+        return prepare(video, weight, real, normalize=self.normalize, dtype=dtype)
 
     def rerank(
         self,
@@ -142,11 +167,15 @@ class WTI(nn.Module):
         """
         return self._weights(validation.check_sides(text, video, text_mask, video_mask))
 
-    def _weights(self, sides: validation.Sides) -> tuple[Tensor, Tensor | None]:
+    def _weights(self, sides: validation.Sides | PreparedSides) -> tuple[Tensor, Tensor | None]:
         check_width(self, sides.text)
         normalized = self.weight_input == "normalized"
         video_weight = None
-        if self.bidirectional:
+        if isinstance(sides, PreparedSides):
+            refuse_unused_weight(sides.video.weight, self.bidirectional)
+            if self.bidirectional and sides.video.weight is None:
+                raise ValueError("video must hold the layer's weights, got none; prepare it with layer.prepare(video)")
+        elif self.bidirectional:
             video_weight = softmax_weights(self.video_weight_fc, sides.video, sides.video_mask, normalized=normalized)
         return softmax_weights(self.text_weight_fc, sides.text, sides.text_mask, normalized=normalized), video_weight
 

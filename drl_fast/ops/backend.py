@@ -16,6 +16,7 @@ import torch
 
 from .. import validation
 from . import cdcr, dispatch, gpu
+from .chunked import prepared as chunked_prepared
 from .chunked import rerank as chunked_rerank
 from .chunked import soft_token_interaction as chunked_soft
 from .chunked import token_interaction as chunked
@@ -25,6 +26,7 @@ CHUNKED: dict[str, Callable[..., Any]] = {
     "token_interaction_backward": chunked.backward,
     "soft_token_interaction": chunked_soft.forward,
     "soft_token_interaction_backward": chunked_soft.backward,
+    **chunked_prepared.CHUNKED,
     "rerank": chunked_rerank.forward,
     "rerank_backward": chunked_rerank.backward,
     **cdcr.CHUNKED,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .chunked import cdcr as chunked_cdcr
+from .chunked import prepared as chunked_prepared
 from .chunked import rerank as chunked_rerank
 from .chunked import soft_token_interaction as chunked_soft_token_interaction
 from .chunked import token_interaction as chunked_token_interaction
@@ -32,6 +33,12 @@ def _sides(
     from drl_fast.kernels.packing import Side
 
     return Side(text, text_weight, text_mask), Side(video, video_weight, video_mask)
+
+
+# The Triton kernels have no layout of prepared videos: they pack both sides in every call.
+prepare_videos = chunked_prepared.no_lanes
+prepared_token_interaction = chunked_prepared.forward
+prepared_soft_token_interaction = chunked_prepared.soft_forward
 
 
 @triton_or(chunked_token_interaction.forward)

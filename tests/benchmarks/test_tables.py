@@ -19,7 +19,7 @@ from problems import Shape
 RESULTS = sorted(harness.RESULTS.glob("*/wti.json"))
 MEASURED = [
     path
-    for name in ("wti", "contrastive", "cdcr", "model", "pooling")
+    for name in ("wti", "contrastive", "cdcr", "model", "pooling", "prepared")
     for path in sorted(harness.RESULTS.glob(f"*/{name}.json"))
 ]
 

@@ -23,6 +23,7 @@ SUITES = (
     "tests/ops/test_token_interaction_matches.py",
     "tests/ops/test_token_interaction_bits.py",
     "tests/ops/test_soft_token_interaction.py",
+    "tests/ops/test_prepared.py",
     "tests/ops/test_cdcr.py",
     "tests/test_golden.py",
 )
