@@ -96,7 +96,12 @@ def test_every_operator_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(backend.CHUNKED, name, record)
     torch.manual_seed(0)
     text, video = torch.randn(4, 9, 16, requires_grad=True), torch.randn(4, 5, 16)
+    with use("cpp"):
+        prepared = drl_fast.prepare(video)
     with drl_fast.backend("torch"):
+        drl_fast.prepare(video)
+        drl_fast.token_interaction(text, prepared)
+        drl_fast.token_interaction(text, prepared, pooling="softmax")
         drl_fast.token_interaction(text, video).sum().backward()
         drl_fast.token_interaction(text, video, pooling="softmax").sum().backward()
         drl_fast.rerank(text, video[:, None]).sum().backward()
