@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..console import print_all_unreadable, print_line, print_machine, print_unreadable, progress
+from ..data.split import some
 from ..engine.processes import Processes, processes
 from ._errors import report_errors
 from ._options import Device
@@ -22,12 +23,12 @@ NO_WEIGHTS = "CLIP's weights are random: hits will mean nothing; take trained on
 
 
 def index(
+    out: Annotated[
+        str, typer.Option(help="The index: a folder, new or to be continued, or a place such as s3://bucket/path.")
+    ],
     paths: Annotated[
         list[Path] | None, typer.Argument(help="Videos, and folders with all videos below them.", show_default=False)
     ] = None,
-    out: Annotated[
-        str, typer.Option(help="The index: a folder, new or to be continued, or a place such as s3://bucket/path.")
-    ] = ...,  # type: ignore[assignment]
     model: Annotated[
         Path | None,
         typer.Option(help="A run of drl-fast train, or a folder of save_pretrained. Default: the index's own."),
@@ -149,8 +150,8 @@ def _retriever(
     about = retriever.about
     print_line(
         console,
-        f"model {retriever.description}; windows of {about.max_frames} frames, {about.max_frames / about.rate:g} s, every "
-        f"{about.stride / about.rate:g} s; on {chosen}" + f", {here.size} processes" * (here.size > 1),
+        f"model {retriever.description}; windows of {about.max_frames} frames, {about.max_frames / about.rate:g} s, "
+        f"every {about.stride / about.rate:g} s; on {chosen}" + f", {here.size} processes" * (here.size > 1),
     )
     return retriever
 
@@ -198,11 +199,8 @@ def _conclude(report: Report, unreadable: int, out: str, retriever: Retriever, c
         "unchanged": len(report.unchanged),
     }
     if report.unnamed:
-        print_line(
-            console,
-            f"left out: {len(report.unnamed)} rows of the columns name no video of the index: {', '.join(report.unnamed[:5])}",
-            "yellow",
-        )
+        count = f"{len(report.unnamed)} rows of the columns"
+        print_line(console, f"left out: {count} name no video of the index: {some(report.unnamed)}", "yellow")
     if report.unreadable:
         print_line(console, f"unreadable videos: {unreadable}", "yellow")
         print_all_unreadable(console, report.unreadable)

@@ -108,8 +108,8 @@ def _print(
     for rank, hit in enumerate(hits, start=1):
         row = [str(rank), f"{hit.score:.3f}", f"{clock(hit.start)} - {clock(hit.end)}", _cell(hit.video)]
         if explain:
-            chosen = [f"{m.word} {'-' if m.time is None else clock(m.time)}" for m in hit.matches]
-            row.append(_cell(", ".join(chosen)))
+            chosen = [f"{m.word} {'none' if m.time is None else clock(m.time)}" for m in hit.matches]
+            row.append(_cell(" | ".join(chosen)))
         table.add_row(*row)
     console.print(table)
     if explain:

@@ -59,6 +59,7 @@ def _write(source: Path, name: str, start: float, end: float) -> None:
     # The name is absolute: in a relative one FFmpeg reads what precedes a colon as a protocol.
     with av.open(os.path.abspath(name), "w", format="mp4") as out:
         video = out.add_stream(codec, rate=30)
+        assert isinstance(video, av.VideoStream)
         video.pix_fmt, video.codec_context.time_base = "yuv420p", TIME_BASE
         sound = list(_sound(source, start, end))
         audio = out.add_stream("aac", rate=sound[0].sample_rate, layout=sound[0].layout.name) if sound else None

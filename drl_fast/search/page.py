@@ -34,8 +34,8 @@ h2 { margin: 0; font-size: 17px; overflow-wrap: anywhere; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(82px, 1fr)); gap: 10px 6px; }
 figure { margin: 0; min-width: 0; display: flex; flex-direction: column; justify-content: flex-end; }
 .words { display: flex; flex-wrap: wrap; justify-content: center; gap: 3px; padding-bottom: 4px; }
-.word { font-size: 12px; line-height: 1.3; padding: 1px 6px; border-radius: 5px; max-width: 100%;
-  overflow-wrap: anywhere; background: rgb(var(--accent) / calc(.14 + .86 * var(--shade))); }
+.word { font-size: 12px; line-height: 1.3; padding: 1px 5px; border-radius: 5px; max-width: 100%;
+  hyphens: auto; overflow-wrap: anywhere; background: rgb(var(--accent) / calc(.14 + .86 * var(--shade))); }
 .dark { color: var(--on-accent); }
 .none { background: none; border: 1px solid var(--line); color: var(--soft); }
 img { display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 6px; background: var(--line);
@@ -49,6 +49,7 @@ figcaption { padding-top: 2px; text-align: center; color: var(--soft); font-size
   li { padding: 12px; }
   .strip { grid-template-columns: repeat(4, 1fr); }
   .word { padding: 1px 4px; font-size: 11px; }
+  .score { margin-left: 0; }
 }
 """
 
@@ -83,7 +84,7 @@ def render(query: str, hits: Sequence[Hit], model: str) -> str:
     """Return the page as HTML."""
     found = f"{len(hits)} {'hit' if len(hits) == 1 else 'hits'}"
     rows = "\n".join(_hit(rank, hit) for rank, hit in enumerate(hits, start=1))
-    legend = "Words stand above the frames that they chose; a darker word counts more." if _matched(hits) else ""
+    legend = "Words stand above the frames that they chose; one in a stronger colour counts more." if _matched(hits) else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -140,7 +141,7 @@ def _frame(time: float, picture: bytes, words: Sequence[Match], most: float, mat
 
 def _word(match: Match, most: float) -> str:
     shade = match.weight / most
-    # White text needs a dark background.
+    # Text on a strong colour needs the other brightness.
     kind = "word none" if match.frame < 0 else "word dark" if shade > 0.5 else "word"
     return f'<span class="{kind}" style="--shade:{shade:.2f}">{_text(match.word)}</span>'
 

@@ -162,9 +162,9 @@ class Retriever:
         Raises:
             ValueError: no index there, its model is gone or has changed, or another format.
         """
-        table = open_index(index)
+        table, chosen = open_index(index), _device(device)
         try:
-            loaded = load_recorded(table.about, _device(device))
+            loaded = load_recorded(table.about, chosen)
         except ValueError as error:
             raise ValueError(
                 f"{index} was made with {describe(table.about.source)}, which cannot be loaded ({error}); name the "

@@ -151,7 +151,7 @@ class WindowTable:
             own = [name for name in ("path", "start", "end") if name in self.table.schema.names]
             raise ValueError(
                 f"where must be an SQL expression of the columns {', '.join([*own, *self.columns.names])}, got "
-                f"{where!r}: {first_sentence(error)}"
+                f"{where!r}: {first_sentence(error).partition('. Valid fields')[0]}"
             ) from error
 
     def videos(self) -> dict[str, Known]:
