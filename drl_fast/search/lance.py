@@ -16,11 +16,13 @@ os.environ.setdefault("LANCE_LOG", "error")
 try:
     import lancedb
     import pyarrow as pa
+    from lancedb.index import IvfPq
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f'searching needs {error.name}; install it with pip install "drl-fast[search]"', name=error.name
     ) from error
 
+__all__ = ["IvfPq", "commit", "connect", "create_table", "drop_table", "first_sentence", "open_table", "pa"]
 T = TypeVar("T")
 TABLE = "windows"
 # An index of one process alone, gone when it ends.

@@ -12,6 +12,7 @@ from ..validation import printable
 from .retriever import Hit, Match
 
 NAME = "index.html"
+LEGEND = "Words stand above the frames that they chose; one in a stronger colour counts more."
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #16181d; --soft: #626a76; --line: #dfe3e9;
   --accent: 22 88 180; --on-accent: #fff; }
@@ -84,7 +85,7 @@ def render(query: str, hits: Sequence[Hit], model: str) -> str:
     """Return the page as HTML."""
     found = f"{len(hits)} {'hit' if len(hits) == 1 else 'hits'}"
     rows = "\n".join(_hit(rank, hit) for rank, hit in enumerate(hits, start=1))
-    legend = "Words stand above the frames that they chose; one in a stronger colour counts more." if _matched(hits) else ""
+    legend = LEGEND if any(hit.matches for hit in hits) else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -104,10 +105,6 @@ def render(query: str, hits: Sequence[Hit], model: str) -> str:
 </body>
 </html>
 """
-
-
-def _matched(hits: Sequence[Hit]) -> bool:
-    return any(hit.matches for hit in hits)
 
 
 def _hit(rank: int, hit: Hit) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -569,16 +570,18 @@ def _one_writer(uri: str, processes: Processes) -> Iterator[None]:
     if not is_local(uri):
         yield
         return
-    lock = FileLock(Path(uri) / LOCK)
+    folder = Path(uri)
+    new, lock = not folder.exists(), FileLock(folder / LOCK)
     if not processes.acquire(lock):
         raise ValueError(f"{uri} must be written by one command at a time, and another one runs; wait for it")
     try:
         yield
     finally:
         lock.release()
-        if processes.first and not any(path.name != LOCK for path in Path(uri).iterdir()):  # nothing was written
-            Path(uri, LOCK).unlink(missing_ok=True)
-            Path(uri).rmdir()
+        if processes.first and open_table(uri) is None:  # nothing was written
+            (folder / LOCK).unlink(missing_ok=True)
+            if new:
+                shutil.rmtree(folder)
 
 
 def _uri(index: str | os.PathLike[str] | None) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import lance
-from .lance import commit, first_sentence, pa, plain_errors
+from .lance import IvfPq, commit, first_sentence, pa, plain_errors
 from .windows import Encoded, State
 
 FORMAT = "drl-fast index 1"
@@ -300,10 +300,7 @@ class WindowTable:
         """Merge the small files of many commits; index the vectors once there are more than ``EXACT`` windows."""
         what = f"the index {self.uri} could not be written"
         if self.count() > EXACT and not self.table.list_indices():
-            commit(
-                what,
-                lambda: self.table.create_index(metric="cosine", vector_column_name="vector", index_type="IVF_PQ"),
-            )
+            commit(what, lambda: self.table.create_index("vector", config=IvfPq(distance_type="cosine")))
         commit(what, self.table.optimize)
 
     def _arrow(self, query: Any) -> pa.Table:
