@@ -80,10 +80,16 @@ def index(
             return
         retriever = _retriever(out, model, clip, pretrained, device, here, console)
         report = _index(retriever, paths, columns, root, batch_size, workers, here, console)
-        done = here.sum(len(report.added) + len(report.updated) + len(report.moved)) + len(report.unchanged)
+        # Each process encodes its own part; all of them find the same files unchanged.
+        counts = {
+            "added": here.sum(len(report.added)),
+            "updated": here.sum(len(report.updated)),
+            "found below another root": len(report.moved),
+            "unchanged": len(report.unchanged),
+        }
         unreadable = here.sum(len(report.unreadable))
         if here.first:
-            _conclude(report, unreadable, out, retriever, console)
+            _conclude(report, counts, unreadable, out, retriever, console)
             _print_json(
                 as_json,
                 {
@@ -95,7 +101,7 @@ def index(
                     "unreadable": [video._asdict() for video in report.unreadable],
                 },
             )
-        if not done:
+        if not sum(counts.values()):
             raise ValueError(f"none of the {unreadable} videos could be read; see above")
 
 
@@ -190,14 +196,10 @@ def _index(
         )
 
 
-def _conclude(report: Report, unreadable: int, out: str, retriever: Retriever, console: Console) -> None:
+def _conclude(
+    report: Report, counts: dict[str, int], unreadable: int, out: str, retriever: Retriever, console: Console
+) -> None:
     """Print what was done, and how to search."""
-    counts = {
-        "added": len(report.added),
-        "updated": len(report.updated),
-        "found below another root": len(report.moved),
-        "unchanged": len(report.unchanged),
-    }
     if report.unnamed:
         count = f"{len(report.unnamed)} rows of the columns"
         print_line(console, f"left out: {count} name no video of the index: {some(report.unnamed)}", "yellow")

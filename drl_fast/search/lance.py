@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 # Its warnings are about LanceDB's own future; it reads this when it is loaded.
-os.environ.setdefault("LANCE_LOG", "error")
+os.environ.setdefault("LANCEDB_LOG", "error")
 
 try:
     import lancedb
@@ -22,13 +20,10 @@ except ModuleNotFoundError as error:
         f'searching needs {error.name}; install it with pip install "drl-fast[search]"', name=error.name
     ) from error
 
-__all__ = ["IvfPq", "commit", "connect", "create_table", "drop_table", "first_sentence", "open_table", "pa"]
-T = TypeVar("T")
+__all__ = ["IvfPq", "connect", "create_table", "drop_table", "first_sentence", "is_local", "open_table", "pa"]
 TABLE = "windows"
 # An index of one process alone, gone when it ends.
 IN_MEMORY = "memory://"
-# Commits that meet another process's are repeated this often; LanceDB itself repeats them, too.
-ATTEMPTS = 8
 
 
 def is_local(uri: str) -> bool:
@@ -86,19 +81,3 @@ def first_sentence(error: BaseException) -> str:
     if "No space left on device" in str(error):
         return "the disk is full; make room and repeat the command, which continues from the last commit"
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def commit(what: str, write: Callable[[], T]) -> T:
-    """Call ``write``, which commits; repeat it if another process's commit came between.
-
-    Raises:
-        OSError: it failed for another reason, a full disk for example; the table is as it was.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            return write()
-        except (RuntimeError, ValueError, OSError) as error:
-            if "conflict" not in str(error).lower() or attempt + 1 == ATTEMPTS:
-                raise OSError(f"{what}: {first_sentence(error)}") from error
-        time.sleep(random.uniform(0.05, 0.2) * 2**attempt)
-    raise AssertionError("the loop returns or raises")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import lance
-from .lance import IvfPq, commit, first_sentence, pa, plain_errors
+from .lance import IvfPq, first_sentence, pa, plain_errors
 from .windows import Encoded, State
 
 FORMAT = "drl-fast index 1"
@@ -23,6 +25,8 @@ KEY = b"drl_fast"
 BLOCK = 1024
 # Above so many windows, vectors are indexed and a search rescores the nearest ones only.
 EXACT = 100_000
+# Commits that meet another process's are repeated this often; LanceDB itself repeats them, too.
+ATTEMPTS = 8
 # Names per SQL expression.
 NAMES = 500
 
@@ -225,10 +229,9 @@ class WindowTable:
         Args:
             columns: the user's values by path.
         """
-        what = f"the index {self.uri} could not be written"
         if new:
             rows = self._rows(new, columns)
-            commit(what, lambda: self.table.add(rows))
+            self._commit(lambda: self.table.add(rows))
         if changed:
             rows = self._rows(changed, columns)
             # One commit: a reader sees a video's old windows or its new ones.
@@ -238,29 +241,26 @@ class WindowTable:
                 .when_not_matched_insert_all()
                 .when_not_matched_by_source_delete(_among("path", [video.file.name for video in changed]))
             )
-            commit(what, lambda: replace.execute(rows))
+            self._commit(lambda: replace.execute(rows))
 
     def move(self, names: Sequence[str], root: str) -> None:
         """Note that videos lie below another root now."""
         for part in _parts(names):
-            commit(
-                f"the index {self.uri} could not be written",
+            self._commit(
                 lambda part=part: self.table.update(where=_among("path", part), values={"root": root}),  # type: ignore[misc]
             )
 
     def rename(self, root: str, new: str, folder: str) -> None:
         """Name the videos of one root relative to another, in which it is ``folder``."""
         values = {"path": f"concat({_quoted(folder + '/')}, path)", "root": _quoted(new)}
-        commit(
-            f"the index {self.uri} could not be written",
+        self._commit(
             lambda: self.table.update(where=f"root = {_quoted(root)}", values_sql=values),
         )
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove videos."""
         for part in _parts(names):
-            commit(
-                f"the index {self.uri} could not be written",
+            self._commit(
                 lambda part=part: self.table.delete(_among("path", part)),  # type: ignore[misc]
             )
 
@@ -284,7 +284,7 @@ class WindowTable:
                     f"{self.uri}, got {field.type}"
                 )
         if new:
-            commit(f"the index {self.uri} could not be written", lambda: self.table.add_columns(new))
+            self._commit(lambda: self.table.add_columns(new))
 
     def set_columns(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the user's values of videos that are in the index, in one commit; ``columns`` maps path to values."""
@@ -294,14 +294,30 @@ class WindowTable:
         fields = [pa.field("path", pa.string()), *(self.columns.field(name) for name in names)]
         rows = pa.Table.from_pylist([{"path": path, **values} for path, values in columns.items()], pa.schema(fields))
         update = self.table.merge_insert("path").when_matched_update_all()
-        commit(f"the index {self.uri} could not be written", lambda: update.execute(rows))
+        self._commit(lambda: update.execute(rows))
 
     def finish(self) -> None:
         """Merge the small files of many commits; index the vectors once there are more than ``EXACT`` windows."""
-        what = f"the index {self.uri} could not be written"
+        self.refresh()
         if self.count() > EXACT and not self.table.list_indices():
-            commit(what, lambda: self.table.create_index("vector", config=IvfPq(distance_type="cosine")))
-        commit(what, self.table.optimize)
+            self._commit(lambda: self.table.create_index("vector", config=IvfPq(distance_type="cosine")))
+        self._commit(self.table.optimize)
+
+    def _commit(self, write: Callable[[], object]) -> None:
+        """Call ``write``, which commits; repeat it on the newest version if another process's commit came between.
+
+        Raises:
+            OSError: it failed for another reason, a full disk for example; the table is as it was.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                write()
+                return
+            except (RuntimeError, ValueError, OSError) as error:
+                if "conflict" not in str(error).lower() or attempt + 1 == ATTEMPTS:
+                    raise OSError(f"the index {self.uri} could not be written: {first_sentence(error)}") from error
+            time.sleep(random.uniform(0.05, 0.2) * 2**attempt)
+            self.refresh()
 
     def _arrow(self, query: Any) -> pa.Table:
         with plain_errors(f"the index {self.uri} cannot be read"):

@@ -306,19 +306,29 @@ def test_a_full_disk(retriever: Retriever, videos: Path, monkeypatch: pytest.Mon
     assert contents(retriever) == WINDOWS
 
 
-def test_commits_are_repeated_after_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commits_are_repeated_after_a_conflict(
+    retriever: Retriever, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the newest version, a few times."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    calls = []
+    retriever.index([videos])
+    table, calls = open_index(retriever.uri), []
 
-    def write() -> str:
-        calls.append(1)
+    def write() -> None:
+        calls.append(table.table.version)
         if len(calls) < 3:
+            retriever.remove([list(WINDOWS)[len(calls)]])
             raise RuntimeError("lance error: Retryable commit conflict for version 7")
-        return "done"
 
-    assert lance.commit("x", write) == "done"
-    with pytest.raises(OSError, match="x: lance error: Retryable commit conflict"):
-        lance.commit("x", lambda: (_ for _ in ()).throw(RuntimeError("lance error: Retryable commit conflict")))
+    table._commit(write)
+    assert len(calls) == 3
+    assert calls == sorted(set(calls))
+
+    def never() -> None:
+        raise RuntimeError("lance error: Retryable commit conflict for version 7")
+
+    with pytest.raises(OSError, match="could not be written: lance error: Retryable commit conflict"):
+        table._commit(never)
 
 
 def test_times_alone_prove_nothing_is_needed(retriever: Retriever, videos: Path) -> None:
