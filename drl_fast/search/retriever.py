@@ -441,8 +441,9 @@ class Retriever:
             scores.append(score(self.model, query, block).numpy())
             ids.append(block.ids)
             paths += block.rows.column("path").to_pylist()
-            starts.append(block.rows.column("start").to_numpy())
-            ends.append(block.rows.column("end").to_numpy())
+            # Copies: a view would keep the block's tokens in memory.
+            starts.append(np.array(block.rows.column("start")))
+            ends.append(np.array(block.rows.column("end")))
         empty = [np.zeros(0)]
         joined = [np.concatenate(parts or empty) for parts in (scores, ids, starts, ends)]
         return _Scored(joined[0], joined[1], joined[2], joined[3], paths)

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ KEY = b"drl_fast"
 BLOCK = 1024
 # Above so many windows, vectors are indexed and a search rescores the nearest ones only.
 EXACT = 100_000
+# Small files, of one commit each, that are left as they are.
+FILES = 64
 # Commits that meet another process's are repeated this often; LanceDB itself repeats them, too.
 ATTEMPTS = 8
 # Names per SQL expression.
@@ -297,11 +300,17 @@ class WindowTable:
         self._commit(lambda: update.execute(rows))
 
     def finish(self) -> None:
-        """Merge the small files of many commits; index the vectors once there are more than ``EXACT`` windows."""
+        """Index the vectors once there are more than ``EXACT`` windows; merge small files once there are many.
+
+        Merging copies rows. The copied files stay for an hour, since another process may still read them.
+        """
         self.refresh()
         if self.count() > EXACT and not self.table.list_indices():
             self._commit(lambda: self.table.create_index("vector", config=IvfPq(distance_type="cosine")))
-        self._commit(self.table.optimize)
+        with plain_errors(f"the index {self.uri} cannot be read"):
+            small = self.table.stats().fragment_stats.num_small_fragments
+        if small > FILES:
+            self._commit(lambda: self.table.optimize(cleanup_older_than=timedelta(hours=1)))
 
     def _commit(self, write: Callable[[], object]) -> None:
         """Call ``write``, which commits; repeat it on the newest version if another process's commit came between.
