@@ -308,7 +308,7 @@ class WindowTable:
         if self.count() > EXACT and not self.table.list_indices():
             self._commit(lambda: self.table.create_index("vector", config=IvfPq(distance_type="cosine")))
         with plain_errors(f"the index {self.uri} cannot be read"):
-            small = self.table.stats().fragment_stats.num_small_fragments
+            small = self.table.stats()["fragment_stats"]["num_small_fragments"]
         if small > FILES:
             self._commit(lambda: self.table.optimize(cleanup_older_than=timedelta(hours=1)))
 

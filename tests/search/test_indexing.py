@@ -14,6 +14,7 @@ import pytest
 from drl_fast import Retriever
 from drl_fast.search import lance
 from drl_fast.search import retriever as retriever_module
+from drl_fast.search import table as tables
 from drl_fast.search.retriever import open_index
 from drl_fast.search.table import KEY
 
@@ -329,6 +330,22 @@ def test_commits_are_repeated_after_a_conflict(
 
     with pytest.raises(OSError, match="could not be written: lance error: Retryable commit conflict"):
         table._commit(never)
+
+
+def test_small_files_are_merged(retriever: Retriever, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once there are many; the contents stay."""
+    monkeypatch.setattr(retriever_module, "COMMIT_VIDEOS", 1)
+
+    def files() -> int:
+        return open_index(retriever.uri).table.stats()["fragment_stats"]["num_fragments"]
+
+    retriever.index([videos])
+    assert files() == 3
+    monkeypatch.setattr(tables, "FILES", 3)
+    make_video(videos / "new.mp4", 2)
+    retriever.index([videos])
+    assert files() == 1
+    assert contents(retriever) == {**WINDOWS, "new.mp4": 1}
 
 
 def test_times_alone_prove_nothing_is_needed(retriever: Retriever, videos: Path) -> None:
