@@ -68,13 +68,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Load what the import of the package does not: what needs open_clip or matplotlib, and the oracle."""
+    """Load what the import of the package does not: what needs open_clip, matplotlib or lancedb, and the oracle."""
     import importlib
 
     if name == "DRL":
         return importlib.import_module("drl_fast.model.drl").DRL
     if name == "Head":
         return importlib.import_module("drl_fast.model.head").Head
+    if name == "Retriever":
+        return importlib.import_module("drl_fast.search.retriever").Retriever
     if name == "plot_matches":
         return importlib.import_module("drl_fast.filmstrip").plot_matches
     if name == "reference":
@@ -83,5 +85,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    # `from drl_fast import *` leaves these out, since open_clip and matplotlib may not be installed.
-    return sorted([*__all__, "DRL", "Head", "plot_matches", "reference", "__version__"])
+    # `from drl_fast import *` leaves these out, since open_clip, matplotlib and lancedb may not be installed.
+    return sorted([*__all__, "DRL", "Head", "Retriever", "plot_matches", "reference", "__version__"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").exists():
     pytest.skip("no source tree beside the tests", allow_module_level=True)
-PAGES = ("README.md", "docs/drop_in.md", "docs/recipes.md", "docs/troubleshooting.md")
+PAGES = ("README.md", "docs/drop_in.md", "docs/recipes.md", "docs/search.md", "docs/troubleshooting.md")
 # Scores are cosines, and the hosts sum them in another order.
 SAME = 1e-5
 
@@ -36,7 +36,9 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if any("drl_fast.DRL" in block or "plot_matches" in block for block in found):
         pytest.importorskip("open_clip")
     monkeypatch.chdir(tmp_path)
-    if page == "docs/recipes.md":
+    if "Retriever" in "".join(found):
+        pytest.importorskip("lancedb")
+    if page in ("docs/recipes.md", "docs/search.md"):
         _trained_run(tmp_path / "runs/clips/best")
     names = _run(page, found)
     assert names["drl_fast"].__name__ == "drl_fast"

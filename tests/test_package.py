@@ -23,7 +23,7 @@ except metadata.PackageNotFoundError:
 PACKAGE = Path(drl_fast.__file__).parent
 # Import names of the packages that the extras install.
 OPTIONAL = ["PIL", "av", "matplotlib", "open_clip", "psutil", "rich", "safetensors", "tensorboard", "threadpoolctl"]
-OPTIONAL += ["torchvision", "typer", "yaml"]
+OPTIONAL += ["torchvision", "typer", "yaml", "lancedb", "pyarrow"]
 # typer names a command after its function if it has no name.
 COMMANDS = [str(row.name or getattr(row.callback, "__name__", "")) for row in app.registered_commands]
 
@@ -40,7 +40,7 @@ def test_what_is_required() -> None:
 
 
 def test_extras() -> None:
-    extras = {"cli", "video", "train", "hdf5", "bench", "dev"}
+    extras = {"cli", "video", "train", "search", "hdf5", "bench", "dev"}
     assert set(INSTALLED.metadata.get_all("Provides-Extra") or []) == extras
 
 
@@ -67,7 +67,14 @@ def test_the_command_needs_its_own_extra_alone() -> None:
     """Listing commands and checking the machine work without the packages of video and train."""
     others = [name for name in OPTIONAL if name not in ("rich", "typer")]
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); from drl_fast.cli import main; main()"
-    for words in (["--help"], ["train", "--help"], ["eval", "--help"], ["demo", "--help"]):
+    for words in (
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["demo", "--help"],
+        ["index", "--help"],
+        ["search", "--help"],
+    ):
         subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
 
 

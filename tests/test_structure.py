@@ -29,7 +29,7 @@ if not (ROOT / "setup.py").exists():
 LAYERS = [
     ["drl_fast.cli"],
     ["drl_fast.demo"],
-    ["drl_fast.console"],
+    ["drl_fast.search", "drl_fast.console"],
     ["drl_fast.engine"],
     ["drl_fast.model", "drl_fast.data"],
     ["drl_fast"],
@@ -48,17 +48,19 @@ LAYERS = [
     ],
 ]
 ORACLE = "drl_fast.reference"
-# Loaded at the first use of drl_fast.DRL and drl_fast.Head.
-LAZY = (("drl_fast", "drl_fast.model.drl"), ("drl_fast", "drl_fast.model.head"))
+# Loaded at the first use of drl_fast.DRL, drl_fast.Head and drl_fast.Retriever.
+LAZY = tuple(("drl_fast", f"drl_fast.{name}") for name in ("model.drl", "model.head", "search.retriever"))
 FOLDERS = ("drl_fast", "kernels", "csrc", "tests", "benchmarks", "examples")
 # Each takes half a second or more to import, or may be missing. (torch.compiler's decorators load torch._dynamo.)
 HEAVY = {
     "PIL",
     "av",
+    "lancedb",
     "matplotlib",
     "numpy",
     "open_clip",
     "psutil",
+    "pyarrow",
     "rich",
     "torch._dynamo",
     "torchvision",
@@ -205,7 +207,7 @@ def test_public_import_paths_exist(module: str) -> None:
 
 
 def test_the_package_lists_every_public_name() -> None:
-    assert set(dir(drl_fast)) >= {*drl_fast.__all__, "DRL", "plot_matches", "reference"}
+    assert set(dir(drl_fast)) >= {*drl_fast.__all__, "DRL", "Retriever", "plot_matches", "reference"}
 
 
 def test_the_oracle_stands_alone() -> None:
@@ -280,7 +282,9 @@ def test_public_names(module: str) -> None:
 
 @pytest.mark.parametrize("statement", ["import drl_fast; dir(drl_fast)", "from drl_fast import *"])
 def test_lazy_names_stay_unloaded(statement: str) -> None:
-    code = f"import sys\n{statement}\nprint(sorted({{'open_clip', 'drl_fast.reference'}} & set(sys.modules)))"
+    code = (
+        f"import sys\n{statement}\nprint(sorted({{'open_clip', 'lancedb', 'drl_fast.reference'}} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

@@ -23,6 +23,7 @@ Overrides = Annotated[
 Features = Annotated[
     Path | None, typer.Option(help="Use the tokens in this folder, which drl-fast features wrote, instead of videos.")
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: the GPU if there is one.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if a video is missing or cannot be read.")]
 
 

@@ -13,6 +13,8 @@ from .demo import demo
 from .doctor import doctor, environment
 from .eval import evaluate
 from .features import features
+from .index import index
+from .search import search
 from .train import train
 
 # Longer lines are hard to read, whatever the terminal's width.
@@ -39,6 +41,8 @@ app.command(cls=Command, short_help="Compare all interactions")(demo)
 app.command(cls=Command, short_help="Train a model")(train)
 app.command(cls=Command, short_help="Encode a data set once")(features)
 app.command("eval", cls=Command, short_help="Score a model")(evaluate)
+app.command(cls=Command, short_help="Encode your videos")(index)
+app.command(cls=Command, short_help="Find a moment")(search)
 app.command(cls=Command, short_help="Check this machine")(doctor)
 
 

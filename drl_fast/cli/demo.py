@@ -36,9 +36,13 @@ def demo(
     max_words: Annotated[
         int, typer.Option(min=3, help="With --videos: tokens that a caption is cut to, start and end included.")
     ] = 32,
-    out: Annotated[Path, typer.Option(help="Folder for the plots loss.png, recall.png and matches.png.")] = Path(
-        "demo_out"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the plots loss.png, recall.png and matches.png, and for search/, the held-out clips with "
+            "an index of them."
+        ),
+    ] = Path("demo_out"),
     keep: Annotated[
         Path | None,
         typer.Option(help="Keep the generated clips and their captions in this new or empty folder."),

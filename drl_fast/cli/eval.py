@@ -105,7 +105,7 @@ def evaluate(
         from ..data.feature_cache import FeatureCache
         from ..data.feature_store import FeatureStore
         from ..engine import evaluate as engine
-        from .load_model import load_head, load_model, settings_of, untrained
+        from ..engine.load_model import load_head, load_model, settings_of, untrained
 
         option("split", split, PARTS)
         option("precision", precision, PRECISIONS)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import torch
@@ -77,13 +78,14 @@ class Sampling:
             times: when each frame is shown, in seconds from the first one, ascending.
             fps: the rate that the file states; ignored if ``times`` contradict it.
         """
-        candidates = self._candidates(times, fps)
+        candidates = self.candidates(times, fps)[0]
         return [candidates[i] for i in thin(len(candidates), self.max_frames)]
 
-    def _candidates(self, times: Sequence[float], fps: float) -> list[int]:
+    def candidates(self, times: Sequence[float], fps: float) -> tuple[list[int], float]:
+        """Return the numbers of the frames before thinning, and the seconds from one to the next."""
         count = len(times)
         if count < 2:
-            return list(range(count))
+            return list(range(count)), 1 / self.rate
         gap = times[-1] / (count - 1)
         # Stamps that are all equal or jump by hours (a counter that wrapped around) say nothing: count frames.
         useless = gap == 0 or max(b - a for a, b in pairwise(times)) > LONGEST_GAP
@@ -91,10 +93,23 @@ class Sampling:
         if useless or all(abs(time - number * gap) <= 0.5 * gap for number, time in enumerate(times)):
             fps = fps if useless or abs(fps * gap - 1) < 0.01 else 1 / gap
             within = count if self.seconds is None else min(count, int(self.seconds * fps) + 1)
-            return list(range(0, within, max(round(fps / self.rate), 1)))
+            step = max(round(fps / self.rate), 1)
+            return list(range(0, within, step)), step / fps
         end = times[-1] if self.seconds is None else min(times[-1], self.seconds)
         # A microsecond of tolerance: a frame stamped 2.9999999 is the one shown at 3 s.
-        return [bisect.bisect_right(times, k / self.rate + 1e-6) - 1 for k in range(int(end * self.rate + 1e-6) + 1)]
+        shown = [k / self.rate for k in range(int(end * self.rate + 1e-6) + 1)]
+        return [bisect.bisect_right(times, time + 1e-6) - 1 for time in shown], 1 / self.rate
+
+
+class Sampled(NamedTuple):
+    """A video's frames at a fixed rate."""
+
+    frames: Tensor
+    """(n, 3, size, size) uint8 RGB"""
+    interval: float
+    """Seconds from one frame to the next; the first is shown at 0."""
+    duration: float
+    """Seconds; frames after ``sampling.seconds`` may not count."""
 
 
 def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[Tensor, Tensor]:
@@ -109,6 +124,17 @@ def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[
     Raises:
         ValueError: a file that is missing, cut short or damaged, cannot be decoded or holds no frame; path and remedy
             are named.
+    """
+    found = sample_video(path, sampling, threads).frames
+    frames = torch.zeros((sampling.max_frames, 3, sampling.size, sampling.size), dtype=torch.uint8)
+    frames[: len(found)] = found
+    return frames, torch.arange(sampling.max_frames) < len(found)
+
+
+def sample_video(path: str | Path, sampling: Sampling, threads: int = 0) -> Sampled:
+    """Decode one video file as :func:`read_video` does; return its real frames, and when they are shown.
+
+    The interval is that of the frames before thinning. Errors are those of :func:`read_video`.
     """
     path = Path(path)
     _check_file(path)
@@ -130,9 +156,36 @@ def read_video(path: str | Path, sampling: Sampling, threads: int = 0) -> tuple[
         raise ValueError(f"{path} must be a readable video, got: {reason}; {REMEDY}") from error
     if not decoded.pictures:
         raise ValueError(f"{path} must hold at least one video frame, got none; {REMEDY}")
-    frames = torch.zeros((sampling.max_frames, 3, sampling.size, sampling.size), dtype=torch.uint8)
-    frames[: len(numbers)] = torch.stack([decoded.pictures[number] for number in numbers])
-    return frames, torch.arange(sampling.max_frames) < len(numbers)
+    frames = torch.stack([decoded.pictures[number] for number in numbers])
+    return Sampled(frames, sampling.candidates(decoded.times, fps)[1], decoded.times[-1] + 1 / fps)
+
+
+def show(path: str | Path, start: float, end: float) -> Iterator[tuple[float, Image.Image]]:
+    """Yield the pictures that a player shows from ``start`` to ``end``, each with its time; seconds from the first one.
+
+    Raises:
+        ValueError: a file that is missing, or cannot be decoded; path and remedy are named.
+    """
+    path = Path(path)
+    _check_file(path)
+    to_rgb = VideoReformatter()
+    try:
+        with _open(path) as (container, stream):
+            stream.thread_type = "AUTO"
+            origin = float((stream.start_time or 0) * (stream.time_base or 0))
+            if start > 0:
+                # To the key frame before it.
+                container.seek(int((start + origin) * av.time_base))
+            for frame in container.decode(stream):
+                time = (frame.time or 0.0) - origin
+                if time >= end:
+                    break
+                if time >= start - 1e-3:
+                    picture = Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                    yield max(time, start), _as_shown(picture, frame, stream)
+    except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"{path} must be a readable video, got: {reason}; {REMEDY}") from error
 
 
 def thin(count: int, limit: int) -> list[int]:

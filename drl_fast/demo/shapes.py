@@ -1,4 +1,4 @@
-"""The demo on generated clips: write, decode, train every interaction, compare, and show one pair's matches."""
+"""The demo on generated clips: write, decode, train every interaction, compare, show one pair's matches, and search."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from ..model.small import LAYERS
 from . import frozen
 from .choices import choose, tables
 from .comparison import CDCR, RECIPE, ROWS, SAMPLING, Row, as_json, compare, draw, findings, table, tokenizer
+from .search import search_clips
 
 INTERVALS = (
     "Brackets: 95 % bootstrap interval of R@1 over the held-out clips, four clips of the same words drawn as one. It "
@@ -61,6 +62,7 @@ def run_shapes(
         train, test = (load_split("folder", part, videos=folder, annotations=folder) for part in ("train", "test"))
         train_frames, train_mask = _decode(train, bars)
         test_frames, test_mask = _decode(test, bars)
+        held_out_files = {path.name: path.read_bytes() for path in test.videos}
     print_line(
         console,
         f"{len(made)} H.264 clips of {moving_shapes.SIZE} x {moving_shapes.SIZE} pixels ({size / 2**20:.1f} MiB), "
@@ -97,6 +99,7 @@ def run_shapes(
     for path in draw(rows, batch, out):
         print_line(console, f"plot: {path}")
     _show_choices(models[CDCR], made[clips], decoded[0], rows[-1], console, out / MATCHES)
+    search_clips(models[CDCR], test, held_out_files, out, console)
     seconds = time.perf_counter() - start
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     options = {"clips": clips, "steps": steps, "seed": seed}

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from drl_fast.model.clip import load_clip
 from tests.clips import cut, noise, write_audio, write_video
 
 Demo = Callable[..., Any]
+UNWRAPPED = ("plot:", "numbers:", "page:", "search:")
 TINY = ("--clips", 8, "--held-out", 8)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,6 +84,8 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         "(end)",
         "Which word each frame chose",
         "pixels moved, first and second",
+        "Search: 8 held-out clips indexed in",
+        "searched by the first one's caption in",
         "The demo took",
     ):
         assert text in result.flat, f"{text!r} is missing in:\n{result.stdout}"
@@ -92,8 +97,8 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert re.search(r"│ 0 +│ 0 (left|right|up|down), 0 (left|right|up|down) ", result.stdout)
     assert "…" not in table
     # Paths and progress lines are not wrapped.
-    assert max(len(line) for line in table.splitlines() if not line.startswith(("plot:", "numbers:"))) <= 80
-    names = ["comparison.json", "loss.png", "matches.png", "recall.png"]
+    assert max(len(line) for line in table.splitlines() if not line.startswith(UNWRAPPED)) <= 80
+    names = ["comparison.json", "loss.png", "matches.png", "recall.png", "search"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     numbers = json.loads((tmp_path / "out/comparison.json").read_text())
     assert [row["name"] for row in numbers["rows"]] == list(ROWS)
@@ -108,6 +113,33 @@ def test_shapes_end_to_end(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path
         with Image.open(tmp_path / "out" / name) as picture:
             assert min(picture.size) > 500
             assert len(picture.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_it_ends_in_a_search(demo: Demo, command: Demo, tmp_path: Path) -> None:
+    """Its command works, the model on disk gives the scores of the page, and a second demo replaces the first one's."""
+    out = tmp_path / "out"
+    for seed in (0, 1):
+        printed = demo(*TINY, "--steps", 1, "--seed", seed, "--out", out).stdout
+        (line,) = [line for line in printed.splitlines() if line.startswith("search: drl-fast ")]
+        words = shlex.split(line.removeprefix("search: drl-fast "))
+        result = command(*words, "--json", "-k", 100, "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        hits = json.loads(result.stdout)
+        assert len(hits) == 8
+        assert all(Path(hit["path"]).is_file() for hit in hits)
+        assert hits[0]["columns"]["caption"] in printed
+        page = (out / "search" / "index.html").read_text()
+        assert f"page: {out / 'search' / 'index.html'}" in printed
+        assert [f"score {hit['score']:.3f}" for hit in hits] == re.findall(r"score -?\d\.\d{3}", page)
+
+
+def test_without_lancedb_it_ends_before_the_search(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lancedb", "drl_fast.search.lance", "drl_fast.search.retriever", "drl_fast.search.page"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = demo(*TINY, "--steps", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "searching the clips needs LanceDB: pip install 'drl-fast[search]'" in result.flat
+    assert "The demo took" in result.flat
 
 
 def test_clips_that_were_kept_can_be_searched(demo: Demo, tmp_path: Path, tiny_clip: str) -> None:

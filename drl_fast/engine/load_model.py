@@ -12,14 +12,14 @@ import torch
 
 from ..data.feature_store import SIDES, FeatureStore
 from ..data.loading import Tokenizer
-from ..engine.config import OF_INPUTS, RunConfig, build_head, build_model, check_positions, merge, read_values
-from ..engine.train import CONFIG
 from ..model import upstream
 from ..model.clip import QUICK, check_name
 from ..model.config import Encoders
 from ..model.drl import DRL
 from ..model.head import Head
 from ..model.pretrained import BEST, Saved, read_saved
+from .config import OF_INPUTS, RunConfig, build_head, build_model, check_positions, merge, read_values
+from .train import CONFIG
 
 # What a checkpoint brings and no option replaces.
 OF_CHECKPOINT = ("clip", "pretrained", "init_from")

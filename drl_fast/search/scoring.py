@@ -1,0 +1,144 @@
+"""Score windows exactly, choose the best hits, and find which frame each word chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import TI, WTI, token_interaction
+from ..data.loading import Tokenizer, tokenize
+from ..engine.features import device_of
+from ..model.drl import DRL
+from ..modules.wti import interaction_options, softmax_weights
+from ..numerics import unit
+from .table import Block
+
+
+class Word(NamedTuple):
+    """A word of the query."""
+
+    text: str
+    positions: tuple[int, ...]
+    """Of its tokens."""
+
+
+class Query(NamedTuple):
+    """A sentence as the model reads it."""
+
+    tokens: Tensor
+    """(1, Nt, D)"""
+    mask: Tensor
+    """(1, Nt) bool"""
+    weights: Tensor | None
+    """(1, Nt) float32: WTI's"""
+    words: list[Word]
+
+    @property
+    def shares(self) -> Tensor:
+        """Each token's share of the query's score, (Nt,)."""
+        return self.mask[0] / self.mask.sum() if self.weights is None else self.weights[0]
+
+    @property
+    def vector(self) -> Tensor:
+        """The weighted mean of the normalised tokens, (D,), on the CPU.
+
+        Against a window's pooled vector it gives the score that token-wise interaction would give if every word matched
+        the mean frame.
+        """
+        return unit((self.shares[:, None] * unit(self.tokens[0])).sum(dim=0)).cpu()
+
+
+@torch.no_grad()
+def encode_query(model: DRL, tokenizer: Tokenizer, text: str, max_words: int) -> Query:
+    """Encode a sentence, padded to ``max_words`` tokens as in evaluation."""
+    ids = tokenize(tokenizer, [text], max_words)
+    tokens, mask = model.encode_text(ids.to(device_of(model)))
+    tokens = tokens.float()
+    weights = None
+    if isinstance(model.interaction, WTI):
+        normalized = model.interaction.weight_input == "normalized"
+        weights = softmax_weights(model.interaction.text_weight_fc, tokens, mask, normalized=normalized).float()
+    return Query(tokens, mask, weights, _words(tokenizer, ids[0], int(ids[0].argmax())))
+
+
+def _words(tokenizer: Tokenizer, ids: Tensor, end: int) -> list[Word]:
+    """Join the tokens between start and end to words."""
+    pieces = getattr(tokenizer, "decoder", {})
+    words: list[Word] = []
+    open_positions: list[int] = []
+    for position in range(1, end):
+        open_positions.append(position)
+        # Byte pairs of CLIP's vocabulary mark the end of a word.
+        if pieces.get(int(ids[position]), "</w>").endswith("</w>") or position + 1 == end:
+            text = tokenizer.decode(ids[open_positions].tolist()).strip()  # type: ignore[attr-defined]
+            words.append(Word(text, tuple(open_positions)))
+            open_positions = []
+    return words
+
+
+@torch.no_grad()
+def score(model: DRL, query: Query, block: Block) -> Tensor:
+    """Score a query against each window, (B,) float32 on the CPU: the model's own similarity, from stored tokens.
+
+    With TI and WTI a window's score has the same bits in any block.
+    """
+    device = device_of(model)
+    # Stored as float16; both sides of an interaction have one dtype.
+    tokens, mask = block.tokens.to(device).float(), block.mask.to(device)
+    if not isinstance(model.interaction, TI | WTI):
+        return model.similarity(query.tokens, tokens, query.mask, mask)[0].cpu()
+    weights = None if block.weights is None else block.weights.to(device)
+    options = interaction_options(model.interaction)
+    return token_interaction(query.tokens, tokens, query.weights, weights, query.mask, mask, **options)[0].cpu()
+
+
+def explains(model: DRL) -> bool:
+    """Return whether the model matches words to frames: TI or WTI with maxima."""
+    return isinstance(model.interaction, TI | WTI) and model.interaction.pooling == "max"
+
+
+@torch.no_grad()
+def chosen_frames(model: DRL, query: Query, block: Block) -> list[list[int]]:
+    """Return for each window the frame (of Nv) that each word of the query chose, or -1.
+
+    A word of several tokens has the choice of the token that counts most.
+    """
+    device = device_of(model)
+    tokens, mask = block.tokens.to(device).float(), block.mask.to(device)
+    _, matches = model.similarity(query.tokens, tokens, query.mask, mask, return_matches=True)
+    shares = query.shares.tolist()
+    heaviest = [max(word.positions, key=lambda position: shares[position]) for word in query.words]
+    return matches.video_index[0][:, heaviest].tolist()
+
+
+class Best(NamedTuple):
+    """A hit before its row is read."""
+
+    row: int
+    """LanceDB's row id"""
+    score: float
+
+
+def merge_overlapping(
+    scores: np.ndarray, ids: np.ndarray, paths: Sequence[str], starts: np.ndarray, ends: np.ndarray, k: int
+) -> list[Best]:
+    """Choose the best ``k`` windows such that no two of one video overlap: a better window stands for its neighbours.
+
+    The order is by score, then by path and start; a NaN comes last.
+    """
+    order = np.lexsort((starts, np.asarray(paths, dtype=str), np.nan_to_num(-scores, nan=np.inf)))
+    taken: dict[str, list[tuple[float, float]]] = {}
+    found: list[Best] = []
+    for i in order:
+        others = taken.setdefault(paths[i], [])
+        if any(starts[i] < end and start < ends[i] for start, end in others):
+            continue
+        others.append((starts[i], ends[i]))
+        found.append(Best(int(ids[i]), float(scores[i])))
+        if len(found) == k:
+            break
+    return found
