@@ -60,6 +60,40 @@ def draw(result: dict[str, Any], path: Path) -> None:
     _picture(result, memory, path.with_name(f"{path.stem}_memory.png"), title, "MB", axis)
 
 
+def draw_search(result: dict[str, Any], path: Path) -> None:
+    """Draw a query's median time against the number of windows, beside its result's ``path``."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    labels = [("windows", "exact, from the index", ("ms",)), ("vectors", "candidates by pooled vectors", ("ms",))]
+    for section, label, (key,) in labels:
+        series[label] = [(row["windows"], row[key]["p50"]) for row in result[section] if row["status"] == "ok"]
+    for row in result["memory"]:
+        if row["status"] == "ok":
+            series.setdefault(f"exact, {row['form']}, from memory", []).append((row["windows"], row["ms"]["p50"]))
+    series["LanceDB's multivectors"] = [(r["windows"], r["ms"]["p50"]) for r in result["tokens"] if r["status"] == "ok"]
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    colours = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#555555")
+    for (label, points), colour in zip(series.items(), colours, strict=False):
+        if points:
+            axes.plot(
+                *zip(*sorted(points), strict=True), color=colour, marker="o", linewidth=2, markersize=5, label=label
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for scale in (axes.xaxis, axes.yaxis):
+        scale.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_xlabel("windows in the index (12 tokens of 512 channels each)")
+    axes.set_ylabel("milliseconds a query, median")
+    figure.suptitle("Time of a search without encoding the query", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes.set_title(f"{result['machine']['cpu']}, {result['threads']} threads", loc="left", fontsize=8, color="#777777")
+    picture = path.with_name(f"{path.stem}.png")
+    figure.savefig(picture, dpi=150)
+    plt.close(figure)
+    print(f"wrote {picture}")
+
+
 def _picture(result: dict[str, Any], series: Series, path: Path, title: str, unit: str, axis: str) -> None:
     where = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['threads']} threads"
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")

@@ -35,6 +35,10 @@ class Table:
     rows: list[list[str]]
 
 
+# How bench_search.py scores windows that lie in memory.
+MEMORY_FORMS = ("NumPy", "PyTorch", "maxsim-cpu", "drl-fast")
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 def milliseconds(spread: dict[str, float] | None) -> str:
     if spread is None:
@@ -604,13 +608,78 @@ def gpu_products(result: Result) -> Table:
     return Table("Products of the backward", ["ms in a graph", "`multiply_tiles`", "`torch.mm`"], rows)
 
 
+# --- search -----------------------------------------------------------------------------------------------------------
+def _ms(row: Result | None, key: str = "ms") -> list[str]:
+    """Return the median and the 99th percentile of a query's time."""
+    return [f"{row[key][p]:.3g} ms" for p in ("p50", "p99")] if row and row["status"] == "ok" else [NOTHING] * 2
+
+
+def search_windows(result: Result) -> Table:
+    """Show exact search in an index, and the same scores from memory."""
+    rows = []
+    for row in result["windows"]:
+        if row["status"] != "ok":
+            rows.append([f"{row['windows']:,}", row["status"], *[NOTHING] * (5 + len(MEMORY_FORMS))])
+            continue
+        memory = {r["form"]: r for r in result["memory"] if r["windows"] == row["windows"] and r["status"] == "ok"}
+        recall = row.get("candidates_recall")
+        rows.append(
+            [
+                f"{row['windows']:,}",
+                *_ms(row),
+                *(_ms(memory.get(form))[0] for form in MEMORY_FORMS),
+                f"{row['peak_mb']:.0f} MB",
+                bytes_of(1e6 * row["index_mb"]),
+                f"{row['windows_per_second']:.0f}",
+                f"{recall:.2f}" if recall is not None else NOTHING,
+            ]
+        )
+    heads = ["windows", "median", "p99", *(f"{form}, from memory" for form in MEMORY_FORMS)]
+    return Table(
+        "Exact search",
+        [*heads, "memory of a search", "index", "windows written a second", "recall of candidates"],
+        rows,
+    )
+
+
+def search_vectors(result: Result) -> Table:
+    """Show LanceDB's index of pooled vectors."""
+    rows = [
+        [
+            f"{row['windows']:,}",
+            *_ms(row),
+            _ms(row, "brute_force_ms")[0],
+            f"{row['recall']:.2f}",
+            bytes_of(1e6 * row["index_mb"]),
+            f"{row['write_seconds']:.0f} s, {row['index_seconds']:.0f} s",
+        ]
+        for row in result["vectors"]
+        if row["status"] == "ok"
+    ]
+    heads = ["windows", "median", "p99", "all vectors, from memory", "recall of the 10 nearest", "index"]
+    return Table("Candidates by pooled vectors", [*heads, "writing, indexing"], rows)
+
+
+def search_tokens(result: Result) -> Table:
+    """Show LanceDB's own search with several vectors a row."""
+    rows = []
+    for row in result["tokens"]:
+        if row["status"] != "ok":
+            rows.append([f"{row['windows']:,}", row["status"], *[NOTHING] * 4])
+            continue
+        times = f"{row['write_seconds']:.0f} s, {row['index_seconds']:.0f} s"
+        rows.append([f"{row['windows']:,}", *_ms(row), f"{row['recall']:.2f}", bytes_of(1e6 * row["index_mb"]), times])
+    return Table("Multivectors", ["windows", "median", "p99", "recall at 10", "index", "writing, indexing"], rows)
+
+
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
 _MORE = (pooling, rerank, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _GPU = (gpu_summary, gpu_forward, gpu_step, gpu_memory, gpu_blocks, gpu_products)
+_SEARCH = (search_windows, search_vectors, search_tokens)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 _PREPARED = (prepared, prepared_storage)
 TABLES: dict[str, Callable[[Any], Table]] = {
-    table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED)
+    table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED, *_SEARCH)
 }
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
@@ -623,6 +692,7 @@ SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "prepared": _PREPARED,
     "model": (model_time, model_memory, memory, budget),
     "scaling": (scaling,),
+    "search": _SEARCH,
     "scaling_check": (scaling_check,),
 }
 
