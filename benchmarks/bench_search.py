@@ -172,7 +172,7 @@ def search_windows(windows: int, threads: int) -> tuple[Callable[[], None], Call
 
 def _best_rows(retriever: Synthetic, nth: int) -> np.ndarray:
     """Return the row ids of a query's best windows, scored exactly."""
-    found = retriever._scores(retriever.encode(str(nth)), retriever._table.blocks(None))  # type: ignore[union-attr]
+    found = retriever._scores(retriever.encode(str(nth)), retriever._windows(retriever._table, None))
     return found.ids[np.argsort(-found.scores, kind="stable")[:K]]
 
 

@@ -21,7 +21,7 @@ from . import table as tables
 from .files import Columns, common_root, find_files, select
 from .lance import IN_MEMORY, drop_table, is_local, open_table
 from .model import Loaded, check_same, describe, load_clip, load_recorded, load_run, sampling_of
-from .scoring import Best, Query, chosen_frames, encode_query, explains, merge_overlapping, score
+from .scoring import Best, Query, Windows, chosen_frames, encode_query, explains, merge_overlapping, ready, score
 from .table import About, Known, WindowTable
 from .windows import Encoded, File, encode_files, file_state
 
@@ -29,6 +29,8 @@ from .windows import Encoded, File, encode_files, file_state
 COMMIT_VIDEOS, COMMIT_WINDOWS = 16, 256
 # Windows beyond tables.EXACT that are rescored for a query.
 CANDIDATES = 2000
+# Windows that a search of the whole index keeps in memory for the next query: 160,000 of 12 tokens with D = 512.
+KEPT_BYTES = 2 * 2**30
 # Windows of the sample on which recall is measured, and how many of the best must be found.
 SAMPLE, RECALL_AT = 20_000, 10
 # A longer text is no sentence: a pasted document.
@@ -107,6 +109,7 @@ class Retriever:
         if self._table is not None:
             check_same(self._table.about, loaded, uri)
         self.about: About = loaded.about if self._table is None else self._table.about
+        self._kept: _Kept | None = None
 
     @classmethod
     def from_run(
@@ -314,7 +317,7 @@ class Retriever:
         candidates = table.nearest(query.vector, where, CANDIDATES)
         ids = table.ids(where)
         sample = np.random.default_rng(0).choice(ids, min(SAMPLE, len(ids)), replace=False)
-        scores = self._scores(query, _taken(table, sample))
+        scores = self._scores(query, self._ready(_taken(table, sample)))
         best = scores.ids[np.argsort(-scores.scores, kind="stable")[:RECALL_AT]]
         return float(np.isin(best, candidates).mean())
 
@@ -429,21 +432,43 @@ class Retriever:
 
     def _best(self, table: WindowTable, query: Query, k: int, where: str | None) -> list[Best]:
         if table.count(where) <= tables.EXACT:
-            blocks: Iterator[tables.Block] = table.blocks(where)
+            windows = self._windows(table, where)
         else:
-            blocks = _taken(table, table.nearest(query.vector, where, max(CANDIDATES, 10 * k)))
-        found = self._scores(query, blocks)
+            windows = self._ready(_taken(table, table.nearest(query.vector, where, max(CANDIDATES, 10 * k))))
+        found = self._scores(query, windows)
         return merge_overlapping(found.scores, found.ids, found.paths, found.starts, found.ends, k)
 
-    def _scores(self, query: Query, blocks: Iterator[tables.Block]) -> _Scored:
+    def _ready(self, blocks: Iterator[tables.Block]) -> Iterator[Windows]:
+        return (ready(self.model, block) for block in blocks)
+
+    def _windows(self, table: WindowTable, where: str | None) -> Iterator[Windows]:
+        """Yield the windows that ``where`` selects. A search of all keeps them in memory for the next one, if they fit."""
+        if self._kept is not None and self._kept.version == table.version:
+            wanted = None if where is None else table.ids(where)
+            for windows in self._kept.windows:
+                yield windows._replace(chosen=None if wanted is None else np.isin(windows.ids, wanted))
+            return
+        self._kept, kept, held = None, [], 0
+        version = table.version
+        for windows in self._ready(table.blocks(where)):
+            held += windows.nbytes
+            if where is None and held <= KEPT_BYTES:
+                kept.append(windows)
+            else:
+                kept = []
+            yield windows
+        if where is None and held <= KEPT_BYTES:
+            self._kept = _Kept(version, kept)
+
+    def _scores(self, query: Query, blocks: Iterator[Windows]) -> _Scored:
         scores, ids, paths, starts, ends = [], [], [], [], []
-        for block in blocks:
-            scores.append(score(self.model, query, block).numpy())
-            ids.append(block.ids)
-            paths += block.rows.column("path").to_pylist()
-            # Copies: a view would keep the block's tokens in memory.
-            starts.append(np.array(block.rows.column("start")))
-            ends.append(np.array(block.rows.column("end")))
+        for windows in blocks:
+            rows = np.arange(len(windows.ids)) if windows.chosen is None else windows.chosen.nonzero()[0]
+            scores.append(score(self.model, query, windows).numpy()[rows])
+            ids.append(windows.ids[rows])
+            paths += [windows.paths[row] for row in rows]
+            starts.append(windows.starts[rows])
+            ends.append(windows.ends[rows])
         empty = [np.zeros(0)]
         joined = [np.concatenate(parts or empty) for parts in (scores, ids, starts, ends)]
         return _Scored(joined[0], joined[1], joined[2], joined[3], paths)
@@ -485,6 +510,13 @@ class Retriever:
                 )
             )
         return hits
+
+
+@dataclass(frozen=True)
+class _Kept:
+    version: int
+    """Of the table."""
+    windows: list[Windows]
 
 
 @dataclass(frozen=True)

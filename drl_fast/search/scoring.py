@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import TI, WTI, token_interaction
+from .. import TI, WTI, PreparedVideos, prepare, token_interaction
 from ..data.loading import Tokenizer, tokenize
 from ..engine.features import device_of
 from ..model.drl import DRL
@@ -80,20 +80,59 @@ def _words(tokenizer: Tokenizer, ids: Tensor, end: int) -> list[Word]:
     return words
 
 
-@torch.no_grad()
-def score(model: DRL, query: Query, block: Block) -> Tensor:
-    """Score a query against each window, (B,) float32 on the CPU: the model's own similarity, from stored tokens.
+class Windows(NamedTuple):
+    """Some windows, ready to be scored by any query."""
 
-    With TI and WTI a window's score has the same bits in any block.
-    """
+    ids: np.ndarray
+    """(B,) LanceDB's row ids"""
+    paths: list[str]
+    starts: np.ndarray
+    ends: np.ndarray
+    videos: PreparedVideos | tuple[Tensor, Tensor]
+    """Prepared for TI and WTI; else tokens (B, Nv, D) and mask (B, Nv)"""
+    chosen: np.ndarray | None = None
+    """(B,) bool: those that a search is about; None: all"""
+
+    @property
+    def nbytes(self) -> int:
+        if isinstance(self.videos, PreparedVideos):
+            return self.videos.nbytes
+        return sum(x.nbytes for x in self.videos)
+
+
+@torch.no_grad()
+def ready(model: DRL, block: Block) -> Windows:
+    """Take a block's tokens to the model's device, and prepare them if it is TI or WTI."""
     device = device_of(model)
     # Stored as float16; both sides of an interaction have one dtype.
     tokens, mask = block.tokens.to(device).float(), block.mask.to(device)
-    if not isinstance(model.interaction, TI | WTI):
+    videos: PreparedVideos | tuple[Tensor, Tensor] = tokens, mask
+    interaction = model.interaction
+    if isinstance(interaction, WTI) and block.weights is not None:
+        # With masking="none" the mask only shaped the weights.
+        real = None if interaction.masking == "none" else mask
+        weights = block.weights.to(device)
+        videos = prepare(tokens, weights, real, normalize=interaction.normalize, dtype=torch.float16)
+    elif isinstance(interaction, TI | WTI):
+        videos = interaction.prepare(tokens, mask, dtype=torch.float16)
+    # Copies: a view would keep the block's tokens in memory.
+    starts, ends = (np.array(block.rows.column(name)) for name in ("start", "end"))
+    return Windows(np.array(block.ids), block.rows.column("path").to_pylist(), starts, ends, videos)
+
+
+@torch.no_grad()
+def score(model: DRL, query: Query, windows: Windows) -> Tensor:
+    """Score a query against each window, (B,) float32 on the CPU: the model's own similarity, from stored tokens.
+
+    With TI and WTI a window's score has the same bits in any block. Their tokens are normalised and rounded to float16,
+    which moves a score by about 1e-5.
+    """
+    if not isinstance(windows.videos, PreparedVideos):
+        tokens, mask = windows.videos
         return model.similarity(query.tokens, tokens, query.mask, mask)[0].cpu()
-    weights = None if block.weights is None else block.weights.to(device)
+    assert isinstance(model.interaction, TI | WTI)
     options = interaction_options(model.interaction)
-    return token_interaction(query.tokens, tokens, query.weights, weights, query.mask, mask, **options)[0].cpu()
+    return token_interaction(query.tokens, windows.videos, query.weights, None, query.mask, None, **options)[0].cpu()
 
 
 def explains(model: DRL) -> bool:

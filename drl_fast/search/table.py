@@ -23,7 +23,7 @@ FORMAT = "drl-fast index 1"
 # The key of the index's description in the schema's metadata.
 KEY = b"drl_fast"
 # Rows that are read at a time.
-BLOCK = 1024
+BLOCK = 4096
 # Above so many windows, vectors are indexed and a search rescores the nearest ones only.
 EXACT = 100_000
 # Small files, of one commit each, that are left as they are.
@@ -138,6 +138,11 @@ class WindowTable:
     def columns(self) -> pa.Schema:
         """The user's columns."""
         return pa.schema(list(self.table.schema)[len(self.about.schema) :])
+
+    @property
+    def version(self) -> int:
+        """Changes with every commit."""
+        return self.table.version
 
     def refresh(self) -> None:
         """See what other processes committed."""

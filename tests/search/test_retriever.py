@@ -65,12 +65,37 @@ def test_scores_are_the_models_own(made_videos: Path, tmp_path: Path, interactio
 
 
 def test_a_score_does_not_depend_on_the_others(indexed: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retriever_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(indexed, "_kept", None)
     hits = indexed.search(QUERY, k=100)
     monkeypatch.setattr(tables, "BLOCK", 1)
     assert indexed.search(QUERY, k=100) == hits
     for hit in hits:
         where = f"path = '{hit.video}' AND start = {hit.start}"
         assert [x.score for x in indexed.search(QUERY, where=where)] == [hit.score]
+
+
+def test_windows_stay_in_memory_until_the_index_changes(
+    made_videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = Retriever.from_run(save_model(tmp_path / "m"), tmp_path / "index", "cpu")
+    retriever.index([made_videos])
+    hits, where = retriever.search(QUERY, k=100), "path = 'long.mp4' AND start >= 2"
+    some = retriever.search(QUERY, k=100, where=where)
+    fresh = Retriever.from_run(tmp_path / "m", tmp_path / "index", "cpu")
+    assert fresh.search(QUERY, k=100, where=where) == some
+    blocks, reads = tables.WindowTable.blocks, []
+    monkeypatch.setattr(tables.WindowTable, "blocks", lambda self, where: reads.append(where) or blocks(self, where))
+    assert retriever.search(QUERY, k=100) == hits
+    assert retriever.search(QUERY, k=100, where=where) == some
+    assert not reads
+    fresh.remove(["long.mp4"])
+    assert {hit.video for hit in retriever.search(QUERY, k=100)} == {hit.video for hit in hits} - {"long.mp4"}
+    assert reads == [None]
+    monkeypatch.setattr(retriever_module, "KEPT_BYTES", 0)
+    retriever._kept = None
+    assert retriever.search(QUERY, k=100) == retriever.search(QUERY, k=100)
+    assert reads == [None] * 3
 
 
 def test_hits(indexed: Retriever, made_videos: Path) -> None:

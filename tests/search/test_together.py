@@ -40,7 +40,7 @@ def test_searching_while_indexing(model: Path, tmp_path: Path, monkeypatch: pyte
         try:
             while True:
                 last = done.is_set()
-                scored = reader._scores(reader.encode("red"), reader._filled().blocks(None))
+                scored = reader._scores(reader.encode("red"), reader._windows(reader._filled(), None))
                 for path in set(scored.paths):
                     assert scored.paths.count(path) == len(starts(2 * lengths[path], 4))
                 seen.append(len(set(scored.paths)))
