@@ -6,9 +6,9 @@ Windows are synthetic: each video shows three of 2,000 topics, and a query names
 noise. So recall says something, but less than real videos would. Encoding is not part of any time: towers do not change
 with the size of an index. A window has 12 tokens of 512 channels and no thumbnails; a query has 12 words. Sections:
 
-    windows   an index as `drl-fast index` writes it, and `Retriever.search`, which reads all windows from the disk and
-              scores them exactly; the same scores from memory in NumPy, PyTorch and maxsim-cpu; the recall of the
-              candidates that pooled vectors would give
+    windows   an index as `drl-fast index` writes it, and `Retriever.search`: the first query reads all windows from the
+              disk, later ones find them in memory; the same scores from memory by NumPy, PyTorch, maxsim-cpu (one
+              direction) and `drl_fast.topk`; the recall of the candidates that pooled vectors would give
     vectors   LanceDB's index of pooled vectors, which chooses the candidates of larger indexes, with the settings of
               the search, against all vectors
     tokens    LanceDB's own search with several vectors a row
@@ -94,7 +94,7 @@ class Synthetic(Retriever):
 
     def __init__(self, uri: str, table: WindowTable, videos: Videos) -> None:
         self.model = drl_fast.Head(DIM, interaction="ti").eval()
-        self.uri, self._table, self.about, self.videos = uri, table, table.about, videos
+        self.uri, self._table, self.about, self.videos, self._kept = uri, table, table.about, videos, None
 
     def encode(self, text: str) -> Query:
         return self.videos.query(int(text))
@@ -153,12 +153,16 @@ def search_windows(windows: int, threads: int) -> tuple[Callable[[], None], Call
             retriever = Synthetic(folder, table, videos)
             harness.reset_peak("cpu")
             before = harness.resident("VmRSS")
+            begin = time.perf_counter()
+            retriever.search("0", k=K)
+            first_ms = 1e3 * (time.perf_counter() - begin)
             search = percentiles(lambda nth: retriever.search(str(nth), k=K))
             peak = harness.resident("VmHWM") - before
             exact = [_best_rows(retriever, nth) for nth in range(QUERIES)]
             near = [table.nearest(videos.query(nth).vector, None, CANDIDATES) for nth in range(QUERIES)]
             return {
                 "windows": windows,
+                "first_ms": first_ms,
                 "ms": search,
                 "peak_mb": peak / harness.MB,
                 "index_mb": size(Path(folder)),
@@ -177,7 +181,7 @@ def _best_rows(retriever: Synthetic, nth: int) -> np.ndarray:
 
 
 def brute_force(windows: int, form: str, threads: int) -> tuple[Callable[[], None], Callable[[], Row]]:
-    """Score windows that lie in memory, in float32."""
+    """Score windows that lie in memory: in float32, ours in float16."""
 
     def run() -> Row:
         videos = Videos(windows)
@@ -188,7 +192,7 @@ def brute_force(windows: int, form: str, threads: int) -> tuple[Callable[[], Non
         queries = [videos.query(nth).tokens[0] for nth in range(QUERIES)]
         score = FORMS[form](tokens)
         ms = percentiles(lambda nth: score(queries[nth]))
-        return {"windows": windows, "form": form, "ms": ms, "held_mb": tokens.nbytes / harness.MB}
+        return {"windows": windows, "form": form, "ms": ms}
 
     return functools.partial(torch.set_num_threads, threads), run
 
@@ -221,10 +225,16 @@ def in_maxsim_cpu(tokens: Tensor) -> Callable[[Tensor], Any]:
     return lambda query: np.argpartition(-maxsim_cpu.maxsim_scores(query.numpy(), documents), K)[:K]
 
 
+def in_drl_fast(tokens: Tensor) -> Callable[[Tensor], Any]:
+    prepared = drl_fast.prepare(tokens, dtype=torch.float16)
+    return lambda query: drl_fast.topk(query[None], prepared, K)
+
+
 FORMS: dict[str, Callable[[Tensor], Callable[[Tensor], Any]]] = {
     "NumPy": in_numpy,
     "PyTorch": in_torch,
     "maxsim-cpu": in_maxsim_cpu,
+    "drl-fast": in_drl_fast,
 }
 
 
@@ -238,12 +248,14 @@ def search_vectors(windows: int, threads: int) -> tuple[Callable[[], None], Call
         exact = (queries @ vectors.T).topk(K).indices.numpy()
         brute = percentiles(lambda nth: torch.mv(vectors, queries[nth]).topk(K))
         with tempfile.TemporaryDirectory(prefix="drl-fast-") as folder:
-            schema = pa.schema([("vector", pa.list_(pa.float32(), DIM)), ("frames", pa.int16())])
+            schema = pa.schema([("vector", pa.list_(pa.float32(), DIM)), ("frames", pa.int32())])
             database = connect(folder).create_table("windows", schema=schema)
             begin = time.perf_counter()
-            for part in vectors.split(50_000):
+            for first in range(0, windows, 50_000):
+                part = vectors[first : first + 50_000]
                 column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1).numpy()), DIM)
-                database.add(pa.table([column, pa.array(np.full(len(part), FRAMES, np.int16))], schema))
+                # The column that the search for candidates reads holds the window's number here.
+                database.add(pa.table([column, np.arange(first, first + len(part), dtype=np.int32)], schema))
             wrote = time.perf_counter() - begin
             begin = time.perf_counter()
             database.create_index(metric="cosine", vector_column_name="vector", index_type="IVF_PQ")
@@ -253,12 +265,14 @@ def search_vectors(windows: int, threads: int) -> tuple[Callable[[], None], Call
             harness.reset_peak("cpu")
             before = harness.resident("VmRSS")
             ms = percentiles(lambda nth: table.nearest(queries[nth], None, CANDIDATES))
+            rows = database.search().select(["frames"]).with_row_id(True).to_arrow()
+            row_ids = rows.column("_rowid").to_numpy()[np.argsort(rows.column("frames").to_numpy())]
             found = [table.nearest(query, None, CANDIDATES) for query in queries]
             return {
                 "windows": windows,
                 "ms": ms,
                 "brute_force_ms": brute,
-                "recall": share(found, exact),
+                "recall": share(found, row_ids[exact]),
                 "peak_mb": (harness.resident("VmHWM") - before) / harness.MB,
                 "index_mb": size(Path(folder)),
                 "write_seconds": wrote,
@@ -315,8 +329,8 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
     "quick": {"windows": (1000,), "vectors": (2000,), "tokens": (500,)},
     "default": {"windows": (1000, 10_000), "vectors": (10_000, 100_000), "tokens": (1000,)},
     "full": {
-        "windows": (1000, 10_000, 30_000, 100_000),
-        "vectors": (100_000, 300_000, 1_000_000),
+        "windows": (1000, 10_000, 100_000),
+        "vectors": (100_000, 1_000_000),
         "tokens": (1000, 4000, 20_000),
     },
 }

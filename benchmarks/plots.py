@@ -63,15 +63,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
 def draw_search(result: dict[str, Any], path: Path) -> None:
     """Draw a query's median time against the number of windows, beside its result's ``path``."""
     series: dict[str, list[tuple[int, float]]] = {}
-    labels = [("windows", "exact, from the index", ("ms",)), ("vectors", "candidates by pooled vectors", ("ms",))]
-    for section, label, (key,) in labels:
-        series[label] = [(row["windows"], row[key]["p50"]) for row in result[section] if row["status"] == "ok"]
+    found = {
+        section: [r for r in result[section] if r["status"] == "ok"] for section in ("windows", "vectors", "tokens")
+    }
+    series["drl-fast search, first query"] = [(row["windows"], row["first_ms"]) for row in found["windows"]]
+    for section, label in (("windows", "drl-fast search"), ("vectors", "candidates by pooled vectors")):
+        series[label] = [(row["windows"], row["ms"]["p50"]) for row in found[section]]
     for row in result["memory"]:
         if row["status"] == "ok":
-            series.setdefault(f"exact, {row['form']}, from memory", []).append((row["windows"], row["ms"]["p50"]))
-    series["LanceDB's multivectors"] = [(r["windows"], r["ms"]["p50"]) for r in result["tokens"] if r["status"] == "ok"]
+            label = "drl_fast.topk" if row["form"] == "drl-fast" else row["form"]
+            series.setdefault(f"{label}, from memory", []).append((row["windows"], row["ms"]["p50"]))
+    series["LanceDB's multivectors"] = [(row["windows"], row["ms"]["p50"]) for row in found["tokens"]]
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    colours = ("#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#555555")
+    colours = ("#56B4E9", "#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#000000", "#999999")
     for (label, points), colour in zip(series.items(), colours, strict=False):
         if points:
             axes.plot(

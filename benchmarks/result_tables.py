@@ -619,13 +619,14 @@ def search_windows(result: Result) -> Table:
     rows = []
     for row in result["windows"]:
         if row["status"] != "ok":
-            rows.append([f"{row['windows']:,}", row["status"], *[NOTHING] * (5 + len(MEMORY_FORMS))])
+            rows.append([f"{row['windows']:,}", row["status"], *[NOTHING] * (6 + len(MEMORY_FORMS))])
             continue
         memory = {r["form"]: r for r in result["memory"] if r["windows"] == row["windows"] and r["status"] == "ok"}
         recall = row.get("candidates_recall")
         rows.append(
             [
                 f"{row['windows']:,}",
+                f"{row['first_ms']:.3g} ms",
                 *_ms(row),
                 *(_ms(memory.get(form))[0] for form in MEMORY_FORMS),
                 f"{row['peak_mb']:.0f} MB",
@@ -634,7 +635,7 @@ def search_windows(result: Result) -> Table:
                 f"{recall:.2f}" if recall is not None else NOTHING,
             ]
         )
-    heads = ["windows", "median", "p99", *(f"{form}, from memory" for form in MEMORY_FORMS)]
+    heads = ["windows", "first query", "median", "p99", *(f"{form}, from memory" for form in MEMORY_FORMS)]
     return Table(
         "Exact search",
         [*heads, "memory of a search", "index", "windows written a second", "recall of candidates"],
