@@ -442,7 +442,7 @@ class Retriever:
         return (ready(self.model, block) for block in blocks)
 
     def _windows(self, table: WindowTable, where: str | None) -> Iterator[Windows]:
-        """Yield the windows that ``where`` selects. A search of all keeps them in memory for the next one, if they fit."""
+        """Yield the windows that ``where`` selects. A search of all keeps them for the next one, if they fit."""
         if self._kept is not None and self._kept.version == table.version:
             wanted = None if where is None else table.ids(where)
             for windows in self._kept.windows:

@@ -187,9 +187,19 @@ class WindowTable:
         if where is not None:
             query = query.where(where)
         query = query.select(self.about.scored).with_row_id(True)
+        # A batch ends with its file, and files are as small as commits.
+        waiting: list[pa.RecordBatch] = []
         with plain_errors(f"the index {self.uri} cannot be read"):
             for rows in query.to_batches(BLOCK):
-                yield self.block(rows)
+                waiting.append(rows)
+                if sum(map(len, waiting)) >= BLOCK:
+                    yield self._joined(waiting)
+                    waiting = []
+            if waiting:
+                yield self._joined(waiting)
+
+    def _joined(self, batches: Sequence[pa.RecordBatch]) -> Block:
+        return self.block(pa.Table.from_batches(batches).combine_chunks().to_batches()[0])
 
     def ids(self, where: str | None) -> np.ndarray:
         """Return the row ids of all windows."""
