@@ -42,7 +42,7 @@ std::vector<Tensor> prepare(const Tensor& video, const Tensor& weight, const Opt
     shape.push_back(group.slots);
   }
   Tensor shapes = empty({group_count, 2}, ScalarType::Long);
-  std::copy(shape.begin(), shape.end(), data_of<int64_t>(shapes));
+  std::ranges::copy(shape, data_of<int64_t>(shapes));
   constexpr ScalarType kInt = std::is_same_v<T, double> ? ScalarType::Long : ScalarType::Int;
   return {
       panel,
