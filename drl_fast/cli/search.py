@@ -65,13 +65,14 @@ def search(
         notes = Console(stderr=True)
         export.check_padding(padding)
         retriever = Retriever.open(index, device) if model is None else Retriever.from_run(model, index, device)
+        retriever.kept_bytes = 0  # there is no next query
         hits = retriever.search(query, k, where, root=root, thumbnails=html is not None)
         if retriever.is_cut(query):
             print_line(
                 notes, f"the query is cut to {retriever.about.max_words} tokens, all that the model reads", "yellow"
             )
         if as_json:
-            typer.echo(json.dumps([_as_json(hit) for hit in hits], indent=2, ensure_ascii=False))
+            typer.echo(json.dumps([_as_json(hit) for hit in hits], indent=2, ensure_ascii=False, default=str))
         else:
             _print(Console(), retriever, query, hits, explain, where)
         if html is not None:

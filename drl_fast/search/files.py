@@ -105,6 +105,9 @@ class Columns:
             raise ValueError(
                 f"{self.source} must have a column video, the file's path or name, got {', '.join(table.column_names)}"
             )
+        twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{self.source} must name each column once, got {twice!r} twice; rename one")
         self.fields = [field for field in table.schema if field.name != key]
         rows = table.to_pylist()
         self._rows = [(str(row.pop(key)), row) for row in rows]
@@ -115,7 +118,7 @@ class Columns:
         A video is named by its path below the root, its file name, or either without its suffix.
 
         Raises:
-            ValueError: a name that fits two videos.
+            ValueError: a name that fits two videos, or two rows of one video.
         """
         index = NameIndex(Path(self.source))
         for name in names:
@@ -125,6 +128,8 @@ class Columns:
             path = index.find(video)
             if path is None:
                 missing.append(video)
+            elif path.as_posix() in found:
+                raise ValueError(f"{self.source} must have one row for each video, got two for {path.as_posix()}")
             else:
                 found[path.as_posix()] = values
         return found, missing

@@ -29,7 +29,7 @@ from .windows import Encoded, File, encode_files, file_state
 COMMIT_VIDEOS, COMMIT_WINDOWS = 16, 256
 # Windows beyond tables.EXACT that are rescored for a query.
 CANDIDATES = 2000
-# Windows that a search of the whole index keeps in memory for the next query: 160,000 of 12 tokens with D = 512.
+# Default of Retriever.kept_bytes: 160,000 windows of 12 tokens with D = 512.
 KEPT_BYTES = 2 * 2**30
 # Windows of the sample on which recall is measured, and how many of the best must be found.
 SAMPLE, RECALL_AT = 20_000, 10
@@ -99,6 +99,8 @@ class Retriever:
 
     Build one with :meth:`from_run`, :meth:`from_clip` or :meth:`open`. The index is a LanceDB folder, or a place on an
     object store such as ``s3://bucket/path``.
+
+    A search of the whole index keeps its windows for the next query, up to ``kept_bytes`` (2 GiB); 0 keeps none.
     """
 
     def __init__(self, loaded: Loaded, uri: str, processes: Processes | None = None) -> None:
@@ -109,6 +111,7 @@ class Retriever:
         if self._table is not None:
             check_same(self._table.about, loaded, uri)
         self.about: About = loaded.about if self._table is None else self._table.about
+        self.kept_bytes = KEPT_BYTES
         self._kept: _Kept | None = None
 
     @classmethod
@@ -338,12 +341,18 @@ class Retriever:
     ) -> tuple[list[File], set[str]]:
         """Return the files to encode, and which of them replace others; note the rest in the report."""
         new, changed = [], set()
+        names = {Path(video.root, name): name for name, video in known.items()}
         for file in files:
-            before = known.get(file.name)
+            path, before = Path(file.root, file.name), known.get(file.name)
+            if names.get(path, file.name) != file.name:
+                raise ValueError(
+                    f"{path} must have one name in the index, which holds it as {names[path]!r} below "
+                    f"{known[names[path]].root}; take that --root"
+                )
             if before is None:
                 new.append(file)
                 continue
-            path, old = Path(file.root, file.name), Path(before.root, file.name)
+            old = Path(before.root, file.name)
             if before.root != file.root and old.exists():
                 raise ValueError(
                     f"{path} must have a name of its own in the index, which holds {old} as {file.name!r}; index both "
@@ -443,21 +452,23 @@ class Retriever:
 
     def _windows(self, table: WindowTable, where: str | None) -> Iterator[Windows]:
         """Yield the windows that ``where`` selects. A search of all keeps them for the next one, if they fit."""
-        if self._kept is not None and self._kept.version == table.version:
+        now = self._kept  # one reading: another thread may search, too
+        if now is not None and now.version == table.version:
             wanted = None if where is None else table.ids(where)
-            for windows in self._kept.windows:
+            for windows in now.windows:
                 yield windows._replace(chosen=None if wanted is None else np.isin(windows.ids, wanted))
             return
-        self._kept, kept, held = None, [], 0
+        self._kept = now = None  # an older version's
+        kept, held = [], 0
         version = table.version
         for windows in self._ready(table.blocks(where)):
             held += windows.nbytes
-            if where is None and held <= KEPT_BYTES:
+            if where is None and held <= self.kept_bytes:
                 kept.append(windows)
             else:
                 kept = []
             yield windows
-        if where is None and held <= KEPT_BYTES:
+        if where is None and held <= self.kept_bytes:
             self._kept = _Kept(version, kept)
 
     def _scores(self, query: Query, blocks: Iterator[Windows]) -> _Scored:
@@ -565,14 +576,22 @@ def prune(table: WindowTable, root: str | os.PathLike[str] | None = None) -> lis
         ValueError: a root that does not exist, such as a disk that is not mounted.
     """
     videos = table.videos()
-    places = {name: Path(video.root if root is None else os.path.abspath(root)) for name, video in videos.items()}
-    gone = next((place for place in set(places.values()) if not place.is_dir()), None)
-    if gone is not None:
+    moved = [] if root is None else [Path(os.path.abspath(root))]
+    gone = [place for place in sorted({Path(video.root) for video in videos.values()}) if not place.is_dir()]
+    if moved:
+        # One root may have moved there; the others must still exist.
+        gone = gone[1:] if moved[0].is_dir() else moved
+    if gone:
         raise ValueError(
-            f"the videos' root must exist, not found: {gone}; mount it, or name the folder that it moved to with --root"
+            f"the videos' root must exist, not found: {gone[0]}; mount it, or name the folder that it moved to with "
+            "--root"
         )
     with _one_writer(table.uri, Processes()):
-        names = [name for name, place in places.items() if not (place / name).exists()]
+        names = [
+            name
+            for name, video in videos.items()
+            if not any((place / name).exists() for place in [Path(video.root), *moved])
+        ]
         table.remove(names)
     return names
 
@@ -584,13 +603,12 @@ def _taken(table: WindowTable, ids: np.ndarray) -> Iterator[tables.Block]:
 
 
 def _known_root(known: Mapping[str, Known], paths: Sequence[str | os.PathLike[str]]) -> Path | None:
-    """Return the root of an index's videos if they have one and it holds all the paths."""
-    roots = {video.root for video in known.values()}
-    if len(roots) != 1 or not paths:
+    """Return the root of an index's videos that holds all the paths: the innermost of several."""
+    if not paths:
         return None
-    (root,) = map(Path, roots)
     common = common_root(paths)
-    return root if common == root or root in common.parents else None
+    above = {common, *common.parents}.intersection(Path(video.root) for video in known.values())
+    return max(above, key=lambda root: len(root.parts), default=None)
 
 
 def _digest(path: Path) -> str:
@@ -618,7 +636,10 @@ def _one_writer(uri: str, processes: Processes) -> Iterator[None]:
 
 
 def _uri(index: str | os.PathLike[str] | None) -> str:
-    return IN_MEMORY if index is None else os.fspath(index)
+    if index is None:
+        return IN_MEMORY
+    uri = os.fspath(index)
+    return os.path.expanduser(uri) if is_local(uri) else uri
 
 
 def _device(device: str | torch.device | None) -> torch.device:

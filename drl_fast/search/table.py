@@ -294,6 +294,8 @@ class WindowTable:
                 raise ValueError(
                     f"columns must have names of their own, got {field.name}, which the index itself uses; rename it"
                 )
+            if pa.types.is_null(field.type):
+                continue  # without a value there is no type: later values may bring one
             if field.name not in there.names:
                 new.append(field)
             elif there.field(field.name).type != field.type:
@@ -306,11 +308,12 @@ class WindowTable:
 
     def set_columns(self, columns: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace the user's values of videos that are in the index, in one commit; ``columns`` maps path to values."""
-        if not columns:
+        given = {name for values in columns.values() for name in values}
+        names = [name for name in self.columns.names if name in given]
+        if not names:
             return
-        names = list(dict.fromkeys(name for values in columns.values() for name in values))
         fields = [pa.field("path", pa.string()), *(self.columns.field(name) for name in names)]
-        rows = pa.Table.from_pylist([{"path": path, **values} for path, values in columns.items()], pa.schema(fields))
+        rows = pa.Table.from_pylist([{**values, "path": path} for path, values in columns.items()], pa.schema(fields))
         update = self.table.merge_insert("path").when_matched_update_all()
         self._commit(lambda: update.execute(rows))
 

@@ -130,6 +130,32 @@ def test_bad_searches(command: Command, index: Path, tmp_path: Path, words: list
     assert not list(tmp_path.rglob("*.mp4"))
 
 
+def test_dates_are_columns(command: Command, model: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("video,day,shot at\nlong,2021-05-01,2021-05-01 10:00:00\n")
+    index = tmp_path / "index"
+    words = ("index", videos, "--out", index, "--model", model, "--columns", tmp_path / "t.csv", *CPU)
+    assert command(*words).exit_code == 0
+    where = "day > date '2021-04-30' AND `shot at` < timestamp '2021-05-01 11:00:00'"
+    result = command("search", index, "red", "--where", where, "--json", "-k", 1, *CPU)
+    (hit,) = json.loads(result.stdout)
+    assert hit["columns"] == {"day": "2021-05-01", "shot at": "2021-05-01 10:00:00"}
+
+
+def test_a_command_keeps_no_windows(command: Command, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no next query, so its memory does not grow with the index."""
+    kept, search = [], Retriever.search
+
+    def spy(self: Retriever, *args: Any, **options: Any) -> Any:
+        hits = search(self, *args, **options)
+        kept.append(self._kept)
+        return hits
+
+    monkeypatch.setattr(Retriever, "search", spy)
+    assert command("search", index, "red", "--json", *CPU).exit_code == 0
+    assert kept
+    assert not any(windows.windows for windows in kept if windows is not None)
+
+
 def test_long_queries_are_cut_with_a_note(command: Command, index: Path) -> None:
     result = command("search", index, "red " * 50, "--json", *CPU)
     assert "the query is cut to 12 tokens" in result.stderr

@@ -170,6 +170,66 @@ def test_a_folder_beside_another(retriever: Retriever, videos: Path, tmp_path: P
     assert all(hit.path.is_file() for hit in retriever.search("x", k=100))
 
 
+def test_a_file_is_in_the_index_once(retriever: Retriever, videos: Path, tmp_path: Path) -> None:
+    """Also with several roots, when a folder below one of them is indexed again."""
+    other = make_video(tmp_path / "other" / "more.mp4", 2).parent
+    retriever.index([videos])
+    assert retriever.index([other]).added == ["more.mp4"]
+    assert retriever.index([videos / "a b"]).unchanged == ["a b/日本.mp4"]
+    before = contents(retriever)
+    with pytest.raises(
+        ValueError, match=r"日本\.mp4 must have one name in the index, which holds it as 'a b/日本\.mp4'"
+    ):
+        retriever.index([videos / "a b"], root=videos / "a b")
+    assert contents(retriever) == before
+
+
+def test_prune_with_several_roots(retriever: Retriever, videos: Path, tmp_path: Path) -> None:
+    """A root that did not move keeps its videos; two that are gone are refused."""
+    other = make_video(tmp_path / "other" / "more.mp4", 2).parent
+    retriever.index([videos])
+    retriever.index([other])
+    moved = videos.rename(tmp_path / "moved")
+    (moved / "short.mp4").unlink()
+    assert retriever.prune(moved) == ["short.mp4"]
+    other.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=f"the videos' root must exist, not found: {videos}"):
+        retriever.prune(moved)
+    assert set(contents(retriever)) == {"more.mp4", *WINDOWS} - {"short.mp4"}
+
+
+def test_a_column_without_values(retriever: Retriever, videos: Path) -> None:
+    """It has no type yet, clears what is there, and later values bring a type."""
+    retriever.index([videos], {"long.mp4": {"year": 2020, "note": None}})
+    retriever.index([videos], {"long.mp4": {"year": None, "note": "x"}})
+    assert [hit.columns for hit in retriever.search("x", where="note = 'x'", k=1)] == [{"year": None, "note": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("video,a,a\nshort,1,2\n", "must name each column once, got 'a' twice"),
+        ("video,a\nshort,1\nshort.mp4,2\n", r"must have one row for each video, got two for short\.mp4"),
+    ],
+)
+def test_tables_that_say_two_things(
+    retriever: Retriever, videos: Path, tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        retriever.index([videos], tmp_path / "t.csv")
+
+
+def test_an_index_below_the_home_folder(
+    model: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Retriever.from_run(model, "~/home.index", "cpu").index([videos])
+    assert (tmp_path / "home.index").is_dir()
+    assert Retriever.open("~/home.index", "cpu").size() == (3, sum(WINDOWS.values()))
+
+
 def test_unreadable_videos_are_listed(retriever: Retriever, videos: Path) -> None:
     (videos / "bad.mp4").write_bytes(b"no video")
     seen = []

@@ -65,7 +65,7 @@ def test_scores_are_the_models_own(made_videos: Path, tmp_path: Path, interactio
 
 
 def test_a_score_does_not_depend_on_the_others(indexed: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retriever_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(indexed, "kept_bytes", 0)
     monkeypatch.setattr(indexed, "_kept", None)
     hits = indexed.search(QUERY, k=100)
     monkeypatch.setattr(tables, "BLOCK", 1)
@@ -92,7 +92,7 @@ def test_windows_stay_in_memory_until_the_index_changes(
     fresh.remove(["long.mp4"])
     assert {hit.video for hit in retriever.search(QUERY, k=100)} == {hit.video for hit in hits} - {"long.mp4"}
     assert reads == [None]
-    monkeypatch.setattr(retriever_module, "KEPT_BYTES", 0)
+    retriever.kept_bytes = 0
     retriever._kept = None
     assert retriever.search(QUERY, k=100) == retriever.search(QUERY, k=100)
     assert reads == [None] * 3
