@@ -199,6 +199,9 @@ def _lay_out(
     """Build the layout for the tokens' device; ``final``: they must not be normalised."""
     b, frames, dim = tokens.shape
     sums = accumulation_dtype(storage)
+    if normalize and not final and tokens.dtype == torch.float64 != storage:
+        # Numbers that float32 does not hold have a norm in float64.
+        tokens, final = unit(tokens), True
     lane_weight = uniform_weight(mask, tokens) if weight is None else weight
     lanes = op.prepare_videos(tokens, lane_weight.to(sums), mask, normalize and not final, storage)
     held: dict[str, Any] = {"lanes": lanes}
