@@ -167,10 +167,11 @@ def prepare(
         video_mask: (B, Nv), non-zero = real token, any dtype, holes allowed; None: all real.
         normalize: L2-normalise tokens, in float32 (float64 for float64).
         dtype: what the tokens are stored in, after they are normalised: float32, float16 or bfloat16; None: as given.
-            float32 gives the same bits as unprepared videos. 16 bits halve the memory. They round every number of a
-            normalised token by at most 2^-11 of itself with float16 (2^-25 if it is below 2^-14) and 2^-8 with
-            bfloat16, so a similarity moves by about that at most. Scores of 20,000 random videos with D = 512 moved by
-            at most 1.4e-5 and 1.0e-4 (benchmarks/bench_prepared.py). Without ``normalize``, float16 must hold the raw numbers, at most 65,504.
+            float32 gives the same bits as unprepared videos. 16 bits halve the memory. float16 rounds every number of a
+            normalised token by at most 2^-11 of itself (by 2^-25 if it is below 2^-14), bfloat16 by at most 2^-8 of
+            itself, so a similarity moves by about that at most. Scores of 20,000 random videos with D = 512 moved by at
+            most 1.4e-5 and 1.0e-4 (benchmarks/bench_prepared.py). Without ``normalize``, float16 must hold the raw
+            numbers, at most 65,504.
 
     Returns:
         :class:`PreparedVideos`. A float64 text needs videos stored in float64, and those need a float64 text.
