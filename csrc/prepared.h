@@ -45,7 +45,7 @@ class PreparedLanes {
     int64_t step = 0;
     for (int64_t g = 0; g < group_count; g++) {
       const int64_t width = width_and_slots[2 * g], slots = width_and_slots[2 * g + 1];
-      STD_TORCH_CHECK((width == vector || width == lanes) && slots > 0, stale);
+      STD_TORCH_CHECK((width == vector || width == lanes) && slots > 0 && slots <= weight.numel(), stale);
       const int64_t begin = step, column = g * lanes;
       step += width * slots;
       STD_TORCH_CHECK(step <= weight.numel() && step <= position.numel() && step * dim <= panel.numel(), stale);
@@ -81,6 +81,15 @@ class PreparedLanes {
     tokens.items = last - first;
   }
   PreparedLanes(const PreparedLanes&) = delete;
+
+  // Refuse positions beyond a video's `frames` padded tokens: the kernels store matches there.
+  void check_positions(int64_t frames) const {
+    for (const Group<T>& group : groups)
+      for (int64_t i = 0; i < static_cast<int64_t>(group.slots) * group.width; i++)
+        STD_TORCH_CHECK(group.position[i] >= 0 && group.position[i] < frames,
+                        "drl_fast::prepared_token_interaction: frames must be the padded length of the prepared "
+                        "videos; pass that, or prepare them again");
+  }
 
   // Ask for the videos' own sum.
   void sum_lanes(const std::vector<Tensor>& parts) { tokens.weight = const_data_of<T>(parts[1]); }

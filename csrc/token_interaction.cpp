@@ -142,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> prepared_forward(const Tensor& text, const Te
   const int64_t a = text.size(0), b = last - first;
   Side<T> t(text, text_weight, text_mask, normalize, zero_competes);
   PreparedLanes<T> v(parts, text.size(2), first, last, zero_competes, chosen_kernels<T>().vector);
+  if (keep_matches) v.check_positions(frames);
   if (both) v.sum_lanes(parts);
   Tensor logits = zeros({a, b}, scalar_type<T>);
   Tensor video_index = no_matches(keep_matches, {a, text.size(1), b}, frames);

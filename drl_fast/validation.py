@@ -140,9 +140,9 @@ def values_are_visible(x: Tensor) -> bool:
 
 @functools.cache
 def _warn_no_real_token(name: str) -> None:
-    # The warning names the caller's line, however many of our functions are between.
+    # The warning names the caller's line, however many functions of ours and of torch's are between.
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("drl_fast"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("drl_fast", "torch.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(
         f"drl_fast: {name} holds no real token at all, so all scores are 0 (except with masking='none'); "

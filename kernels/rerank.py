@@ -108,7 +108,7 @@ def rerank_forward(
     text = _owner(offsets, unit, texts, BM)
     b0 = (unit - text) * BM
     # Offsets that do not fit cannot be refused here, but they must not lead out of the candidates.
-    if b0 >= videos:
+    if (b0 < 0) | (b0 >= videos):
         return
     b = b0 + tl.arange(0, BM)
     own = (b >= tl.load(offsets + text)) & (b < tl.load(offsets + text + 1)) & (b < videos)

@@ -19,8 +19,9 @@ class PreparedVideos:
     """Videos that :func:`prepare` made. :func:`token_interaction` and others accept them in place of ``video``.
 
     ``len(prepared)`` is the number of videos B. ``prepared[a:b]`` is a view of consecutive videos, which shares memory.
-    No gradient reaches the videos. ``torch.save`` works; ``torch.load`` then needs ``weights_only=False``. Videos that
-    one CPU prepared can be scored on CPUs with vectors of the same width; elsewhere the call raises.
+    No gradient reaches the videos. ``torch.save`` works, and of a slice it saves all the videos; ``torch.load`` then
+    needs ``weights_only=False``. The C++ kernels of one CPU can score what another CPU prepared if both have vectors of
+    the same width; otherwise the call raises.
     """
 
     def __init__(
@@ -152,7 +153,8 @@ def prepare(
     get none.
 
     The C++ kernels neither normalise nor lay out prepared videos again. Elsewhere (on a GPU, without the extension, or
-    under another :func:`drl_fast.backend`) every call still does, and the result only holds the arguments together.
+    under another :func:`drl_fast.backend`) every call still does. There the result may share the arguments' memory, so
+    do not change them in place.
 
     >>> prepared = drl_fast.prepare(video)  # (6, 12, 512)
     >>> scores, indices = drl_fast.topk(text, prepared, k=3)  # (4, 3) each
@@ -165,10 +167,11 @@ def prepare(
         video_mask: (B, Nv), non-zero = real token, any dtype, holes allowed; None: all real.
         normalize: L2-normalise tokens, in float32 (float64 for float64).
         dtype: what the tokens are stored in, after they are normalised: float32, float16 or bfloat16; None: as given.
-            float32 gives the same bits as unprepared videos. 16 bits halve the memory. They round every number of a
-            normalised token by at most 2^-11 of itself with float16 and 2^-8 with bfloat16, so a similarity moves by
-            at most that. Scores of 20,000 random videos with D = 512 moved by at most 1.3e-5 and 1.1e-4
-            (benchmarks/bench_prepared.py). Without ``normalize``, float16 must hold the raw numbers, at most 65,504.
+            float32 gives the same bits as unprepared videos. 16 bits halve the memory. float16 rounds every number of a
+            normalised token by at most 2^-11 of itself (by 2^-25 if it is below 2^-14), bfloat16 by at most 2^-8 of
+            itself, so a similarity moves by about that at most. Scores of 20,000 random videos with D = 512 moved by at
+            most 1.4e-5 and 1.0e-4 (benchmarks/bench_prepared.py). Without ``normalize``, float16 must hold the raw
+            numbers, at most 65,504.
 
     Returns:
         :class:`PreparedVideos`. A float64 text needs videos stored in float64, and those need a float64 text.
@@ -199,6 +202,9 @@ def _lay_out(
     """Build the layout for the tokens' device; ``final``: they must not be normalised."""
     b, frames, dim = tokens.shape
     sums = accumulation_dtype(storage)
+    if normalize and not final and tokens.dtype == torch.float64 != storage:
+        # Numbers that float32 does not hold have a norm in float64.
+        tokens, final = unit(tokens), True
     lane_weight = uniform_weight(mask, tokens) if weight is None else weight
     lanes = op.prepare_videos(tokens, lane_weight.to(sums), mask, normalize and not final, storage)
     held: dict[str, Any] = {"lanes": lanes}

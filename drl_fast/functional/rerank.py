@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import autocast, validation
 from ..numerics import accumulation_dtype, uniform_weight
 from ..ops import rerank as op
+from .prepared import PreparedVideos
 from .token_interaction import refuse_forward_mode, refuse_func_grad, refuse_unused_weight
 
 
@@ -115,6 +116,11 @@ def check_candidates(
     """
     text = autocast.cast(validation.tokens("text", text, "A, Nt, D"))
     texts = len(text)
+    if isinstance(candidates, PreparedVideos):
+        raise TypeError(
+            "candidates must be a torch.Tensor, got PreparedVideos, which save nothing if a candidate meets one text; "
+            "pass the tokens of each text's candidates"
+        )
     if offsets is None and isinstance(candidates, Tensor) and candidates.dim() == 3:
         raise ValueError(
             f"candidates must be (A, K, Nv, D), got shape {tuple(candidates.shape)}; with (sum K, Nv, D) also pass "

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import validation
-from ..numerics import accumulation_dtype, uniform_weight, unit
+from ..numerics import accumulation_dtype, uniform_weight, unit, zero_masked
 from ..ops import prepared as prepared_op
 from ..ops import token_interaction as op
 from ..ops.soft_token_interaction import soft_token_interaction
@@ -212,7 +212,7 @@ def _interact_prepared(
     if video.lanes is None:
         tokens, final = video.rows()
         if final and normalize:
-            text = unit(text)
+            text = unit(text if masking == "none" else zero_masked(text, text_mask))
         dtype = torch.promote_types(text.dtype, tokens.dtype)
         return interact(
             validation.Sides(text.to(dtype), tokens.to(dtype), text_mask, video.mask),
@@ -230,6 +230,7 @@ def _interact_prepared(
     if masking == "none":
         text_mask = None
     refuse_forward_mode((text, text_weight), "token interaction")
+    refuse_func_grad((text, text_weight), "token interaction")
     lanes, first, last = video.lanes
     arguments = text, text_weight, text_mask, lanes, first, last, video.shape[1], normalize, masking == "drl"
     if pooling != "max":
@@ -266,7 +267,7 @@ def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:
 def refuse_func_grad(inputs: tuple[Tensor | None, ...], what: str) -> None:
     """Raise under ``torch.func.grad``, of which the operator would know nothing."""
     tracked = torch._C._functorch.is_gradtrackingtensor
-    if not torch.compiler.is_compiling() and any(x is not None and tracked(x) for x in inputs[:2]):
+    if not torch.compiler.is_compiling() and any(x is not None and tracked(x) for x in inputs):
         raise NotImplementedError(
             f"drl_fast: the {what} does not work under torch.func.grad; use torch.autograd.grad or backward()"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,10 @@ from ..validation import Sides
 from .prepared import PreparedSides, PreparedVideos
 from .token_interaction import check_arguments, interact
 
-# Scores that are held at a time, and the fewest videos of a block, which keep the kernels busy.
+# Scores that are held at a time. Blocks of videos are multiples of the number among which prepared videos are sorted by
+# length (csrc/prepared.cpp): a smaller part of those is spread over as much of the layout as all of them.
 BLOCK_SCORES = 1 << 20
-FEWEST_VIDEOS = 256
+SORTED_VIDEOS = 1024
 
 
 @torch.no_grad()
@@ -34,8 +37,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """Find the k best videos of every text, exactly: every pair is scored.
 
-    Videos are scored in blocks, of which only the best are kept: about a million scores are held at a time, or A x 256
-    where that is more, and never all A x B. The result has no gradient.
+    Texts and videos are scored in blocks, of which only the best are kept: about a million scores are held at a time,
+    never all A x B. The result has no gradient.
 
     >>> scores, indices = drl_fast.topk(text, video, k=3)
     >>> video[indices[0, 0]]  # the best of the first text
@@ -74,21 +77,39 @@ def topk(
     texts, videos = len(sides.text), len(sides.video)
     if k > videos:
         raise ValueError(f"k must be at most the number of videos, {videos}, got {k}; pass k=min(k, len(video))")
+    most = max(1, BLOCK_SCORES // SORTED_VIDEOS)
+    found = []
+    for first in range(0, max(1, texts), most):
+        rows = slice(first, first + most)
+        some = sides._replace(text=sides.text[rows], text_mask=_rows(sides.text_mask, rows))
+        found.append(
+            _search(
+                some,
+                k,
+                _rows(text_weight, rows),
+                video_weight,
+                normalize=normalize,
+                masking=masking,
+                bidirectional=bidirectional,
+                pooling=pooling,
+                temperature=temperature,
+            )
+        )
+    scores, indices = zip(*found, strict=True)
+    return torch.cat(scores), torch.cat(indices)
+
+
+def _search(
+    sides: Sides | PreparedSides, k: int, text_weight: Tensor | None, video_weight: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`topk` of one block of texts."""
+    texts, videos = len(sides.text), len(sides.video)
     scores = sides.text.new_empty((texts, 0), dtype=accumulation_dtype(sides.text.dtype))
     indices = sides.text.new_empty((texts, 0), dtype=torch.int64)
-    step = max(FEWEST_VIDEOS, BLOCK_SCORES // max(1, texts))
+    step = BLOCK_SCORES // max(1, texts) // SORTED_VIDEOS * SORTED_VIDEOS
     for first in range(0, videos, step):
         block = slice(first, first + step)
-        found = interact(
-            _videos(sides, block),
-            text_weight,
-            None if video_weight is None else video_weight[block],
-            normalize=normalize,
-            masking=masking,
-            bidirectional=bidirectional,
-            pooling=pooling,
-            temperature=temperature,
-        )
+        found = interact(_videos(sides, block), text_weight, _rows(video_weight, block), **options)
         assert isinstance(found, Tensor)
         columns = _best_columns(found, min(k, found.shape[1]))
         # Those kept so far have lower indices, so a stable sort breaks ties the right way.
@@ -99,11 +120,14 @@ def topk(
     return scores, indices
 
 
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
 def _videos(sides: Sides | PreparedSides, block: slice) -> Sides | PreparedSides:
     if isinstance(sides, PreparedSides):
         return sides._replace(video=sides.video[block])
-    mask = sides.video_mask
-    return sides._replace(video=sides.video[block], video_mask=None if mask is None else mask[block])
+    return sides._replace(video=sides.video[block], video_mask=_rows(sides.video_mask, block))
 
 
 def _rank(scores: Tensor) -> Tensor:

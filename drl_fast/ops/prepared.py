@@ -18,6 +18,7 @@ from torch import Tensor
 from ..numerics import accumulation_dtype, index_dtype
 from .chunked import prepared as chunked
 from .dispatch import LIBRARY
+from .no_double_backward import differentiable_once
 
 LIBRARY.define(
     "prepare_videos(Tensor video, Tensor video_weight, Tensor? video_mask, bool normalize, ScalarType dtype) "
@@ -87,6 +88,9 @@ def _differentiate(from_rows: Callable[..., Any], ctx: Any, grad_logits: Tensor 
             logits = from_rows(*leaves, text_mask, ctx.lanes, *ctx.options)
         found = iter(torch.autograd.grad(logits, wanted, grad_logits))
         grads = [next(found) if x.requires_grad else None for x in leaves]
+        # The leaves have no graph, so a second derivative must raise here.
+        sources = (grad_logits, text, text_weight)
+        grads = differentiable_once(grads, sources, "the token interaction", "drl_fast.reference.token_interaction")
     return (*grads, None, [None] * len(ctx.lanes), *(None,) * len(ctx.options))
 
 

@@ -226,6 +226,21 @@ def test_torch_func_grad_raises(call: Any) -> None:
         torch.func.grad(lambda text: call(text, V).sum())(T)
 
 
+@pytest.mark.parametrize("video", [V, drl_fast.prepare(V)], ids=["tokens", "prepared"])
+def test_torch_func_grad_raises_for_weights_and_prepared_videos(video: Any) -> None:
+    with pytest.raises(NotImplementedError, match=r"does not work under torch\.func\.grad"):
+        torch.func.grad(lambda weight: drl_fast.token_interaction(T, video, weight).sum())(torch.ones(2, 3))
+    with pytest.raises(NotImplementedError, match=r"does not work under torch\.func\.grad"):
+        torch.func.grad(lambda text: drl_fast.token_interaction(text, video).sum())(T)
+
+
+def test_the_warning_names_the_callers_line() -> None:
+    validation._warn_no_real_token.cache_clear()
+    with pytest.warns(UserWarning, match="video_mask holds no real token at all") as caught:
+        drl_fast.prepare(V, video_mask=torch.zeros(4, 5))
+    assert caught[0].filename == __file__
+
+
 def test_a_mask_without_a_real_token_warns_once() -> None:
     validation._warn_no_real_token.cache_clear()
     with pytest.warns(UserWarning, match="text_mask holds no real token at all, so all scores are 0"):

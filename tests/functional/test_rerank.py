@@ -83,6 +83,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "candidate_mask must not be negative, got -1, which looks like an additive mask",
     ),
     "NaN in a mask": ({"candidate_mask": torch.full((2, 4, 5), torch.nan)}, ValueError, "candidate_mask must be zero"),
+    "prepared candidates": (
+        {"candidates": drl_fast.prepare(FLAT)},
+        TypeError,
+        "candidates must be a torch.Tensor, got PreparedVideos.*; pass the tokens of each text's candidates",
+    ),
     "offsets a list": (
         {"candidates": FLAT, "offsets": [0, 3, 8]},
         TypeError,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import drl_fast
 from drl_fast import reference
+from tests.conftest import use
 from tests.implementations import Implementation
 from tests.oracle import make
 
@@ -32,7 +33,7 @@ def same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
 @pytest.fixture(params=[1, 7, 64, 1 << 20], ids="blocks of {}".format)
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "BLOCK_SCORES", request.param)
-    monkeypatch.setattr(MODULE, "FEWEST_VIDEOS", min(request.param, 256))
+    monkeypatch.setattr(MODULE, "SORTED_VIDEOS", min(request.param, 16))
 
 
 @pytest.mark.usefixtures("_block")
@@ -124,6 +125,31 @@ def test_no_block_exceeds_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     drl_fast.topk(torch.randn(300, 1, 2), torch.randn(9000, 1, 2), 5)
     assert max(sizes) <= MODULE.BLOCK_SCORES
     assert len(sizes) == 3
+    sizes.clear()
+    drl_fast.topk(torch.randn(5000, 1, 2), torch.randn(1500, 1, 2), 5)
+    assert max(sizes) <= MODULE.BLOCK_SCORES
+    assert sum(sizes) == 5000 * 1500
+
+
+def test_blocks_of_prepared_videos_share_no_groups_of_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise many texts would be searched for more slowly in prepared videos of different lengths than in others."""
+    slices, videos = [], MODULE._videos
+
+    def recorded(sides: Any, block: slice) -> Any:
+        slices.append(videos(sides, block))
+        return slices[-1]
+
+    monkeypatch.setattr(MODULE, "_videos", recorded)
+    mask = torch.arange(4) < torch.randint(1, 5, (4500, 1))
+    with use("cpp"):
+        prepared = drl_fast.prepare(torch.randn(4500, 4, 2), video_mask=mask)
+        drl_fast.topk(torch.randn(700, 1, 2), prepared, 5)
+    *_, item, count, _, shape = prepared.lanes[0]
+    owner = torch.where(count > 0, item, -1).view(len(shape), -1)
+    touched = [int(((owner >= s.video.lanes[1]) & (owner < s.video.lanes[2])).any(1).sum()) for s in slices]
+    assert len(touched) > 1
+    # A block's last group may hold videos of the next.
+    assert sum(touched) < len(shape) + len(touched)
 
 
 @pytest.mark.parametrize(

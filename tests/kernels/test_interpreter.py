@@ -157,6 +157,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
     (RERANK, "test_rows_without_a_real_token_score_zero", ["max-drl", "logsumexp-exclude"]),
     (RERANK, "test_a_bad_real_token_affects_only_its_own_scores", ["max-nan", "softmax-inf"]),
     (RERANK, "test_ties_go_to_the_lowest_index", []),
+    (RERANK, "test_offsets_that_do_not_fit_write_nothing_outside", []),
     (CONTRASTIVE, "test_against_the_reference", ["kept-holes-True"]),
     (
         CDCR,

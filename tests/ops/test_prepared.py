@@ -165,12 +165,40 @@ def test_gradients_of_the_text(impl: Implementation, pooling: dict[str, Any]) ->
     assert p.video.grad is None
 
 
-def test_the_text_has_no_second_derivative() -> None:
-    p = make((3, 4, 5, 6))
+@pytest.mark.parametrize("pooling", POOLINGS, ids=lambda x: x.get("pooling", "max"))
+def test_the_text_has_no_second_derivative(impl: Implementation, pooling: dict[str, Any]) -> None:
+    """It raises also if the loss depends on the text on another path, whose term alone would be wrong."""
+    p = problem(impl, (3, 4, 5, 6), **pooling)
     p.text.requires_grad_()
     (grad,) = torch.autograd.grad(score(p, prepare(p)).sum(), p.text, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="the token interaction has no second derivative"):
+        (grad.square().sum() + p.text.square().sum()).backward()
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pooling", POOLINGS[:2], ids=lambda x: x.get("pooling", "max"))
+def test_masked_words_get_no_gradient(
+    impl: Implementation, pooling: dict[str, Any], poison: float, storage: torch.dtype
+) -> None:
+    p = problem(impl, (4, 6, 40, 5), 16, masks=("holes", "holes"), **pooling)
+    assert p.text_mask is not None
+    prepared = prepare(p, dtype=storage)
+    grads = []
+    for value in (0.0, poison):
+        text = p.text.masked_fill(~p.text_mask[..., None], value).requires_grad_()
+        score(replace(p, text=text), prepared).sum().backward()
+        grads.append(text.grad)
+    assert torch.equal(*grads)
+    assert not grads[1][~p.text_mask].any()
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16], ids=str)
+def test_float64_videos_are_normalised_in_float64(impl: Implementation, storage: torch.dtype) -> None:
+    p = problem(impl, (2, 3, 40, 5), 16)
+    small = drl_fast.prepare(p.video.double(), dtype=storage)
+    large = drl_fast.prepare(p.video.double() * 2.0**300, dtype=storage)
+    assert torch.equal(score(p, large), score(p, small))
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -361,3 +389,16 @@ def test_lanes_of_another_kind_are_refused() -> None:
                 operator(T, torch.ones(2, 3), None, bad, *rest)
         with pytest.raises(RuntimeError, match="prepare them again"):
             operator(T.double(), torch.ones(2, 3).double(), None, lanes, *rest)
+
+
+def test_matches_are_stored_inside_of_their_tensor() -> None:
+    with use("cpp"):
+        lanes = torch.ops.drl_fast.prepare_videos(V, M, None, True, torch.float32)
+        operator = torch.ops.drl_fast.prepared_token_interaction
+        for frames, position in ((1, lanes[2]), (5, lanes[2] + 1_000_000), (5, lanes[2] - 1_000_000)):
+            bad = [*lanes[:2], position.int(), *lanes[3:]]
+            with pytest.raises(RuntimeError, match="frames must be the padded length of the prepared videos"):
+                operator(T, torch.ones(2, 3), None, bad, 0, 4, frames, True, True, True, True)
+        too_long = [*lanes[:6], lanes[6] * torch.tensor([1, 1 << 59])]
+        with pytest.raises(RuntimeError, match="prepare them again"):
+            operator(T, torch.ones(2, 3), None, too_long, 0, 4, 5, True, True, True, False)

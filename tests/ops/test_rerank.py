@@ -439,6 +439,19 @@ def test_offsets_that_do_not_fit_read_nothing_outside() -> None:
             assert bool(found.isfinite().all())
 
 
+def test_offsets_that_do_not_fit_write_nothing_outside(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernel cannot refuse them."""
+    if impl.name != "interpreter":
+        pytest.skip("only the interpreter's memory can be looked at")
+    memory = torch.full((1000,), 7.0)
+    monkeypatch.setattr(Tensor, "new_zeros", lambda self, rows, dtype: memory[500 : 500 + rows].zero_())
+    for offsets in ([-1000, -500, 5], [0, -64, 5], [0, 700, 5], [-70, -200, 5]):
+        r = ranking((0, 4, 0, 6), 8, weights=torch.float32, offsets=[0, 3, 5])
+        forward_op(*op_args(r.but(offsets=torch.tensor(offsets)), False, "max"))
+        assert bool((memory[:500] == 7).all()), offsets
+        assert bool((memory[505:] == 7).all()), offsets
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("pooling", ["max", "softmax"])
 def test_compiled(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...numerics import unit
+from ...numerics import unit, zero_masked
 
 
 class Rows(NamedTuple):
@@ -59,7 +59,9 @@ def _operands(
 ) -> tuple[Tensor | None, ...]:
     """Return the first six arguments of the ordinary operators, whose ``normalize`` must be False."""
     rows = unpack(lanes, text.shape[2], first, last, frames)
-    text, tokens = (x.to(text_weight.dtype) for x in (unit(text) if normalize else text, rows.tokens))
+    # Otherwise the norm's gradient would turn a NaN in a masked token into a NaN in its gradient.
+    text = unit(zero_masked(text, text_mask)) if normalize else text
+    text, tokens = (x.to(text_weight.dtype) for x in (text, rows.tokens))
     return text, tokens, text_weight, rows.weight if both else None, text_mask, rows.mask
 
 
