@@ -68,10 +68,9 @@ def draw(shape: Reranking, device: str = "cpu") -> Inputs:
 # --- who is measured --------------------------------------------------------------------------------------------------
 def loop(text: Tensor, candidates: Tensor, text_weight: Tensor, candidate_weight: Tensor) -> Tensor:
     """Call token_interaction for each text."""
-    rows = [
-        drl_fast.token_interaction(text[a : a + 1], candidates[a], text_weight[a : a + 1], candidate_weight[a])
-        for a in range(len(text))
-    ]
+    # By unbind: the backward of candidates[a] would fill the whole gradient with zeros for every text.
+    own = zip(text.split(1), candidates.unbind(), text_weight.split(1), candidate_weight.unbind(), strict=True)
+    rows = [drl_fast.token_interaction(*sides) for sides in own]
     return torch.cat(rows)
 
 

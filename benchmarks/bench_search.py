@@ -36,7 +36,7 @@ import plots
 import result_tables
 from drl_fast.numerics import unit
 from drl_fast.search.lance import connect, pa
-from drl_fast.search.retriever import CANDIDATES, Retriever
+from drl_fast.search.retriever import CANDIDATES, KEPT_BYTES, Retriever
 from drl_fast.search.scoring import Query
 from drl_fast.search.table import About, WindowTable
 from drl_fast.search.windows import Encoded, File, State
@@ -94,7 +94,8 @@ class Synthetic(Retriever):
 
     def __init__(self, uri: str, table: WindowTable, videos: Videos) -> None:
         self.model = drl_fast.Head(DIM, interaction="ti").eval()
-        self.uri, self._table, self.about, self.videos, self._kept = uri, table, table.about, videos, None
+        self.uri, self._table, self.about, self.videos = uri, table, table.about, videos
+        self._kept, self.kept_bytes = None, KEPT_BYTES
 
     def encode(self, text: str) -> Query:
         return self.videos.query(int(text))
@@ -330,7 +331,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
     "default": {"windows": (1000, 10_000), "vectors": (10_000, 100_000), "tokens": (1000,)},
     "full": {
         "windows": (1000, 10_000, 100_000),
-        "vectors": (100_000, 1_000_000),
+        "vectors": (100_000, 300_000),
         "tokens": (1000, 4000, 20_000),
     },
 }
