@@ -30,19 +30,19 @@ def same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(got[0].view(torch.uint8), want[0].contiguous().view(torch.uint8))
 
 
-@pytest.fixture(params=[1, 7, 64, 1 << 20], ids="blocks of {}".format)
+@pytest.fixture(params=[1, 7, 1 << 20], ids="blocks of {}".format)
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "BLOCK_SCORES", request.param)
     monkeypatch.setattr(MODULE, "SORTED_VIDEOS", min(request.param, 16))
 
 
 @pytest.mark.usefixtures("_block")
-@pytest.mark.parametrize("k", [1, 9, 90])
+@pytest.mark.parametrize("k", [1, 9, 30])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_against_a_full_sort(impl: Implementation, prepared: bool, k: int) -> None:
-    p = make((5, 7, 90, 4), 16, masks=("holes", "empty"), weights=torch.float32).map(lambda x: x.to(impl.device))
-    p.video[40:60] = p.video[11]  # equal scores, in several blocks
-    p.video_mask[40:60], p.video_weight[40:60] = p.video_mask[11], p.video_weight[11]
+    p = make((3, 7, 30, 4), 16, masks=("holes", "empty"), weights=torch.float32).map(lambda x: x.to(impl.device))
+    p.video[12:20] = p.video[3]  # equal scores, in several blocks
+    p.video_mask[12:20], p.video_weight[12:20] = p.video_mask[3], p.video_weight[3]
     want = full_sort(drl_fast.token_interaction(*p.args()), k)
     if prepared:
         videos = drl_fast.prepare(p.video, p.video_weight, p.video_mask)
@@ -62,7 +62,7 @@ def test_against_a_full_sort(impl: Implementation, prepared: bool, k: int) -> No
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_options(cpu_impl: Implementation, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    p = make((5, 7, 90, 4), 16, dtype, masks=("holes", "holes"), **options)
+    p = make((3, 7, 30, 4), 16, dtype, masks=("holes", "holes"), **options)
     want = full_sort(drl_fast.token_interaction(*p.args(), **p.options), 10)
     same(drl_fast.topk(p.text, p.video, 10, *p.args()[2:], **p.options), want)
 
