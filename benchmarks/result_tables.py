@@ -611,7 +611,9 @@ def gpu_products(result: Result) -> Table:
 # --- search -----------------------------------------------------------------------------------------------------------
 def _ms(row: Result | None, key: str = "ms") -> list[str]:
     """Return the median and the 99th percentile of a query's time."""
-    return [f"{row[key][p]:.3g} ms" for p in ("p50", "p99")] if row and row["status"] == "ok" else [NOTHING] * 2
+    if not row or row["status"] != "ok":
+        return [NOTHING] * 2
+    return [milliseconds({"median": row[key][percentile]}) for percentile in ("p50", "p99")]
 
 
 def search_windows(result: Result) -> Table:
@@ -626,7 +628,7 @@ def search_windows(result: Result) -> Table:
         rows.append(
             [
                 f"{row['windows']:,}",
-                f"{row['first_ms']:.3g} ms",
+                milliseconds({"median": row["first_ms"]}),
                 *_ms(row),
                 *(_ms(memory.get(form))[0] for form in MEMORY_FORMS),
                 f"{row['peak_mb']:.0f} MB",
