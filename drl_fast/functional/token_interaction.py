@@ -266,8 +266,11 @@ def refuse_forward_mode(inputs: tuple[Tensor | None, ...], what: str) -> None:
 
 def refuse_func_grad(inputs: tuple[Tensor | None, ...], what: str) -> None:
     """Raise under ``torch.func.grad``, of which the operator would know nothing."""
+    if torch.compiler.is_compiling():
+        return
     tracked = torch._C._functorch.is_gradtrackingtensor
-    if not torch.compiler.is_compiling() and any(x is not None and tracked(x) for x in inputs):
+    # Weights made inside such a call, or inside jvp, are tracked but need no gradient.
+    if any(x is not None and tracked(x) and x.requires_grad for x in inputs):
         raise NotImplementedError(
             f"drl_fast: the {what} does not work under torch.func.grad; use torch.autograd.grad or backward()"
         )
