@@ -333,7 +333,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
     "default": {"windows": (1000, 10_000), "vectors": (10_000, 100_000), "tokens": (1000,)},
     "full": {
         "windows": (1000, 10_000, 100_000),
-        "vectors": (100_000, 300_000, 1_000_000),
+        "vectors": (100_000, 300_000),
         "tokens": (1000, 4000, 20_000),
     },
 }
