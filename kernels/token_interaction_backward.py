@@ -48,6 +48,7 @@ CHUNK = packing.CHUNK
 COEFFICIENT_BYTES, COLUMNS = 128 << 20, 16384
 # No frame, and no word or frame chosen: values that no match has, which are 0 or more, or -1 for "none".
 NO_FRAME, NOTHING = tl.constexpr(-2), tl.constexpr(-3)
+# Every warp of expand_coefficients loads the numbers of the frames again, so few warps are faster.
 EXPAND_WARPS = 2
 # Videos of a program that sums over texts.
 SOME_VIDEOS = tl.constexpr(32)

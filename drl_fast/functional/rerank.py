@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import autocast, validation
-from ..numerics import accumulation_dtype, uniform_weight
 from ..ops import rerank as op
 from .prepared import PreparedVideos
-from .token_interaction import refuse_forward_mode, refuse_func_grad, refuse_unused_weight
+from .token_interaction import operands, refuse_unused_weight
 
 
 class Candidates(NamedTuple):
@@ -190,19 +189,8 @@ def score(
     temperature: float,
 ) -> Tensor:
     """Compute :func:`rerank` of arguments that are checked; weights are (A, Nt) and (sum K, Nv)."""
-    text, candidates, text_mask, candidate_mask = checked.sides
-    dtype = accumulation_dtype(text.dtype)
-    text_weight = uniform_weight(text_mask, text) if text_weight is None else text_weight.to(dtype)
-    if not bidirectional:
-        candidate_weight = None
-    elif candidate_weight is None:
-        candidate_weight = uniform_weight(candidate_mask, candidates)
-    else:
-        candidate_weight = candidate_weight.to(dtype)
-    if masking == "none":
-        text_mask = candidate_mask = None
-    inputs = (text, candidates, text_weight, candidate_weight)
-    refuse_forward_mode(inputs, "rerank")
-    refuse_func_grad(inputs, "rerank")
+    inputs, masks = operands(
+        checked.sides, text_weight, candidate_weight, masking=masking, bidirectional=bidirectional, what="rerank"
+    )
     options = normalize, masking == "drl", pooling, temperature
-    return op.rerank(*inputs, text_mask, candidate_mask, checked.offsets, *options).view(checked.shape)
+    return op.rerank(*inputs, *masks, checked.offsets, *options).view(checked.shape)

@@ -169,6 +169,38 @@ def interact(
             temperature=temperature,
             return_matches=return_matches,
         )
+    inputs, masks = operands(
+        sides, text_weight, video_weight, masking=masking, bidirectional=bidirectional, what="token interaction"
+    )
+    if pooling != "max":
+        soft = normalize, masking == "drl", pooling == "logsumexp", temperature
+        return soft_token_interaction(*inputs, *masks, *soft)
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    learned = train and any(x is not None and x.requires_grad for x in inputs[2:])
+    kept = train and op.keeps_matches(*inputs[:2], bidirectional, learned, normalize)
+    logits, video_index, text_index, *_ = op.token_interaction(
+        *inputs, *masks, normalize, masking == "drl", return_matches or kept, kept and learned
+    )
+    if not return_matches:
+        return logits
+    by_word = op.public_index(video_index, masks[0], None)
+    return logits, Matches(by_word, op.public_index(text_index, None, masks[1]) if bidirectional else None)
+
+
+def operands(
+    sides: validation.Sides,
+    text_weight: Tensor | None,
+    video_weight: Tensor | None,
+    *,
+    masking: str,
+    bidirectional: bool,
+    what: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+    """Return features and weights as operators take them, and the masks that they see.
+
+    Raises:
+        NotImplementedError: a kind of derivative that the operator ``what`` does not have.
+    """
     text, video, text_mask, video_mask = sides
     dtype = accumulation_dtype(text.dtype)
     text_weight = uniform_weight(text_mask, text) if text_weight is None else text_weight.to(dtype)
@@ -176,24 +208,10 @@ def interact(
         video_weight = None
     else:
         video_weight = uniform_weight(video_mask, video) if video_weight is None else video_weight.to(dtype)
-    if masking == "none":
-        text_mask = video_mask = None
     inputs = (text, video, text_weight, video_weight)
-    refuse_forward_mode(inputs, "token interaction")
-    refuse_func_grad(inputs, "token interaction")
-    if pooling != "max":
-        soft = normalize, masking == "drl", pooling == "logsumexp", temperature
-        return soft_token_interaction(*inputs, text_mask, video_mask, *soft)
-    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    learned = train and any(x is not None and x.requires_grad for x in inputs[2:])
-    kept = train and op.keeps_matches(text, video, bidirectional, learned, normalize)
-    logits, video_index, text_index, *_ = op.token_interaction(
-        *inputs, text_mask, video_mask, normalize, masking == "drl", return_matches or kept, kept and learned
-    )
-    if not return_matches:
-        return logits
-    by_word = op.public_index(video_index, text_mask, None)
-    return logits, Matches(by_word, op.public_index(text_index, None, video_mask) if bidirectional else None)
+    refuse_forward_mode(inputs, what)
+    refuse_func_grad(inputs, what)
+    return inputs, (None, None) if masking == "none" else (text_mask, video_mask)
 
 
 def _interact_prepared(

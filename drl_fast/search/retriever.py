@@ -391,7 +391,11 @@ class Retriever:
         return self._table
 
     def _filled(self) -> WindowTable:
-        """Return the table as it is now; ValueError if it holds nothing."""
+        """Return the table as it is now.
+
+        Raises:
+            ValueError: it holds no videos.
+        """
         table = self._opened()
         if table.count() == 0:
             raise ValueError(f"{self.uri} holds no videos; add some with drl-fast index PATHS --out {self.uri}")
@@ -474,15 +478,14 @@ class Retriever:
     def _scores(self, query: Query, blocks: Iterator[Windows]) -> _Scored:
         scores, ids, paths, starts, ends = [], [], [], [], []
         for windows in blocks:
-            rows = np.arange(len(windows.ids)) if windows.chosen is None else windows.chosen.nonzero()[0]
+            rows = slice(None) if windows.chosen is None else windows.chosen
             scores.append(score(self.model, query, windows).numpy()[rows])
             ids.append(windows.ids[rows])
-            paths += [windows.paths[row] for row in rows]
+            paths.append(windows.paths[rows])
             starts.append(windows.starts[rows])
             ends.append(windows.ends[rows])
         empty = [np.zeros(0)]
-        joined = [np.concatenate(parts or empty) for parts in (scores, ids, starts, ends)]
-        return _Scored(joined[0], joined[1], joined[2], joined[3], paths)
+        return _Scored(*(np.concatenate(parts or empty) for parts in (scores, ids, paths, starts, ends)))
 
     def _hits(
         self,
@@ -534,9 +537,9 @@ class _Kept:
 class _Scored:
     scores: np.ndarray
     ids: np.ndarray
+    paths: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-    paths: list[str]
 
 
 def has_index(index: str | os.PathLike[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from ..model.drl import DRL
 from ..modules.wti import interaction_options, softmax_weights
 from ..numerics import unit
 from .table import Block
+
+# Windows that are put in order first.
+SORTED_FIRST = 1000
 
 
 class Word(NamedTuple):
@@ -85,7 +88,8 @@ class Windows(NamedTuple):
 
     ids: np.ndarray
     """(B,) LanceDB's row ids"""
-    paths: list[str]
+    paths: np.ndarray
+    """(B,) str"""
     starts: np.ndarray
     ends: np.ndarray
     videos: PreparedVideos | tuple[Tensor, Tensor]
@@ -116,8 +120,8 @@ def ready(model: DRL, block: Block) -> Windows:
     elif isinstance(interaction, TI | WTI):
         videos = interaction.prepare(tokens, mask, dtype=torch.float16)
     # Copies: a view would keep the block's tokens in memory.
-    starts, ends = (np.array(block.rows.column(name)) for name in ("start", "end"))
-    return Windows(np.array(block.ids), block.rows.column("path").to_pylist(), starts, ends, videos)
+    paths, starts, ends = (np.array(block.rows.column(name)) for name in ("path", "start", "end"))
+    return Windows(np.array(block.ids), paths, starts, ends, videos)
 
 
 @torch.no_grad()
@@ -163,16 +167,15 @@ class Best(NamedTuple):
 
 
 def merge_overlapping(
-    scores: np.ndarray, ids: np.ndarray, paths: Sequence[str], starts: np.ndarray, ends: np.ndarray, k: int
+    scores: np.ndarray, ids: np.ndarray, paths: np.ndarray, starts: np.ndarray, ends: np.ndarray, k: int
 ) -> list[Best]:
     """Choose the best ``k`` windows such that no two of one video overlap: a better window stands for its neighbours.
 
     The order is by score, then by path and start; a NaN comes last.
     """
-    order = np.lexsort((starts, np.asarray(paths, dtype=str), np.nan_to_num(-scores, nan=np.inf)))
     taken: dict[str, list[tuple[float, float]]] = {}
     found: list[Best] = []
-    for i in order:
+    for i in _best_first(scores, paths, starts):
         others = taken.setdefault(paths[i], [])
         if any(starts[i] < end and start < ends[i] for start, end in others):
             continue
@@ -181,3 +184,14 @@ def merge_overlapping(
         if len(found) == k:
             break
     return found
+
+
+def _best_first(scores: np.ndarray, paths: np.ndarray, starts: np.ndarray) -> Iterator[int]:
+    """Yield all rows by score, path and start. Sort some of the best first, since a search needs no others."""
+    key = np.nan_to_num(-scores, nan=np.inf)
+    rest, count = np.arange(len(key)), SORTED_FIRST
+    while len(rest):
+        limit = np.partition(key[rest], count - 1)[count - 1] if count < len(rest) else np.inf
+        near = rest[key[rest] <= limit]
+        yield from near[np.lexsort((starts[near], paths[near].astype(str), key[near]))]
+        rest, count = rest[key[rest] > limit], 8 * count

@@ -300,8 +300,8 @@ class WindowTable:
                 new.append(field)
             elif there.field(field.name).type != field.type:
                 raise ValueError(
-                    f"the column {field.name} must be of type {there.field(field.name).type}, as it is in "
-                    f"{self.uri}, got {field.type}"
+                    f"the column {field.name} must be of type {there.field(field.name).type}, as in {self.uri}, got "
+                    f"{field.type}; convert its values or name it otherwise"
                 )
         if new:
             self._commit(lambda: self.table.add_columns(new))

@@ -14,6 +14,7 @@ from drl_fast import Retriever
 from drl_fast.data.loading import tokenize
 from drl_fast.data.video import Sampling, read_video
 from drl_fast.search import retriever as retriever_module
+from drl_fast.search import scoring
 from drl_fast.search import table as tables
 from drl_fast.search.retriever import Hit
 from drl_fast.search.scoring import Best, merge_overlapping
@@ -281,12 +282,14 @@ def test_a_vector_index_is_made_beyond_the_limit(model: Path, tmp_path: Path, mo
     assert {hit.video for hit in retriever.search(QUERY, k=200)} == {"a.mp4", "b.mp4"}
 
 
-def test_merging() -> None:
+@pytest.mark.parametrize("sorted_first", [1, 1000])
+def test_merging(sorted_first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best window stands for those that overlap it; windows that touch do not; ties go by path and start."""
+    monkeypatch.setattr(scoring, "SORTED_FIRST", sorted_first)
     nan = float("nan")
     scores = np.array([0.1, 0.9, 0.5, 0.9, 0.9, nan], dtype=np.float32)
     starts, ends = np.array([0.0, 6, 12, 18, 0, 50]), np.array([12.0, 18, 24, 30, 12, 60])
-    paths = ["v", "v", "v", "v", "u", "w"]
+    paths = np.array(["v", "v", "v", "v", "u", "w"], dtype=object)
     found = merge_overlapping(scores, np.arange(6), paths, starts, ends, 100)
     assert [best.row for best in found] == [4, 1, 3, 5]
     assert (
@@ -297,7 +300,7 @@ def test_merging() -> None:
             Best(1, float(scores[1])),
         ]
     )
-    assert merge_overlapping(scores[:0], np.arange(0), [], starts[:0], ends[:0], 3) == []
+    assert merge_overlapping(scores[:0], np.arange(0), paths[:0], starts[:0], ends[:0], 3) == []
 
 
 def test_the_public_name() -> None:

@@ -47,6 +47,7 @@ def no_lanes(*_: Any) -> list[Tensor]:
 
 
 def _operands(
+    both: bool,
     text: Tensor,
     text_weight: Tensor,
     text_mask: Tensor | None,
@@ -55,7 +56,6 @@ def _operands(
     last: int,
     frames: int,
     normalize: bool,
-    both: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the first six arguments of the ordinary operators, whose ``normalize`` must be False."""
     rows = unpack(lanes, text.shape[2], first, last, frames)
@@ -65,41 +65,18 @@ def _operands(
     return text, tokens, text_weight, rows.weight if both else None, text_mask, rows.mask
 
 
-def forward(
-    text: Tensor,
-    text_weight: Tensor,
-    text_mask: Tensor | None,
-    lanes: list[Tensor],
-    first: int,
-    last: int,
-    frames: int,
-    normalize: bool,
-    zero_competes: bool,
-    both: bool,
-    keep_matches: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Score texts (A, Nt, D) against prepared videos: logits (A, B), matches as the ordinary operator's."""
-    operands = _operands(text, text_weight, text_mask, lanes, first, last, frames, normalize, both)
+    *sides, zero_competes, both, keep_matches = arguments
+    operands = _operands(both, *sides)
     found = torch.ops.drl_fast.token_interaction(*operands, False, zero_competes, keep_matches, keep_matches)
     return found[0], found[1], found[2]
 
 
-def soft_forward(
-    text: Tensor,
-    text_weight: Tensor,
-    text_mask: Tensor | None,
-    lanes: list[Tensor],
-    first: int,
-    last: int,
-    frames: int,
-    normalize: bool,
-    zero_competes: bool,
-    both: bool,
-    logsumexp: bool,
-    temperature: float,
-) -> Tensor:
+def soft_forward(*arguments: Any) -> Tensor:
     """Score texts (A, Nt, D) against prepared videos with soft pooling: logits (A, B)."""
-    operands = _operands(text, text_weight, text_mask, lanes, first, last, frames, normalize, both)
+    *sides, zero_competes, both, logsumexp, temperature = arguments
+    operands = _operands(both, *sides)
     return torch.ops.drl_fast.soft_token_interaction(*operands, False, zero_competes, logsumexp, temperature)
 
 
