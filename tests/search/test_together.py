@@ -42,7 +42,7 @@ def test_searching_while_indexing(model: Path, tmp_path: Path, monkeypatch: pyte
                 last = done.is_set()
                 scored = reader._scores(reader.encode("red"), reader._windows(reader._filled(), None))
                 for path in set(scored.paths):
-                    assert scored.paths.count(path) == len(starts(2 * lengths[path], 4))
+                    assert list(scored.paths).count(path) == len(starts(2 * lengths[path], 4))
                 seen.append(len(set(scored.paths)))
                 assert reader.search("red", k=3)
                 if last:
