@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -70,7 +71,7 @@ def one_thread() -> None:
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Register a tiny model in open_clip and return its name: one narrow layer per tower, 32 x 32 pixels, 16 words.
 
-    Also register two variants that drl_fast does not support: ``<name>-custom`` and ``<name>-last``.
+    Also register two variants that drl_fast does not serve: ``<name>-unpooled`` and ``<name>-wide``.
     """
     open_clip = pytest.importorskip("open_clip")
     name = "drl-fast-tiny"
@@ -79,11 +80,18 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
     relatives = {
         name: config,
-        f"{name}-custom": {**config, "custom_text": True},
-        f"{name}-last": {**config, "text_cfg": {**text, "pool_type": "last"}},
+        f"{name}-unpooled": {**config, "custom_text": True, "text_cfg": {**text, "pool_type": "none"}},
+        f"{name}-wide": {**config, "vision_cfg": {**vision, "image_size": [32, 48]}},
     }
     folder = tmp_path_factory.mktemp("open_clip_configs")
     for key, value in relatives.items():
         (folder / f"{key}.json").write_text(json.dumps(value))
     open_clip.add_model_config(folder)
     return name
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Set the hub offline with an empty cache, so that downloads fail without retries."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -138,7 +138,7 @@ def evaluate(
             settings, videos, annotations = with_folders(settings, videos, annotations)
             drl, tokenizer = load_model(checkpoint, found_settings)
             model = drl.to(here.device)
-            sampling = settings.sampling(drl.picture_size[0])
+            sampling = settings.sampling(*drl.pictures)
             if sampling.seconds is None and model.inputs is not None:
                 sampling = dataclasses.replace(sampling, seconds=model.inputs.seconds)
             part = load_split(settings.dataset, split, videos=videos, annotations=annotations, strict=strict)

@@ -148,7 +148,7 @@ class _Encoding:
         self._introduce(splits)
         contents = Contents.of(splits)
         model, text, captions = self._clip(contents)
-        sampling = self.settings.sampling(model.picture_size[0])
+        sampling = self.settings.sampling(*model.pictures)
         side = Side(
             len(contents.videos),
             model.dim,

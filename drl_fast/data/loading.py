@@ -39,7 +39,7 @@ class Unreadable(NamedTuple):
 
 
 def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> Tensor:
-    """Tokenize captions to ids (A, max_words) int64, zeros after the end token; a cut caption keeps its end token.
+    """Tokenize captions to ids (A, max_words) int64, padding after the end token; a cut caption keeps its end token.
 
     Raises:
         ValueError: ``max_words`` below 3 (start, a word, end), or a tokenizer that ignores it.
@@ -56,10 +56,13 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> T
 
 def count_cut(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> int:
     """Count the captions that have more than ``max_words`` tokens, start and end included."""
-    cut = 0
+    own = getattr(tokenizer, "tokenizer", None)  # Hugging Face's, inside open_clip's
+    cut, padding = 0, getattr(own, "pad_token_id", None) or 0
+    # Where the end token also fills rows, as in SigLIP, only the token before it tells that words were cut.
+    first = max_words - 1 if padding and padding == getattr(own, "eos_token_id", None) else max_words
     for start in range(0, len(captions), COUNTED):
         ids = tokenizer(list(captions[start : start + COUNTED]), context_length=max_words + 1)
-        cut += int((ids[:, max_words:] != 0).sum())
+        cut += int((ids[:, first] != padding).sum())
     return cut
 
 

@@ -39,6 +39,11 @@ REMEDY = "re-encode it (ffmpeg -i IN -c:v libx264 -pix_fmt yuv420p OUT.mp4) or l
 WHOLE = 0.9
 # Seconds that one picture of a slide show or a screen recording may be shown.
 LONGEST_GAP = 3600.0
+RESIZES = ("shortest", "squash")
+INTERPOLATIONS = {
+    "bicubic": image_ops.InterpolationMode.BICUBIC,
+    "bilinear": image_ops.InterpolationMode.BILINEAR,
+}
 # Containers whose header states the length. Elsewhere FFmpeg estimates it, and the estimate can be far off.
 STATES_LENGTH = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf"}
 
@@ -51,8 +56,11 @@ class Sampling:
         rate: frames per second. At a constant rate every ``round(fps / rate)``-th frame is a candidate, starting with
             the first; at a variable rate the frame shown at each ``1 / rate`` second is.
         max_frames: more candidates are thinned to ``linspace(0, n - 1, max_frames)``, truncated to integers.
-        size: pixels; the short side is resized to it (bicubic), then the centre ``size x size`` is cropped.
+        size: height and width of the pictures, pixels.
         seconds: only frames up to this time are candidates; None: all.
+        resize: ``"shortest"`` resizes the short side to ``size`` and crops the centre, as CLIP does; ``"squash"``
+            resizes both sides, as SigLIP and PE-Core do.
+        interpolation: ``"bicubic"`` or ``"bilinear"``.
 
     Raises:
         ValueError, TypeError: a value that is not positive, or not a number of its kind.
@@ -62,6 +70,8 @@ class Sampling:
     max_frames: int = 12
     size: int = 224
     seconds: float | None = None
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
         remedy = "DRL uses rate 1, max_frames 12, size 224"
@@ -70,6 +80,8 @@ class Sampling:
         validation.positive_int("size", self.size, remedy)
         if self.seconds is not None:
             validation.positive_number("seconds", self.seconds, "None takes the whole video")
+        validation.option("resize", self.resize, RESIZES)
+        validation.option("interpolation", self.interpolation, tuple(INTERPOLATIONS))
 
     def chosen(self, times: Sequence[float], fps: float) -> list[int]:
         """Return the numbers of the frames to use, in order; a frame that is shown for long may appear more than once.
@@ -316,7 +328,7 @@ def _decode(
             found.damaged.append(damaged)
             if number in wanted:
                 picture = Image.fromarray(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                found.pictures[number] = fit(_as_shown(picture, frame, stream), sampling.size)
+                found.pictures[number] = fit(_as_shown(picture, frame, stream), sampling)
             if number == last and sampling.seconds is not None:
                 found.complete = False
                 break
@@ -380,8 +392,10 @@ def _as_shown(picture: Image.Image, frame: av.VideoFrame, stream: av.VideoStream
     return picture
 
 
-def fit(image: Image.Image, size: int) -> Tensor:
-    """Resize and crop to (3, size, size) uint8: CLIP's preprocessing without the scaling of values."""
-    if min(image.size) != size:
-        image = image_ops.resize(image, [size], interpolation=image_ops.InterpolationMode.BICUBIC)
+def fit(image: Image.Image, sampling: Sampling) -> Tensor:
+    """Resize and crop to (3, size, size) uint8: open_clip's preprocessing without the scaling of values."""
+    size, squash = sampling.size, sampling.resize == "squash"
+    if min(image.size) != size or (squash and max(image.size) != size):
+        sides = [size, size] if squash else [size]
+        image = image_ops.resize(image, sides, interpolation=INTERPOLATIONS[sampling.interpolation])
     return image_ops.pil_to_tensor(image_ops.center_crop(image, [size, size]))

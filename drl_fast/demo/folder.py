@@ -48,7 +48,7 @@ def run_folder(
     print_line(console, f"loading {clip_name}, {source}")
     clip, tokenizer = load_clip(clip_name, pretrained)
     models = {name: DRL(clip, interaction=name.lower(), temporal=None) for name in ("TI", "DP")}
-    sampling = Sampling(size=models["TI"].picture_size[0])
+    sampling = Sampling(**models["TI"].pictures._asdict())
     print_machine(console)
     print_line(console, f"{sampling.rate:g} frame a second of video, at most {sampling.max_frames}")
 

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import yaml
 from torch import Tensor
@@ -22,7 +21,7 @@ from .. import validation
 from ..data.datasets import DATASETS
 from ..data.feature_store import FeatureStore, read_about
 from ..data.video import Sampling
-from ..model.clip import build_clip
+from ..model.clip import build_clip, check_source, load_tokenizer
 from ..model.config import Config, Encoders, Inputs
 from ..model.drl import DRL
 from ..model.head import Head
@@ -169,10 +168,10 @@ class RunConfig:
         """The number of tokens that a caption is cut to."""
         return self.max_words or DATASETS[self.dataset].max_words
 
-    def sampling(self, size: int) -> Sampling:
-        """Return how frames are sampled, for a CLIP's picture size."""
+    def sampling(self, size: int, resize: str = "shortest", interpolation: str = "bicubic") -> Sampling:
+        """Return how frames are sampled; pass a model's ``pictures``."""
         spec = DATASETS[self.dataset]
-        return Sampling(self.rate, self.max_frames or spec.max_frames, size, spec.seconds)
+        return Sampling(self.rate, self.max_frames or spec.max_frames, size, spec.seconds, resize, interpolation)
 
 
 def _default(name: str) -> str:
@@ -352,10 +351,14 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
         load_weights: False leaves all weights random, for a checkpoint that replaces them.
 
     Raises:
-        ValueError: an unknown CLIP, weights that cannot be fetched, an ``init_from`` that is missing or another model.
+        ValueError: an unknown CLIP, a tokenizer or weights that cannot be fetched, an ``init_from`` that is missing or
+            another model.
     """
     if config.clip is None:
         raise ValueError("clip must be a model name, got None; imported features have no CLIP to score videos with")
+    check_source(config.clip, config.pretrained)
+    # Weights may be gigabytes: fail on a missing tokenizer first.
+    tokenizer = load_tokenizer(config.clip)
     torch.manual_seed(config.seed)
     clip = build_clip(config.clip, config.pretrained, load_weights=load_weights and config.init_from is None)
     # New weights depend on the seed alone, not on the CLIP before them: frozen and on features they start as equals.
@@ -367,10 +370,9 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     if config.freeze == "clip":
         model.clip.requires_grad_(False)
         model.clip.logit_scale.requires_grad_(True)
-    sampling = config.sampling(model.picture_size[0])
+    sampling = config.sampling(*model.pictures)
     model.inputs = Inputs(model.words(config.words), sampling.rate, sampling.max_frames, sampling.seconds)
-    # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
-    return model, open_clip.get_tokenizer(config.clip)
+    return model, tokenizer
 
 
 def build_head(config: RunConfig, store: FeatureStore, *, load_weights: bool = True) -> Head:
@@ -386,7 +388,9 @@ def build_head(config: RunConfig, store: FeatureStore, *, load_weights: bool = T
     about, start = store.about, store.start()
     # XTI reads the text's end token before the frames.
     longest = store.longest("video")[0] + 1
-    positions = len(start["positional_embedding"]) if start else max(longest, POSITIONS)
+    positions = max(longest, POSITIONS)
+    if start:
+        positions = int(start.get("max_positions", len(start.get("positional_embedding", ()))))
     options = config.model_options()
     torch.manual_seed(config.seed + 1)
     head = Head(about.text.width, about.video.width, config.dim, max_positions=positions, **options)
@@ -394,9 +398,13 @@ def build_head(config: RunConfig, store: FeatureStore, *, load_weights: bool = T
         head.load_weights(config.init_from)
     elif start:
         blocks = {key.removeprefix("blocks."): x for key, x in start.items() if key.startswith("blocks.")}
-        head.init_from_clip(start["positional_embedding"], blocks)
-        if config.loss == "softmax":  # the sigmoid loss starts at its own
+        if "positional_embedding" in start:
+            head.init_from_clip(start["positional_embedding"], blocks)
+        # The sigmoid loss starts at its own factor and bias, unless the CLIP was trained with it.
+        if config.loss == "softmax" or "logit_bias" in start:
             head.stored_scale.data.fill_(float(start["logit_scale"]))
+        if head.logit_bias is not None and "logit_bias" in start:
+            head.logit_bias.data.fill_(float(start["logit_bias"]))
     head.inputs = None if about.inputs is None else Inputs(**about.inputs)
     head.encoders = Encoders(about.text.encoder, about.video.encoder)
     check_positions(head, store)

@@ -75,14 +75,14 @@ class Data:
             self.train,
             self.tokenizer,
             max_words=model.words(config.words),
-            sampling=config.sampling(model.picture_size[0]),
+            sampling=config.sampling(*model.pictures),
         )
         items: list[Any] = [pairs.groups(batch) for batch in own] if isinstance(pairs, CaptionsOfVideos) else list(own)
         return iter(pair_loader(pairs, items, workers=config.workers, pin=pin))
 
     def empty(self, model: Head, config: RunConfig) -> Batch:
         assert isinstance(model, DRL)
-        sampling = config.sampling(model.picture_size[0])
+        sampling = config.sampling(*model.pictures)
         shared = {"video_of": torch.zeros(0, dtype=torch.int64)} if config.captions_per_video else {}
         return {
             "text_ids": torch.zeros(0, config.words, dtype=torch.int64),
@@ -100,7 +100,7 @@ class Data:
             model,
             self.val,
             self.tokenizer,
-            config.sampling(model.picture_size[0]),
+            config.sampling(*model.pictures),
             max_words=config.words,
             workers=config.workers,
             strict=self.strict,

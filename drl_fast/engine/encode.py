@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.feature_store import ABOUT, LOCK, SIDES, About, Contents, Writer, begin, done_chunks, write_about
 from ..data.loading import Tokenizer, Unreadable, tokenize, video_loader
 from ..data.video import Sampling
+from ..model import towers
 from ..model.drl import DRL
 from .features import device_of, encode_frames
 from .precision import Autocast
@@ -155,7 +156,11 @@ def encode_videos(
 
 def head_start(model: DRL) -> dict[str, Tensor]:
     """Return what a head starts from, as :meth:`drl_fast.data.feature_store.FeatureStore.start` describes it."""
-    clip = model.clip
-    blocks = clip.transformer.resblocks.state_dict()
-    first = {f"blocks.{name}": x for name, x in blocks.items() if int(name.partition(".")[0]) < BLOCKS}
-    return {"positional_embedding": clip.positional_embedding, "logit_scale": clip.logit_scale, **first}
+    start, clip = towers.start(model.clip), model.clip
+    found = {"logit_scale": clip.logit_scale, "max_positions": torch.tensor(model.sizes.max_positions)}
+    if clip.logit_bias is not None:
+        found["logit_bias"] = clip.logit_bias
+    if start is not None:
+        found["positional_embedding"] = start.positional_embedding
+        found |= {f"blocks.{name}": x for name, x in start.blocks.items() if int(name.partition(".")[0]) < BLOCKS}
+    return found

@@ -199,4 +199,4 @@ def device_of(model: Head) -> torch.device:
 
 
 def _weights(model: Head) -> Tensor:
-    return model.clip.text_projection if isinstance(model, DRL) else model.stored_scale
+    return model.stored_scale

@@ -213,6 +213,10 @@ def _check_towers(model: DRL, name: str, checkpoint: Path) -> None:
     """Check that a public checkpoint's towers have the sizes of the CLIP that the configuration names."""
     config, visual = open_clip.get_model_config(check_name(name)), model.clip.visual
     vision, text = config["vision_cfg"], config["text_cfg"]
+    if config.get("custom_text") or "layers" not in text:
+        raise ValueError(
+            f"clip must be that of {checkpoint}, a CLIP of OpenAI's form, got {name}; drop clip from the configuration"
+        )
     sizes = {
         "width": (model.dim, config["embed_dim"]),
         "patch size": (visual.patch_size[0], vision.get("patch_size")),

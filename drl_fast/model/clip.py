@@ -4,53 +4,102 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import logging
 import math
+import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
+from . import towers
 from .weight_files import has_openai_precision, is_from_openai, read_weights, without_sizes
 
 # Entries that do not fit, named in one error.
 NAMED = 20
 # The width of every attention head in OpenAI's towers.
 HEAD_WIDTH = 64
-FORM = "of the original CLIP's form, with its causal text transformer and end-token pooling"
 OTHER_FORM = (
-    "choose a model such as ViT-B-32, or encode with it yourself and pass its tokens to drl_fast.WTI (docs/recipes.md)"
+    "choose a model such as ViT-B-32, or encode with it yourself and import its tokens: drl-fast features --from "
+    "(docs/recipes.md)"
 )
+CACHE = "copy its cache here (~/.cache/huggingface, or HF_HOME)"
 # The ending of names of models with QuickGELU.
 QUICK = "-quickgelu"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 # Weights of SigLIP, which open_clip reads.
 NUMPY = (".npz", ".npy")
 
+# What a tag says of how pictures are prepared.
+PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+# SigLIP's tokenizers fill rows with their end token. The models' configurations do not say so.
+PAD_IDS = {"timm/ViT-B-16-SigLIP": 1, "timm/ViT-B-16-SigLIP-i18n-256": 1}
+
 # drl-small: 4 + 4 layers for 64 x 64 pictures, to try a whole run on a CPU.
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
 
-def load_clip(name: str, pretrained: str | None = None) -> tuple[open_clip.CLIP, Callable[..., Tensor]]:
-    """Build a CLIP with :func:`build_clip`; return it with its tokenizer, ``tokenizer(texts, context_length=32)``."""
-    # The tokenizer last: a name with another kind of text tower, whose tokenizer would be fetched, is rejected before.
-    return build_clip(name, pretrained), open_clip.get_tokenizer(name)
+def load_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Build a CLIP with :func:`build_clip`; return it with its tokenizer, see :func:`load_tokenizer`."""
+    check_source(name, pretrained)
+    # Weights may be gigabytes: fail on a missing tokenizer first.
+    tokenizer = load_tokenizer(name)
+    return build_clip(name, pretrained), tokenizer
 
 
-def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool = True) -> open_clip.CLIP:
+def check_source(name: object, pretrained: str | None) -> None:
+    """Check a model's name and that its tag or weight file exists; nothing is fetched.
+
+    Raises:
+        ValueError: the nearest name or the remedy is given.
+    """
+    _tag_config(check_name(name), pretrained)
+
+
+def load_tokenizer(name: str) -> Callable[..., Tensor]:
+    """Return a model's tokenizer: ``tokenizer(texts, context_length=32) -> ids (texts, 32)``.
+
+    OpenAI's comes with open_clip. Others are fetched from the Hugging Face hub, or read from its cache.
+
+    Raises:
+        ValueError: an unknown name, no ``transformers``, or a tokenizer that cannot be had (the message says what to
+            download).
+    """
+    text = open_clip.get_model_config(check_name(name))["text_cfg"]
+    source = text.get("hf_tokenizer_name")
+    if source is None and "siglip" not in name.lower():  # open_clip's own rule
+        return open_clip.get_tokenizer(name)
+    _need_transformers(f"the tokenizer of {name}")
+    # Workers are forked; the library would warn in each of them that it turns its threads off.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with quiet():
+            return open_clip.get_tokenizer(name)
+    # A missing network raises errors of huggingface_hub, a missing package those of transformers.
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer of {name} could not be fetched ({_reason(error)}); run open_clip.get_tokenizer({name!r}) "
+            f"on a machine with a network and {CACHE}; HF_HUB_OFFLINE=1 skips the retries"
+        ) from error
+
+
+def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool = True) -> nn.Module:
     """Build an open_clip model by name.
 
     Args:
-        name: one of ``open_clip.list_models()``, such as ``"ViT-B-32"``.
+        name: one of ``open_clip.list_models()``, such as ``"ViT-B-32"`` or ``"ViT-B-16-SigLIP2"``.
         pretrained: a tag of that model (fetched, or read from the cache), a local weight file, or None: random weights.
             A tag and OpenAI's own files (``ViT-B-32.pt``) bring their activation, QuickGELU. Any other file does not
-            say which one it was trained with, and takes the name's: ``-quickgelu`` or not.
-        load_weights: False leaves the weights random and fetches nothing; activation and picture statistics are those
-            of the tag or file all the same.
+            say which one it was trained with, and takes the name's: ``-quickgelu`` or not. A tag also says how pictures
+            are prepared. A file and None take what the name's tags agree on, or else OpenAI's way.
+        load_weights: False leaves the weights random; activation and preparation are those of the tag or file all the
+            same. Nothing is fetched, except the configuration of a Hugging Face text tower.
 
     Raises:
         ValueError: an unknown name or tag (the nearest are named), a model of another form, a file that is missing or
@@ -64,20 +113,8 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
             load_strictly(clip, without_sizes(state), str(pretrained))
         return clip
     tag = _tag_config(name, pretrained)
-    statistics = {key: tag[key] for key in ("mean", "std") if key in tag}
     _warn_of_activation(name, pretrained)
-    try:
-        with quiet():
-            clip = open_clip.create_model(
-                name,
-                pretrained if load_weights else None,
-                force_quick_gelu=bool(tag.get("quick_gelu", False)),
-                force_preprocess_cfg=statistics,
-            )
-    # A broken file or a missing network raises errors of urllib, huggingface_hub, torch or pickle.
-    except Exception as error:
-        raise ValueError(_advice(name, pretrained, error)) from error
-    return check_clip(clip)
+    return _create(name, pretrained if load_weights else None, tag)
 
 
 def check_name(name: object) -> str:
@@ -86,20 +123,26 @@ def check_name(name: object) -> str:
     Nothing is fetched: ``hf-hub:`` and ``local-dir:`` names, which open_clip would follow, are refused.
 
     Raises:
-        ValueError: an unknown name (the nearest is given), or a model of another form.
+        ValueError: an unknown name (the nearest is given), or a model that is not served.
     """
     known = open_clip.list_models()
     if not isinstance(name, str) or name not in known:
         near = _near(str(name), known)
         raise ValueError(f"clip must be a model name that open_clip knows, got {name!r}; nearest: {near}")
     config = open_clip.get_model_config(name)
-    text = config.get("text_cfg", {})
-    causal = not text.get("no_causal_mask", False) and not text.get("embed_cls", False)
-    projection = text.get("proj_type", "linear") == "linear" and not text.get("proj_bias", False)
-    own_tower = "hf_model_name" not in text and not config.get("custom_text", False)
-    if not (own_tower and causal and projection and text.get("pool_type", "argmax") == "argmax"):
-        raise ValueError(f"clip must be {FORM}, got {name}, which is of another form; {OTHER_FORM}")
+    text, size = config.get("text_cfg", {}), config.get("vision_cfg", {}).get("image_size", 224)
+    pool, served = text.get("pool_type", "argmax"), towers.POOLED
+    if "hf_model_name" in text:
+        pool, served = text.get("hf_pooler_type") or "mean_pooler", towers.HF_POOLED
+    if pool not in served:
+        raise ValueError(f"clip must pool its text by {', '.join(served)}, got {name} with {pool!r}; {OTHER_FORM}")
+    _check_square(name, size)
     return name
+
+
+def _check_square(name: str, size: object) -> None:
+    if not isinstance(size, int) and len(set(size)) != 1:  # type: ignore[call-overload]
+        raise ValueError(f"clip must take square pictures, got {name} with {tuple(size)}; {OTHER_FORM}")  # type: ignore
 
 
 def _openai_weights(name: str, pretrained: str | None) -> Mapping[str, Tensor] | None:
@@ -121,10 +164,48 @@ def _openai_weights(name: str, pretrained: str | None) -> Mapping[str, Tensor] |
     return state
 
 
-def create_clip(name: str, *, quick_gelu: bool = False) -> open_clip.CLIP:
-    """Build a model with random weights; nothing is fetched."""
-    with quiet():  # open_clip warns of random weights
-        return check_clip(open_clip.create_model(check_name(name), pretrained=None, force_quick_gelu=quick_gelu))
+def create_clip(name: str, *, quick_gelu: bool = False) -> nn.Module:
+    """Build a model with random weights; nothing is fetched, except the configuration of a Hugging Face text tower.
+
+    Raises:
+        ValueError: an unknown name, or a configuration that cannot be had.
+    """
+    return _create(check_name(name), None, {"quick_gelu": quick_gelu})
+
+
+def _create(name: str, pretrained: str | None, settings: Mapping[str, Any]) -> nn.Module:
+    """Build a model; ``settings`` as a tag has them."""
+    text = open_clip.get_model_config(name)["text_cfg"]
+    if "hf_model_name" in text:
+        _need_transformers(f"the text tower of {name}")
+    preprocessing = {key: settings[key] for key in PREPROCESSING if key in settings}
+    try:
+        with quiet():  # open_clip warns of random weights
+            clip = open_clip.create_model(
+                name,
+                pretrained,
+                force_quick_gelu=bool(settings.get("quick_gelu", False)),
+                force_preprocess_cfg={**_common_preprocessing(name), **preprocessing},
+                pretrained_text=False,
+            )
+    # A broken file or a missing network raises errors of urllib, huggingface_hub, torch or pickle.
+    except Exception as error:
+        raise ValueError(_advice(name, pretrained, error)) from error
+    if text.get("hf_tokenizer_name") in PAD_IDS:
+        towers.text_tower(clip).pad_id = PAD_IDS[text["hf_tokenizer_name"]]
+    return check_clip(clip)
+
+
+def _common_preprocessing(name: str) -> dict[str, Any]:
+    """Return how pictures are prepared for all of a model's tags; nothing where tags differ."""
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found = [{key: tag[key] for key in PREPROCESSING if key in tag} for tag in tags]
+    return found[0] if found and all(other == found[0] for other in found) else {}
+
+
+def _need_transformers(what: str) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"{what} needs the package transformers, which is not installed; pip install 'drl-fast[hf]'")
 
 
 def _warn_of_activation(name: str, pretrained: str | None) -> None:
@@ -231,32 +312,38 @@ def _blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).partition(".")[0] for name in state if name.startswith(prefix)})
 
 
-def check_clip(clip: nn.Module) -> open_clip.CLIP:
-    """Return ``clip`` if its text tower gives one token per word: the original CLIP, pooled at the largest id.
+def check_clip(clip: nn.Module) -> nn.Module:
+    """Return ``clip`` if its text tower gives one token per word. CoCa's decoder, which nothing here uses, is removed.
 
     Raises:
-        ValueError: any other build.
+        ValueError: a module that is no open_clip model, or one that is not served.
     """
-    if (
-        isinstance(clip, open_clip.CLIP)
-        and clip.text_pool_type == "argmax"
-        and clip.attn_mask is not None
-        and isinstance(clip.text_projection, nn.Parameter)
-    ):
-        return clip
-    raise ValueError(f"clip must be {FORM}, got {type(clip).__name__} with another text tower; {OTHER_FORM}")
+    if not towers.is_served(clip):
+        raise ValueError(
+            f"clip must be an open_clip model whose text tower is served, got {type(clip).__name__}; {OTHER_FORM}"
+        )
+    model: Any = clip
+    _check_square(type(clip).__name__, model.visual.image_size)
+    if isinstance(clip, open_clip.CoCa):
+        model.text_decoder = None
+    if model.logit_bias is not None:
+        # A loss with a bias has its own, which starts here; see DRL.
+        model.logit_bias.requires_grad_(False)
+    return clip
 
 
-def uses_quick_gelu(clip: open_clip.CLIP) -> bool:
+def uses_quick_gelu(clip: nn.Module) -> bool:
     """Return whether the towers use QuickGELU, OpenAI's activation; a state dict does not say."""
     return any(type(module).__name__ == "QuickGELU" for module in clip.modules())
 
 
-def has_openai_heads(clip: open_clip.CLIP) -> bool:
-    """Return whether all attention heads are 64 wide, OpenAI's width; a state dict does not say."""
-    towers = [tower for tower in (clip.transformer, getattr(clip.visual, "transformer", None)) if tower is not None]
-    return len(towers) == 2 and all(
-        tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in towers
+def has_openai_heads(clip: nn.Module) -> bool:
+    """Return whether it has OpenAI's form, with attention heads 64 wide; a state dict does not say."""
+    if not isinstance(clip, open_clip.CLIP) or not towers.ends_at_largest_id(clip):
+        return False
+    found = [tower for tower in (clip.transformer, getattr(clip.visual, "transformer", None)) if tower is not None]
+    return len(found) == 2 and all(
+        tower.resblocks[0].attn.num_heads == max(1, tower.width // HEAD_WIDTH) for tower in found
     )
 
 
@@ -272,9 +359,13 @@ def quiet() -> Iterator[None]:
 
 
 def _advice(name: str, pretrained: str | None, error: Exception) -> str:
-    # The first sentence only, on one line: torch goes on to list every parameter, the hub to give advice to others.
-    first = textwrap.shorten(str(error).partition(". ")[0], 300, placeholder=" ...")
-    reason = f"{type(error).__name__}: {first}"
+    reason = _reason(error)
+    text = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")
+    if text is not None and type(error) is OSError:  # transformers' error; the hub's are subclasses
+        return (
+            f"the configuration of {name}'s text tower, {text}, could not be fetched ({reason}); run "
+            f"transformers.AutoConfig.from_pretrained({text!r}) on a machine with a network and {CACHE}"
+        )
     if pretrained is None:
         return f"{name} could not be built ({reason}); choose another clip, such as ViT-B-32"
     if Path(pretrained).is_file():
@@ -288,6 +379,12 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
         f"weights {pretrained!r} of {name} could not be fetched ({reason}); on a machine with a network download "
         f"{source}, copy it here and pass its path as pretrained{other}; HF_HUB_OFFLINE=1 skips the retries"
     )
+
+
+def _reason(error: Exception) -> str:
+    # The first sentence only, on one line: torch goes on to list every parameter, the hub to give advice to others.
+    first = textwrap.shorten(str(error).partition(". ")[0], 300, placeholder=" ...")
+    return f"{type(error).__name__}: {first}"
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -8,14 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
 from ..validation import describe
-from . import padding, pretrained, upstream
+from . import padding, pretrained, towers, upstream
 from .clip import (
     QUICK,
     build_clip,
@@ -24,6 +24,7 @@ from .clip import (
     create_clip,
     has_openai_heads,
     load_strictly,
+    load_tokenizer,
     uses_quick_gelu,
 )
 from .config import Config, Sizes
@@ -33,8 +34,19 @@ from .weight_files import weights_hash
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Captions of about one length share a pass of the text tower.
-LENGTH_STEP = 8
+# Positions of frames, where the CLIP's text has fewer; the original CLIP has as many.
+POSITIONS = 77
+# The CLIP's parameters that no token depends on.
+OF_LOSS = ("logit_scale", "logit_bias")
+
+
+class Pictures(NamedTuple):
+    """How the CLIP's pictures are prepared, besides ``mean`` and ``std``; see :class:`drl_fast.data.video.Sampling`."""
+
+    size: int
+    """Height and width, pixels."""
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
 
 
 class DRL(Head):
@@ -46,12 +58,13 @@ class DRL(Head):
     >>> logits = model.similarity(text, video, text_mask, video_mask)  # (A, B)
 
     Args:
-        clip: an open_clip model's name (any of its ViTs of the original CLIP's form), or an ``open_clip.CLIP``.
+        clip: an open_clip model's name (CLIP, SigLIP 2, PE-Core, EVA, CoCa, ...), or such a model. Its module is used,
+            not copied; a CoCa loses its decoder. What the towers' tokens are: :mod:`drl_fast.model.towers`.
         pretrained: a tag of that model (``"openai"``), a local weight file, or None: random weights.
 
     The other options are those of :class:`drl_fast.model.config.Config`. Temporal blocks, XTI and their positions start
-    as CLIP's text transformer and positions do, if widths agree. With ``loss="sigmoid"`` the CLIP's temperature starts
-    at log(10), as SigLIP's does.
+    as CLIP's text transformer and positions do, if widths and form agree. With ``loss="sigmoid"`` temperature and bias
+    start as the CLIP's own, if it has a bias, as SigLIP's models do; else at log(10) and -10.
 
     Raises:
         ValueError: an unknown name, tag, file or option; the nearest name or the remedy is given.
@@ -99,17 +112,41 @@ class DRL(Head):
             pooling_temperature,
         )
         self.clip_name = clip if isinstance(clip, str) else None
-        self.clip = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
+        # A module of any form, whose parts have no types that mypy could know.
+        self.clip: Any = build_clip(clip, pretrained) if isinstance(clip, str) else check_clip(clip)
+        if not towers.ends_at_largest_id(self.clip):
+            self._check_form(config)
         preprocess = open_clip.get_model_preprocess_cfg(self.clip)
+        form = {
+            key: preprocess.get(name) for key, name in (("resize", "resize_mode"), ("interpolation", "interpolation"))
+        }
+        self.pictures = Pictures(
+            self.picture_size[0], **{key: value for key, value in form.items() if value is not None}
+        )
         for name, default in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
             buffer = torch.tensor(preprocess.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
-        dim = self.clip.text_projection.shape[1]
-        self._build(Sizes(dim, dim, dim, self.clip.positional_embedding.shape[0]), config)
-        if config.loss == "sigmoid":
+        dim, positions = towers.width(self.clip), towers.context(self.clip)
+        if not isinstance(self.clip, open_clip.CLIP):
+            positions = max(positions, POSITIONS)
+        self._build(Sizes(dim, dim, dim, positions), config)
+        if self.logit_bias is not None and self.clip.logit_bias is not None:
+            self.logit_bias.data.copy_(self.clip.logit_bias.detach().reshape(()))
+        elif config.loss == "sigmoid":
             # CLIP's own factor, about 100, would make positives of all pairs.
             nn.init.constant_(self.clip.logit_scale, math.log(FIRST_SIGMOID_SCALE))
-        self.init_from_clip(self.clip.positional_embedding, self.clip.transformer.resblocks.state_dict())
+        start = towers.start(self.clip)
+        if start is not None:
+            self.init_from_clip(*start)
+
+    def _check_form(self, config: Config) -> None:
+        """Check that no option needs the original CLIP's text tower."""
+        for name, value in (("query_expansion", config.query_expansion), ("cdcr_padding", config.cdcr_padding)):
+            if value not in (False, "never"):
+                raise ValueError(
+                    f"{name} must be {getattr(Config, name)!r} with this clip, got {value!r}, which needs the original "
+                    "CLIP's causal text tower; leave it out, or choose a clip such as ViT-B-32"
+                )
 
     @classmethod
     def from_clip_state_dict(
@@ -251,6 +288,7 @@ class DRL(Head):
             model.clip_name, model.inputs = saved.clip, saved.inputs
             for key, values in saved.statistics.items():
                 getattr(model, key).copy_(torch.tensor(values).view(3, 1, 1))
+            model.pictures = Pictures(model.picture_size[0], **saved.pictures)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder} must hold a model of this version of drl-fast, got: {error}") from error
         load_strictly(model, state, str(folder))
@@ -289,6 +327,7 @@ class DRL(Head):
         model.clip_name, model.inputs = towers.clip_name, head.inputs
         model.mean.copy_(towers.mean)
         model.std.copy_(towers.std)
+        model.pictures = towers.pictures
         clip = {name: x for name, x in model.state_dict().items() if name.startswith("clip.")}
         own = dict(head.state_dict())
         clip["clip.logit_scale"] = own.pop("log_scale")
@@ -305,11 +344,13 @@ class DRL(Head):
         state = {
             name: x
             for name, x in clip.state_dict().items()
-            if name.startswith(visual) == (side == "video") and name != "logit_scale"
+            if name.startswith(visual) == (side == "video") and name not in OF_LOSS
         }
-        tower = clip.visual if side == "video" else clip.transformer
+        tower = clip.visual if side == "video" else towers.text_tower(clip).transformer
         heads = [module.num_heads for module in tower.modules() if hasattr(module, "num_heads")]
         pictures = [self.mean.flatten().tolist(), self.std.flatten().tolist(), clip.visual.image_size]
+        if self.pictures[1:] != Pictures(0)[1:]:  # hashes of before these were read stay
+            pictures += self.pictures[1:]
         return weights_hash(state, repr((uses_quick_gelu(clip), heads, pictures if side == "video" else None)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -321,8 +362,8 @@ class DRL(Head):
         # A CLIP without a name is rebuilt from its weights in OpenAI's form; any other would silently score otherwise.
         if self.clip_name is None and not (has_openai_heads(self.clip) and uses_quick_gelu(self.clip)):
             raise ValueError(
-                "clip must have an open_clip name, or heads 64 wide and QuickGELU like OpenAI's, to be saved; register "
-                "it with open_clip.add_model_config and build DRL by that name"
+                "clip must have an open_clip name, or OpenAI's form with heads 64 wide and QuickGELU, to be saved; "
+                "register it with open_clip.add_model_config and build DRL by that name"
             )
         pretrained.save_folder(folder, self.state_dict(), self.describe_config())
 
@@ -351,7 +392,7 @@ class DRL(Head):
                 "towers).save_pretrained(folder)"
             )
         ours = self.describe_config()
-        differences = architecture_differences(ours, theirs, "quick_gelu", "mean", "std")
+        differences = architecture_differences(ours, theirs, "quick_gelu", "mean", "std", *Pictures._fields[1:])
         if theirs["clip"] is None:
             if not has_openai_heads(self.clip):
                 differences.insert(0, "a CLIP with attention heads 64 wide there and others here")
@@ -369,6 +410,8 @@ class DRL(Head):
             "quick_gelu": uses_quick_gelu(self.clip),
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            "resize": self.pictures.resize,
+            "interpolation": self.pictures.interpolation,
             **asdict(self.config),
             "inputs": None if self.inputs is None else asdict(self.inputs),
         }
@@ -377,12 +420,13 @@ class DRL(Head):
         """Return the CLIP's tokenizer: ``tokenizer(texts, context_length=n) -> ids (texts, n)``.
 
         Raises:
-            ValueError: a CLIP without an open_clip name whose vocabulary is not OpenAI's.
+            ValueError: a CLIP without an open_clip name whose vocabulary is not OpenAI's, or a tokenizer that cannot be
+                had.
         """
         if self.clip_name is not None:
-            return open_clip.get_tokenizer(self.clip_name)
-        vocabulary, context = self.clip.token_embedding.weight.shape[0], self.clip.positional_embedding.shape[0]
-        tokenizer = open_clip.SimpleTokenizer(context_length=context)
+            return load_tokenizer(self.clip_name)
+        vocabulary = towers.vocabulary(self.clip)
+        tokenizer = open_clip.SimpleTokenizer(context_length=towers.context(self.clip))
         if tokenizer.vocab_size != vocabulary:
             raise ValueError(
                 f"clip must have OpenAI's {tokenizer.vocab_size} tokens, got {vocabulary}; use the tokenizer that it "
@@ -398,7 +442,7 @@ class DRL(Head):
 
     def words(self, max_words: int) -> int:
         """Return ``max_words``, or the CLIP's context, in tokens, where that is less."""
-        return min(max_words, self.clip.positional_embedding.shape[0])
+        return min(max_words, towers.context(self.clip))
 
     @property
     def stored_scale(self) -> nn.Parameter:
@@ -408,8 +452,9 @@ class DRL(Head):
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode token ids (A, Nt), Nt <= the context, to tokens (A, Nt, D) and mask (A, Nt) bool.
 
-        The real positions are those up to and including the end token, the largest id of a row; the others are 0 and
-        not computed. With ``query_expansion`` all positions are real, and ids after the end token become 0, CLIP's
+        The last real token is the sentence token, which equals the CLIP's own ``encode_text``; see
+        :mod:`drl_fast.model.towers`. In the original CLIP it is the end token, the largest id of a row. Tokens that are
+        not real are 0. With ``query_expansion`` all positions are real, and ids after the end token become 0, CLIP's
         padding. Longer captions are cut to the context and keep their end token, with one warning.
 
         Raises:
@@ -417,32 +462,17 @@ class DRL(Head):
         """
         ids = self._check_ids(ids)
         if len(ids) == 0:  # with a graph: over a group every rank's loss must have gradients
-            return self._text_tower(ids.new_zeros((1, ids.shape[1])))[:0], torch.zeros_like(ids, dtype=torch.bool)
-        mask = _until_end(ids)
-        if self.config.query_expansion:
-            ids, mask = ids.masked_fill(~mask, 0), torch.ones_like(mask)
-        # Attention is causal: nothing after the end token reaches what comes before it.
-        groups = (mask.sum(dim=1) + LENGTH_STEP - 1) // LENGTH_STEP
-        order, parts = groups.argsort(stable=True), []
-        for rows in order.split(groups.bincount().tolist()):
-            if len(rows):
-                part = self._text_tower(ids[rows, : int(groups[rows[0]]) * LENGTH_STEP])
-                parts.append(nn.functional.pad(part, (0, 0, 0, ids.shape[1] - part.shape[1])))
-        return torch.cat(parts)[order.argsort()].masked_fill(~mask[..., None], 0), mask
-
-    def _text_tower(self, ids: Tensor) -> Tensor:
-        clip, length = self.clip, ids.shape[1]
-        dtype = clip.transformer.get_cast_dtype()
-        hidden = clip.token_embedding(ids).to(dtype) + clip.positional_embedding[:length].to(dtype)
-        hidden = clip.ln_final(clip.transformer(hidden, attn_mask=clip.attn_mask[:length, :length]))
-        return hidden @ clip.text_projection
+            some = ids.new_full((1, ids.shape[1]), towers.pad_id(self.clip) + 1)
+            return towers.encode_text(self.clip, some)[0][:0], torch.zeros_like(ids, dtype=torch.bool)
+        tokens, mask = towers.encode_text(self.clip, ids, expand=self.config.query_expansion)
+        return tokens.masked_fill(~mask[..., None], 0), mask
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be (A, Nt) token ids, got {describe(ids)}; tokenize captions first")
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"ids must be integers, got {ids.dtype}; pass what the tokenizer returns")
-        vocabulary, context = self.clip.token_embedding.weight.shape[0], self.clip.positional_embedding.shape[0]
+        vocabulary, context = towers.vocabulary(self.clip), towers.context(self.clip)
         if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
                 f"ids must lie in 0..{vocabulary - 1}, the CLIP's vocabulary, got {int(ids.min())}..{int(ids.max())}; "
@@ -450,9 +480,9 @@ class DRL(Head):
             )
         if ids.shape[1] <= context:
             return ids
-        cut, end = ids[:, :context].clone(), ids.amax(dim=1)
-        late = ids.argmax(dim=1) >= context
-        cut[late, -1] = end[late]
+        cut, lengths = ids[:, :context].clone(), towers.word_lengths(self.clip, ids)
+        late = lengths > context
+        cut[late, -1] = ids.gather(1, lengths.clamp(min=1)[:, None] - 1)[late, 0]
         if not bool(late.any()):
             return cut
         warnings.warn(
@@ -485,8 +515,8 @@ class DRL(Head):
             pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
         pictures = pictures.to(next(self.clip.visual.parameters()).dtype)
         if len(pictures) == 0:  # CLIP's reshapes fail without rows; with a graph, as in encode_text
-            return self.clip.encode_image(pictures.new_zeros((1, *pictures.shape[1:])))[:0]
-        return self.clip.encode_image(pictures)
+            return towers.encode_image(self.clip, pictures.new_zeros((1, *pictures.shape[1:])))[:0]
+        return towers.encode_image(self.clip, pictures)
 
     def _check_frames(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         height, width = self.picture_size
@@ -506,7 +536,7 @@ class DRL(Head):
     def _before_interaction(self, side: str) -> Iterator[nn.Parameter]:
         yield from super()._before_interaction(side)
         for name, p in self.clip.named_parameters():
-            if name != "logit_scale" and name.startswith("visual.") == (side == "video"):
+            if name not in OF_LOSS and name.startswith("visual.") == (side == "video"):
                 yield p
 
     def encode(self, batch: Mapping[str, Tensor]) -> Encoded:
@@ -544,19 +574,14 @@ class DRL(Head):
             raise ValueError("video_of must be left out with cdcr_padding='competes'; use 'never'")
         ids, frames = self._check_ids(batch["text_ids"]), batch["video"]
         video_mask = self._check_frames(frames, batch.get("video_mask"))
-        text_mask = _until_end(ids)
+        text_mask = torch.arange(ids.shape[1], device=ids.device) < towers.word_lengths(self.clip, ids)[:, None]
         features = self.frame_features(frames.flatten(0, 1)).view(*video_mask.shape, -1)
-        padded = self._text_tower(ids), padding.add_temporal(features, self.temporal, video_mask)
+        padded = towers.hidden_states(self.clip, ids), padding.add_temporal(features, self.temporal, video_mask)
         text = padded[0].masked_fill(~text_mask[..., None], 0)
         video = padded[1].masked_fill(~video_mask[..., None], 0)
         if "text_mask" in batch:
             text_mask = batch["text_mask"] != 0
         return self.losses(text, video, text_mask, video_mask, batch.get("owner"), process_group, padded=padded)
-
-
-def _until_end(ids: Tensor) -> Tensor:
-    """Return (A, Nt) bool: the positions up to and including the end token, the largest id of a row."""
-    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
 
 
 def _clip_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

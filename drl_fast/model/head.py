@@ -208,17 +208,20 @@ class Head(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor itself (exp taken), at most 100.
+        """The factor itself (exp taken), with InfoNCE at most 100; the sigmoid loss has no limit, and SigLIP's is 117.
 
         Its gradient ignores the limit: CLIP's own weights lie there, and a clamp would never let them leave it.
         """
-        stored = self.stored_scale
+        stored = self.stored_scale.reshape(())
+        if self.config.loss == "sigmoid":
+            return stored.exp()
         return (stored + (stored.clamp(max=math.log(MAX_LOGIT_SCALE)) - stored).detach()).exp()
 
     @torch.no_grad()
     def limit_logit_scale(self) -> None:
-        """Clamp the stored temperature to its limit, as the public code does; call it after an optimizer's step."""
-        self.stored_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        """Clamp InfoNCE's stored temperature, as the public code does; call it after an optimizer's step."""
+        if self.config.loss == "softmax":
+            self.stored_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def encode(self, batch: Mapping[str, Tensor]) -> Encoded:
         """Encode the texts and the videos of a batch; their numbers may differ.
@@ -421,7 +424,7 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return state, {"clip": None, "quick_gelu": True, **inferred}
     state, saved = pretrained.read_folder(path)
     described = {"clip": saved.clip, "quick_gelu": saved.quick_gelu, "sizes": saved.sizes}
-    return state, {**described, **saved.statistics, **saved.options}
+    return state, {**described, **saved.statistics, **saved.pictures, **saved.options}
 
 
 def architecture_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *more: str) -> list[str]:

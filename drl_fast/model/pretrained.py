@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Saved:
     """Of a head; None: a DRL."""
     encoders: Encoders | None = None
     """Of a head's tokens."""
+    pictures: dict[str, str] = field(default_factory=dict)
+    """``resize`` and ``interpolation`` of pictures; a file of before these were read has neither."""
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Saved]:
@@ -119,6 +121,7 @@ def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
     # A missing name must not pass for None, which means a CLIP in OpenAI's form.
     clip, quick_gelu, inputs = config.pop("clip", 0), config.pop("quick_gelu", None), config.pop("inputs", None)
     statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
+    pictures = {key: config.pop(key) for key in ("resize", "interpolation") if key in config}
     numbers = all(
         isinstance(values, list)
         and len(values) == 3
@@ -133,7 +136,8 @@ def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
             + (f"unknown options: {unknown}" if unknown else "clip, quick_gelu, mean or std with a wrong value")
         )
     try:
-        return Saved(clip, quick_gelu, statistics, config, None if inputs is None else Inputs(**inputs))
+        inputs = None if inputs is None else Inputs(**inputs)
+        return Saved(clip, quick_gelu, statistics, config, inputs, pictures=pictures)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must say how inputs are prepared, got: {error}") from error
 

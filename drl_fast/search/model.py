@@ -48,7 +48,7 @@ def load_run(run: str | os.PathLike[str], device: torch.device) -> Loaded:
     settings = settings_of(folder, None, (), None if (trained / CONFIG).is_file() else "folder", on_videos=True)
     model, tokenizer = load_model(folder, settings)
     config = settings.config
-    sampling = config.sampling(model.picture_size[0])
+    sampling = config.sampling(*model.pictures)
     return _loaded(model, tokenizer, {"run": str(folder)}, sampling.rate, sampling.max_frames, config.words, device)
 
 
@@ -66,7 +66,7 @@ def load_clip(name: str, pretrained: str | None, device: torch.device) -> Loaded
     if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).absolute())
     config = RunConfig("folder", clip=name, pretrained=pretrained)
-    sampling = config.sampling(model.picture_size[0])
+    sampling = config.sampling(*model.pictures)
     source = {"clip": name, "pretrained": pretrained}
     return _loaded(model, model.tokenizer(), source, sampling.rate, sampling.max_frames, config.words, device)
 
@@ -101,7 +101,7 @@ def describe(source: dict[str, Any]) -> str:
 
 def sampling_of(about: About, model: DRL) -> Sampling:
     """Return how all frames of a video are taken."""
-    return Sampling(about.rate, MOST_FRAMES, model.picture_size[0])
+    return Sampling(about.rate, MOST_FRAMES, **model.pictures._asdict())
 
 
 # More than any video has.

@@ -104,7 +104,7 @@ def test_key_depends_on_the_content(cache: FeatureCache, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", [field.name for field in fields(Sampling)])
 def test_key_depends_on_the_sampling(cache: FeatureCache, tmp_path: Path, name: str) -> None:
     (tmp_path / "a.mp4").write_bytes(b"video")
-    other = replace(Sampling(), **{name: 3})
+    other = replace(Sampling(), **{name: {"resize": "squash", "interpolation": "bilinear"}.get(name, 3)})
     assert cache.key(tmp_path / "a.mp4", Sampling(), "x") != cache.key(tmp_path / "a.mp4", other, "x")
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from drl_fast.data import video
-from drl_fast.data.video import Sampling, fit, read_video, thin
+from drl_fast.data.video import INTERPOLATIONS, RESIZES, Sampling, fit, read_video, thin
 from tests.clips import BLUE, GREEN, RED, cut, grey, greys, lay_down, noise, solid, write_audio, write_video
 
 MSRVTT = Path(__file__).resolve().parents[3] / "shared" / "data" / "msrvtt" / "video7500.mp4"
@@ -133,15 +134,27 @@ def test_fit_shrinks_the_short_side() -> None:
     """Both halves are in the result, so the whole height is kept."""
     picture = solid(RED, 100, 300)
     picture[50:] = BLUE
-    small = fit(Image.fromarray(picture), 20)
+    small = fit(Image.fromarray(picture), Sampling(size=20))
     assert small.shape == (3, 20, 20)
     for rows, colour in ((slice(0, 8), RED), (slice(12, 20), BLUE)):
         assert (small[:, rows].double() - torch.tensor(colour)[:, None, None]).abs().max() < 3
 
 
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("sides", [(100, 300), (300, 100), (32, 40), (20, 32), (32, 32)])
+def test_fit_is_open_clips_preprocessing(resize: str, interpolation: str, sides: tuple[int, int]) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*sides, 3), dtype=np.uint8))
+    theirs = open_clip.image_transform(
+        32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=resize, interpolation=interpolation
+    )(picture)
+    ours = fit(picture, Sampling(size=32, resize=resize, interpolation=interpolation))
+    assert torch.equal(ours, (theirs * 255).round().to(torch.uint8))
+
+
 def test_fit_of_the_right_size_changes_no_pixel() -> None:
     picture = noise(1)[0]
-    assert np.array_equal(fit(Image.fromarray(picture), 64).permute(1, 2, 0).numpy(), picture)
+    assert np.array_equal(fit(Image.fromarray(picture), Sampling(size=64)).permute(1, 2, 0).numpy(), picture)
 
 
 def test_rotation_is_undone(tmp_path: Path) -> None:

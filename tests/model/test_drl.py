@@ -19,7 +19,7 @@ import safetensors.torch
 
 import drl_fast
 from drl_fast import reference
-from drl_fast.model import checkpoint
+from drl_fast.model import checkpoint, towers
 from drl_fast.model.config import Config, Inputs
 from drl_fast.model.small import small_model
 
@@ -379,7 +379,7 @@ def test_captions_grouped_by_length_give_the_same_tokens(small: drl_fast.DRL) ->
         ids[row, : end + 1] = torch.arange(1, end + 2)
         ids[row, end] = 49407
     tokens, mask = small.encode_text(ids)
-    whole = small._text_tower(ids)
+    whole = towers.hidden_states(small.clip, ids)
     torch.testing.assert_close(tokens[mask], whole[mask], rtol=1e-4, atol=1e-5)
     assert mask.sum(1).tolist() == [4, 16, 2, 9, 8, 10, 4, 13, 1]
     assert (tokens[~mask] == 0).all()
@@ -452,6 +452,8 @@ def test_every_interaction_trains(small: drl_fast.DRL, interaction: str, tempora
 def test_a_clip_that_cannot_be_rebuilt_is_not_saved(tmp_path: Path) -> None:
     """Rebuilt from its weights it would have another number of heads, and silently other scores."""
     model, _ = small_model(32, 16, seed=0)
-    with pytest.raises(ValueError, match="clip must have an open_clip name, or heads 64 wide and QuickGELU"):
+    with pytest.raises(
+        ValueError, match="clip must have an open_clip name, or OpenAI's form with heads 64 wide and QuickGELU"
+    ):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import drl_fast
+from drl_fast.model import towers
 from drl_fast.model.config import Config
 from drl_fast.model.head import Head
 from tests.modules.test_mean_maxsim import assert_same, plain, plain_dual_loss, plain_levels
@@ -39,7 +40,7 @@ def test_padding_counts_as_words() -> None:
     plain_model = model_of(query_expansion=False)
     tokens, mask = model.encode_text(ids)
     assert mask.all()
-    torch.testing.assert_close(tokens, model._text_tower(ids))
+    torch.testing.assert_close(tokens, towers.hidden_states(model.clip, ids))
     words, real = plain_model.encode_text(ids)
     assert real.sum(1).tolist() == [3, 10, 4]
     torch.testing.assert_close(tokens[real], words[real])
