@@ -15,7 +15,7 @@ from .. import __version__
 from .device_check import limit, worst_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPTIONAL = ("triton", "open_clip_torch", "torchvision", "av")
+OPTIONAL = ("triton", "open_clip_torch", "torchvision", "av", "transformers", "peft")
 # Narrower terminals get one dtype per line.
 WIDE = 120
 ONE_DTYPE = 20

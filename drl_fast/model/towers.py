@@ -181,6 +181,17 @@ def word_lengths(clip: nn.Module, ids: Tensor) -> Tensor:
     return (position * (ids != pad_id(clip))).amax(dim=1)
 
 
+def word_positions(clip: nn.Module, ids: Tensor) -> list[int]:
+    """Return which id of a caption (Nt,) each of its tokens is of, up to the sentence token where that is its own."""
+    tower, length = text_tower(clip), int(word_lengths(clip, ids[None])[0])
+    first = tower.pooler if isinstance(tower, HFTextEncoder) else _pool_type(tower)
+    if first == "first" or isinstance(first, ClsPooler | ClsLastHiddenStatePooler):
+        return list(range(1, length))
+    ends = isinstance(tower, open_clip.CLIP | TextTransformer) and _pool_type(tower) in ("argmax", "eos")
+    behind = not ends or getattr(tower, "cls_emb", None) is not None
+    return list(range(min(length, len(ids) - 1) if behind else length))
+
+
 def hidden_states(tower: Any, ids: Tensor) -> Tensor:
     """Return one of open_clip's own text towers' last hidden states (A, Nt, D), normed and projected.
 

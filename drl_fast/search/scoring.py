@@ -13,20 +13,13 @@ from .. import TI, WTI, PreparedVideos, prepare, token_interaction
 from ..data.loading import Tokenizer, tokenize
 from ..engine.features import device_of
 from ..model.drl import DRL
+from ..model.words import Word, words_of
 from ..modules.wti import interaction_options, softmax_weights
 from ..numerics import unit
 from .table import Block
 
 # Windows that are put in order first.
 SORTED_FIRST = 1000
-
-
-class Word(NamedTuple):
-    """A word of the query."""
-
-    text: str
-    positions: tuple[int, ...]
-    """Of its tokens."""
 
 
 class Query(NamedTuple):
@@ -65,22 +58,7 @@ def encode_query(model: DRL, tokenizer: Tokenizer, text: str, max_words: int) ->
     if isinstance(model.interaction, WTI):
         normalized = model.interaction.weight_input == "normalized"
         weights = softmax_weights(model.interaction.text_weight_fc, tokens, mask, normalized=normalized).float()
-    return Query(tokens, mask, weights, _words(tokenizer, ids[0], int(ids[0].argmax())))
-
-
-def _words(tokenizer: Tokenizer, ids: Tensor, end: int) -> list[Word]:
-    """Join the tokens between start and end to words."""
-    pieces = getattr(tokenizer, "decoder", {})
-    words: list[Word] = []
-    open_positions: list[int] = []
-    for position in range(1, end):
-        open_positions.append(position)
-        # Byte pairs of CLIP's vocabulary mark the end of a word.
-        if pieces.get(int(ids[position]), "</w>").endswith("</w>") or position + 1 == end:
-            text = tokenizer.decode(ids[open_positions].tolist()).strip()  # type: ignore[attr-defined]
-            words.append(Word(text, tuple(open_positions)))
-            open_positions = []
-    return words
+    return Query(tokens, mask, weights, words_of(model.clip, tokenizer, ids[0]))
 
 
 class Windows(NamedTuple):

@@ -20,6 +20,7 @@ from drl_fast.data.loading import count_cut, tokenize
 from drl_fast.model import towers
 from drl_fast.model.clip import build_clip, load_tokenizer
 from drl_fast.model.drl import DRL
+from drl_fast.model.words import words_of
 
 from . import forms
 
@@ -259,6 +260,39 @@ def test_siglip_with_a_tokenizer(siglip: str) -> None:
     torch.testing.assert_close(sentences(model, short)[kept], model.clip.encode_text(whole)[kept], rtol=1e-5, atol=1e-5)
     assert count_cut(model.tokenizer(), texts, 8) == 1
     assert (model.pictures.resize, model.pictures.size) == ("shortest", 32)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["▁a", "▁play", "ing", "▁dog", "</s>"], ["a", "play+ing", "dog"]),
+        (["a", "play", "##ing", "dog", "</s>"], ["a", "play+ing", "dog"]),
+        (["<unk>", "dog", "</s>", "</s>"], ["<unk>", "dog"]),
+    ],
+    ids=["SentencePiece", "BERT", "whole words"],
+)
+def test_words_of_hugging_face_tokens(names: list[str], words: list[str], hub: Path) -> None:
+    class Inside:
+        all_special_ids, unk_token_id = [0, 1, 2], 2
+
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return [table[number] for number in ids]
+
+        def decode(self, ids: list[int]) -> str:
+            return "+".join(table[number].strip("▁#") for number in ids)
+
+    class Tokenizer:
+        tokenizer = Inside()
+
+    known = {"</s>": 1, "<unk>": 2}
+    ids = [known.get(name, 5 + i) for i, name in enumerate(names)]
+    table = dict(zip(ids, names, strict=True))
+    for form in ("siglip", "roberta"):
+        found = words_of(build(form, hub), Tokenizer(), torch.tensor([*ids, 0, 0]))
+        assert [word.text for word in found] == words
+        assert [place for word in found for place in word.positions] == list(
+            range(sum(name != "</s>" for name in names))
+        )
 
 
 def test_preparation_is_that_of_the_models_tags(monkeypatch: pytest.MonkeyPatch, tiny_clip: str) -> None:
