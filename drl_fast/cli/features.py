@@ -207,6 +207,7 @@ class _Encoding:
         from ..engine.config import build_model
         from ..engine.encode import encode_captions
         from ..engine.features import TEXTS
+        from ..model.clip import example_tag
 
         model, tokenizer = build_model(self.settings)
         model.to(self.here.device)
@@ -214,7 +215,7 @@ class _Encoding:
             print_line(
                 self.console,
                 "warning: CLIP's weights are random, and the features mean nothing; take trained ones with --set "
-                "pretrained=openai",
+                f"pretrained={example_tag(self.settings.clip)}",
                 "bold yellow",
             )
         words = model.words(self.settings.words)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..data.loading import Unreadable
     from ..search.retriever import Report, Retriever
 
-NO_WEIGHTS = "CLIP's weights are random: hits will mean nothing; take trained ones with --pretrained openai"
+NO_WEIGHTS = "CLIP's weights are random: hits will mean nothing; take trained ones with --pretrained"
 
 
 def index(
@@ -125,13 +125,15 @@ def _retriever(
     here: Processes,
     console: Console,
 ) -> Retriever:
+    from ..model.clip import example_tag
     from ..search.retriever import Retriever, has_index
 
     if model is not None and clip is not None:
         raise ValueError(f"model and clip exclude each other, got {model} and {clip}; drop one of them")
     if clip is not None and pretrained is None:
         raise ValueError(
-            f"pretrained must name the weights of {clip}: a tag such as openai, a file, or none for random ones"
+            f"pretrained must name the weights of {clip}: a tag such as {example_tag(clip)}, a file, or none for random "
+            "ones"
         )
     if clip is None and pretrained is not None:
         raise ValueError(f"pretrained goes with --clip, got {pretrained} without it; add --clip NAME")
@@ -144,7 +146,7 @@ def _retriever(
             console, "CLIP without a run: TI ranks and explains; it has no weights of its own, and no temporal module"
         )
         if weights is None:
-            print_line(console, f"warning: {NO_WEIGHTS}", "bold yellow")
+            print_line(console, f"warning: {NO_WEIGHTS} {example_tag(clip)}", "bold yellow")
     elif model is not None:
         retriever = Retriever.from_run(model, out, chosen, processes=here)
     elif has_index(out):

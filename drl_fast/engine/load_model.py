@@ -13,7 +13,7 @@ import torch
 from ..data.feature_store import SIDES, FeatureStore
 from ..data.loading import Tokenizer
 from ..model import upstream
-from ..model.clip import QUICK, check_name
+from ..model.clip import QUICK, check_name, example_tag
 from ..model.config import Encoders
 from ..model.drl import DRL
 from ..model.head import Head
@@ -274,7 +274,7 @@ def untrained(config: RunConfig) -> str | None:
     if config.pretrained is None and (config.features is None or config.clip is not None):
         return (
             "Untrained: all weights are random, and the scores mean nothing; pass --checkpoint, or CLIP's weights with "
-            "--set pretrained=openai."
+            f"--set pretrained={example_tag(config.clip)}."
         )
     new = [f"the interaction {config.interaction}"] * (config.interaction in OWN_WEIGHTS)
     new += [f"the temporal module {config.temporal}"] * (config.temporal is not None)

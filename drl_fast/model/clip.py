@@ -89,6 +89,12 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
         ) from error
 
 
+def example_tag(name: str | None) -> str:
+    """Return a tag of a model's weights, for messages."""
+    tags = [] if name is None else open_clip.list_pretrained_tags_by_model(name)
+    return "openai" if "openai" in tags or not tags else tags[0]
+
+
 def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool = True) -> nn.Module:
     """Build an open_clip model by name.
 
@@ -383,7 +389,7 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     # The first sentence only, on one line: torch goes on to list every parameter, the hub to give advice to others.
-    first = textwrap.shorten(str(error).partition(". ")[0], 300, placeholder=" ...")
+    first = textwrap.shorten(" ".join(str(error).split()).partition(". ")[0], 300, placeholder=" ...")
     return f"{type(error).__name__}: {first}"
 
 

@@ -15,6 +15,7 @@ from ..data.video import Sampling
 from ..engine.config import RunConfig
 from ..engine.load_model import load_model, settings_of
 from ..engine.train import CONFIG
+from ..model.clip import check_source, load_tokenizer
 from ..model.drl import DRL
 from ..model.pretrained import BEST
 from ..model.weight_files import weights_hash
@@ -61,6 +62,8 @@ def load_clip(name: str, pretrained: str | None, device: torch.device) -> Loaded
     Raises:
         ValueError: an unknown name or tag, or weights that cannot be loaded.
     """
+    check_source(name, pretrained)
+    tokenizer = load_tokenizer(name)  # before the weights, which may be gigabytes
     torch.manual_seed(SEED)
     model = DRL(name, pretrained=pretrained, interaction="ti", temporal=None)
     if pretrained is not None and Path(pretrained).is_file():
@@ -68,7 +71,7 @@ def load_clip(name: str, pretrained: str | None, device: torch.device) -> Loaded
     config = RunConfig("folder", clip=name, pretrained=pretrained)
     sampling = config.sampling(*model.pictures)
     source = {"clip": name, "pretrained": pretrained}
-    return _loaded(model, model.tokenizer(), source, sampling.rate, sampling.max_frames, config.words, device)
+    return _loaded(model, tokenizer, source, sampling.rate, sampling.max_frames, config.words, device)
 
 
 def load_recorded(about: About, device: torch.device) -> Loaded:
