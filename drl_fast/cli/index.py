@@ -132,8 +132,8 @@ def _retriever(
         raise ValueError(f"model and clip exclude each other, got {model} and {clip}; drop one of them")
     if clip is not None and pretrained is None:
         raise ValueError(
-            f"pretrained must name the weights of {clip}: a tag such as {example_tag(clip)}, a file, or none for random "
-            "ones"
+            f"pretrained must name the weights of {clip}: a tag such as {example_tag(clip)}, a file, or none for "
+            "random ones"
         )
     if clip is None and pretrained is not None:
         raise ValueError(f"pretrained goes with --clip, got {pretrained} without it; add --clip NAME")
