@@ -69,12 +69,7 @@ def is_served(clip: nn.Module) -> bool:
 def ends_at_end_token(clip: nn.Module) -> bool:
     """Return whether a causal text tower pools at the end token, so that padding changes nothing before it."""
     tower = text_tower(clip)
-    return (
-        not isinstance(tower, HFTextEncoder)
-        and tower.attn_mask is not None
-        and getattr(tower, "cls_emb", None) is None
-        and _pool_type(tower) in ("argmax", "eos")
-    )
+    return sentence_place(clip) == "end" and tower.attn_mask is not None
 
 
 def ends_at_largest_id(clip: nn.Module) -> bool:
@@ -140,31 +135,38 @@ def encode_text(clip: nn.Module, ids: Tensor, *, expand: bool = False) -> tuple[
     Returns:
         tokens (A, Nt, D), of which masked ones hold anything, and mask (A, Nt) bool.
     """
-    tower = text_tower(clip)
+    tower, lengths = text_tower(clip), word_lengths(clip, ids)
+    if ends_at_end_token(clip):
+        if expand:
+            ids, lengths = ids.masked_fill(~_before(lengths, ids), 0), torch.full_like(lengths, ids.shape[1])
+        return _normalized(clip, _by_length(tower, ids, lengths)), _before(lengths, ids)
+    place = sentence_place(clip)
     if isinstance(tower, HFTextEncoder):
-        states, lengths, sentence = _hugging_face(tower, ids)
+        states, sentence = _hugging_face(tower, ids)
     else:
-        lengths = word_lengths(clip, ids)
-        if ends_at_end_token(clip):
-            if expand:
-                ids, lengths = ids.masked_fill(~_before(lengths, ids), 0), torch.full_like(lengths, ids.shape[1])
-            return _normalized(clip, _by_length(tower, ids, lengths)), _before(lengths, ids)
         # Without a causal mask padding takes part in attention: fill the context, as the model was trained.
         padded = F.pad(ids, (0, tower.context_length - ids.shape[1]), value=pad_id(clip))
         states = hidden_states(tower, padded)
-        if getattr(tower, "cls_emb", None) is not None:
-            sentence = states[:, -1]
-        elif _pool_type(tower) in ("argmax", "eos"):
-            return _normalized(clip, states[:, : ids.shape[1]]), _before(lengths, ids)
-        elif _pool_type(tower) == "last":
-            sentence = states[:, -1]
-        else:
-            states, lengths, sentence = states[:, 1:], lengths - 1, states[:, 0]
+        sentence = states[:, 0 if place == "first" else -1]
+    if place == "end":
+        return _normalized(clip, states[:, : ids.shape[1]]), _before(lengths, ids)
+    if place == "first":
+        states, lengths = states[:, 1:], lengths - 1
     states = F.pad(states, (0, 0, 0, max(ids.shape[1] - states.shape[1], 0)))[:, : ids.shape[1]]
-    place = lengths.clamp(0, ids.shape[1] - 1)[:, None]
+    last = lengths.clamp(0, ids.shape[1] - 1)[:, None]
     position = torch.arange(ids.shape[1], device=ids.device)
-    tokens = torch.where((position == place)[..., None], sentence[:, None].to(states.dtype), states)
-    return _normalized(clip, tokens), position <= place
+    tokens = torch.where((position == last)[..., None], sentence[:, None].to(states.dtype), states)
+    return _normalized(clip, tokens), position <= last
+
+
+def sentence_place(clip: nn.Module) -> str:
+    """Return which id of a caption the sentence token is of: the ``"end"``, the ``"first"``, or none, ``"behind"`` it."""
+    tower = text_tower(clip)
+    if isinstance(tower, HFTextEncoder):
+        return "first" if isinstance(tower.pooler, ClsPooler | ClsLastHiddenStatePooler) else "behind"
+    if getattr(tower, "cls_emb", None) is not None:
+        return "behind"
+    return {"argmax": "end", "eos": "end", "first": "first", "last": "behind"}[_pool_type(tower)]
 
 
 def word_lengths(clip: nn.Module, ids: Tensor) -> Tensor:
@@ -174,22 +176,16 @@ def word_lengths(clip: nn.Module, ids: Tensor) -> Tensor:
     if pool == "argmax":
         return ids.argmax(dim=1) + 1
     if pool == "eos":
-        return (ids == (tower.text_eos_id if isinstance(tower, open_clip.CLIP) else tower.eos_id)).int().argmax(
-            dim=1
-        ) + 1
+        end = tower.text_eos_id if isinstance(tower, open_clip.CLIP) else tower.eos_id
+        return ids.eq(end).int().argmax(dim=1) + 1
     position = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     return (position * (ids != pad_id(clip))).amax(dim=1)
 
 
-def word_positions(clip: nn.Module, ids: Tensor) -> list[int]:
-    """Return which id of a caption (Nt,) each of its tokens is of, up to the sentence token where that is its own."""
-    tower, length = text_tower(clip), int(word_lengths(clip, ids[None])[0])
-    first = tower.pooler if isinstance(tower, HFTextEncoder) else _pool_type(tower)
-    if first == "first" or isinstance(first, ClsPooler | ClsLastHiddenStatePooler):
-        return list(range(1, length))
-    ends = isinstance(tower, open_clip.CLIP | TextTransformer) and _pool_type(tower) in ("argmax", "eos")
-    behind = not ends or getattr(tower, "cls_emb", None) is not None
-    return list(range(min(length, len(ids) - 1) if behind else length))
+def word_positions(clip: nn.Module, ids: Tensor) -> range:
+    """Return which id of a caption (Nt,) each of its tokens is of, without a sentence token that is not its end."""
+    place, length = sentence_place(clip), int(word_lengths(clip, ids[None])[0])
+    return range(place == "first", min(length, len(ids) - 1) if place == "behind" else length)
 
 
 def hidden_states(tower: Any, ids: Tensor) -> Tensor:
@@ -197,16 +193,22 @@ def hidden_states(tower: Any, ids: Tensor) -> Tensor:
 
     A class token that the tower adds comes last.
     """
-    length = ids.shape[1]
-    if isinstance(tower, open_clip.CLIP):
-        dtype = tower.transformer.get_cast_dtype()
-        hidden = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
-        mask = tower.attn_mask
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+        # The tower makes a mask for the padding of each row.
+        found = tower.forward_intermediates(
+            ids,
+            indices=1,
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        hidden = torch.cat([found["text_intermediates"][0], *found.get("text_intermediates_suffix", [])], dim=1)
     else:
-        hidden, mask = tower._embeds(ids)  # adds a class token, and masks padding where the tower does
-        length = hidden.shape[1]
-    mask = None if mask is None else mask[..., :length, :length]
-    hidden = tower.ln_final(tower.transformer(hidden, attn_mask=mask))
+        length, dtype = ids.shape[1], tower.transformer.get_cast_dtype()
+        hidden = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:length].to(dtype)
+        mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
+        hidden = tower.ln_final(tower.transformer(hidden, attn_mask=mask))
     projection = tower.text_projection
     if projection is None:
         return hidden
@@ -224,16 +226,11 @@ def _by_length(tower: Any, ids: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat(parts)[order.argsort()]
 
 
-def _hugging_face(tower: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return words (A, n, D), how many are real (A,), and sentence tokens (A, D). Padding is masked in attention."""
-    real = ids != tower.config.pad_token_id
-    output = tower.transformer(input_ids=ids, attention_mask=real.long())
-    sentence = tower.proj(tower.pooler(output, real.long()))
-    states = tower.proj(output.last_hidden_state)
-    lengths = (torch.arange(1, ids.shape[1] + 1, device=ids.device) * real).amax(dim=1)
-    if isinstance(tower.pooler, ClsPooler | ClsLastHiddenStatePooler):
-        return states[:, 1:], lengths - 1, sentence
-    return states, lengths, sentence
+def _hugging_face(tower: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens of all ids (A, Nt, D), and sentence tokens (A, D). Padding is masked in attention."""
+    real = (ids != tower.config.pad_token_id).long()
+    output = tower.transformer(input_ids=ids, attention_mask=real)
+    return tower.proj(output.last_hidden_state), tower.proj(tower.pooler(output, real))
 
 
 def _pool_type(tower: Any) -> str:
