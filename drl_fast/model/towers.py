@@ -160,7 +160,7 @@ def encode_text(clip: nn.Module, ids: Tensor, *, expand: bool = False) -> tuple[
 
 
 def sentence_place(clip: nn.Module) -> str:
-    """Return which id of a caption the sentence token is of: the ``"end"``, the ``"first"``, or none, ``"behind"`` it."""
+    """Return where a caption's sentence token is: at its ``"end"``, at its ``"first"`` id, or ``"behind"`` it."""
     tower = text_tower(clip)
     if isinstance(tower, HFTextEncoder):
         return "first" if isinstance(tower.pooler, ClsPooler | ClsLastHiddenStatePooler) else "behind"
