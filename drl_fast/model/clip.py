@@ -375,7 +375,11 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     if pretrained is None:
         return f"{name} could not be built ({reason}); choose another clip, such as ViT-B-32"
     if Path(pretrained).is_file():
-        return f"{pretrained} must hold weights of {name}, and could not be loaded ({reason}); check the clip's name"
+        reason = f"it has no {error.args[0]}" if isinstance(error, KeyError) else reason
+        return (
+            f"{pretrained} must hold weights of {name}, and could not be loaded ({reason}); check the clip's name; a "
+            "model that drl-fast saved is loaded by init_from"
+        )
     config = open_clip.get_pretrained_cfg(name, pretrained)
     hub, url = config.get("hf_hub", ""), config.get("url", "")
     source = f"open_clip_model.safetensors from https://huggingface.co/{hub.rstrip('/')}" if hub else url
