@@ -32,7 +32,10 @@ BUILT = ("quick_gelu", "mean", "std", "sizes")
 METRICS = {"R1", "R5", "R10", "MdR", "MnR", "R1_low", "R1_high", "candidates"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # A resumed run may change these: they change rounding at most.
-FREE = ("videos", "annotations", "features", "workers", "checkpoint_every", "chunk", "parallel")
+FREE = (
+    *("videos", "annotations", "features", "workers", "checkpoint_every", "chunk", "parallel"),
+    *("checkpoint_towers", "compile"),
+)
 
 
 @dataclass

@@ -30,6 +30,8 @@ from .precision import PRECISIONS
 PARALLEL = ("ddp", "fsdp")
 # How inputs are prepared; features and saved models know it.
 OF_INPUTS = ("max_words", "rate", "max_frames")
+# How the towers train, and their values where they train as usual.
+OF_TOWERS = {"checkpoint_towers": False, "compile": False, "lora": 0, "freeze_layers": None}
 # A head's positions on imported tokens, unless a video has more.
 POSITIONS = 77
 # What other codebases call our keys; difflib finds misspellings, but not these.
@@ -38,7 +40,12 @@ ALIASES = {
     "backbone": "clip",
     "batch_size": "batch",
     "fps": "rate",
+    "freeze_layer_num": "freeze_layers",
+    "grad_checkpointing": "checkpoint_towers",
+    "gradient_checkpointing": "checkpoint_towers",
     "learning_rate": "lr",
+    "lora_r": "lora",
+    "lora_rank": "lora",
     "max_epochs": "epochs",
     "max_grad_norm": "clip_grad",
     "max_length": "max_words",
@@ -46,13 +53,16 @@ ALIASES = {
     "num_epochs": "epochs",
     "num_frames": "max_frames",
     "num_workers": "workers",
+    "torch_compile": "compile",
     "warmup_ratio": "warmup",
 }
 
 
 CHECKS: dict[str, Callable[[str, object, str], object]] = {
     **dict.fromkeys(("epochs", "batch", "checkpoint_every", "max_words", "max_frames", "dim"), validation.positive_int),
-    **dict.fromkeys(("captions_per_video", "chunk", "workers", "seed"), validation.non_negative_int),
+    **dict.fromkeys(
+        ("captions_per_video", "chunk", "workers", "seed", "lora", "freeze_layers"), validation.non_negative_int
+    ),
     **dict.fromkeys(("lr", "clip_grad", "rate"), validation.positive_number),
     **dict.fromkeys(("clip_lr", "weight_decay", "cdcr_weight"), validation.non_negative_number),
     "warmup": validation.fraction,
@@ -86,6 +96,13 @@ class RunConfig:
         captions_per_video: 0 draws captions at random, as the paper does. k > 0 draws groups of up to k captions of one
             video; a batch encodes every video once, and captions of one video are not negatives of each other.
         freeze: ``"clip"`` freezes CLIP's weights; the temperature still trains, at ``lr``. null freezes nothing.
+        freeze_layers: n freezes the embeddings and the first n blocks of both towers, as CLIP4Clip's
+            ``freeze_layer_num`` does; null freezes nothing.
+        lora: rank of adapters (LoRA) on all linear layers of both towers' blocks; 0 = off. CLIP's own weights are
+            frozen. Adapters and temperature train at ``lr``, since ``clip_lr`` would hardly move them. The best model
+            is saved with the adapters merged.
+        checkpoint_towers: keep only the inputs of the towers' blocks for the backward, which computes the rest again.
+        compile: compile the towers' blocks with torch.compile.
         skip_same_video: do not use captions of one video as negatives of each other (the paper does).
             :func:`read_config` sets it to True for features, unless told otherwise.
         parallel: over several processes, ``"ddp"`` keeps whole replicas, ``"fsdp"`` shards parameters and optimizer.
@@ -131,6 +148,10 @@ class RunConfig:
     chunk: int = 0
     captions_per_video: int = 0
     freeze: str | None = None
+    freeze_layers: int | None = None
+    lora: int = 0
+    checkpoint_towers: bool = False
+    compile: bool = False
     skip_same_video: bool = False
     parallel: str = "ddp"
     max_words: int | None = None
@@ -154,7 +175,29 @@ class RunConfig:
             raise ValueError("clip must be a model name without features, got None; the paper's recipe has ViT-B-32")
         if self.features is None and self.dim is not None:
             raise ValueError(f"dim must be None without features, got {self.dim}; CLIP's width is that of its tokens")
+        self._check_towers()
         self.model_options()
+
+    def _check_towers(self) -> None:
+        """Reject options of the towers that do not go together, or would do nothing."""
+        chosen = {name: getattr(self, name) for name, off in OF_TOWERS.items() if getattr(self, name) != off}
+        if self.features is not None and chosen:
+            name = next(iter(chosen))
+            raise ValueError(
+                f"{name} must be left out on features, whose towers do not run, got {chosen[name]}; train on videos to "
+                "use it"
+            )
+        if self.freeze == "clip":
+            for name in chosen.keys() - {"compile"}:
+                why = "leaves nothing to train in the towers" if name != "checkpoint_towers" else "keeps no activations"
+                raise ValueError(
+                    f"{name} must be left out with freeze='clip', which {why}, got {chosen[name]}; drop one of them"
+                )
+        if "lora" in chosen and "freeze_layers" in chosen:
+            raise ValueError(
+                f"freeze_layers must be left out with lora={self.lora}, which freezes all of CLIP's weights, got "
+                f"{self.freeze_layers}; drop one of them"
+            )
 
     def model_options(self) -> dict[str, Any]:
         """Return :class:`drl_fast.DRL`'s options, besides the CLIP."""
@@ -176,6 +219,8 @@ class RunConfig:
 
 def _default(name: str) -> str:
     default = next(f.default for f in dataclasses.fields(RunConfig) if f.name == name)
+    if name in OF_TOWERS:
+        return "leave it out to train the towers as usual"
     return "leave it out for the data set's own" if default is None else f"the paper's recipe has {default}"
 
 

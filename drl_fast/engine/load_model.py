@@ -18,7 +18,7 @@ from ..model.config import Encoders
 from ..model.drl import DRL
 from ..model.head import Head
 from ..model.pretrained import BEST, Saved, read_saved
-from .config import OF_INPUTS, RunConfig, build_head, build_model, check_positions, merge, read_values
+from .config import OF_INPUTS, OF_TOWERS, RunConfig, build_head, build_model, check_positions, merge, read_values
 from .train import CONFIG
 
 # What a checkpoint brings and no option replaces.
@@ -98,8 +98,8 @@ def settings_of(
         raise ValueError(
             f"config must be a row or a YAML file, got none{found}; for instance --config wti --dataset msrvtt"
         )
-    # A run's file names every field, and null is the data set's own: the model knows better.
-    named = {key: value for key, value in named.items() if value is not None or key not in OF_INPUTS}
+    # A run's file names every field, and null is the data set's own: the model knows better. No tower trains here.
+    named = {k: value for k, value in named.items() if k not in OF_TOWERS and (value is not None or k not in OF_INPUTS)}
     known = {} if saved is None else _known(saved)
     return Settings(RunConfig(**{**known, **named}), named, str(config or checkpoint), frozenset(keys))
 

@@ -80,11 +80,11 @@ def by_decay(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[di
 def optimizer(model: Head, config: RunConfig, *, eps: float = 1e-6, fused: bool | None = None) -> torch.optim.AdamW:
     """Build AdamW with up to four groups: CLIP's and new parameters, each with and without weight decay.
 
-    Where CLIP is frozen, its temperature is among the new parameters.
+    Where CLIP is frozen, its temperature and adapters are among the new parameters.
     """
     groups = []
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    frozen = config.freeze == "clip"
+    frozen = config.freeze == "clip" or config.lora > 0
     for of_clip, lr in ((True, config.clip_lr), (False, config.lr)):
         own = [p for name, p in trained.items() if (name.startswith("clip.") and not frozen) == of_clip]
         groups += [{**group, "lr": lr, "peak": lr} for group in by_decay(own, config.weight_decay)]

@@ -19,12 +19,13 @@ from typing import Protocol
 import torch
 import yaml
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..atomic_write import remove_parts, write_atomically
 from ..data.loading import Unreadable
 from ..distributed.group import Group, agree
+from ..model import fine_tuning
 from ..model.head import Head
 from ..model.pretrained import BEST
 from ..validation import printable
@@ -69,17 +70,35 @@ class Run:
     def __post_init__(self) -> None:
         self._lock = FileLock(self.folder / LOCK)
         config = self.config
+        self._change_towers()
         # All processes would have to call a sharded model equally often. Evaluation uses a whole copy instead, which is
         # on the device only while it runs.
         self.whole = copy.deepcopy(self.model) if self._sharded else self.model
         self.model.to(self.processes.device)
         distribute(self.model, config.parallel, self.processes)
+        if config.compile:  # last: copies are not compiled
+            fine_tuning.compile_towers(self._clip, self.processes.device)
         self.optimizer = schedule.optimizer(self.model, config)
         self.batches = schedule.batches(self.data.train.owner, config)
         self.per_epoch = len(self.batches) // config.epochs
         self._info_nce: list[float] = []
         self._warned_of_loss = self._warned_of_scores = False
         self._saved: int | None = None
+
+    def _change_towers(self) -> None:
+        """Add adapters, freeze blocks and checkpoint them, as configured."""
+        config = self.config
+        if config.lora:
+            torch.manual_seed(config.seed + 2)  # build_model takes the first two
+            fine_tuning.add_adapters(self._clip, config.lora)
+        if config.freeze_layers is not None:
+            fine_tuning.freeze_layers(self._clip, config.freeze_layers)
+        if config.checkpoint_towers:
+            fine_tuning.checkpoint_towers(self._clip)
+
+    @property
+    def _clip(self) -> nn.Module:
+        return self.model.get_submodule("clip")
 
     @property
     def _sharded(self) -> bool:
@@ -323,7 +342,8 @@ class Run:
         best = leader is not None and leader[0] == epoch
         if first:
             if best:
-                self.whole.save_pretrained(self.folder / BEST)
+                plain = fine_tuning.merge_adapters(self.whole) if self.config.lora else self.whole
+                plain.save_pretrained(self.folder / BEST)
             try:
                 write_evaluations(self.folder, self.progress.evaluations)
                 self._plot()
