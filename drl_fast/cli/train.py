@@ -119,6 +119,7 @@ def train(
             stop = stack.enter_context(_stop_on_signal(console))
             watcher = _Watcher(console, dry_run, "InfoNCE" if settings.loss == "softmax" else "sigmoid loss")
             run = Run(settings, model, data, folder, here, watcher, stop)
+            _print_towers(run, console)
             run.open_folder(resume)
             with watcher.bars:
                 finished = run.train()
@@ -214,6 +215,18 @@ def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, dry
         f"{config.cdcr}; {config.precision} on {here.device}"
         + (f", {here.size} processes ({config.parallel})" if here.size > 1 else ""),
     )
+
+
+def _print_towers(run: Run, console: Console) -> None:
+    """Print which options of the towers are on, and how much of the towers trains."""
+    from ..engine.config import OF_TOWERS
+    from ..model.fine_tuning import count_parameters
+
+    chosen = {name: getattr(run.config, name) for name in OF_TOWERS}
+    names = [name if value is True else f"{name} {value}" for name, value in chosen.items() if value != OF_TOWERS[name]]
+    if names:
+        trained, whole = (f"{count / 1e6:.3g} M" for count in count_parameters(run.model.get_submodule("clip")))
+        print_line(console, f"{', '.join(names)}: {trained} of {whole} tower parameters train")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ PARALLEL = ("ddp", "fsdp")
 # How inputs are prepared; features and saved models know it.
 OF_INPUTS = ("max_words", "rate", "max_frames")
 # How the towers train, and their values where they train as usual.
-OF_TOWERS = {"checkpoint_towers": False, "compile": False, "lora": 0, "freeze_layers": None}
+OF_TOWERS = {"lora": 0, "freeze_layers": None, "checkpoint_towers": False, "compile": False}
 # A head's positions on imported tokens, unless a video has more.
 POSITIONS = 77
 # What other codebases call our keys; difflib finds misspellings, but not these.

@@ -22,6 +22,8 @@ BLOCKS = {
         "text.transformer.layers",
     ),
 }
+# Its blocks may take rotations of three dimensions, which no batch has.
+TIMM = "visual.trunk.blocks"
 # What stands behind the last block: names in the modules that hold the blocks. All others stand before the first.
 BEHIND = (
     *("ln_post", "proj", "ln_final", "text_projection", "attn_pool"),
@@ -121,8 +123,9 @@ def _each(
 def compile_towers(clip: Clip, device: torch.device) -> None:
     """Compile every block of both towers at its first call; names, copies and pickles stay as they are.
 
-    One compiled block serves all blocks of its tower, any number of frames and captions, and any length of captions.
-    Training, training in chunks and evaluation compile once each. A copy of the model is not compiled.
+    One compiled block serves all blocks of its tower, any number of frames and captions, and any length of captions
+    (of timm's towers a single frame is compiled by itself). Training, training in chunks and evaluation compile once
+    each. A copy of the model is not compiled.
 
     This changes two settings of torch.compile for the process: a dimension is no longer assumed to equal another one
     that has the same size in the first step, and a function may have more compiled versions.
@@ -147,7 +150,7 @@ def compile_towers(clip: Clip, device: torch.device) -> None:
     for path, blocks in found.items():
         for block in blocks:
             # Module.compile() sets this attribute, which copies and pickles leave out.
-            block._compiled_call_impl = _Compiled(block._call_impl, pad=path in BLOCKS["text"])
+            block._compiled_call_impl = _Compiled(block._call_impl, pad=path != TIMM)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

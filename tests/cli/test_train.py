@@ -85,6 +85,13 @@ def test_captions_that_are_cut_are_counted() -> None:
     )
 
 
+def test_options_of_the_towers_are_named_with_what_trains() -> None:
+    small = [*SMALL, "lora=8", "checkpoint_towers=true"]
+    done = train("--config", "ti", "--dataset", "msrvtt", "--dry-run", small=small)
+    assert done.exit_code == 0, done.output
+    assert "lora 8, checkpoint_towers: 0.00819 M of 1.64 M tower parameters train" in words(done.output)
+
+
 def test_a_dry_run_takes_the_data_sets_sizes_and_the_temporal_module() -> None:
     small = [option for option in SMALL if not option.startswith(("max_", "temporal"))] + ["clip=drl-small"]
     done = train("--config", "ti", "--dataset", "didemo", "--dry-run", small=small)

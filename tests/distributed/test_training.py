@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from drl_fast import DRL
 from drl_fast.engine.fsdp import average_gradients, clip_gradients, distribute, reduce_after
 from drl_fast.engine.processes import Processes
 from drl_fast.engine.step import add_gradients
+from drl_fast.engine.train import BEST
 
 from ..engine.runs import after, configured, make_folder, opened
 from ..engine.test_step import CASES, batch_of, model_of
@@ -24,6 +26,7 @@ from .ranks import error_of, on_ranks
 WAYS = ("ddp", "fsdp")
 # Captions of one video share a batch; two processes take two and three of five, which cuts a video's captions apart.
 SHARED = {"captions_per_video": 2, "batch": 5}
+CHEAPER = {"lora": 2, "checkpoint_towers": True, "compile": True, "chunk": 1}
 # First and last row of each process, of seven: unequal shares, or none.
 SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
 INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti", "mean_maxsim")
@@ -103,6 +106,13 @@ def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
         steps.append(run.progress.step)
         run.train()
     opened(configured(folder, **SHARED), out / "shared", processes=here(rank, size))[0].train()
+    # Without code generation, which would take a minute.
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    cheaper = {way: configured(folder, parallel=way, **CHEAPER) for way in WAYS}
+    opened(cheaper["ddp"], out / "cheaper_ddp", processes=here(rank, size))[0].train()
+    opened(cheaper["fsdp"], out / "cheaper_fsdp", stop=after(5), processes=here(rank, size))[0].train()
+    run, _ = opened(cheaper["fsdp"], out / "cheaper_fsdp", resume=True, processes=here(rank, size))
+    run.train()
     return steps
 
 
@@ -154,3 +164,11 @@ def test_a_run_equals_one_process(tmp_path: Path) -> None:
         found = [float(row["total"]) for row in losses(tmp_path / name)]
         assert found == pytest.approx(expected, rel=5e-3), name
         assert (tmp_path / name / "best/model.safetensors").exists()
+    opened(configured(folder, lora=2), tmp_path / "lora")[0].train()
+    expected = [float(row["total"]) for row in losses(tmp_path / "lora")]
+    plain = DRL.from_pretrained(tmp_path / "one" / BEST)
+    for way in WAYS:
+        found = [float(row["total"]) for row in losses(tmp_path / f"cheaper_{way}")]
+        assert found == pytest.approx(expected, rel=1e-4), way
+        saved = DRL.from_pretrained(tmp_path / f"cheaper_{way}" / BEST)
+        assert saved.state_dict().keys() == plain.state_dict().keys()

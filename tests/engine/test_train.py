@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from drl_fast import DRL
 from drl_fast.engine import checkpoint, plots, schedule
@@ -129,6 +131,56 @@ def test_steps_after_the_checkpoint_are_discarded(folder: Path, whole: Path, tmp
     assert not list(out.glob(".*.part"))
 
 
+def test_adapters_resume_and_are_merged_in_the_best_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(folder, lora=2, chunk=2)
+    run, _ = opened(config, tmp_path / "whole")
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if name.startswith("clip.") and ".lora_" not in name} == {"clip.logit_scale"}
+    assert len([name for name in trained if name.startswith("interaction.")]) == 8
+    groups = run.optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    assert {group["peak"] for group in groups} == {config.lr}
+    run.train()
+    for name, x in run.model.state_dict().items():
+        assert torch.equal(x, before[name]) == (name not in trained), name
+    opened(config, tmp_path / "run", stop=after(5))[0].train()
+    again, _ = opened(config, tmp_path / "run", resume=True)
+    again.train()
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    # The first steps are those of a run without adapters, which start at 0.
+    opened(configured(folder, chunk=2), tmp_path / "plain", stop=after(1))[0].train()
+    assert float(losses(tmp_path / "plain")[0]["total"]) == pytest.approx(
+        float(losses(tmp_path / "whole")[0]["total"]), rel=1e-6
+    )
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = DRL.from_pretrained(tmp_path / "whole" / BEST)
+    evaluations = json.loads((tmp_path / "whole/evaluations.json").read_text())
+    best = max(evaluations.values(), key=lambda found: found["t2v"]["R1"])
+    assert run.data.evaluate(model, config, None, None).with_intervals() == best
+    with pytest.raises(ValueError, match=r"lora must be 0 without the package peft, got 2"):
+        opened(config, tmp_path / "run", resume=True)
+
+
+def test_compiled_and_checkpointed_towers_have_the_losses_of_plain_ones(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on from a plain one's checkpoint, at the end of whose epoch evaluation compiles once more."""
+    out, graphs = tmp_path / "run", []
+    opened(configured(folder), out, stop=after(3))[0].train()
+    torch.compiler.reset()
+    run, notes = opened(configured(folder, compile=True, checkpoint_towers=True), out, resume=True)
+    monkeypatch.setattr(notes, "stepped", lambda values: graphs.append(counters["stats"]["unique_graphs"]))
+    assert run.train()
+    found, expected = ([float(row["total"]) for row in losses(path)] for path in (out, whole))
+    assert found == pytest.approx(expected, rel=1e-5)
+    # Of the run's five steps the first compiles, and the evaluation after it.
+    assert graphs[0] > 0
+    assert graphs[1:] == graphs[1:2] * 4
+
+
 def test_it_learns(folder: Path, tmp_path: Path) -> None:
     run, notes = opened(configured(folder, epochs=24, lr=2e-3, clip_lr=5e-4), tmp_path / "run")
     run.train()
@@ -155,6 +207,8 @@ def test_a_folder_with_a_run_is_not_overwritten(folder: Path, whole: Path) -> No
         ({"lr": 0.5}, "lr 0.01 then and 0.5 now"),
         ({"interaction": "ti", "cdcr": 2}, "interaction 'wti' then and 'ti' now; cdcr 3 then and 2 now"),
         ({"batch": 3, "seed": 4}, "batch 4 then and 3 now; seed 0 then and 4 now"),
+        ({"lora": 2, "checkpoint_towers": True}, "lora 0 then and 2 now;"),
+        ({"freeze_layers": 1}, "freeze_layers None then and 1 now"),
     ],
 )
 def test_another_configuration_cannot_resume(folder: Path, whole: Path, changed: dict[str, Any], words: str) -> None:
