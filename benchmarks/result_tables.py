@@ -289,6 +289,36 @@ def _parts_memory(laps: list[Result]) -> dict[str, float]:
     return {**found, "peak of the whole step": max(lap["peak_mb"] for lap in laps if lap["phase"] != "dense")}
 
 
+def towers(result: Result) -> Table:
+    """Show what each option gains beside the plain step, the fastest first."""
+    done = [row for row in result["options"] if row["status"] == "ok"]
+    plain = next(row for row in done if row["option"] == "plain")["result"][-1]
+    rows = []
+    for row in sorted(done, key=lambda row: row["result"][-1]["ms"]["step"]):
+        last = row["result"][-1]
+        time, peak = last["ms"]["step"], last["peak_mb"]
+        relative = [f"{time / plain['ms']['step']:.2g}", f"{peak / plain['peak_mb']:.2g}"]
+        largest = f"{row['largest_batch']:,}"
+        rows.append(
+            [row["option"], seconds(time), relative[0], bytes_of(1e6 * peak), relative[1], largest, row["changes"]]
+        )
+    budget = f"largest batch in {bytes_of(1e6 * result['settings']['budget_mb'])}, extrapolated"
+    heads = ["option", f"step of {plain['batch']} pairs", "relative time", "memory", "relative memory", budget]
+    return Table("What makes a training step faster", [*heads, "what it changes"], rows)
+
+
+def towers_parts(result: Result) -> Table:
+    """Show each option's step by part."""
+    done = [row for row in result["options"] if row["status"] == "ok"]
+    parts = {**{part: PARTS[part] for part in ("text", "image", "temporal")}, "ours": "loss", "adam": "Adam"}
+    rows = [[row["option"], *(seconds(row["result"][-1]["ms"][part]) for part in parts)] for row in done]
+    return Table("A training step by part", ["option", *parts.values()], rows)
+
+
+def seconds(ms: float) -> str:
+    return f"{ms / 1e3:.3g} s"
+
+
 # --- training on features -------------------------------------------------------------------------------------------
 def features_time(result: Result) -> Table:
     """Show a step on stored tokens by part, and an epoch of MSR-VTT's size: steps counted, not run."""
@@ -681,8 +711,9 @@ _GPU = (gpu_summary, gpu_forward, gpu_step, gpu_memory, gpu_blocks, gpu_products
 _SEARCH = (search_windows, search_vectors, search_tokens)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 _PREPARED = (prepared, prepared_storage)
+_TOWERS = (towers, towers_parts)
 TABLES: dict[str, Callable[[Any], Table]] = {
-    table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED, *_SEARCH)
+    table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED, *_SEARCH, *_TOWERS)
 }
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
@@ -694,6 +725,7 @@ SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "features": _FEATURES,
     "prepared": _PREPARED,
     "model": (model_time, model_memory, memory, budget),
+    "towers": _TOWERS,
     "scaling": (scaling,),
     "search": _SEARCH,
     "scaling_check": (scaling_check,),
