@@ -110,6 +110,13 @@ def test_wrong_configurations(tmp_path: Path, text: str, words: str) -> None:
         read_config(write(tmp_path, text))
 
 
+@pytest.mark.parametrize("option", [{"lora": 8}, {"freeze_layers": 0}, {"checkpoint_towers": True}, {"compile": True}])
+def test_features_have_no_towers_to_change(option: dict[str, object]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{name} must be left out on features, .* got {value}; train on videos"):
+        RunConfig("folder", features="features", **option)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

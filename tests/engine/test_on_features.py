@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import drl_fast
@@ -17,6 +19,7 @@ from drl_fast.engine import evaluate as evaluation
 from drl_fast.engine.config import RunConfig, build_head, build_model, read_config
 from drl_fast.engine.data import StoredData
 from drl_fast.engine.evaluate import evaluate_features
+from drl_fast.engine.load_model import settings_of
 from drl_fast.engine.processes import Processes
 from drl_fast.engine.train import BEST, Run
 from drl_fast.model.head import Head
@@ -240,3 +243,12 @@ def test_ranks_that_differ_in_tokens_agree_to_fail(features: Path, folder: Path)
 
 def test_public_names() -> None:
     assert drl_fast.Head is Head
+
+
+def test_scoring_leaves_out_how_towers_were_trained(folder: Path, features: Path, tmp_path: Path) -> None:
+    """A run on videos with compiled, frozen towers is scored on features."""
+    config = configured(folder, freeze="clip", compile=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    options = ["videos=null", "annotations=null"]
+    found = settings_of(None, tmp_path / "config.yaml", options, None, features=features)
+    assert (found.config.compile, found.config.freeze, found.config.features) == (False, "clip", str(features))
