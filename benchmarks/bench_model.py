@@ -91,7 +91,7 @@ class Towers:
     options: tuple[str, ...] = tuple(OPTIONS)
     words: int = 32
     frames: int = 12
-    steps: int = 2  # timed steps of the larger batch
+    steps: int = 1  # timed steps of the larger batch
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ PLANS = {
 }
 TOWER_PLANS = {
     "quick": Towers("small", (8, 16), 2),
-    "default": Towers("ViT-B-32", (4, 16), 15),
-    "full": Towers("ViT-B-32", (4, 16), 30, steps=5),
+    "default": Towers("ViT-B-32", (4, 16), 10),
+    "full": Towers("ViT-B-32", (4, 16), 30, steps=3),
 }
 
 

@@ -106,7 +106,7 @@ class _Compiled:
         # A single row would be compiled by itself. Masks of three dimensions and more have rows, too.
         args, kwargs = _each(lambda y: torch.cat([y, y]) if y.dim() >= 3 else y, args, kwargs)
         found = self.call(torch.cat([x, x]), *args, **kwargs)
-        return found[:1] if isinstance(found, Tensor) else type(found)(y[:1] for y in found)
+        return found[:1] if isinstance(found, Tensor) else _each(lambda y: y[:1], tuple(found), {})[0]
 
 
 def _each(
