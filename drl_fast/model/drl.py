@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # Positions of frames, where the CLIP's text has fewer; the original CLIP has as many.
 POSITIONS = 77
-# The CLIP's parameters that no token depends on.
-OF_LOSS = ("logit_scale", "logit_bias")
 
 
 class Pictures(NamedTuple):
@@ -344,7 +342,7 @@ class DRL(Head):
         state = {
             name: x
             for name, x in clip.state_dict().items()
-            if name.startswith(visual) == (side == "video") and name not in OF_LOSS
+            if name.startswith(visual) == (side == "video") and name not in towers.OF_LOSS
         }
         tower = clip.visual if side == "video" else towers.text_tower(clip).transformer
         heads = [module.num_heads for module in tower.modules() if hasattr(module, "num_heads")]
@@ -536,7 +534,7 @@ class DRL(Head):
     def _before_interaction(self, side: str) -> Iterator[nn.Parameter]:
         yield from super()._before_interaction(side)
         for name, p in self.clip.named_parameters():
-            if name not in OF_LOSS and name.startswith("visual.") == (side == "video"):
+            if name not in towers.OF_LOSS and name.startswith("visual.") == (side == "video"):
                 yield p
 
     def encode(self, batch: Mapping[str, Tensor]) -> Encoded:

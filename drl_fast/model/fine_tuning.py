@@ -11,6 +11,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from .towers import OF_LOSS
+
 # Where open_clip's models keep the repeated blocks: its own towers, timm's, and Hugging Face's BERT, T5 and M2M-100.
 BLOCKS = {
     "image": ("visual.transformer.resblocks", "visual.trunk.blocks"),
@@ -30,8 +32,6 @@ BEHIND = (
     *("norm", "fc_norm", "head"),
     *("final_layer_norm", "layer_norm", "pooler"),
 )
-# Parameters of a CLIP that belong to the loss.
-OF_LOSS = ("logit_scale", "logit_bias")
 # Compiled versions of a block's code: two towers, with and without gradients, in training and evaluation, some frozen.
 VERSIONS = 64
 
@@ -76,12 +76,15 @@ def checkpoint_towers(clip: Clip) -> None:
         ValueError: a tower for which open_clip has no checkpointing; it is named.
     """
     towers = {"image": clip.visual, "text": clip.transformer if isinstance(clip, open_clip.CLIP) else clip.text}
-    error: Exception | None = None
-    try:
-        clip.set_grad_checkpointing(True)
-    except Exception as raised:  # whatever the tower's library raises where it has none
-        error = raised
     for side, tower in towers.items():
+        error: Exception | None = None
+        try:
+            if hasattr(tower, "set_grad_checkpointing"):
+                tower.set_grad_checkpointing(True)
+            else:  # the original CLIP's text blocks
+                tower.grad_checkpointing = True
+        except Exception as raised:  # whatever the tower's library raises where it has none
+            error = raised
         # Some towers ignore the call. Those that heed it mark themselves, or their blocks.
         marks = (vars(m).get("grad_checkpointing") or vars(m).get("gradient_checkpointing") for m in tower.modules())
         if error is not None or not any(marks):
@@ -222,9 +225,7 @@ def add_adapters(clip: Clip, rank: int) -> None:
             targets += [f"{path}.{i}.{name}" for name, m in block.named_modules() if isinstance(m, nn.Linear)]
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     peft.inject_adapter_in_model(config, clip)
-    for name in OF_LOSS:
-        if isinstance(getattr(clip, name, None), nn.Parameter):
-            getattr(clip, name).requires_grad_(True)
+    clip.logit_scale.requires_grad_(True)
 
 
 def _checked(attention: nn.Module, rank: int) -> nn.MultiheadAttention:

@@ -22,6 +22,8 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# A CLIP's parameters that no token depends on.
+OF_LOSS = ("logit_scale", "logit_bias")
 # Captions of about one length share a pass of a causal tower.
 LENGTH_STEP = 8
 # The context that open_clip's Hugging Face towers were trained with; their own may be longer, or not limited.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from drl_fast.model import fine_tuning
+from drl_fast.model.clip import check_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VISION = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
@@ -52,11 +53,12 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, nn.Module]:
     text = {**TEXT, "embed_cls": True, "output_tokens": True}
     pooled = {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
     multimodal = open_clip.coca_model.MultimodalCfg(width=32, heads=2, layers=1, context_length=16, vocab_size=60)
-    return {
+    found = {
         "clip": open_clip.CLIP(32, open_clip.CLIPVisionCfg(**VISION), open_clip.CLIPTextCfg(**TEXT)),
         "coca": open_clip.CoCa(32, multimodal, open_clip.CLIPTextCfg(**text), open_clip.CLIPVisionCfg(**pooled)),
         "timm and hf": open_clip.CustomTextCLIP(32, {**timm, "timm_pool": "token"}, {**hf, "hf_proj_type": "linear"}),
     }
+    return {name: check_clip(clip) for name, clip in found.items()}  # CoCa without its decoder, as in DRL
 
 
 @pytest.fixture(params=FORMS)
