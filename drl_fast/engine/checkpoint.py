@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from ..atomic_write import write_atomically
 from ..metrics import DIRECTIONS
+from ..model.config import Pictures
 from ..model.head import Head
 from ..model.weight_files import check_zip
 from .config import RunConfig
@@ -28,7 +29,7 @@ PARTS = {
     "data": str,
 }
 # What weights do not tell of a model; another value would train another model without a word.
-BUILT = ("quick_gelu", "mean", "std", "sizes")
+BUILT = ("quick_gelu", "mean", "std", "resize", "interpolation", "sizes")
 METRICS = {"R1", "R5", "R10", "MdR", "MnR", "R1_low", "R1_high", "candidates"}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # A resumed run may change these: they change rounding at most.
@@ -158,9 +159,12 @@ def restore(state: dict[str, Any], model: Head, optimizer: torch.optim.Optimizer
         _check_progress(progress)
         _check_optimizer(optimizer, progress.step)
         built = _built(model)
-        for name in sorted(built.keys() | state["built"].keys()):
-            if state["built"].get(name) != built.get(name):
-                raise ValueError(f"{name} was {state['built'].get(name)} and is {built.get(name)}")
+        # Older checkpoints lack these; their pictures were prepared in the default way.
+        defaults = {name: x for name, x in Pictures._field_defaults.items() if name in built}
+        before = {**defaults, **state["built"]}
+        for name in sorted(built.keys() | before.keys()):
+            if before.get(name) != built.get(name):
+                raise ValueError(f"{name} was {before.get(name)} and is {built.get(name)}")
     except Exception as error:  # torch raises whatever the first wrong entry leads to
         reason = f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
         raise ValueError(

@@ -157,10 +157,12 @@ def encode_videos(
 def head_start(model: DRL) -> dict[str, Tensor]:
     """Return what a head starts from, as :meth:`drl_fast.data.feature_store.FeatureStore.start` describes it."""
     start, clip = towers.start(model.clip), model.clip
-    found = {"logit_scale": clip.logit_scale, "max_positions": torch.tensor(model.sizes.max_positions)}
+    found, positions = {"logit_scale": clip.logit_scale}, model.sizes.max_positions
     if clip.logit_bias is not None:
         found["logit_bias"] = clip.logit_bias
     if start is not None:
         found["positional_embedding"] = start.positional_embedding
         found |= {f"blocks.{name}": x for name, x in start.blocks.items() if int(name.partition(".")[0]) < BLOCKS}
+    if start is None or len(start.positional_embedding) != positions:
+        found["max_positions"] = torch.tensor(positions)
     return found

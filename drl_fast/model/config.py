@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..modules import INTERACTIONS, SeqLSTM, SeqTransf
 from ..validation import (
@@ -48,6 +48,15 @@ class Inputs:
         positive_number("rate", self.rate)
         if self.seconds is not None:
             positive_number("seconds", self.seconds)
+
+
+class Pictures(NamedTuple):
+    """How the CLIP's pictures are prepared, besides ``mean`` and ``std``; see :class:`drl_fast.data.video.Sampling`."""
+
+    size: int
+    """Height and width, pixels."""
+    resize: str = "shortest"
+    interpolation: str = "bicubic"
 
 
 @dataclass(frozen=True)

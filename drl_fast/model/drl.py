@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -27,7 +27,7 @@ from .clip import (
     load_tokenizer,
     uses_quick_gelu,
 )
-from .config import Config, Sizes
+from .config import Config, Pictures, Sizes
 from .head import FIRST_SIGMOID_SCALE, Encoded, Head, architecture_differences, read_source, require
 from .weight_files import weights_hash
 
@@ -36,15 +36,6 @@ if TYPE_CHECKING:
 
 # Positions of frames, where the CLIP's text has fewer; the original CLIP has as many.
 POSITIONS = 77
-
-
-class Pictures(NamedTuple):
-    """How the CLIP's pictures are prepared, besides ``mean`` and ``std``; see :class:`drl_fast.data.video.Sampling`."""
-
-    size: int
-    """Height and width, pixels."""
-    resize: str = "shortest"
-    interpolation: str = "bicubic"
 
 
 class DRL(Head):
@@ -265,7 +256,8 @@ class DRL(Head):
         """Read a folder that :meth:`save_pretrained` wrote, or the best model of a run of ``drl-fast train``.
 
         The model is in evaluation mode. Its ``inputs`` say how to prepare captions and frames, and its
-        :meth:`tokenizer` is the CLIP's. Nothing is fetched, and the folder's CLIP must be one that open_clip knows.
+        :meth:`tokenizer` is the CLIP's, which must be one that open_clip knows. Nothing is fetched, except the
+        configuration of a Hugging Face text tower.
 
         Raises:
             ValueError: files that are missing, cut short, or of another model; entries that do not fit are named.
@@ -347,7 +339,7 @@ class DRL(Head):
         tower = clip.visual if side == "video" else towers.text_tower(clip).transformer
         heads = [module.num_heads for module in tower.modules() if hasattr(module, "num_heads")]
         pictures = [self.mean.flatten().tolist(), self.std.flatten().tolist(), clip.visual.image_size]
-        if self.pictures[1:] != Pictures(0)[1:]:  # hashes of before these were read stay
+        if self.pictures[1:] != Pictures(0)[1:]:  # older hashes, of before these were recorded, stay valid
             pictures += self.pictures[1:]
         return weights_hash(state, repr((uses_quick_gelu(clip), heads, pictures if side == "video" else None)))
 
@@ -390,7 +382,7 @@ class DRL(Head):
                 "towers).save_pretrained(folder)"
             )
         ours = self.describe_config()
-        differences = architecture_differences(ours, theirs, "quick_gelu", "mean", "std", *Pictures._fields[1:])
+        differences = architecture_differences(ours, theirs, "quick_gelu", "mean", "std", *Pictures._field_defaults)
         if theirs["clip"] is None:
             if not has_openai_heads(self.clip):
                 differences.insert(0, "a CLIP with attention heads 64 wide there and others here")
@@ -446,6 +438,14 @@ class DRL(Head):
     def stored_scale(self) -> nn.Parameter:
         """CLIP's own temperature, the logarithm of the logits' factor."""
         return self.clip.logit_scale
+
+    def train(self, mode: bool = True) -> DRL:
+        """Set training mode, except for frozen towers: they stay without dropout, and their batch norms as they are."""
+        super().train(mode)
+        parameters = (p for name, p in self.clip.named_parameters() if name not in towers.OF_LOSS)
+        if not any(p.requires_grad for p in parameters):
+            self.clip.eval()
+        return self
 
     def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode token ids (A, Nt), Nt <= the context, to tokens (A, Nt, D) and mask (A, Nt) bool.
@@ -513,8 +513,8 @@ class DRL(Head):
             pictures = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
         pictures = pictures.to(next(self.clip.visual.parameters()).dtype)
         if len(pictures) == 0:  # CLIP's reshapes fail without rows; with a graph, as in encode_text
-            return towers.encode_image(self.clip, pictures.new_zeros((1, *pictures.shape[1:])))[:0]
-        return towers.encode_image(self.clip, pictures)
+            return self.clip.encode_image(pictures.new_zeros((1, *pictures.shape[1:])))[:0]
+        return self.clip.encode_image(pictures)
 
     def _check_frames(self, frames: Tensor, mask: Tensor | None) -> Tensor:
         height, width = self.picture_size

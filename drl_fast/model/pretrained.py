@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..atomic_write import write_atomically
-from .config import Config, Encoders, Inputs, Sizes
+from .config import Config, Encoders, Inputs, Pictures, Sizes
 from .weight_files import weights_hash
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -54,7 +54,7 @@ class Saved:
     encoders: Encoders | None = None
     """Of a head's tokens."""
     pictures: dict[str, str] = field(default_factory=dict)
-    """``resize`` and ``interpolation`` of pictures; a file of before these were read has neither."""
+    """``resize`` and ``interpolation`` of a DRL's pictures."""
 
 
 def read_folder(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Saved]:
@@ -121,7 +121,8 @@ def _saved(path: Path, metadata: Mapping[str, str] | None) -> Saved:
     # A missing name must not pass for None, which means a CLIP in OpenAI's form.
     clip, quick_gelu, inputs = config.pop("clip", 0), config.pop("quick_gelu", None), config.pop("inputs", None)
     statistics = {key: config.pop(key) for key in ("mean", "std") if key in config}
-    pictures = {key: config.pop(key) for key in ("resize", "interpolation") if key in config}
+    # Older files lack these; their pictures were prepared in the default way.
+    pictures = {key: config.pop(key, default) for key, default in Pictures._field_defaults.items()}
     numbers = all(
         isinstance(values, list)
         and len(values) == 3

@@ -16,6 +16,7 @@ from ..engine.config import RunConfig
 from ..engine.load_model import load_model, settings_of
 from ..engine.train import CONFIG
 from ..model.clip import check_source, load_tokenizer
+from ..model.config import Pictures
 from ..model.drl import DRL
 from ..model.pretrained import BEST
 from ..model.weight_files import weights_hash
@@ -120,8 +121,11 @@ def _loaded(
     max_words: int,
     device: torch.device,
 ) -> Loaded:
-    options = {name: value for name, value in model.describe_config().items() if name != "inputs"}
-    identity = weights_hash(dict(sorted(model.state_dict().items())), repr(sorted(options.items())))
+    # Older indices, of before these were recorded, stay valid: defaults have no part in the identity.
+    defaults = Pictures._field_defaults.items()
+    described = model.describe_config().items()
+    options = [(name, value) for name, value in described if name != "inputs" and (name, value) not in defaults]
+    identity = weights_hash(dict(sorted(model.state_dict().items())), repr(sorted(options)))
     weighted = isinstance(model.interaction, WTI) and model.interaction.video_weight_fc is not None
     words = model.words(max_words)
     about = About(identity, source, rate, max_frames, stride(max_frames), words, model.dim, weighted)

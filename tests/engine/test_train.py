@@ -304,6 +304,7 @@ def test_a_checkpoint_without_a_part(part: str, value: None, folder: Path, whole
         lambda state: state["progress"].update(step=1.5),
         lambda state: state["built"].update(quick_gelu=not state["built"]["quick_gelu"]),
         lambda state: state["built"].update(mean=[0.1, 0.2, 0.3]),
+        lambda state: state["built"].update(resize="squash"),
         lambda state: state.update(optimizer={}),
         lambda state: state["optimizer"]["state"]["clip.text_projection"].update(exp_avg=torch.zeros(2)),
         lambda state: state["optimizer"]["state"]["clip.text_projection"].update(step=torch.tensor(1e6)),
@@ -316,6 +317,14 @@ def test_a_checkpoint_whose_entries_do_not_fit(change: Any, folder: Path, whole:
     torch.save(state, tmp_path / "run" / LAST)
     with pytest.raises(ValueError, match="the checkpoint must hold the state of this model and optimizer"):
         opened(configured(folder), tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_of_before_preparation_was_recorded(folder: Path, whole: Path, tmp_path: Path) -> None:
+    state = torch.load(whole / LAST, weights_only=True)
+    assert (state["built"].pop("resize"), state["built"].pop("interpolation")) == ("shortest", "bicubic")
+    shutil.copytree(whole, tmp_path / "run")
+    torch.save(state, tmp_path / "run" / LAST)
+    opened(configured(folder), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("config", [{}, {"dataset": torch.ones(3)}, {"lr": "fast"}])

@@ -13,9 +13,11 @@ import drl_fast
 from drl_fast import Retriever
 from drl_fast.data.loading import tokenize
 from drl_fast.data.video import Sampling, read_video
+from drl_fast.model.weight_files import weights_hash
 from drl_fast.search import retriever as retriever_module
 from drl_fast.search import scoring
 from drl_fast.search import table as tables
+from drl_fast.search.model import load_run
 from drl_fast.search.retriever import Hit
 from drl_fast.search.scoring import Best, merge_overlapping
 
@@ -308,3 +310,13 @@ def test_the_public_name() -> None:
     assert "Retriever" in dir(drl_fast)
     hit = Hit("a", 0, 1, 0.5, [], Path("/a"), [0.0])
     assert re.fullmatch(r"Hit\(video='a'.*\)", repr(hit))
+
+
+def test_indices_of_before_preparation_was_recorded_stay_valid(model: Path, tmp_path: Path) -> None:
+    loaded = load_run(model, torch.device("cpu"))
+    drl, then = loaded.model, ("resize", "interpolation", "inputs")
+    options = {name: value for name, value in drl.describe_config().items() if name not in then}
+    assert loaded.about.model == weights_hash(dict(sorted(drl.state_dict().items())), repr(sorted(options.items())))
+    drl.pictures = drl.pictures._replace(resize="squash")
+    drl.save_pretrained(tmp_path)
+    assert load_run(tmp_path, torch.device("cpu")).about.model != loaded.about.model
