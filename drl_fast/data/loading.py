@@ -58,8 +58,9 @@ def count_cut(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> 
     """Count the captions that have more than ``max_words`` tokens, start and end included."""
     own = getattr(tokenizer, "tokenizer", None)  # Hugging Face's, inside open_clip's
     cut, padding = 0, getattr(own, "pad_token_id", None) or 0
-    # Where the end token also fills rows, as in SigLIP, only the token before it tells that words were cut.
-    first = max_words - 1 if padding and padding == getattr(own, "eos_token_id", None) else max_words
+    # Where the end token is padding too (SigLIP) or becomes it (CLIPA), only the token before it tells of a cut.
+    hidden = padding == getattr(own, "eos_token_id", None) or getattr(tokenizer, "strip_sep_token", False)
+    first = max_words - 1 if hidden else max_words
     for start in range(0, len(captions), COUNTED):
         ids = tokenizer(list(captions[start : start + COUNTED]), context_length=max_words + 1)
         cut += int((ids[:, first] != padding).sum())

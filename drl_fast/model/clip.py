@@ -69,7 +69,7 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
 
     Raises:
         ValueError: an unknown name, no ``transformers``, or a tokenizer that cannot be had (the message says what to
-            download).
+            download, or to install), or one that puts anything but padding behind a caption.
     """
     text = open_clip.get_model_config(check_name(name))["text_cfg"]
     source = text.get("hf_tokenizer_name")
@@ -80,13 +80,20 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with quiet():
-            return open_clip.get_tokenizer(name)
+            tokenizer = open_clip.get_tokenizer(name)
     # A missing network raises errors of huggingface_hub, a missing package those of transformers.
     except Exception as error:
         raise ValueError(
             f"the tokenizer of {name} could not be fetched ({_reason(error)}); run open_clip.get_tokenizer({name!r}) "
             f"on a machine with a network and {CACHE}; HF_HUB_OFFLINE=1 skips the retries"
         ) from error
+    ids = tokenizer([""])[0]
+    if ids[-1] != ids[-2]:
+        raise ValueError(
+            f"the tokenizer of {name} must fill rows at their end, got an empty caption that ends in the ids "
+            f"{ids[-2:].tolist()}; {OTHER_FORM}"
+        )
+    return tokenizer
 
 
 def example_tag(name: str | None) -> str:
@@ -234,10 +241,8 @@ def _tag_config(name: str, pretrained: str | None) -> Mapping[str, object]:
         raise ValueError(f"pretrained must be a tag or a weight file, file not found: {pretrained}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        raise ValueError(
-            f"pretrained must be a weight file or a tag of {name}, got {pretrained!r}; nearest: "
-            f"{_near(pretrained, tags)} of {len(tags)}"
-        )
+        near = f"nearest: {_near(pretrained, tags)} of {len(tags)}" if tags else "it has no tags: give a file, or null"
+        raise ValueError(f"pretrained must be a weight file or a tag of {name}, got {pretrained!r}; {near}")
     return open_clip.get_pretrained_cfg(name, pretrained)
 
 
@@ -345,7 +350,7 @@ def uses_quick_gelu(clip: nn.Module) -> bool:
 
 def has_openai_heads(clip: nn.Module) -> bool:
     """Return whether it has OpenAI's form, with attention heads 64 wide; a state dict does not say."""
-    if not isinstance(clip, open_clip.CLIP) or not towers.ends_at_largest_id(clip):
+    if not isinstance(clip, open_clip.CLIP) or not towers.ends_at_largest_id(clip) or clip.logit_bias is not None:
         return False
     found = [tower for tower in (clip.transformer, getattr(clip.visual, "transformer", None)) if tower is not None]
     return len(found) == 2 and all(

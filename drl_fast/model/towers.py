@@ -106,8 +106,10 @@ def width(clip: nn.Module) -> int:
     """Return D, the width of the tokens of both towers."""
     tower = text_tower(clip)
     projection = getattr(tower, "text_projection", None)
-    if isinstance(tower, HFTextEncoder) or isinstance(projection, nn.Linear):
+    if isinstance(tower, HFTextEncoder):
         return tower.output_dim
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
     return tower.ln_final.weight.shape[0] if projection is None else projection.shape[1]
 
 
@@ -121,11 +123,6 @@ def start(clip: nn.Module) -> Start | None:
     if not own_form or blocks["0.mlp.c_fc.weight"].shape != (4 * size, size):
         blocks = {}
     return Start(tower.positional_embedding, blocks)
-
-
-def encode_image(clip: nn.Module, pictures: Tensor) -> Tensor:
-    """Encode normalized pictures (N, 3, H, W), at least one, to (N, D)."""
-    return clip.encode_image(pictures)  # type: ignore[operator]
 
 
 def encode_text(clip: nn.Module, ids: Tensor, *, expand: bool = False) -> tuple[Tensor, Tensor]:
@@ -185,7 +182,10 @@ def word_lengths(clip: nn.Module, ids: Tensor) -> Tensor:
 
 
 def word_positions(clip: nn.Module, ids: Tensor) -> range:
-    """Return which id of a caption (Nt,) each of its tokens is of, without a sentence token that is not its end."""
+    """Return the positions of the ids (Nt,) that a caption's tokens come from, in the tokens' order.
+
+    A sentence token that is not the end token comes from no single id and is left out.
+    """
     place, length = sentence_place(clip), int(word_lengths(clip, ids[None])[0])
     return range(place == "first", min(length, len(ids) - 1) if place == "behind" else length)
 

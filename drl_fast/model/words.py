@@ -11,6 +11,8 @@ from . import towers
 
 # How SentencePiece and RoBERTa's byte pairs mark the first token of a word; BERT marks all others.
 FIRST, OTHER = ("▁", "Ġ"), "##"
+# Its second word shows which marks a tokenizer sets; some set none at the first word of a caption.
+TWO_WORDS = "a a"
 
 
 class Word(NamedTuple):
@@ -43,7 +45,7 @@ def words_of(clip: nn.Module, tokenizer: Callable[..., Tensor], ids: Tensor) -> 
         found = [(place, int(ids[position])) for place, position in enumerate(positions)]
         real = [(place, number) for place, number in found if number not in special]
         names = inside.convert_ids_to_tokens([number for _, number in real])
-        marked = any(name.startswith(FIRST) for name in names)
+        marked = any(name.startswith(FIRST) for name in inside.tokenize(TWO_WORDS))
         begins = [name.startswith(FIRST) if marked else not name.startswith(OTHER) for name in names]
     words: list[list[tuple[int, int]]] = []
     for token, new in zip(real, begins, strict=False):

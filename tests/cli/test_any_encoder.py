@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drl_fast import Head, Retriever
-from drl_fast.data.video import read_video
+from drl_fast.data.video import Sampling, read_video
 from drl_fast.model.drl import DRL
 
 from ..clips import noise, write_video
@@ -91,8 +91,6 @@ def test_train_evaluate_encode_and_search(command: Callable[..., Any], folder: P
 @torch.no_grad()
 def test_frames_are_squashed_before_the_tower(folder: Path) -> None:
     model = DRL(NAME, interaction="ti", temporal=None)
-    from drl_fast.data.video import Sampling
-
     sampling = Sampling(rate=2, max_frames=3, **model.pictures._asdict())
     frames, mask = read_video(folder / "videos" / "0.mp4", sampling)
     cropped, _ = read_video(folder / "videos" / "0.mp4", Sampling(rate=2, max_frames=3, size=32))

@@ -33,6 +33,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "clipa": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last"}},
     "worldwide": {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 98}},
     "first": {**CUSTOM, "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "first"}},
+    "projection with bias": {
+        "embed_dim": 24,
+        "vision_cfg": VISION,
+        "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True},
+    },
     "no projection": {**CUSTOM, "embed_dim": 32, "text_cfg": {**TEXT, "proj_type": "none"}},
     "coca": {
         **CUSTOM,
@@ -81,7 +86,7 @@ def hugging_face_configs(folder: Path) -> None:
         config.save_pretrained(folder / name)
 
 
-def tokenizer_folder(folder: Path, *, padding: int = 0) -> Path:
+def tokenizer_folder(folder: Path, *, padding: int = 0, **options: str) -> Path:
     """Write a tokenizer of whole words in Hugging Face's format: ids 3 and up, end token 1; a stand-in for SigLIP's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -93,7 +98,7 @@ def tokenizer_folder(folder: Path, *, padding: int = 0) -> Path:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     names = {"pad_token": ("<pad>", "</s>")[padding], "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, **names, **options).save_pretrained(folder)
     return folder
 
 

@@ -201,7 +201,7 @@ def test_unknown_tag_names_the_nearest(tag: str) -> None:
 
 
 def test_unknown_tag_of_a_model_without_tags(tiny_clip: str) -> None:
-    with pytest.raises(ValueError, match=f"a tag of {tiny_clip}, got 'openai'; nearest: none of 0"):
+    with pytest.raises(ValueError, match=f"a tag of {tiny_clip}, got 'openai'; it has no tags: give a file, or null"):
         load_clip(tiny_clip, "openai")
 
 

@@ -11,13 +11,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-import drl_fast
 from drl_fast.data.loading import count_cut, tokenize
-from drl_fast.model import towers
+from drl_fast.engine.encode import head_start
+from drl_fast.model import pretrained, towers
 from drl_fast.model.clip import build_clip, load_tokenizer
 from drl_fast.model.drl import DRL
 from drl_fast.model.words import words_of
@@ -262,18 +261,47 @@ def test_siglip_with_a_tokenizer(siglip: str) -> None:
     assert (model.pictures.resize, model.pictures.size) == ("shortest", 32)
 
 
+def test_captions_that_are_cut_are_counted_where_the_end_token_becomes_padding(tmp_path: Path) -> None:
+    """CLIPA's tokenizer strips it."""
+    source = forms.tokenizer_folder(tmp_path, sep_token="</s>")
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(source), strip_sep_token=True)
+    assert tokenize(tokenizer, ["a red square"], 4).tolist() == [[3, 4, 7, 0]]
+    assert count_cut(tokenizer, ["a red square", "a red square moves", "a", "a red square moves left"], 4) == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_that_pads_in_front_is_refused(side: str, tmp_path: Path) -> None:
+    """A row that is shorter than the context would get padding on both sides."""
+    source = forms.tokenizer_folder(tmp_path / "tokenizer", padding_side=side)
+    text = {**forms.FORMS["siglip"]["text_cfg"], "hf_tokenizer_name": str(source)}
+    name = forms.register(tmp_path / "configs", f"drl-fast-{side}", {**forms.FORMS["siglip"], "text_cfg": text})
+    if side == "right":
+        assert load_tokenizer(name)(["a"])[0, :3].tolist() == [3, 1, 0]
+        return
+    with pytest.raises(
+        ValueError, match=r"the tokenizer of drl-fast-left must fill rows at their end, got .*\[0, 1\];"
+    ):
+        load_tokenizer(name)
+
+
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "words", "two_words"),
     [
-        (["▁a", "▁play", "ing", "▁dog", "</s>"], ["a", "play+ing", "dog"]),
-        (["a", "play", "##ing", "dog", "</s>"], ["a", "play+ing", "dog"]),
-        (["<unk>", "dog", "</s>", "</s>"], ["<unk>", "dog"]),
+        (["▁a", "▁play", "ing", "▁dog", "</s>"], ["a", "play+ing", "dog"], ["▁a", "▁a"]),
+        (["skate", "board", "ing", "</s>"], ["skate+board+ing"], ["a", "▁a"]),
+        (["skate", "board", "ing", "</s>"], ["skate+board+ing"], ["a", "Ġa"]),
+        (["a", "play", "##ing", "dog", "</s>"], ["a", "play+ing", "dog"], ["a", "a"]),
+        (["<unk>", "dog", "</s>", "</s>"], ["<unk>", "dog"], ["a", "a"]),
     ],
-    ids=["SentencePiece", "BERT", "whole words"],
+    ids=["SentencePiece", "one word of SigLIP 2", "one word of RoBERTa", "BERT", "whole words"],
 )
-def test_words_of_hugging_face_tokens(names: list[str], words: list[str], hub: Path) -> None:
+def test_words_of_hugging_face_tokens(names: list[str], words: list[str], two_words: list[str], hub: Path) -> None:
     class Inside:
         all_special_ids, unk_token_id = [0, 1, 2], 2
+
+        def tokenize(self, text: str) -> list[str]:
+            assert text == "a a"
+            return two_words
 
         def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
             return [table[number] for number in ids]
@@ -307,8 +335,6 @@ def test_preparation_is_that_of_the_models_tags(monkeypatch: pytest.MonkeyPatch,
     assert DRL(tiny_clip).pictures == (32, "shortest", "bicubic")
     clip = build_clip(tiny_clip, "two", load_weights=False)
     assert DRL(clip).pictures == (32, "shortest", "bilinear")
-    picture = Image.fromarray(np.zeros((8, 16, 3), dtype=np.uint8))
-    assert drl_fast.data.video.fit(picture, drl_fast.data.video.Sampling(size=32)).shape == (3, 32, 32)
 
 
 def test_preparation_is_saved(tiny_clip: str, tmp_path: Path) -> None:
@@ -318,6 +344,48 @@ def test_preparation_is_saved(tiny_clip: str, tmp_path: Path) -> None:
     assert DRL.from_pretrained(tmp_path).pictures == (32, "squash", "bicubic")
     with pytest.raises(ValueError, match="resize 'squash' there and 'shortest' here"):
         DRL(tiny_clip).load_weights(tmp_path)
+
+
+def test_a_folder_of_before_preparation_was_recorded(tiny_clip: str, tmp_path: Path) -> None:
+    """Its pictures were cropped, whatever the model's tags say today."""
+    model = DRL(tiny_clip)
+    model.pictures = model.pictures._replace(resize="squash", interpolation="bilinear")
+    config = {key: x for key, x in model.describe_config().items() if key not in ("resize", "interpolation")}
+    pretrained.save_folder(tmp_path, model.state_dict(), config)
+    assert DRL.from_pretrained(tmp_path).pictures == (32, "shortest", "bicubic")
+    DRL(tiny_clip).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="resize 'shortest' there and 'squash' here; interpolation 'bicubic' there"):
+        model.load_weights(tmp_path)
+
+
+def test_features_of_the_original_form_start_heads_as_before(hub: Path) -> None:
+    """Their start is hashed: another entry would refuse to continue older features."""
+    start = {form: head_start(DRL(build(form, hub))).keys() for form in ("clip", "siglip", "mt5")}
+    assert {name for name in start["clip"] if not name.startswith("blocks.")} == {"positional_embedding", "logit_scale"}
+    assert {"max_positions", "logit_bias", "positional_embedding"} < start["siglip"]
+    assert start["mt5"] == {"max_positions", "logit_scale"}
+
+
+def test_frozen_towers_have_no_dropout(hub: Path) -> None:
+    """Otherwise training with frozen towers would differ from training on their features."""
+    model = DRL(build("roberta", hub), interaction="ti")
+    ids = captions(model)
+    assert not torch.equal(model.train().encode_text(ids)[0], model.encode_text(ids)[0])
+    model.clip.requires_grad_(False)
+    model.clip.logit_scale.requires_grad_(True)
+    assert torch.equal(model.train().encode_text(ids)[0], model.encode_text(ids)[0])
+    assert model.training
+    assert model.temporal is not None
+    assert model.temporal.training
+
+
+def test_a_clip_with_a_bias_is_not_saved_without_a_name(tmp_path: Path) -> None:
+    """Its weights are not in OpenAI's layout, so it could not be read again."""
+    vision = {**forms.VISION, "width": 64, "head_width": 64}
+    text = {**forms.TEXT, "width": 64, "heads": 1}
+    clip = open_clip.CLIP(64, vision, text, quick_gelu=True, init_logit_bias=-10)
+    with pytest.raises(ValueError, match="clip must have an open_clip name, or OpenAI's form"):
+        DRL(clip).save_pretrained(tmp_path)
 
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
