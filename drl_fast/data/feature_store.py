@@ -361,7 +361,9 @@ class FeatureStore:
     def start(self) -> dict[str, Tensor]:
         """Return what a head starts from: CLIP's ``positional_embedding``, its first text blocks and ``logit_scale``.
 
-        The blocks' names begin with ``blocks.``. Imported tokens have none of these.
+        The blocks' names begin with ``blocks.``. Text towers of other forms lack positions or blocks. ``logit_bias`` is
+        there if the CLIP has one, and ``max_positions`` if it is not the number of positions. Imported tokens have none
+        of these.
 
         Raises:
             ValueError: a damaged file.

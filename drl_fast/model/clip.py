@@ -11,11 +11,13 @@ import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from . import towers
@@ -126,7 +128,9 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
             load_strictly(clip, without_sizes(state), str(pretrained))
         return clip
     tag = _tag_config(name, pretrained)
-    _warn_of_activation(name, pretrained)
+    if pretrained is not None and Path(pretrained).is_file():
+        _warn_of_activation(name, pretrained)
+        _warn_of_preparation(name, pretrained)
     return _create(name, pretrained if load_weights else None, tag)
 
 
@@ -211,9 +215,13 @@ def _create(name: str, pretrained: str | None, settings: Mapping[str, Any]) -> n
 
 def _common_preprocessing(name: str) -> dict[str, Any]:
     """Return how pictures are prepared for all of a model's tags; nothing where tags differ."""
-    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    found = [{key: tag[key] for key in PREPROCESSING if key in tag} for tag in tags]
+    found = list(_preprocessing_by_tag(name).values())
     return found[0] if found and all(other == found[0] for other in found) else {}
+
+
+def _preprocessing_by_tag(name: str) -> dict[str, dict[str, Any]]:
+    tags = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)}
+    return {tag: {key: config[key] for key in PREPROCESSING if key in config} for tag, config in tags.items()}
 
 
 def _need_transformers(what: str) -> None:
@@ -221,13 +229,26 @@ def _need_transformers(what: str) -> None:
         raise ValueError(f"{what} needs the package transformers, which is not installed; pip install 'drl-fast[hf]'")
 
 
-def _warn_of_activation(name: str, pretrained: str | None) -> None:
+def _warn_of_activation(name: str, pretrained: str) -> None:
     """Warn where a weight file is loaded into a model that other weights use with QuickGELU."""
     quick = name + QUICK
-    if pretrained is not None and Path(pretrained).is_file() and quick in open_clip.list_models():
+    if quick in open_clip.list_models():
         warnings.warn(
             f"drl_fast: {pretrained} does not say which activation it was trained with; {name} has GELU. If these are "
             f"OpenAI's, DFN's or MetaCLIP's weights, take {quick} as clip.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_preparation(name: str, pretrained: str) -> None:
+    """Warn where a weight file may need pictures that are prepared in another way than it gets them."""
+    found, default = _preprocessing_by_tag(name), asdict(PreprocessCfg())
+    other = [tag for tag, config in found.items() if config != {key: default[key] for key in PREPROCESSING}]
+    if other and not _common_preprocessing(name):
+        warnings.warn(
+            f"drl_fast: {pretrained} does not say how its pictures are prepared, and the tags of {name} differ; it "
+            f"gets OpenAI's way. Load these weights by their tag if it is {' or '.join(other)}.",
             RuntimeWarning,
             stacklevel=4,
         )
