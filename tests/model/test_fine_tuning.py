@@ -211,13 +211,9 @@ def test_no_later_step_compiles_again(clip: nn.Module, form: str, monkeypatch: p
     assert all(module._compiled_call_impl is None for module in copied.modules())
 
 
-def test_a_machine_without_a_compiler(
-    forms: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "none"),))
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+def test_a_machine_without_a_compiler(forms: dict[str, nn.Module], tmp_path: Path) -> None:
+    message = r"^compile must be false on a machine where torch.compile fails \(.*\), got true"
+    none = {"cpp.cxx": (str(tmp_path / "none"),), "force_disable_caches": True}
     torch.compiler.reset()
-    with pytest.raises(
-        ValueError, match=r"^compile must be false on a machine where torch.compile fails \(.*\), got true"
-    ):
+    with torch._inductor.config.patch(none), pytest.raises(ValueError, match=message):
         fine_tuning.compile_towers(copy.deepcopy(forms["clip"]), torch.device("cpu"))
