@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import reprlib
 import types
 import typing
@@ -182,13 +183,14 @@ class RunConfig:
         """Reject options of the towers that do not go together, or would do nothing."""
         chosen = {name: getattr(self, name) for name, off in OF_TOWERS.items() if getattr(self, name) != off}
         if self.features is not None and chosen:
-            name = next(iter(chosen))
+            got = ", ".join(f"{name}={value}" for name, value in chosen.items())
+            off = " ".join(f"--set {name}={json.dumps(OF_TOWERS[name])}" for name in chosen)
             raise ValueError(
-                f"{name} must be left out on features, whose towers do not run, got {chosen[name]}; train on videos to "
-                "use it"
+                f"{' and '.join(chosen)} must be left out on features, whose towers do not run, got {got}; add {off}, "
+                "or train on videos"
             )
-        if self.freeze == "clip":
-            for name in chosen.keys() - {"compile"}:
+        for name in chosen if self.freeze == "clip" else ():
+            if name != "compile":
                 why = "leaves nothing to train in the towers" if name != "checkpoint_towers" else "keeps no activations"
                 raise ValueError(
                     f"{name} must be left out with freeze='clip', which {why}, got {chosen[name]}; drop one of them"

@@ -6,8 +6,10 @@ import dataclasses
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from drl_fast.data.datasets import DATASETS
 from drl_fast.engine.config import ALIASES, RunConfig, read_config
@@ -110,11 +112,33 @@ def test_wrong_configurations(tmp_path: Path, text: str, words: str) -> None:
         read_config(write(tmp_path, text))
 
 
-@pytest.mark.parametrize("option", [{"lora": 8}, {"freeze_layers": 0}, {"checkpoint_towers": True}, {"compile": True}])
-def test_features_have_no_towers_to_change(option: dict[str, object]) -> None:
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name} must be left out on features, .* got {value}; train on videos"):
-        RunConfig("folder", features="features", **option)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora": 8}, "lora must be left out on features, .* got lora=8; add --set lora=0, or train on videos"),
+        ({"freeze_layers": 0}, "freeze_layers must be .* got freeze_layers=0; add --set freeze_layers=null, or"),
+        ({"compile": True}, "compile must be .* got compile=True; add --set compile=false, or"),
+        (
+            {"checkpoint_towers": True, "lora": 8},
+            "lora and checkpoint_towers must be .*; add --set lora=0 --set checkpoint_towers=false, or",
+        ),
+    ],
+)
+def test_features_have_no_towers_to_change(options: dict[str, Any], words: str) -> None:
+    """A run's configuration serves its features with the options that the error names."""
+    with pytest.raises(ValueError, match=words) as raised:
+        RunConfig("folder", features="features", **options)
+    remedies = dict(re.findall(r"--set (\w+)=(\w+)", str(raised.value)))
+    assert remedies.keys() == options.keys()
+    RunConfig("folder", features="features", **{name: yaml.safe_load(value) for name, value in remedies.items()})
+
+
+def test_a_frozen_clip_has_no_towers_to_change(tmp_path: Path) -> None:
+    """Of two options the first is named, whatever the order of a set is."""
+    path = write(tmp_path, "dataset: folder\nfreeze: clip\ncompile: true")
+    assert read_config(path).compile
+    with pytest.raises(ValueError, match=r"^lora must be left out with freeze='clip'"):
+        read_config(path, ["checkpoint_towers=true", "lora=4"])
 
 
 @pytest.mark.parametrize(
