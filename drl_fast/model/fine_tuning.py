@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import open_clip
 import torch
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from .towers import OF_LOSS
@@ -222,6 +223,9 @@ def add_adapters(clip: Clip, rank: int) -> None:
             for name, module in list(block.named_modules()):
                 if "in_proj_weight" in module._parameters:
                     block.set_submodule(name, LinearAttention(_checked(module, rank)))
+                if isinstance(module, EvaAttention):
+                    # Else it reads the weight past the layer, and the adapter of queries, keys and values does nothing.
+                    module.qkv_bias_separate = True
             targets += [f"{path}.{i}.{name}" for name, m in block.named_modules() if isinstance(m, nn.Linear)]
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     peft.inject_adapter_in_model(config, clip)
