@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from drl_fast import DRL
+from drl_fast.engine.config import build_model
 from drl_fast.engine.fsdp import average_gradients, clip_gradients, distribute, reduce_after
 from drl_fast.engine.processes import Processes
 from drl_fast.engine.step import add_gradients
@@ -26,7 +27,9 @@ from .ranks import error_of, on_ranks
 WAYS = ("ddp", "fsdp")
 # Captions of one video share a batch; two processes take two and three of five, which cuts a video's captions apart.
 SHARED = {"captions_per_video": 2, "batch": 5}
-CHEAPER = {"lora": 2, "checkpoint_towers": True, "compile": True, "chunk": 1}
+CHEAPER = {"lora": 2, "checkpoint_towers": True}
+# The embeddings: one tower with parameters that train and others that do not.
+FROZEN = {"freeze_layers": 0, "epochs": 1}
 # First and last row of each process, of seven: unequal shares, or none.
 SHARES = {"unequal": ((0, 2), (2, 7)), "none": ((0, 7), (7, 7))}
 INTERACTIONS = ("dp", "seqLSTM", "seqTransf", "wti", "mean_maxsim")
@@ -108,11 +111,15 @@ def _runs(rank: int, size: int, folder: Path, out: Path) -> list[int]:
     opened(configured(folder, **SHARED), out / "shared", processes=here(rank, size))[0].train()
     # Without code generation, which would take a minute.
     torch.compile = partial(torch.compile, backend="aot_eager")
-    cheaper = {way: configured(folder, parallel=way, **CHEAPER) for way in WAYS}
-    opened(cheaper["ddp"], out / "cheaper_ddp", processes=here(rank, size))[0].train()
-    opened(cheaper["fsdp"], out / "cheaper_fsdp", stop=after(5), processes=here(rank, size))[0].train()
-    run, _ = opened(cheaper["fsdp"], out / "cheaper_fsdp", resume=True, processes=here(rank, size))
-    run.train()
+    chunked, compiled = {**CHEAPER, "chunk": 1}, {**CHEAPER, "compile": True, "parallel": "fsdp"}
+    opened(configured(folder, **chunked), out / "cheaper_ddp", processes=here(rank, size))[0].train()
+    # It goes on in chunks, uncompiled.
+    config = configured(folder, **compiled)
+    opened(config, out / "cheaper_fsdp", stop=after(5), processes=here(rank, size))[0].train()
+    config = configured(folder, parallel="fsdp", **chunked)
+    opened(config, out / "cheaper_fsdp", resume=True, processes=here(rank, size))[0].train()
+    frozen = configured(folder, parallel="fsdp", **FROZEN)
+    opened(frozen, out / "frozen_fsdp", processes=here(rank, size))[0].train()
     return steps
 
 
@@ -172,3 +179,12 @@ def test_a_run_equals_one_process(tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-4), way
         saved = DRL.from_pretrained(tmp_path / f"cheaper_{way}" / BEST)
         assert saved.state_dict().keys() == plain.state_dict().keys()
+    opened(configured(folder, **FROZEN), tmp_path / "frozen")[0].train()
+    one, several = ([float(row["total"]) for row in losses(tmp_path / name)] for name in ("frozen", "frozen_fsdp"))
+    assert several == pytest.approx(one, rel=1e-4)
+    start, saved = build_model(configured(folder))[0], DRL.from_pretrained(tmp_path / "frozen_fsdp" / BEST)
+    moved = {name for name, x in saved.state_dict().items() if not torch.equal(x, start.state_dict()[name])}
+    of_towers = {name.removeprefix("clip.") for name in moved if name.startswith("clip.")}
+    assert not any("embedding" in name or "conv1" in name or "ln_pre" in name for name in of_towers)
+    kinds = {name.removeprefix("visual.").partition(".")[0] for name in of_towers}
+    assert kinds == {"transformer", "ln_post", "proj", "ln_final", "text_projection", "logit_scale"}

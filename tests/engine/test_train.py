@@ -164,14 +164,26 @@ def test_adapters_resume_and_are_merged_in_the_best_model(
         opened(config, tmp_path / "run", resume=True)
 
 
+def test_adapters_train_in_bf16_as_in_float32(folder: Path, tmp_path: Path) -> None:
+    found: dict[str, list[float]] = {}
+    for precision in ("fp32", "bf16"):
+        config = configured(folder, lora=2, chunk=2, checkpoint_towers=True, lr=1e-3, precision=precision)
+        run, _ = opened(config, tmp_path / precision)
+        run.train()
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+        found[precision] = [float(row["total"]) for row in losses(tmp_path / precision)]
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+
+
 def test_compiled_and_checkpointed_towers_have_the_losses_of_plain_ones(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run goes on from a plain one's checkpoint, at the end of whose epoch evaluation compiles once more."""
+    """The run goes on from a plain one's checkpoint, in chunks: towers run without gradients, too, as in evaluation."""
     out, graphs = tmp_path / "run", []
     opened(configured(folder), out, stop=after(3))[0].train()
     torch.compiler.reset()
-    run, notes = opened(configured(folder, compile=True, checkpoint_towers=True), out, resume=True)
+    run, notes = opened(configured(folder, compile=True, checkpoint_towers=True, chunk=2), out, resume=True)
     monkeypatch.setattr(notes, "stepped", lambda values: graphs.append(counters["stats"]["unique_graphs"]))
     assert run.train()
     found, expected = ([float(row["total"]) for row in losses(path)] for path in (out, whole))
