@@ -39,6 +39,7 @@ from drl_fast.data.moving_shapes import ARRANGEMENTS, SIZE, draw, make_clips
 from drl_fast.demo.comparison import CONTEXT, RECIPE, Row, tokenizer
 from drl_fast.engine.config import RunConfig
 from drl_fast.engine.in_memory import Pairs, train
+from drl_fast.model.clip import create_clip
 from drl_fast.model.small import HEADS, WIDTH
 from harness import Call, Run
 
@@ -180,7 +181,7 @@ class Plan:
     search: Search
     clips: int = 1
     frames: int = 12
-    rounds: int = 5
+    rounds: int = 4
 
 
 PUBLISHED = ((8, 2), (9, 2), (10, 3))
@@ -191,7 +192,7 @@ TOWERS = (
 # 64 patches in 4 blocks: r = 14 leaves 8 of them.
 WITHIN = tuple(Merging(r) for r in (2, 4, 8, 14))
 ACROSS = (Merging(4, ((3, 2),)), Merging(4, ((2, 2), (3, 2))))
-SEARCH = Search(1600, 400, 250, (0,), (*WITHIN, *ACROSS), (Merging(8), ACROSS[1]))
+SEARCH = Search(1600, 400, 200, (0,), (*WITHIN, *ACROSS), (Merging(8), ACROSS[1]))
 SMALL = Tower("small", (None, Merging(), Merging(4), ACROSS[1]))
 PLANS = {
     "quick": Plan(1, (SMALL,), Search(64, 16, 4, (0,), (Merging(4), ACROSS[0]), (ACROSS[0],)), rounds=2),
@@ -216,7 +217,7 @@ def build_visual(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "small":
         return small_clip(8, 4, seed=0).visual.eval()
-    return open_clip.create_model(name, pretrained=None).visual.eval()
+    return create_clip(name).visual.eval()
 
 
 def frames_of(clip: Any, count: int) -> Tensor:
@@ -239,7 +240,7 @@ def forward(visual: nn.Module, pictures: Tensor, merging: Merging | None) -> Ten
 
 def step(visual: nn.Module, pictures: Tensor, merging: Merging | None) -> None:
     """Run forward and backward."""
-    visual.zero_grad()
+    visual.zero_grad(set_to_none=False)  # gradients exist already: memory is measured beyond them
     forward(visual, pictures, merging).square().mean().backward()
 
 
@@ -355,9 +356,9 @@ def main() -> None:
     plan = PLANS[options.size]
     settings = asdict(plan)
     run = Run("token_merging", options, settings.pop("minutes"), **settings)
+    measure_search(run, plan.search)
     for tower in plan.towers:
         measure_tower(run, plan, tower)
-    measure_search(run, plan.search)
     present(run)
 
 
