@@ -170,7 +170,7 @@ class Search:
     seeds: tuple[int, ...]
     at_test: tuple[Merging, ...]
     in_training: tuple[Merging, ...]
-    patch: int = 8
+    patch: int = 16
     layers: int = 4
 
 
@@ -189,13 +189,13 @@ TOWERS = (
     Tower("ViT-B-32", (None, Merging(), Merging(2), Merging(4), Merging(2, PUBLISHED))),
     Tower("ViT-B-16", (None, Merging(), Merging(8), Merging(13), Merging(10, PUBLISHED))),
 )
-# 64 patches in 4 blocks: r = 14 leaves 8 of them.
-WITHIN = tuple(Merging(r) for r in (2, 4, 8, 14))
-ACROSS = (Merging(4, ((3, 2),)), Merging(4, ((2, 2), (3, 2))))
-SEARCH = Search(1600, 400, 200, (0,), (*WITHIN, *ACROSS), (Merging(8), ACROSS[1]))
-SMALL = Tower("small", (None, Merging(), Merging(4), ACROSS[1]))
+# 16 patches in 4 blocks: r = 3 leaves 4 of them.
+WITHIN = tuple(Merging(r) for r in (1, 2, 3))
+ACROSS = (Merging(2, ((3, 2),)), Merging(2, ((2, 2), (3, 2))))
+SEARCH = Search(1600, 400, 200, (0,), (*WITHIN, *ACROSS), (WITHIN[1], ACROSS[1]))
+SMALL = Tower("small", (None, Merging(), WITHIN[1], ACROSS[1]))
 PLANS = {
-    "quick": Plan(1, (SMALL,), Search(64, 16, 4, (0,), (Merging(4), ACROSS[0]), (ACROSS[0],)), rounds=2),
+    "quick": Plan(1, (SMALL,), Search(64, 16, 4, (0,), (WITHIN[1], ACROSS[0]), (ACROSS[0],)), rounds=2),
     "default": Plan(25, TOWERS, SEARCH),
     "full": Plan(60, TOWERS, replace(SEARCH, seeds=(0, 1, 2)), rounds=10),
 }
@@ -216,7 +216,7 @@ def small_clip(patch: int, layers: int, seed: int) -> open_clip.CLIP:
 def build_visual(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == "small":
-        return small_clip(8, 4, seed=0).visual.eval()
+        return small_clip(16, 4, seed=0).visual.eval()
     return create_clip(name).visual.eval()
 
 
