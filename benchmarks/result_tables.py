@@ -733,7 +733,7 @@ def token_merging_search(result: Result) -> Table:
     for row in result["search"]:
         low, high = row["interval"]
         found = f"{row['R1']:.1f} [{low:.0f}, {high:.0f}]"
-        rows.append([row["trained"], row["tested"], found, f"{row['distance']:.3f}"])
+        rows.append([row["trained"], row["tested"], found, f"{max(row['distance'], 0.0):.1e}"])
     heads = ["trained with", "tested with", "R@1 [95 %]", "1 - cosine to the same model tested plain"]
     return Table("Token merging and search", heads, rows)
 
