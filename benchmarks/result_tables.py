@@ -705,6 +705,39 @@ def search_tokens(result: Result) -> Table:
     return Table("Multivectors", ["windows", "median", "p99", "recall at 10", "index", "writing, indexing"], rows)
 
 
+# --- a study ----------------------------------------------------------------------------------------------------------
+def token_merging(result: Result) -> Table:
+    """Show what merging saves in an image tower, and how far it moves frame tokens; random weights."""
+    rows = []
+    plain = {row["tower"]: row["memory"] for row in result["towers"] if row["form"] == "plain"}
+    for row in result["towers"]:
+        times = [
+            cell
+            for mode in ("forward", "step")
+            for cell in (milliseconds(row[mode]["ms"]), quartiles(row[mode]["ratio"]))
+        ]
+        away = [f"{row['distance'][key]:.1e}" if "distance" in row else NOTHING for key in ("mean", "neighbours")]
+        memory = [megabytes(row["memory"]), share_of(row["memory"], plain[row["tower"]])]
+        rows.append([f"{row['tower']}, {row['form']}", *times, *memory, *away])
+    heads = ["tower, merging", "forward", "of plain", "forward + backward", "of plain", "memory", "of plain"]
+    return Table(
+        "Token merging in an image tower, random weights",
+        [*heads, "1 - cosine to plain", "between neighbouring frames"],
+        rows,
+    )
+
+
+def token_merging_search(result: Result) -> Table:
+    """Show R@1 of small trained towers, with and without merging."""
+    rows = []
+    for row in result["search"]:
+        low, high = row["interval"]
+        found = f"{row['R1']:.1f} [{low:.0f}, {high:.0f}]"
+        rows.append([row["trained"], row["tested"], found, f"{max(row['distance'], 0.0):.1e}"])
+    heads = ["trained with", "tested with", "R@1 [95 %]", "1 - cosine to the same model tested plain"]
+    return Table("Token merging and search", heads, rows)
+
+
 _EVERY = (runs, contestants, memory, budget, forward, train, maxsim, summary, profile, contrastive, cdcr, model_time)
 _MORE = (pooling, rerank, model_memory, scaling, scaling_check, ablation, demo, static, spills, predicted, launches)
 _GPU = (gpu_summary, gpu_forward, gpu_step, gpu_memory, gpu_blocks, gpu_products)
@@ -712,9 +745,9 @@ _SEARCH = (search_windows, search_vectors, search_tokens)
 _FEATURES = (features_time, features_memory, features_ratios, features_rounding)
 _PREPARED = (prepared, prepared_storage)
 _TOWERS = (towers, towers_parts)
-TABLES: dict[str, Callable[[Any], Table]] = {
-    table.__name__: table for table in (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED, *_SEARCH, *_TOWERS)
-}
+_MERGING = (token_merging, token_merging_search)
+_ALL = (*_EVERY, *_MORE, *_GPU, *_FEATURES, *_PREPARED, *_SEARCH, *_TOWERS, *_MERGING)
+TABLES: dict[str, Callable[[Any], Table]] = {table.__name__: table for table in _ALL}
 # What a benchmark prints at its end.
 SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "wti": (forward, train, maxsim, memory, budget),
@@ -729,6 +762,7 @@ SHOWN: dict[str, tuple[Callable[[Result], Table], ...]] = {
     "scaling": (scaling,),
     "search": _SEARCH,
     "scaling_check": (scaling_check,),
+    "token_merging": _MERGING,
 }
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,6 +149,8 @@ def _check_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+# Words come again, in lines and above frames, and matplotlib measures every curve of every letter.
+@lru_cache(maxsize=4096)
 def text_width(text: str) -> float:
     """Width of a text at the font size of words."""
     # "$" would start a formula here. The words themselves are drawn without formulas.

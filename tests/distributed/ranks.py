@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from tests.processes import forkserver
+
 # Exchanges take far less; a hang fails after this time.
 TIMEOUT = timedelta(seconds=60)
 
 
 def on_ranks(size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """Run ``function(rank, size, *arguments)`` in ``size`` processes of one group; return its results by rank."""
-    multiprocessing.spawn(_run, (size, function, folder, arguments), nprocs=size)
+    forkserver()  # chooses what the server imports
+    multiprocessing.start_processes(_run, (size, function, folder, arguments), nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import pytest
 import torch
 
 from drl_fast.engine.train import LAST
+from tests.processes import forkserver
 
 from .runs import configured, make_folder, opened
 from .test_train import losses
@@ -25,23 +25,15 @@ def _go_on(folder: Path, out: Path, workers: int) -> None:
     opened(configured(folder, checkpoint_every=1, workers=workers), out, resume=True)[0].train()
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.ForkServerContext:
-    """Start processes that have everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.engine.runs"])
-    return context
+def test_every_kill_can_be_resumed(tmp_path: Path) -> None:
+    folder, context = make_folder(tmp_path / "videos"), forkserver()
 
-
-def test_every_kill_can_be_resumed(server: multiprocessing.context.ForkServerContext, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "videos")
-
-    def started(out: Path, workers: int) -> multiprocessing.context.ForkServerProcess:
-        process = server.Process(target=_go_on, args=(folder, out, workers))
+    def started(out: Path, workers: int) -> ForkServerProcess:
+        process = context.Process(target=_go_on, args=(folder, out, workers))
         process.start()
         return process
 
-    def wait_for(rows: int, out: Path, process: multiprocessing.context.ForkServerProcess) -> None:
+    def wait_for(rows: int, out: Path, process: ForkServerProcess) -> None:
         log = out / "log.csv"
         while process.is_alive() and (log.read_text().count("\n") if log.exists() else 0) < rows:
             time.sleep(0.001)

@@ -31,33 +31,36 @@ SUITE: list[tuple[str, str, list[str]]] = [
         f"{OPS}.py",
         "test_shapes",
         [
-            "holes-(1, 1, 1, 1)",
             "holes-(5, 1, 4, 6)",
             "holes-(4, 6, 5, 1)",
-            "holes-(33, 9, 47, 5)",
             "holes-(16, 32, 16, 12)",
             "holes-(3, 255, 2, 4)",
             "empty rows-(1, 7, 100, 3)",
             "empty rows-(33, 9, 47, 5)",
             "empty rows-(3, 256, 2, 4)",
-            "none-(16, 32, 16, 12)",
             "none-(1, 1, 1, 1)",
             "text only-(5, 1, 4, 6)",
-            "video only-(33, 9, 47, 5)",
+            "video only-(4, 6, 5, 1)",
         ],
     ),
-    (f"{OPS}.py", "test_widths", ["True-1", "True-17", "True-64", "False-512", "True-1030"]),
+    (f"{OPS}.py", "test_widths", ["True-1", "True-64", "False-512", "True-1030"]),
     (
         f"{OPS}.py",
         "test_options",
+        # Every two of the options meet.
         [
-            f"given-{ways}-{unit}-{masking}-torch.float16"
-            for ways in ("both", "one way")
-            for unit in ("unit", "raw")
-            for masking in ("drl", "exclude", "none")
+            f"given-{options}-torch.float16"
+            for options in (
+                "both-unit-drl",
+                "both-raw-exclude",
+                "both-unit-none",
+                "one way-raw-drl",
+                "one way-unit-exclude",
+                "one way-raw-none",
+            )
         ],
     ),
-    (f"{OPS}.py", "test_masks", [f"torch.float32-{rule}-empty rows" for rule in ("drl", "exclude", "none")]),
+    (f"{OPS}.py", "test_masks", [f"torch.float32-{rule}-empty rows" for rule in ("exclude", "none")]),
     (f"{OPS}.py", "test_empty_batches", ["prefix-(0, 3, 4, 5)", "prefix-(4, 3, 0, 5)"]),
     (f"{OPS}.py", "test_strides", ["True-channels first", "True-expanded", "False-every second"]),
     (f"{OPS}.py", "test_weight_dtypes", ["torch.float16-torch.float16"]),
@@ -73,15 +76,15 @@ SUITE: list[tuple[str, str, list[str]]] = [
             "torch.float16-inf-exclude",
         ],
     ),
-    (f"{OPS}_masks.py", "test_masked_weights_count_for_nothing", ["1000000.0-drl", "nan-drl"]),
+    (f"{OPS}_masks.py", "test_masked_weights_count_for_nothing", ["nan-drl"]),
     (f"{OPS}_masks.py", "test_rows_without_a_real_token_score_zero", ["drl", "exclude", "none"]),
-    (f"{OPS}_masks.py", "test_a_bad_real_token_affects_only_its_own_scores", ["nan", "inf"]),
+    (f"{OPS}_masks.py", "test_a_bad_real_token_affects_only_its_own_scores", ["nan"]),
     (f"{OPS}_masks.py", "test_nan_wins_the_maximum_at_every_position", ["4-drl", "1-exclude"]),
     (f"{OPS}_masks.py", "test_an_overflowing_product_is_not_hidden", ["3-True", "40-True", "3-False"]),
     (f"{OPS}_masks.py", "test_an_infinite_similarity_does_not_depend_on_the_batch", []),
-    (f"{OPS}_masks.py", "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["nan", "inf"]),
+    (f"{OPS}_masks.py", "test_a_bad_upstream_gradient_reaches_only_its_own_tokens", ["inf"]),
     (f"{OPS}_masks.py", "test_small_tokens_on_both_sides_keep_the_digits_of_others", []),
-    (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float32", "torch.float16"]),
+    (f"{OPS}_masks.py", "test_zero_vectors", ["torch.float16"]),
     (f"{OPS}_masks.py", "test_tiny_norms_that_are_not_zero", ["torch.float32"]),
     (
         f"{OPS}_matches.py",
@@ -107,8 +110,7 @@ SUITE: list[tuple[str, str, list[str]]] = [
         "tests/kernels/test_recompute.py",
         "test_equal_bits",
         [
-            "blocks-(17, 5, 3, 3)-torch.float32-drl-both",
-            "blocks-(17, 5, 3, 3)-torch.float16-exclude-both",
+            "blocks-(17, 5, 3, 3)-torch.float16-drl-both",
             "blocks-(17, 5, 3, 3)-torch.float32-exclude-one way",
         ],
     ),

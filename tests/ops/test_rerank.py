@@ -400,7 +400,9 @@ def op_args(r: Ranking, grad: bool, pooling: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_opcheck(impl: Implementation, pooling: str, dtype: torch.dtype) -> None:
     weights = torch.float64 if dtype == torch.float64 else torch.float32
-    for offsets, one_way in (([0, 2, 2, 5], False), ([0, 3], True), ([0, 0], False)):
+    # The other forms of offsets do not depend on the dtype.
+    forms = (([0, 2, 2, 5], False), ([0, 3], True), ([0, 0], False))
+    for offsets, one_way in forms if dtype == torch.float32 else forms[:1]:
         r = ranking((0, 4, 0, 6), 8, dtype, masks=("prefix", "holes"), weights=weights, offsets=offsets)
         r = on(impl, r.but(candidate_weight=None) if one_way else r)
         torch.library.opcheck(forward_op, op_args(r, True, pooling))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -16,10 +16,12 @@ from drl_fast import Retriever
 from drl_fast.search import retriever as retriever_module
 from drl_fast.search.retriever import open_index
 from drl_fast.search.windows import starts
+from tests.processes import forkserver
 
 from .videos import make_video
 
-KILLS, VIDEOS = 20, 10
+# `make fuzz` runs the long form.
+KILLS, VIDEOS = 20 if os.environ.get("DRL_FAST_FUZZ") else 6, 10
 
 
 def _index(model: Path, index: Path, videos: Path, started: Path) -> None:
@@ -65,9 +67,7 @@ def test_every_kill_leaves_whole_videos(model: Path, tmp_path: Path, monkeypatch
 
     for number in range(VIDEOS):
         put(f"{number}.mp4", moments.randint(2, 7))
-    # Not LanceDB: its threads would not survive the fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drl_fast.model.drl", "drl_fast.engine.load_model", "tests.engine.runs"])
+    context = forkserver()
     known: list[int] = []
     for kill in range(KILLS):
         started = tmp_path / f"started{kill}"
@@ -89,7 +89,8 @@ def test_every_kill_leaves_whole_videos(model: Path, tmp_path: Path, monkeypatch
         put(f"new{kill}.mp4", moments.randint(2, 7))
         put(f"{moments.randrange(VIDEOS)}.mp4", moments.randint(2, 7))
         put(f"{moments.randrange(VIDEOS)}.mp4", moments.randint(2, 7))
-    assert len(set(known)) > 4, f"the kills all came at {known} videos"
+    if KILLS >= 20:
+        assert len(set(known)) > 4, f"the kills all came at {known} videos"
     Retriever.from_run(model, index, "cpu").index([videos])
     assert check_whole(index, lengths) == now
     fresh = Retriever.from_run(model, tmp_path / "fresh", "cpu")
