@@ -183,11 +183,10 @@ class RunConfig:
         """Reject options of the towers that do not go together, or would do nothing."""
         chosen = {name: getattr(self, name) for name, off in OF_TOWERS.items() if getattr(self, name) != off}
         if self.features is not None and chosen:
-            got = ", ".join(f"{name}={value}" for name, value in chosen.items())
-            off = " ".join(f"--set {name}={json.dumps(OF_TOWERS[name])}" for name in chosen)
+            name = next(iter(chosen))
             raise ValueError(
-                f"{' and '.join(chosen)} must be left out on features, whose towers do not run, got {got}; add {off}, "
-                "or train on videos"
+                f"{name} must be left out on features, whose towers do not run, got {chosen[name]}; add --set "
+                f"{name}={yaml.safe_dump(OF_TOWERS[name]).split()[0]}, or train on videos"
             )
         for name in chosen if self.freeze == "clip" else ():
             if name != "compile":

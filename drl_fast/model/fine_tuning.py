@@ -226,6 +226,9 @@ def add_adapters(clip: Clip, rank: int) -> None:
                 if isinstance(module, EvaAttention):
                     # Else it reads the weight past the layer, and the adapter of queries, keys and values does nothing.
                     module.qkv_bias_separate = True
+                if isinstance(module, EvaAttention):
+                    # Else it reads the weight past the layer, and the adapter of queries, keys and values does nothing.
+                    module.qkv_bias_separate = True
             targets += [f"{path}.{i}.{name}" for name, m in block.named_modules() if isinstance(m, nn.Linear)]
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     peft.inject_adapter_in_model(config, clip)
