@@ -94,6 +94,8 @@ def train(
             raise ValueError(
                 f"init-from must be left out with --resume, which continues from the run's checkpoint, got {init_from}"
             )
+        if resume and dry_run:
+            raise ValueError("dry-run keeps nothing to go on with, got --resume too; drop one of them")
         settings = read_config(config, overrides or (), dataset, features)
         on_features = settings.features is not None
         if settings.features is not None:
@@ -149,7 +151,8 @@ def _with_videos(
     }
     _introduce(config, splits, here, dry, console)
     if _fetches(config) and "HF_HUB_OFFLINE" not in os.environ:
-        print_line(console, f"loading weights {config.pretrained!r}; without a network this fails in a minute")
+        weights = "" if config.pretrained is None else f" and weights {config.pretrained!r}"
+        print_line(console, f"loading {config.clip}{weights}; without a network this fails in a minute")
     model, tokenizer = build_model(config, load_weights=load_weights)
     for split in splits.values():
         print_cut(console, split.captions, model, tokenizer, config.words)
@@ -174,9 +177,18 @@ def _with_features(
     return build_head(config, store, load_weights=load_weights), StoredData(store, parts["train"], parts["val"], strict)
 
 
+def _random_towers_stay(config: RunConfig) -> bool:
+    """Return whether towers with random weights are frozen, so that nothing can be learned from them."""
+    random = config.pretrained is None and config.init_from is None and config.features is None
+    return random and (config.freeze == "clip" or config.lora > 0 or config.freeze_layers is not None)
+
+
 def _fetches(config: RunConfig) -> bool:
-    """Return whether the configured weights may have to be fetched."""
-    return config.init_from is None and config.pretrained is not None and not Path(config.pretrained).is_file()
+    """Return whether the configured weights, or the tokenizer, may have to be fetched."""
+    from ..model.clip import fetches_tokenizer
+
+    weights = config.init_from is None and config.pretrained is not None and not Path(config.pretrained).is_file()
+    return weights or (config.clip is not None and fetches_tokenizer(config.clip))
 
 
 def _recorded_source(folder: Path) -> str | None:
@@ -203,6 +215,15 @@ def _introduce(config: RunConfig, splits: dict[str, Split], here: Processes, dry
         print_line(
             console,
             "the data set has no val part: test serves as val, and the best epoch is chosen on the test videos",
+            "bold yellow",
+        )
+    if not dry and _random_towers_stay(config):
+        from ..model.clip import example_tag
+
+        print_line(
+            console,
+            "the towers' weights are random, and the frozen ones stay so; take trained ones with --set "
+            f"pretrained={example_tag(config.clip)}",
             "bold yellow",
         )
     weights = "random weights" if config.pretrained is None else f"weights {config.pretrained}"
@@ -295,6 +316,9 @@ def _conclude(run: Run, finished: bool, dry: bool, console: Console) -> None:
     """Print the result, and how to continue."""
     from ..engine.train import BEST, LAST, UNREADABLE
 
+    if not finished and dry:
+        print_line(console, "stopped; a dry run keeps nothing")
+        return
     if not finished:
         print_line(
             console,

@@ -183,10 +183,11 @@ class RunConfig:
         """Reject options of the towers that do not go together, or would do nothing."""
         chosen = {name: getattr(self, name) for name, off in OF_TOWERS.items() if getattr(self, name) != off}
         if self.features is not None and chosen:
-            name = next(iter(chosen))
+            got = ", ".join(f"{name}={value}" for name, value in chosen.items())
+            off = " ".join(f"--set {name}={json.dumps(OF_TOWERS[name])}" for name in chosen)
             raise ValueError(
-                f"{name} must be left out on features, whose towers do not run, got {chosen[name]}; add --set "
-                f"{name}={yaml.safe_dump(OF_TOWERS[name]).split()[0]}, or train on videos"
+                f"{' and '.join(chosen)} must be left out on features, whose towers do not run, got {got}; add {off}, "
+                "or train on videos"
             )
         for name in chosen if self.freeze == "clip" else ():
             if name != "compile":
@@ -377,7 +378,7 @@ def _typed(name: str, value: Any, source: str) -> Any:
     """Return a value as its field's type; YAML reads 1e-4 as a string, and "None" is Python's word for null."""
     hint = typing.get_type_hints(RunConfig)[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value == "None" and types.NoneType in kinds:
+    if value in ("None", "none") and types.NoneType in kinds:
         return None
     if float in kinds and not isinstance(value, bool):
         try:

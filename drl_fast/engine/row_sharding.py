@@ -28,9 +28,11 @@ def shard_rows(
 
     Args:
         buffers: CPU tensors of R rows; the same shapes on all ranks.
-        on_progress: called with rows done and R.
+        on_progress: called with rows done, from 0 on, and R.
     """
     total, size = len(buffers[0]), 1 if group is None else group.size
+    if on_progress is not None:
+        on_progress(0, total)
     for turn, own in enumerate(own_chunks(total, chunk, group)):
         yield own
         first = turn * size * chunk

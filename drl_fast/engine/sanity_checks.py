@@ -61,8 +61,8 @@ def recall_at_chance(best: Mapping[str, Mapping[str, float]]) -> str | None:
         return None
     return (
         f"the best text-to-video R@1 does not beat chance: its interval [{found['R1_low']:.1f}, "
-        f"{found['R1_high']:.1f}] includes {chance:.2g} %; train longer, start from pretrained weights, or evaluate on "
-        "more videos"
+        f"{found['R1_high']:.1f}] is not above {chance:.2g} %; train longer, start from pretrained weights, or "
+        "evaluate on more videos"
     )
 
 

@@ -25,6 +25,8 @@ from .weight_files import has_openai_precision, is_from_openai, read_weights, wi
 
 # Entries that do not fit, named in one error.
 NAMED = 20
+# So many tags are all named.
+FEW_TAGS = 4
 # The width of every attention head in OpenAI's towers.
 HEAD_WIDTH = 64
 OTHER_FORM = (
@@ -32,6 +34,7 @@ OTHER_FORM = (
     "(docs/recipes.md)"
 )
 CACHE = "copy its cache here (~/.cache/huggingface, or HF_HOME)"
+OFFLINE = "HF_HUB_OFFLINE=1 skips the retries"
 # The ending of names of models with QuickGELU.
 QUICK = "-quickgelu"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -87,7 +90,7 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
     except Exception as error:
         raise ValueError(
             f"the tokenizer of {name} could not be fetched ({_reason(error)}); run open_clip.get_tokenizer({name!r}) "
-            f"on a machine with a network and {CACHE}; HF_HUB_OFFLINE=1 skips the retries"
+            f"on a machine with a network and {CACHE}; weights are fetched apart from it; {OFFLINE}"
         ) from error
     ids = tokenizer([""])[0]
     if ids[-1] != ids[-2]:
@@ -96,6 +99,11 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
             f"{ids[-2:].tolist()}; {OTHER_FORM}"
         )
     return tokenizer
+
+
+def fetches_tokenizer(name: str) -> bool:
+    """Return whether a model's tokenizer is on the Hugging Face hub; False for an unknown name."""
+    return bool(((open_clip.get_model_config(name) or {}).get("text_cfg") or {}).get("hf_tokenizer_name"))
 
 
 def example_tag(name: str | None) -> str:
@@ -262,7 +270,9 @@ def _tag_config(name: str, pretrained: str | None) -> Mapping[str, object]:
         raise ValueError(f"pretrained must be a tag or a weight file, file not found: {pretrained}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        near = f"nearest: {_near(pretrained, tags)} of {len(tags)}" if tags else "it has no tags: give a file, or null"
+        near = f"nearest: {_near(pretrained, tags)} of {len(tags)}"
+        if len(tags) <= FEW_TAGS:
+            near = f"its tags: {', '.join(tags)}" if tags else "it has no tags: give a file, or null"
         raise ValueError(f"pretrained must be a weight file or a tag of {name}, got {pretrained!r}; {near}")
     return open_clip.get_pretrained_cfg(name, pretrained)
 
@@ -396,7 +406,7 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     if text is not None and type(error) is OSError:  # transformers' error; the hub's are subclasses
         return (
             f"the configuration of {name}'s text tower, {text}, could not be fetched ({reason}); run "
-            f"transformers.AutoConfig.from_pretrained({text!r}) on a machine with a network and {CACHE}"
+            f"transformers.AutoConfig.from_pretrained({text!r}) on a machine with a network and {CACHE}; {OFFLINE}"
         )
     if pretrained is None:
         return f"{name} could not be built ({reason}); choose another clip, such as ViT-B-32"
@@ -413,7 +423,7 @@ def _advice(name: str, pretrained: str | None, error: Exception) -> str:
     other = f" and {name}-quickgelu as clip" if config.get("quick_gelu") and not name.endswith(QUICK) else ""
     return (
         f"weights {pretrained!r} of {name} could not be fetched ({reason}); on a machine with a network download "
-        f"{source}, copy it here and pass its path as pretrained{other}; HF_HUB_OFFLINE=1 skips the retries"
+        f"{source}, copy it here and pass its path as pretrained{other}; {OFFLINE}"
     )
 
 

@@ -521,7 +521,7 @@ class DRL(Head):
         if not isinstance(frames, Tensor) or frames.dim() != 5 or tuple(frames.shape[2:]) != (3, height, width):
             raise ValueError(
                 f"frames must be (B, Nv, 3, {height}, {width}), the CLIP's picture size, got {describe(frames)}; "
-                "resize and crop them as drl_fast.data.video does"
+                "prepare them as drl_fast.data.video does"
             )
         if frames.dtype != torch.uint8 and not frames.is_floating_point():
             raise TypeError(f"frames must be uint8, or floating point and normalized, got {frames.dtype}")

@@ -207,7 +207,8 @@ def add_adapters(clip: Clip, rank: int) -> None:
     Adapters start from torch's random numbers, and at 0; their factor alpha / rank is 1. The temperature trains on.
 
     Raises:
-        ValueError: peft is missing, or a tower without transformer blocks or with an attention of another form.
+        ValueError: peft is missing, a rank above the layers' width, or a tower without transformer blocks or with an
+            attention of another form.
 
     Source: Hu et al., LoRA, arXiv 2106.09685.
     """
@@ -226,10 +227,12 @@ def add_adapters(clip: Clip, rank: int) -> None:
                 if isinstance(module, EvaAttention):
                     # Else it reads the weight past the layer, and the adapter of queries, keys and values does nothing.
                     module.qkv_bias_separate = True
-                if isinstance(module, EvaAttention):
-                    # Else it reads the weight past the layer, and the adapter of queries, keys and values does nothing.
-                    module.qkv_bias_separate = True
             targets += [f"{path}.{i}.{name}" for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+    narrowest = min(min(clip.get_submodule(name).weight.shape) for name in targets)
+    if rank > narrowest:
+        raise ValueError(
+            f"lora must be at most {narrowest}, the width of the narrower tower's layers, got {rank}; try 8"
+        )
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     peft.inject_adapter_in_model(config, clip)
     clip.logit_scale.requires_grad_(True)

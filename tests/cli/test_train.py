@@ -205,6 +205,21 @@ def register_quick_gelu(folder: Path) -> None:
     open_clip.add_model_config(folder / "models")
 
 
+def test_a_dry_run_is_not_resumed() -> None:
+    done = train("--config", "ti", "--dataset", "msrvtt", "--dry-run", "--resume")
+    assert done.exit_code == 1
+    assert "dry-run keeps nothing to go on with, got --resume too; drop one of them" in words(done.output)
+
+
+def test_frozen_towers_with_random_weights_are_warned_of(folder: Path, tmp_path: Path) -> None:
+    """Without it the loss stands still, and nothing says why."""
+    config = ["--config", "ti", "--dataset", "folder", "--videos", str(folder), "--out", str(tmp_path / "run")]
+    for option, warns in (("freeze=clip", True), ("freeze_layers=0", True), ("clip_lr=0", False)):
+        shown = words(train(*config, small=[*SMALL, option, "epochs=1", "batch=64"]).output)
+        assert ("the towers' weights are random, and the frozen ones stay so" in shown) == warns
+        shutil.rmtree(tmp_path / "run")
+
+
 def test_init_from_and_resume_exclude_each_other(tmp_path: Path) -> None:
     done = train("--config", "wti", "--dataset", "folder", "--init-from", str(tmp_path), "--resume")
     assert done.exit_code == 1

@@ -59,7 +59,7 @@ def write(folder: Path, text: str) -> Path:
 def test_values_are_read_and_overridden(tmp_path: Path) -> None:
     path = write(tmp_path, "dataset: folder\nlr: 1e-4\ntemporal: null\nbatch: 4\n")
     assert read_config(path) == RunConfig("folder", lr=1e-4, temporal=None, batch=4)
-    found = read_config(path, ["batch=8", "temporal=seqLSTM", "batch=16", "pretrained=None", "lr=2e-3"])
+    found = read_config(path, ["batch=8", "temporal=seqLSTM", "batch=16", "pretrained=None", "freeze=none", "lr=2e-3"])
     assert found == RunConfig("folder", lr=2e-3, temporal="seqLSTM", batch=16, pretrained=None)
 
 

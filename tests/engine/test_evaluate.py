@@ -261,9 +261,9 @@ def test_progress(split: Split) -> None:
     calls: list[tuple[str, int, int]] = []
     run(make_model(), split, block=8, on_progress=lambda *call: calls.append(call))
     assert calls == [
-        *(("videos", done, 10) for done in (4, 8, 10)),
-        ("texts", 19, 19),
-        *(("scores", done, 19) for done in (8, 16, 19)),
+        *(("videos", done, 10) for done in (0, 4, 8, 10)),
+        *(("texts", done, 19) for done in (0, 19)),
+        *(("scores", done, 19) for done in (0, 8, 16, 19)),
     ]
 
 

@@ -231,6 +231,11 @@ def test_towers_without_blocks_are_refused_by_name() -> None:
         fine_tuning.add_adapters(clip, 8)
 
 
+def test_a_rank_above_the_layers_width(clip: nn.Module) -> None:
+    with pytest.raises(ValueError, match="lora must be at most 32, the width of the narrower tower's layers, got 33"):
+        fine_tuning.add_adapters(clip, 33)
+
+
 def test_adapters_without_peft(forms: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"lora must be 0 without .* pip install 'drl-fast\[lora\]'"):
