@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +28,6 @@ from drl_fast import functional
 from drl_fast.ops import token_contrastive_loss
 from tests.conftest import use
 from tests.implementations import IMPLEMENTATIONS
-from tests.processes import forkserver
 
 WORDS, FRAMES, CHANNELS = 32, 12, 32
 # Chunked PyTorch is slower, so its batches are smaller.
@@ -151,22 +152,15 @@ def peaks(name: str, loss: str, batches: tuple[int, int]) -> dict[int, int]:
     """Return the peak memory of a step in bytes, by batch."""
     with use(name):
         pass  # skips or fails if it is missing
-    context = forkserver()
-    answer, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_peaks, args=(sender, name, loss, batches))
-    process.start()
-    sender.close()  # so that a process that dies ends the wait
-    found = answer.recv()
-    process.join()
-    return dict(zip(batches, found, strict=True))
-
-
-def send_peaks(sender: Connection, name: str, loss: str, batches: tuple[int, int]) -> None:
-    """Measure in a process of its own."""
-    torch.set_num_threads(1)  # idle threads spin and cost minutes on a busy machine
-    with IMPLEMENTATIONS[name].install():
-        step(batches[0], loss)  # warm-up: allocate what all steps share
-        sender.send([step(batch, loss) for batch in batches])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.test_memory", name, loss, *map(str, batches)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(batches, json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.parametrize("name", ["cpp", "chunked"])
@@ -258,3 +252,11 @@ def test_networks_over_pairs_hold_one_block_at_a_time(layer: str, small: int, la
     assert peak[large] < dense / 3, peak
     # Only logits and the loss's temporaries grow. One checkpoint graph per block would exceed this.
     assert peak[large] - peak[small] < 6 * 4 * large**2 + 4 * MIB, peak
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # idle threads spin and cost minutes on a busy machine
+    with IMPLEMENTATIONS[sys.argv[1]].install():
+        sizes = [int(x) for x in sys.argv[3:]]
+        step(sizes[0], sys.argv[2])  # warm-up: allocate what all steps share
+        print(json.dumps([step(batch, sys.argv[2]) for batch in sizes]))
