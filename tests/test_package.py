@@ -23,7 +23,7 @@ except metadata.PackageNotFoundError:
 PACKAGE = Path(drl_fast.__file__).parent
 # Import names of the packages that the extras install.
 OPTIONAL = ["PIL", "av", "matplotlib", "open_clip", "psutil", "rich", "safetensors", "tensorboard", "threadpoolctl"]
-OPTIONAL += ["torchvision", "typer", "yaml", "lancedb", "pyarrow"]
+OPTIONAL += ["torchvision", "typer", "yaml", "lancedb", "pyarrow", "timm", "transformers", "peft"]
 # typer names a command after its function if it has no name.
 COMMANDS = [str(row.name or getattr(row.callback, "__name__", "")) for row in app.registered_commands]
 
@@ -40,7 +40,7 @@ def test_what_is_required() -> None:
 
 
 def test_extras() -> None:
-    extras = {"cli", "video", "train", "search", "hdf5", "bench", "dev"}
+    extras = {"cli", "video", "train", "search", "hdf5", "hf", "lora", "bench", "dev"}
     assert set(INSTALLED.metadata.get_all("Provides-Extra") or []) == extras
 
 
