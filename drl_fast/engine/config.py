@@ -22,7 +22,7 @@ from .. import validation
 from ..data.datasets import DATASETS
 from ..data.feature_store import FeatureStore, read_about
 from ..data.video import Sampling
-from ..model.clip import build_clip, check_source, load_tokenizer
+from ..model.clip import build_clip, load_tokenizer
 from ..model.config import Config, Encoders, Inputs
 from ..model.drl import DRL
 from ..model.head import Head
@@ -403,9 +403,8 @@ def build_model(config: RunConfig, *, load_weights: bool = True) -> tuple[DRL, C
     """
     if config.clip is None:
         raise ValueError("clip must be a model name, got None; imported features have no CLIP to score videos with")
-    check_source(config.clip, config.pretrained)
     # Weights may be gigabytes: fail on a missing tokenizer first.
-    tokenizer = load_tokenizer(config.clip)
+    tokenizer = load_tokenizer(config.clip, config.pretrained)
     torch.manual_seed(config.seed)
     clip = build_clip(config.clip, config.pretrained, load_weights=load_weights and config.init_from is None)
     # New weights depend on the seed alone, not on the CLIP before them: frozen and on features they start as equals.

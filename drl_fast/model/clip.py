@@ -52,33 +52,25 @@ open_clip.add_model_config(Path(__file__).parent / "configs")
 
 def load_clip(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable[..., Tensor]]:
     """Build a CLIP with :func:`build_clip`; return it with its tokenizer, see :func:`load_tokenizer`."""
-    check_source(name, pretrained)
     # Weights may be gigabytes: fail on a missing tokenizer first.
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, pretrained)
     return build_clip(name, pretrained), tokenizer
 
 
-def check_source(name: object, pretrained: str | None) -> None:
-    """Check a model's name and that its tag or weight file exists; nothing is fetched.
-
-    Raises:
-        ValueError: the nearest name or the remedy is given.
-    """
-    _tag_config(check_name(name), pretrained)
-
-
-def load_tokenizer(name: str) -> Callable[..., Tensor]:
+def load_tokenizer(name: str, pretrained: str | None = None) -> Callable[..., Tensor]:
     """Return a model's tokenizer: ``tokenizer(texts, context_length=32) -> ids (texts, 32)``.
 
     OpenAI's comes with open_clip. Others are fetched from the Hugging Face hub, or read from its cache.
 
+    Args:
+        pretrained: the tag or weight file that will be loaded next; checked first, and not fetched.
+
     Raises:
-        ValueError: an unknown name, no ``transformers``, or a tokenizer that cannot be had (the message says what to
-            download, or to install), or one that puts anything but padding behind a caption.
+        ValueError: an unknown name or tag, a missing weight file, no ``transformers``, a tokenizer that cannot be had
+            (the message says what to download, or to install), or one that puts anything but padding behind a caption.
     """
-    text = open_clip.get_model_config(check_name(name))["text_cfg"]
-    source = text.get("hf_tokenizer_name")
-    if source is None and "siglip" not in name.lower():  # open_clip's own rule
+    _tag_config(check_name(name), pretrained)
+    if not fetches_tokenizer(name):
         return open_clip.get_tokenizer(name)
     _need_transformers(f"the tokenizer of {name}")
     # Workers are forked; the library would warn in each of them that it turns its threads off.
@@ -103,7 +95,9 @@ def load_tokenizer(name: str) -> Callable[..., Tensor]:
 
 def fetches_tokenizer(name: str) -> bool:
     """Return whether a model's tokenizer is on the Hugging Face hub; False for an unknown name."""
-    return bool(((open_clip.get_model_config(name) or {}).get("text_cfg") or {}).get("hf_tokenizer_name"))
+    config = open_clip.get_model_config(name) or {"text_cfg": {}}
+    # open_clip's own rule.
+    return "hf_tokenizer_name" in config["text_cfg"] or "siglip" in name.lower()
 
 
 def example_tag(name: str | None) -> str:

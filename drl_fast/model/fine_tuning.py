@@ -12,7 +12,7 @@ import torch
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from .towers import OF_LOSS
+from .towers import OF_LOSS, text_tower
 
 # Where open_clip's models keep the repeated blocks: its own towers, timm's, and Hugging Face's BERT, T5 and M2M-100.
 BLOCKS = {
@@ -64,7 +64,7 @@ def find_blocks(clip: Clip, option: str) -> dict[str, list[nn.Module]]:
 
 
 def _tower_name(clip: Clip, side: str) -> str:
-    tower = clip.visual if side == "image" else getattr(clip, "text", clip)
+    tower = clip.visual if side == "image" else text_tower(clip)
     inner = getattr(tower, "trunk", getattr(tower, "transformer", tower))
     return type(inner).__name__
 

@@ -15,7 +15,7 @@ from ..data.video import Sampling
 from ..engine.config import RunConfig
 from ..engine.load_model import load_model, settings_of
 from ..engine.train import CONFIG
-from ..model.clip import check_source, load_tokenizer
+from ..model.clip import load_tokenizer
 from ..model.config import Pictures
 from ..model.drl import DRL
 from ..model.pretrained import BEST
@@ -63,8 +63,7 @@ def load_clip(name: str, pretrained: str | None, device: torch.device) -> Loaded
     Raises:
         ValueError: an unknown name or tag, or weights that cannot be loaded.
     """
-    check_source(name, pretrained)
-    tokenizer = load_tokenizer(name)  # before the weights, which may be gigabytes
+    tokenizer = load_tokenizer(name, pretrained)  # before the weights, which may be gigabytes
     torch.manual_seed(SEED)
     model = DRL(name, pretrained=pretrained, interaction="ti", temporal=None)
     if pretrained is not None and Path(pretrained).is_file():

@@ -391,7 +391,7 @@ class Retriever:
         return self._table
 
     def _filled(self) -> WindowTable:
-        """Return the table as it is now.
+        """Return the newest version of the table.
 
         Raises:
             ValueError: it holds no videos.
