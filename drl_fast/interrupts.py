@@ -1,7 +1,8 @@
-"""Ctrl-C while the command line starts: end at once, without a traceback.
+"""Ctrl-C while the command line starts or exits: end at once, without a traceback.
 
 Loading torch takes seconds. A KeyboardInterrupt there would be raised inside some import, before the command can catch
-it. So the process dies of the signal, as programs that do not handle it do, until the command takes over.
+it. So the process dies of the signal, as programs that do not handle it do, until the command takes over. So it does
+after the command, while Python runs what libraries do at exit.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def raise_interrupts() -> None:
 def is_command_line() -> bool:
     """Tell whether this process is ``drl-fast`` or ``python -m drl_fast.cli``."""
     script = os.path.basename(sys.argv[0]) if sys.argv else ""
-    # While ``python -m`` imports a module's package, argv[0] is "-m".
-    return script.removesuffix(".exe") == COMMAND or (script == "-m" and MODULE in sys.orig_argv)
+    # ``python -m`` sets argv[0] to "-m" while it imports the module's package, and then to the file it runs.
+    return script.removesuffix(".exe") == COMMAND or (script in ("-m", "__main__.py") and MODULE in sys.orig_argv)
 
 
 def _is_ours() -> bool:

@@ -22,6 +22,13 @@ from drl_fast.cli.commands import WIDEST_HELP, app
 # What pip installs as the command ``drl-fast``.
 SCRIPT = "import sys; sys.argv[0] = '/bin/drl-fast'; from drl_fast.cli import main; main()"
 
+# What ``python -m drl_fast.cli`` does.
+MODULE = """
+import runpy, sys
+sys.argv[:3] = ["-m"]
+runpy.run_module("drl_fast.cli", run_name="__main__", alter_sys=True)
+"""
+
 
 def listen() -> None:
     """Handle Ctrl-C as in a terminal; a job in the background inherits that it is ignored."""
@@ -111,6 +118,23 @@ def test_ctrl_c_at_any_moment_of_the_start(command: list[str]) -> None:
             _, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors, errors
         assert process.returncode in (-signal.SIGINT, 130, 1, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("start", [[SCRIPT], [MODULE, "-m", "drl_fast.cli"]])
+def test_ctrl_c_while_python_exits(start: list[str]) -> None:
+    """No traceback from what libraries do at exit."""
+    at_exit = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
+    done = subprocess.run(
+        [sys.executable, "-c", at_exit + start[0], *start[1:], "--version"],
+        capture_output=True,
+        text=True,
+        preexec_fn=listen,
+        check=False,
+    )
+    assert done.stdout.startswith("drl-fast")
+    assert done.stderr == ""
+    assert done.returncode == -signal.SIGINT
 
 
 def test_a_library_import_leaves_the_signal_alone() -> None:
