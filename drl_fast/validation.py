@@ -9,8 +9,10 @@ import reprlib
 import sys
 import unicodedata
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,6 +212,15 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {describe(value)}")
 
 
+def use_plain_values(config: object) -> None:
+    """Replace a frozen dataclass's NumPy numbers and paths by numbers and strings, which JSON and YAML can hold."""
+    for name, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
+        elif isinstance(value, Path):
+            object.__setattr__(config, name, str(value))
+
+
 def positive_int(name: str, value: object, remedy: str = "") -> int:
     """Return a whole number above 0. ``remedy``, here and below, ends the message: what to pass instead."""
     return _integer(name, value, 1, "a positive integer", remedy)
@@ -246,11 +257,12 @@ def fraction(name: str, value: object, remedy: str = "", *, zero: bool = True, o
 
 
 def _integer(name: str, value: object, minimum: int, expected: str, remedy: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be {expected}, got {describe(value)}{_ending(remedy)}")
-    if value < minimum:
-        raise ValueError(f"{name} must be {expected}, got {value}{_ending(remedy)}")
-    return value
+    number = int(value)
+    if number < minimum:
+        raise ValueError(f"{name} must be {expected}, got {number}{_ending(remedy)}")
+    return number
 
 
 def _real(name: str, value: object, remedy: str) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..console import print_all_unreadable, print_line, print_machine, print_unreadable, progress
+from ..console import print_line, print_machine, print_unreadable, progress
 from ..data.split import some
 from ..engine.processes import Processes, processes
 from ._errors import report_errors
@@ -205,9 +205,8 @@ def _conclude(
     if report.unnamed:
         count = f"{len(report.unnamed)} rows of the columns"
         print_line(console, f"left out: {count} name no video of the index: {some(report.unnamed)}", "yellow")
-    if report.unreadable:
-        print_line(console, f"unreadable videos: {unreadable}", "yellow")
-        print_all_unreadable(console, report.unreadable)
+    if unreadable:
+        print_line(console, f"unreadable videos, named above: {unreadable}", "yellow")
     print_line(console, "videos: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     videos, windows = retriever.size()
     if windows:

@@ -68,6 +68,7 @@ class Side:
     """Hash of the names, sizes and times of the files that were encoded, see :func:`files_hash`."""
 
     def __post_init__(self) -> None:
+        validation.use_plain_values(self)
         for name in ("items", "width", "chunk"):
             validation.positive_int(name, getattr(self, name))
         if self.length is not None:

@@ -74,6 +74,7 @@ class Sampling:
     interpolation: str = "bicubic"
 
     def __post_init__(self) -> None:
+        validation.use_plain_values(self)
         remedy = "DRL uses rate 1, max_frames 12, size 224"
         validation.positive_number("rate", self.rate, remedy)
         validation.positive_int("max_frames", self.max_frames, remedy)

@@ -164,6 +164,7 @@ class RunConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
+        validation.use_plain_values(self)
         validation.option("dataset", self.dataset, tuple(DATASETS))
         validation.option("precision", self.precision, PRECISIONS)
         validation.option("parallel", self.parallel, PARALLEL)

@@ -61,7 +61,7 @@ def topk(
 
     Source: exhaustive search; the score is that of arXiv 2203.07111, section 3.2.
     """
-    validation.positive_int("k", k)
+    k = validation.positive_int("k", k)
     temperature = validation.pooling(pooling, temperature)
     sides, text_weight, video_weight = check_arguments(
         text,

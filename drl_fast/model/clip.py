@@ -130,10 +130,11 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
             load_strictly(clip, without_sizes(state), str(pretrained))
         return clip
     tag = _tag_config(name, pretrained)
-    if pretrained is not None and Path(pretrained).is_file():
+    clip = _create(name, pretrained if load_weights else None, tag)
+    if pretrained is not None and Path(pretrained).is_file():  # after the file's own errors
         _warn_of_activation(name, pretrained)
         _warn_of_preparation(name, pretrained)
-    return _create(name, pretrained if load_weights else None, tag)
+    return clip
 
 
 def check_name(name: object) -> str:

@@ -15,6 +15,7 @@ from ..validation import (
     pooling,
     positive_int,
     positive_number,
+    use_plain_values,
 )
 
 # Tokens of a row that the kernels serve.
@@ -42,6 +43,7 @@ class Inputs:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
+        use_plain_values(self)
         for name in ("max_words", "max_frames"):
             if positive_int(name, getattr(self, name)) > MOST_TOKENS:
                 raise ValueError(f"{name} must be at most {MOST_TOKENS}, got {getattr(self, name)}")
@@ -74,6 +76,7 @@ class Sizes:
     max_positions: int
 
     def __post_init__(self) -> None:
+        use_plain_values(self)
         for name in ("text_dim", "video_dim", "dim", "max_positions"):
             positive_int(name, getattr(self, name))
 
@@ -135,6 +138,7 @@ class Config:
     pooling_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        use_plain_values(self)
         for name in ("cdcr_alpha_on", "cdcr_alpha_off", "cdcr_weight"):
             non_negative_number(name, getattr(self, name))
         option("wti_arch", positive_int("wti_arch", self.wti_arch), (1, 2, 3))

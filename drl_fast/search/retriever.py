@@ -281,7 +281,7 @@ class Retriever:
             ValueError: an empty or overlong text, ``k`` below 1, an empty index, or an expression that is not SQL.
             TypeError: a text that is no string.
         """
-        validation.positive_int("k", k)
+        k = validation.positive_int("k", k)
         query = self.encode(text)
         table = self._filled()
         found = self._best(table, query, k, where)

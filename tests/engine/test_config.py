@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from drl_fast.data.datasets import DATASETS
 from drl_fast.engine.config import ALIASES, RunConfig, read_config
+from drl_fast.model.config import Config
 
 # The values that differ between rows, and the chunk of each data set.
 ROWS = {
@@ -157,6 +160,15 @@ def test_a_frozen_clip_has_no_towers_to_change(tmp_path: Path) -> None:
 def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_config(write(tmp_path, "dataset: folder"), [override])
+
+
+def test_numpy_numbers_and_paths_are_recorded_as_plain_values(tmp_path: Path) -> None:
+    given = RunConfig("msrvtt", videos=tmp_path, batch=np.int64(3), lr=np.float32(0.5), skip_same_video=np.bool_(True))
+    plain = RunConfig("msrvtt", videos=str(tmp_path), batch=3, lr=0.5, skip_same_video=True)
+    assert yaml.safe_dump(dataclasses.asdict(given)) == yaml.safe_dump(dataclasses.asdict(plain))
+    assert json.dumps(dataclasses.asdict(Config(cdcr=np.int64(1), cdcr_weight=np.float32(0.5)))) == json.dumps(
+        dataclasses.asdict(Config(cdcr=1, cdcr_weight=0.5))
+    )
 
 
 @pytest.mark.parametrize("name", ALIASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -150,6 +151,11 @@ def test_blocks_of_prepared_videos_share_no_groups_of_lanes(monkeypatch: pytest.
     assert len(touched) > 1
     # A block's last group may hold videos of the next.
     assert sum(touched) < len(shape) + len(touched)
+
+
+def test_k_may_be_a_numpy_integer() -> None:
+    scores, _ = drl_fast.topk(torch.ones(2, 3, 8), torch.ones(4, 5, 8), np.int64(3))
+    assert scores.shape == (2, 3)
 
 
 @pytest.mark.parametrize(
