@@ -48,6 +48,9 @@ def search(
             "sample the vector search keeps.",
         ),
     ] = False,
+    per_video: Annotated[
+        int | None, typer.Option(help="Hits of one video at most; 1 ranks videos by their best moments.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Where the videos are now, if their folder was moved.")] = None,
     model: Annotated[Path | None, typer.Option(help="The index's model, if its folder was moved.")] = None,
     device: Device = None,
@@ -66,7 +69,7 @@ def search(
         export.check_padding(padding)
         retriever = Retriever.open(index, device) if model is None else Retriever.from_run(model, index, device)
         retriever.kept_bytes = 0  # there is no next query
-        hits = retriever.search(query, k, where, root=root, thumbnails=html is not None)
+        hits = retriever.search(query, k, where, per_video=per_video, root=root, thumbnails=html is not None)
         if retriever.is_cut(query):
             print_line(
                 notes, f"the query is cut to {retriever.about.max_words} tokens, all that the model reads", "yellow"

@@ -30,7 +30,7 @@ li { background: var(--card); border: 1px solid var(--line); border-radius: 12px
 header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; margin-bottom: 10px; }
 h2 { margin: 0; font-size: 17px; overflow-wrap: anywhere; }
 .rank { color: var(--soft); font-weight: 400; }
-.span { font-variant-numeric: tabular-nums; font-weight: 600; }
+.span { color: rgb(var(--accent)); font-variant-numeric: tabular-nums; font-weight: 600; }
 .score { margin-left: auto; color: var(--soft); font-variant-numeric: tabular-nums; font-size: 14px; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(82px, 1fr)); gap: 10px 6px; }
 figure { margin: 0; min-width: 0; display: flex; flex-direction: column; justify-content: flex-end; }
@@ -65,7 +65,7 @@ def clock(seconds: float) -> str:
 
 
 def write(folder: Path, query: str, hits: Sequence[Hit], model: str) -> Path:
-    """Write the page; it needs no network and no other file. Return its path.
+    """Write the page; it needs no network and no other file, except to play a hit's video. Return its path.
 
     Args:
         hits: with thumbnails.
@@ -115,10 +115,12 @@ def _hit(rank: int, hit: Hit) -> str:
     )
     unmatched = "".join(_word(match, most) for match in hit.matches if match.frame < 0)
     none = f'<div class="words unmatched"><p>chose no frame:</p>{unmatched}</div>' if unmatched else ""
+    # Browsers play a video's part between two times (W3C, Media Fragments URI).
+    link = escape(f"{hit.path.absolute().as_uri()}#t={hit.start:.3f},{hit.end:.3f}")
     return f"""<li>
 <header>
 <h2><span class="rank">{rank}.</span> {_text(hit.video)}</h2>
-<span class="span">{clock(hit.start)} &ndash; {clock(hit.end)}</span>
+<a class="span" href="{link}">{clock(hit.start)} &ndash; {clock(hit.end)}</a>
 <span class="score">score {hit.score:.3f}</span>
 </header>
 {none}<div class="strip">{frames}</div>

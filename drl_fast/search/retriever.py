@@ -262,6 +262,7 @@ class Retriever:
         k: int = 10,
         where: str | None = None,
         *,
+        per_video: int | None = None,
         root: str | os.PathLike[str] | None = None,
         thumbnails: bool = False,
     ) -> list[Hit]:
@@ -274,17 +275,21 @@ class Retriever:
             text: a sentence, at most 1,000 characters. The model reads its first tokens, see :meth:`is_cut`.
             k: hits; fewer if the index holds fewer.
             where: an SQL expression of your columns, ``path``, ``start`` and ``end``: ``"year >= 2020"``.
+            per_video: hits of one video at most; 1 ranks videos by their best moments. None: no limit.
             root: the folder that the videos' root has been moved to.
             thumbnails: also return the hits' thumbnails.
 
         Raises:
-            ValueError: an empty or overlong text, ``k`` below 1, an empty index, or an expression that is not SQL.
+            ValueError: an empty or overlong text, ``k`` or ``per_video`` below 1, an empty index, or an expression that
+                is not SQL.
             TypeError: a text that is no string.
         """
         k = validation.positive_int("k", k)
+        if per_video is not None:
+            per_video = validation.positive_int("per_video", per_video)
         query = self.encode(text)
         table = self._filled()
-        found = self._best(table, query, k, where)
+        found = self._best(table, query, k, where, per_video)
         hits: list[Hit] = []
         for first in range(0, len(found), tables.BLOCK):
             hits += self._hits(table, query, found[first : first + tables.BLOCK], root, thumbnails)
@@ -443,13 +448,13 @@ class Retriever:
         if waiting:
             write()
 
-    def _best(self, table: WindowTable, query: Query, k: int, where: str | None) -> list[Best]:
+    def _best(self, table: WindowTable, query: Query, k: int, where: str | None, per_video: int | None) -> list[Best]:
         if table.count(where) <= tables.EXACT:
             windows = self._windows(table, where)
         else:
             windows = self._ready(_taken(table, table.nearest(query.vector, where, max(CANDIDATES, 10 * k))))
         found = self._scores(query, windows)
-        return merge_overlapping(found.scores, found.ids, found.paths, found.starts, found.ends, k)
+        return merge_overlapping(found.scores, found.ids, found.paths, found.starts, found.ends, k, per_video)
 
     def _ready(self, blocks: Iterator[tables.Block]) -> Iterator[Windows]:
         return (ready(self.model, block) for block in blocks)

@@ -145,17 +145,23 @@ class Best(NamedTuple):
 
 
 def merge_overlapping(
-    scores: np.ndarray, ids: np.ndarray, paths: np.ndarray, starts: np.ndarray, ends: np.ndarray, k: int
+    scores: np.ndarray,
+    ids: np.ndarray,
+    paths: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    k: int,
+    per_video: int | None = None,
 ) -> list[Best]:
     """Choose the best ``k`` windows such that no two of one video overlap: a better window stands for its neighbours.
 
-    The order is by score, then by path and start; a NaN comes last.
+    At most ``per_video`` are of one video. The order is by score, then by path and start; a NaN comes last.
     """
     taken: dict[str, list[tuple[float, float]]] = {}
     found: list[Best] = []
     for i in _best_first(scores, paths, starts):
         others = taken.setdefault(paths[i], [])
-        if any(starts[i] < end and start < ends[i] for start, end in others):
+        if len(others) == per_video or any(starts[i] < end and start < ends[i] for start, end in others):
             continue
         others.append((starts[i], ends[i]))
         found.append(Best(int(ids[i]), float(scores[i])))

@@ -68,6 +68,8 @@ def test_from_videos_to_a_moment(command: Command, model: Path, videos: Path, tm
     assert {"video", "start", "end", "score"} <= set(hits[0])
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
     assert {hit["video"] for hit in hits} == set(WINDOWS)
+    result = command("search", index, "a red thing", "--per-video", 1, "--json", "-k", 100, *CPU)
+    assert [hit["video"] for hit in json.loads(result.stdout)] == list(dict.fromkeys(hit["video"] for hit in hits))
     result = command("search", index, "a red thing", "--where", "year = 2020", "--json", *CPU)
     assert {hit["video"] for hit in json.loads(result.stdout)} == {"long.mp4"}
     out = tmp_path / "out"

@@ -7,6 +7,7 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -130,7 +131,9 @@ def test_the_page_needs_nothing_else(indexed: Retriever, tmp_path: Path) -> None
         assert kind == "data:image/jpeg;base64"
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (32, 32)
     assert {tag for tag, _ in tags} & {"script", "link", "iframe", "object"} == set()
-    assert re.findall(r"(?:https?:)?//|@import|url\(", re.sub(r"base64,[^\"]*", "", text)) == []
+    assert re.findall(r"(?:https?:)?//|@import|url\(", re.sub(r"base64,[^\"]*|href=\"file:[^\"]*", "", text)) == []
+    links = [unquote(attributes["href"] or "") for tag, attributes in tags if tag == "a"]
+    assert links == [f"file://{hit.path}#t={hit.start:.3f},{hit.end:.3f}" for hit in hits]
     assert all("alt" in attributes for tag, attributes in tags if tag == "img")
     for hit in hits:
         assert f"{page.clock(hit.start)} &ndash; {page.clock(hit.end)}" in text

@@ -184,6 +184,8 @@ def test_any_script(indexed: Retriever, text: str) -> None:
 def test_k_below_one(indexed: Retriever, k: int) -> None:
     with pytest.raises(ValueError, match=f"k must be a positive integer, got {k}"):
         indexed.search("x", k=k)
+    with pytest.raises(ValueError, match=f"per_video must be a positive integer, got {k}"):
+        indexed.search("x", per_video=k)
 
 
 def test_an_empty_index(retriever: Retriever, videos: Path) -> None:
@@ -302,6 +304,7 @@ def test_merging(sorted_first: int, monkeypatch: pytest.MonkeyPatch) -> None:
             Best(1, float(scores[1])),
         ]
     )
+    assert [best.row for best in merge_overlapping(scores, np.arange(6), paths, starts, ends, 3, 1)] == [4, 1, 5]
     assert merge_overlapping(scores[:0], np.arange(0), paths[:0], starts[:0], ends[:0], 3) == []
 
 
