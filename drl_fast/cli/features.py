@@ -209,7 +209,11 @@ class _Encoding:
         from ..engine.features import TEXTS
         from ..model.clip import example_tag
 
-        model, tokenizer = build_model(self.settings)
+        settings = self.settings
+        if settings.init_from is None:
+            # The sigmoid loss would start at a factor of its own; what is stored is the CLIP's, for any loss.
+            settings = dataclasses.replace(settings, loss="softmax")
+        model, tokenizer = build_model(settings)
         model.to(self.here.device)
         if self.settings.pretrained is None and self.settings.init_from is None:
             print_line(

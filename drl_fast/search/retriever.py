@@ -452,6 +452,7 @@ class Retriever:
         if table.count(where) <= tables.EXACT:
             windows = self._windows(table, where)
         else:
+            self._kept = None  # of an index that has grown
             windows = self._ready(_taken(table, table.nearest(query.vector, where, max(CANDIDATES, 10 * k))))
         found = self._scores(query, windows)
         return merge_overlapping(found.scores, found.ids, found.paths, found.starts, found.ends, k, per_video)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,9 @@ def test_from_videos_to_scores(command: Command, videos: Path, tmp_path: Path) -
     assert "unreadable, left out: clip3.mp4" in result.stderr
     assert "CLIP's weights are random, and the features mean nothing" in result.flat
     assert "train on them with drl-fast train --config wti --features" in result.flat
+    assert encode(command, videos, tmp_path / "sigmoid", "--set", "loss=sigmoid").exit_code == 0
+    factors = [FeatureStore(tmp_path / name).start()["logit_scale"] for name in ("f", "sigmoid")]
+    assert [float(factor) for factor in factors] == pytest.approx([math.log(1 / 0.07)] * 2)
     result = encode(command, videos, tmp_path / "strict", "--strict")
     assert "videos must hold all the videos that folder's train part lists" in result.stderr
     run = tmp_path / "run"

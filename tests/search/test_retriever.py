@@ -283,7 +283,9 @@ def test_a_vector_index_is_made_beyond_the_limit(model: Path, tmp_path: Path, mo
     make_video(tmp_path / "v" / "b.mp4", 10, seed=2)
     retriever.index([tmp_path / "v"])
     assert table.count() > 256
+    assert retriever._kept is not None
     assert {hit.video for hit in retriever.search(QUERY, k=200)} == {"a.mp4", "b.mp4"}
+    assert retriever._kept is None  # memory is released once the index is searched by vectors
 
 
 @pytest.mark.parametrize("sorted_first", [1, 1000])
