@@ -333,11 +333,11 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
     "default": {"windows": (1000, 10_000), "vectors": (10_000, 100_000), "tokens": (1000,)},
     "full": {
         "windows": (1000, 10_000, 100_000),
-        "vectors": (100_000, 300_000),
+        "vectors": (100_000, 300_000, 1_000_000),
         "tokens": (1000, 4000, 20_000),
     },
 }
-MINUTES = {"quick": 1, "default": 4, "full": 30}
+MINUTES = {"quick": 1, "default": 4, "full": 45}
 
 
 def main() -> None:

@@ -523,6 +523,8 @@ class DRL(Head):
                 f"frames must be (B, Nv, 3, {height}, {width}), the CLIP's picture size, got {describe(frames)}; "
                 "prepare them as drl_fast.data.video does"
             )
+        if frames.shape[1] == 0:
+            raise ValueError(f"frames must hold at least one frame a video, got {describe(frames)}")
         if frames.dtype != torch.uint8 and not frames.is_floating_point():
             raise TypeError(f"frames must be uint8, or floating point and normalized, got {frames.dtype}")
         if mask is None:

@@ -468,6 +468,11 @@ def _project(
 
 def require(batch: Mapping[str, Tensor], *names: str) -> None:
     """Check that a batch holds entries."""
+    if not hasattr(batch, "get"):
+        raise TypeError(
+            f"batch must be a dict with {' and '.join(map(repr, names))}, got {validation.describe(batch)}; "
+            "similarity(text, video, text_mask, video_mask) scores encoded tokens"
+        )
     for name in names:
         if name not in batch:
             raise ValueError(f"batch must hold {name!r}, got {', '.join(map(repr, batch)) or 'nothing'}")
