@@ -1,18 +1,24 @@
-"""Ctrl-C while the command line starts or exits: end at once, without a traceback.
+"""Ctrl-C while the command line starts, runs or exits: an end without a traceback.
 
 Loading torch takes seconds. A KeyboardInterrupt there would be raised inside some import, before the command can catch
-it. So the process dies of the signal, as programs that do not handle it do, until the command takes over. So it does
-after the command, while Python runs what libraries do at exit.
+it. So the process dies of the signal, as programs that do not handle it do, until the command takes over. The same
+holds after the command, while libraries run what they registered for the exit.
 """
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
+import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 COMMAND, MODULE = "drl-fast", "drl_fast.cli"
+# Seconds; longer than a finaliser takes.
+SOON = 0.05
 
 
 def end_at_once() -> None:
@@ -21,17 +27,44 @@ def end_at_once() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def raise_interrupts() -> None:
-    """Make Ctrl-C a KeyboardInterrupt again, which the commands report."""
+@contextlib.contextmanager
+def raised() -> Iterator[None]:
+    """Make Ctrl-C a KeyboardInterrupt for the block, which is the command, and let it end the process after that."""
     if _is_ours() and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    report = sys.unraisablehook
+
+    def raise_again(dropped: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised in a finaliser (__del__), and the command would run on. Here, a part of the
+        # finaliser, it would be dropped again.
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(SOON, _interrupt).start()
+        else:
+            report(dropped)
+
+    sys.unraisablehook = raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        end_at_once()
 
 
 def is_command_line() -> bool:
     """Tell whether this process is ``drl-fast`` or ``python -m drl_fast.cli``."""
     script = os.path.basename(sys.argv[0]) if sys.argv else ""
-    # ``python -m`` sets argv[0] to "-m" while it imports the module's package, and then to the file it runs.
-    return script.removesuffix(".exe") == COMMAND or (script in ("-m", "__main__.py") and MODULE in sys.orig_argv)
+    if script == "-m":
+        # Python imports the module's package. Of its own arguments, the one before the program's names the module.
+        return re.fullmatch(rf"(-\w*m)?{re.escape(MODULE)}", sys.orig_argv[-len(sys.argv)]) is not None
+    running = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return script.removesuffix(".exe") == COMMAND or (running is not None and running.name == f"{MODULE}.__main__")
+
+
+def _interrupt() -> None:
+    if hasattr(signal, "pthread_kill"):  # this also ends a system call that waits
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _is_ours() -> bool:

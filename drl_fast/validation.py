@@ -216,7 +216,7 @@ def use_plain_values(config: object) -> None:
     """Replace a frozen dataclass's NumPy numbers and paths by numbers and strings, which JSON and YAML can hold."""
     for name, value in vars(config).items():
         if isinstance(value, np.generic):
-            object.__setattr__(config, name, value.item())
+            object.__setattr__(config, name, float(value) if isinstance(value, np.floating) else value.item())
         elif isinstance(value, Path):
             object.__setattr__(config, name, str(value))
 

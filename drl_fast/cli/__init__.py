@@ -22,13 +22,11 @@ def main() -> None:
         sys.exit(f"error: {error.name} is missing; the command line needs: pip install 'drl-fast[cli]'")
     except KeyboardInterrupt:
         sys.exit(_stopped())
-    interrupts.raise_interrupts()
-    try:
-        run()
-    except KeyboardInterrupt:  # between two of the commands' own handlers
-        sys.exit(_stopped())
-    finally:
-        interrupts.end_at_once()
+    with interrupts.raised():
+        try:
+            run()
+        except KeyboardInterrupt:  # between two of the commands' own handlers
+            sys.exit(_stopped())
 
 
 def _stopped() -> int:

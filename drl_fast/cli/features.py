@@ -211,7 +211,7 @@ class _Encoding:
 
         settings = self.settings
         if settings.init_from is None:
-            # The sigmoid loss would start at a factor of its own; what is stored is the CLIP's, for any loss.
+            # loss=sigmoid would reset the CLIP's logit scale. Store the CLIP's own, whatever the loss.
             settings = dataclasses.replace(settings, loss="softmax")
         model, tokenizer = build_model(settings)
         model.to(self.here.device)

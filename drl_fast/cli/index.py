@@ -206,7 +206,7 @@ def _conclude(
         count = f"{len(report.unnamed)} rows of the columns"
         print_line(console, f"left out: {count} name no video of the index: {some(report.unnamed)}", "yellow")
     if unreadable:
-        print_line(console, f"unreadable videos, named above: {unreadable}", "yellow")
+        print_line(console, f"unreadable videos, left out: {unreadable}", "yellow")
     print_line(console, "videos: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     videos, windows = retriever.size()
     if windows:

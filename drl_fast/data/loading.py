@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ..validation import describe, positive_int
+from ..validation import describe, non_negative_int, positive_int
 from .split import Split
 from .video import Sampling, read_video
 
@@ -197,10 +197,7 @@ def video_loader(paths: Sequence[Path], sampling: Sampling, *, workers: int) -> 
 
 
 def _processes(workers: int) -> dict[str, Any]:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ValueError(
-            f"workers must be a number of processes, 0 for none, got {describe(workers)}; use one per core"
-        )
+    workers = non_negative_int("workers", workers, "processes that decode; 0 for none, one per core is a good number")
     options: dict[str, Any] = {
         "num_workers": workers,
         # DataLoader draws a seed although nothing is random; this keeps it off the caller's generator.

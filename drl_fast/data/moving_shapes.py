@@ -168,6 +168,7 @@ def write_folder(
         splits: each clip's part of the data set; empty: no ``split`` column.
         on_clip: called after every clip.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"clip{number:05}.mp4" for number in range(len(clips))]
     for clip, path in zip(clips, paths, strict=True):
         write_clip(clip, path)

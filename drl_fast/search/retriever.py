@@ -275,7 +275,8 @@ class Retriever:
             text: a sentence, at most 1,000 characters. The model reads its first tokens, see :meth:`is_cut`.
             k: hits; fewer if the index holds fewer.
             where: an SQL expression of your columns, ``path``, ``start`` and ``end``: ``"year >= 2020"``.
-            per_video: hits of one video at most; 1 ranks videos by their best moments. None: no limit.
+            per_video: hits of one video at most; 1 ranks videos by their best moments. None: no limit. Beyond 100,000
+                windows, more candidates are chosen until ``k`` hits are found.
             root: the folder that the videos' root has been moved to.
             thumbnails: also return the hits' thumbnails.
 
@@ -450,12 +451,16 @@ class Retriever:
 
     def _best(self, table: WindowTable, query: Query, k: int, where: str | None, per_video: int | None) -> list[Best]:
         if table.count(where) <= tables.EXACT:
-            windows = self._windows(table, where)
-        else:
-            self._kept = None  # of an index that has grown
-            windows = self._ready(_taken(table, table.nearest(query.vector, where, max(CANDIDATES, 10 * k))))
-        found = self._scores(query, windows)
-        return merge_overlapping(found.scores, found.ids, found.paths, found.starts, found.ends, k, per_video)
+            return _merge(self._scores(query, self._windows(table, where)), k, per_video)
+        self._kept = None  # The index has outgrown exact search: free the windows kept for it.
+        count = max(CANDIDATES, 10 * k)
+        while True:
+            ids = table.nearest(query.vector, where, count)
+            found = _merge(self._scores(query, self._ready(_taken(table, ids))), k, per_video)
+            # Many candidates may be of few videos.
+            if len(found) == k or per_video is None or len(ids) < count:
+                return found
+            count *= 4
 
     def _ready(self, blocks: Iterator[tables.Block]) -> Iterator[Windows]:
         return (ready(self.model, block) for block in blocks)
@@ -603,6 +608,10 @@ def prune(table: WindowTable, root: str | os.PathLike[str] | None = None) -> lis
         ]
         table.remove(names)
     return names
+
+
+def _merge(found: _Scored, k: int, per_video: int | None) -> list[Best]:
+    return merge_overlapping(found.scores, found.ids, found.paths, found.starts, found.ends, k, per_video)
 
 
 def _taken(table: WindowTable, ids: np.ndarray) -> Iterator[tables.Block]:

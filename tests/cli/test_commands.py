@@ -22,13 +22,6 @@ from drl_fast.cli.commands import WIDEST_HELP, app
 # What pip installs as the command ``drl-fast``.
 SCRIPT = "import sys; sys.argv[0] = '/bin/drl-fast'; from drl_fast.cli import main; main()"
 
-# What ``python -m drl_fast.cli`` does.
-MODULE = """
-import runpy, sys
-sys.argv[:3] = ["-m"]
-runpy.run_module("drl_fast.cli", run_name="__main__", alter_sys=True)
-"""
-
 
 def listen() -> None:
     """Handle Ctrl-C as in a terminal; a job in the background inherits that it is ignored."""
@@ -120,21 +113,71 @@ def test_ctrl_c_at_any_moment_of_the_start(command: list[str]) -> None:
         assert process.returncode in (-signal.SIGINT, 130, 1, 0)
 
 
+def press_at_exit(folder: Path) -> dict[str, str]:
+    """Return an environment in which Python presses Ctrl-C when it exits."""
+    code = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    (folder / "sitecustomize.py").write_text(code)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("start", [[SCRIPT], [MODULE, "-m", "drl_fast.cli"]])
-def test_ctrl_c_while_python_exits(start: list[str]) -> None:
+@pytest.mark.parametrize("start", [["-m", "drl_fast.cli"], ["-mdrl_fast.cli"], ["-um", "drl_fast.cli"], ["-c", SCRIPT]])
+def test_ctrl_c_while_python_exits(start: list[str], tmp_path: Path) -> None:
     """No traceback from what libraries do at exit."""
-    at_exit = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); "
     done = subprocess.run(
-        [sys.executable, "-c", at_exit + start[0], *start[1:], "--version"],
+        [sys.executable, *start, "--version"],
         capture_output=True,
         text=True,
+        env=press_at_exit(tmp_path),
         preexec_fn=listen,
         check=False,
     )
     assert done.stdout.startswith("drl-fast")
     assert done.stderr == ""
     assert done.returncode == -signal.SIGINT
+
+
+DROPPED = """
+import os, signal, sys, time
+import drl_fast.cli.commands
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):  # here the signal arrives
+            pass
+
+def run():
+    Dropped()
+    time.sleep(30)
+
+drl_fast.cli.commands.run = run
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_in_a_finaliser_stops_the_command() -> None:
+    """Python itself drops the exception there and goes on."""
+    command = [sys.executable, "-c", DROPPED + SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=listen, timeout=25, check=False)
+    assert done.stderr == "error: stopped by Ctrl-C\n"
+    assert done.returncode == 130
+
+
+def test_a_program_that_names_the_command_line_is_not_it(tmp_path: Path) -> None:
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__main__.py").write_text(
+        "import signal, drl_fast\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tool", "-m", "drl_fast.cli"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=listen,
+        check=True,
+    )
+    assert done.stdout == "True\n"
 
 
 def test_a_library_import_leaves_the_signal_alone() -> None:

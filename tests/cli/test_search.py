@@ -55,7 +55,7 @@ def test_from_videos_to_a_moment(command: Command, model: Path, videos: Path, tm
     assert result.exit_code == 0, result.output
     assert "windows of 4 frames, 2 s, every 1 s; on cpu" in result.flat
     assert result.stderr.count("unreadable, left out: bad one.mp4") == 1
-    assert "unreadable videos, named above: 1" in result.flat
+    assert "unreadable videos, left out: 1" in result.flat
     assert "3 added, 0 updated, 0 found below another root, 0 unchanged" in result.flat
     assert f'{index}: 3 videos, 8 windows; drl-fast search {index} "a sentence" searches them' in result.flat
     # The index knows its model.

@@ -14,8 +14,10 @@ import pytest
 import yaml
 
 from drl_fast.data.datasets import DATASETS
+from drl_fast.data.feature_store import Side
+from drl_fast.data.video import Sampling
 from drl_fast.engine.config import ALIASES, RunConfig, read_config
-from drl_fast.model.config import Config
+from drl_fast.model.config import Config, Inputs, Sizes
 
 # The values that differ between rows, and the chunk of each data set.
 ROWS = {
@@ -166,9 +168,22 @@ def test_numpy_numbers_and_paths_are_recorded_as_plain_values(tmp_path: Path) ->
     given = RunConfig("msrvtt", videos=tmp_path, batch=np.int64(3), lr=np.float32(0.5), skip_same_video=np.bool_(True))
     plain = RunConfig("msrvtt", videos=str(tmp_path), batch=3, lr=0.5, skip_same_video=True)
     assert yaml.safe_dump(dataclasses.asdict(given)) == yaml.safe_dump(dataclasses.asdict(plain))
-    assert json.dumps(dataclasses.asdict(Config(cdcr=np.int64(1), cdcr_weight=np.float32(0.5)))) == json.dumps(
-        dataclasses.asdict(Config(cdcr=1, cdcr_weight=0.5))
-    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (Config, {"cdcr": np.int64(1), "cdcr_weight": np.float32(0.5), "query_expansion": np.bool_(False)}),
+        (Inputs, {"max_words": np.int32(8), "rate": np.float64(2), "max_frames": np.int64(4)}),
+        (Sizes, dict.fromkeys(("text_dim", "video_dim", "dim", "max_positions"), np.int64(8))),
+        (Sampling, {"rate": np.longdouble(2), "size": np.int64(32)}),
+        (Side, {"items": np.int64(3), "width": np.int64(8), "chunk": np.uint8(2), "length": None, "encoder": None}),
+    ],
+)
+def test_numpy_numbers_become_plain(kind: Any, values: dict[str, Any]) -> None:
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    plain = {name: float(value) if isinstance(value, np.longdouble) else value for name, value in plain.items()}
+    assert json.dumps(dataclasses.asdict(kind(**values))) == json.dumps(dataclasses.asdict(kind(**plain)))
 
 
 @pytest.mark.parametrize("name", ALIASES)

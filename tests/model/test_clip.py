@@ -147,7 +147,7 @@ def test_a_file_with_an_unknown_activation_warns(tmp_path: Path, monkeypatch: py
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert uses_quick_gelu(load_clip("two-forms-quickgelu", str(path))[0])
-        # Of a file that does not fit, the error alone counts.
+        # A file that does not fit raises its error without a warning before it.
         save_file({"foreign": torch.ones(1)}, path)
         with pytest.raises(ValueError, match=r"w\.safetensors"):
             load_clip("two-forms", str(path))

@@ -285,6 +285,10 @@ def test_a_vector_index_is_made_beyond_the_limit(model: Path, tmp_path: Path, mo
     assert table.count() > 256
     assert retriever._kept is not None
     assert {hit.video for hit in retriever.search(QUERY, k=200)} == {"a.mp4", "b.mp4"}
+    monkeypatch.setattr(retriever_module, "CANDIDATES", 10)
+    found = retriever.search(QUERY, k=2, per_video=1)
+    assert {hit.video for hit in found} == {"a.mp4", "b.mp4"}
+    assert found[0].score >= retriever.search(QUERY, k=1)[0].score  # it had more candidates
     assert retriever._kept is None  # memory is released once the index is searched by vectors
 
 

@@ -80,7 +80,7 @@ def test_two_processes_share_the_work(model: Path, tmp_path: Path, command_file:
     done = torchrun(script, "index", videos, "--out", index, "--model", model, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert f"{index}: 6 videos" in done.stdout
-    assert "unreadable videos, named above: 1" in done.stdout
+    assert "unreadable videos, left out: 1" in done.stdout
     alone = Retriever.from_run(model, tmp_path / "alone", "cpu")
     alone.index([videos])
     together = Retriever.open(index, "cpu")
