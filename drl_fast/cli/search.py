@@ -80,6 +80,10 @@ def search(
             _print(Console(), retriever, query, hits, explain, where)
         if html is not None:
             print_line(notes, f"page: {page.write(html, query, hits, retriever.description)}")
+            if hits and not any(hit.path.exists() for hit in hits):
+                print_line(
+                    notes, f"the page cannot play {hits[0].path}: not found; name its folder with --root", "yellow"
+                )
         if clips is not None:
             for written in export.export(hits, clips, padding):
                 print_line(notes, f"clip: {written}")

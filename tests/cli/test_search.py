@@ -103,6 +103,7 @@ def test_a_moved_folder_and_model(command: Command, videos: Path, tmp_path: Path
     fails(command("search", index, "red", *CPU), "name the model with --model")
     words = ("search", index, "red", "--model", tmp_path / "moved run", "-k", 1, *CPU)
     fails(command(*words, "--clips", tmp_path / "c"), "name the new one with --root")
+    assert "name its folder with --root" in command(*words, "--html", tmp_path / "h").flat
     result = command(*words, "--clips", tmp_path / "c", "--root", tmp_path / "moved", "--padding", 1)
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "c").glob("*.mp4"))) == 1
