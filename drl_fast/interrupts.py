@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 
 COMMAND, MODULE = "drl-fast", "drl_fast.cli"
-# Seconds; longer than a finaliser takes.
+# Seconds after which an interrupt that Python dropped is sent again.
 SOON = 0.05
 
 
@@ -35,8 +35,8 @@ def raised() -> Iterator[None]:
     report = sys.unraisablehook
 
     def raise_again(dropped: sys.UnraisableHookArgs) -> None:
-        # Python drops what is raised in a finaliser (__del__), and the command would run on. Here, a part of the
-        # finaliser, it would be dropped again.
+        # Python drops what is raised in a finaliser (__del__), and the command would run on. It would also drop what
+        # is raised here, so a thread sends the signal again, even if the command has just ended.
         if issubclass(dropped.exc_type, KeyboardInterrupt):
             threading.Timer(SOON, _interrupt).start()
         else:
@@ -54,15 +54,18 @@ def is_command_line() -> bool:
     """Tell whether this process is ``drl-fast`` or ``python -m drl_fast.cli``."""
     script = os.path.basename(sys.argv[0]) if sys.argv else ""
     if script == "-m":
-        # Python imports the module's package. Of its own arguments, the one before the program's names the module.
-        return re.fullmatch(rf"(-\w*m)?{re.escape(MODULE)}", sys.orig_argv[-len(sys.argv)]) is not None
+        # Python imports the module's package. Of Python's arguments, the one before the program's own is the module.
+        named = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1][-1:]
+        return bool(named) and re.fullmatch(rf"(-\w*m)?{re.escape(MODULE)}", named[0]) is not None
     running = getattr(sys.modules.get("__main__"), "__spec__", None)
     return script.removesuffix(".exe") == COMMAND or (running is not None and running.name == f"{MODULE}.__main__")
 
 
 def _interrupt() -> None:
     if hasattr(signal, "pthread_kill"):  # this also ends a system call that waits
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
     else:
         _thread.interrupt_main()
 

@@ -148,8 +148,7 @@ def recall_interval(
     """
     sim, owner = _check(sim, owner)
     validation.option("direction", direction, ("t2v", "v2t"))
-    validation.positive_int("k", k)
-    validation.positive_int("resamples", resamples)
+    k, resamples = validation.positive_int("k", k), validation.positive_int("resamples", resamples)
     validation.fraction("level", level, zero=False, one=False)
     videos = sim.shape[1]
     found = (ranks(sim, owner) if direction == "t2v" else _video_ranks(sim, owner)).cpu() <= k

@@ -213,7 +213,10 @@ def flag(name: str, value: object) -> None:
 
 
 def use_plain_values(config: object) -> None:
-    """Replace a frozen dataclass's NumPy numbers and paths by numbers and strings, which JSON and YAML can hold."""
+    """Replace a frozen dataclass's NumPy numbers and paths by numbers and strings, which JSON and YAML can hold.
+
+    Values inside dicts and lists stay as they are.
+    """
     for name, value in vars(config).items():
         if isinstance(value, np.generic):
             object.__setattr__(config, name, float(value) if isinstance(value, np.floating) else value.item())

@@ -22,11 +22,11 @@ def main() -> None:
         sys.exit(f"error: {error.name} is missing; the command line needs: pip install 'drl-fast[cli]'")
     except KeyboardInterrupt:
         sys.exit(_stopped())
-    with interrupts.raised():
-        try:
+    try:
+        with interrupts.raised():
             run()
-        except KeyboardInterrupt:  # between two of the commands' own handlers
-            sys.exit(_stopped())
+    except KeyboardInterrupt:  # between two of the commands' own handlers
+        sys.exit(_stopped())
 
 
 def _stopped() -> int:

@@ -211,7 +211,8 @@ class _Encoding:
 
         settings = self.settings
         if settings.init_from is None:
-            # loss=sigmoid would reset the CLIP's logit scale. Store the CLIP's own, whatever the loss.
+            # loss=sigmoid would reset the CLIP's logit scale. Store the CLIP's own, whatever the loss. A model in
+            # init_from has a trained one.
             settings = dataclasses.replace(settings, loss="softmax")
         model, tokenizer = build_model(settings)
         model.to(self.here.device)

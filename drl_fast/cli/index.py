@@ -81,28 +81,28 @@ def index(
         retriever = _retriever(out, model, clip, pretrained, device, here, console)
         report = _index(retriever, paths, columns, root, batch_size, workers, here, console)
         # Each process encodes its own part; all of them find the same files unchanged.
+        added, updated, unreadable = (here.gather(part) for part in (report.added, report.updated, report.unreadable))
         counts = {
-            "added": here.sum(len(report.added)),
-            "updated": here.sum(len(report.updated)),
+            "added": len(added),
+            "updated": len(updated),
             "found below another root": len(report.moved),
             "unchanged": len(report.unchanged),
         }
-        unreadable = here.sum(len(report.unreadable))
         if here.first:
-            _conclude(report, counts, unreadable, out, retriever, console)
+            _conclude(report, counts, len(unreadable), out, retriever, console)
             _print_json(
                 as_json,
                 {
-                    "added": report.added,
-                    "updated": report.updated,
+                    "added": added,
+                    "updated": updated,
                     "moved": report.moved,
                     "unchanged": report.unchanged,
                     "removed": removed,
-                    "unreadable": [video._asdict() for video in report.unreadable],
+                    "unreadable": [video._asdict() for video in unreadable],
                 },
             )
         if not sum(counts.values()):
-            raise ValueError(f"none of the {unreadable} videos could be read; see above")
+            raise ValueError(f"none of the {len(unreadable)} videos could be read; see above")
 
 
 def _remove(out: str, names: list[str], prune: bool, root: Path | None, console: Console) -> list[str]:

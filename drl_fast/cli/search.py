@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,10 +81,10 @@ def search(
             _print(Console(), retriever, query, hits, explain, where)
         if html is not None:
             print_line(notes, f"page: {page.write(html, query, hits, retriever.description)}")
-            if hits and not any(hit.path.exists() for hit in hits):
-                print_line(
-                    notes, f"the page cannot play {hits[0].path}: not found; name its folder with --root", "yellow"
-                )
+            gone = [str(hit.path) for hit in hits if not os.path.exists(hit.path)]
+            if gone:
+                text = f"the page cannot play {len(gone)} of {len(hits)} hits: {gone[0]} not found"
+                print_line(notes, f"{text}; if the videos were moved, --root says where they are now", "yellow")
         if clips is not None:
             for written in export.export(hits, clips, padding):
                 print_line(notes, f"clip: {written}")

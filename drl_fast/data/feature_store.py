@@ -44,7 +44,7 @@ SIDES = ("text", "video")
 # What an error says where a hash differs.
 NAMED = {
     "splits": "other captions, videos or parts",
-    "start": "other weights of the text tower",
+    "start": "another start of the head: the CLIP's text blocks or its logit scale",
     "video.source": "other or changed files of videos",
     "text.source": "other or changed files of captions",
 }

@@ -44,7 +44,8 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> T
     Raises:
         ValueError: ``max_words`` below 3 (start, a word, end), or a tokenizer that ignores it.
     """
-    if positive_int("max_words", max_words) < 3:
+    max_words = positive_int("max_words", max_words)
+    if max_words < 3:
         raise ValueError(f"max_words must be at least 3: start, a word, end; got {max_words}; DRL uses 32")
     ids = tokenizer(list(captions), context_length=max_words)
     if ids.shape != (len(captions), max_words):
@@ -197,7 +198,7 @@ def video_loader(paths: Sequence[Path], sampling: Sampling, *, workers: int) -> 
 
 
 def _processes(workers: int) -> dict[str, Any]:
-    workers = non_negative_int("workers", workers, "processes that decode; 0 for none, one per core is a good number")
+    workers = non_negative_int("workers", workers, "0 decodes in this process; otherwise use one per core")
     options: dict[str, Any] = {
         "num_workers": workers,
         # DataLoader draws a seed although nothing is random; this keeps it off the caller's generator.

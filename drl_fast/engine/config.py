@@ -77,7 +77,8 @@ class RunConfig:
 
     Args:
         dataset: a name of :data:`drl_fast.data.datasets.DATASETS`.
-        videos, annotations: folders of the video files and of the public annotation files.
+        videos, annotations: folders of the video files and of the public annotation files. Paths and NumPy numbers
+            become strings and numbers.
         features: train on the tokens in this folder, which ``drl-fast features`` wrote, instead of on videos.
         clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU. On features they are
             those that encoded them; None: imported tokens.

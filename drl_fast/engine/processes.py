@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,14 @@ class Processes:
         value = torch.tensor(count, device=self.device)
         dist.all_reduce(value, group=self.group)
         return int(value)
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """Return the values of all processes, by rank; all get the same answer."""
+        if self.group is None:
+            return values
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, values, group=self.group)
+        return [value for part in found for value in part]
 
     def acquire(self, lock: FileLock) -> bool:
         """Take a folder's lock on the first process, which makes the folder; return on all whether it was free."""

@@ -123,11 +123,13 @@ def build_clip(name: str, pretrained: str | None = None, *, load_weights: bool =
             does not fit, or weights that cannot be fetched (the message says what to download).
     """
     check_name(name)
-    state = _openai_weights(name, pretrained)
+    state = _openai_weights(pretrained)
     if state is not None:
         clip = create_clip(name, quick_gelu=True)
         if load_weights:
             load_strictly(clip, without_sizes(state), str(pretrained))
+        if not is_from_openai(state) and not name.endswith(QUICK):
+            _warn_of_precision(str(pretrained))
         return clip
     tag = _tag_config(name, pretrained)
     clip = _create(name, pretrained if load_weights else None, tag)
@@ -165,23 +167,14 @@ def _check_square(name: str, size: object) -> None:
         raise ValueError(f"clip must take square pictures, got {name} with {tuple(size)}; {OTHER_FORM}")  # type: ignore
 
 
-def _openai_weights(name: str, pretrained: str | None) -> Mapping[str, Tensor] | None:
+def _openai_weights(pretrained: str | None) -> Mapping[str, Tensor] | None:
     """Return the weights of a file of OpenAI's, whatever its suffix; None for any other file, a tag or None."""
     if pretrained is None or not Path(pretrained).is_file() or Path(pretrained).suffix in NUMPY:
         return None
     state = read_weights(Path(pretrained))
     if is_from_openai(state):
         return state
-    if not has_openai_precision(state):
-        return None
-    if not name.endswith(QUICK):
-        warnings.warn(
-            f"drl_fast: {pretrained} has float16 matrices beside float32 vectors, as OpenAI's weights have, so its "
-            "towers get QuickGELU. If the weights are not OpenAI's, convert the file to float32.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    return state
+    return state if has_openai_precision(state) else None
 
 
 def create_clip(name: str, *, quick_gelu: bool = False) -> nn.Module:
@@ -230,6 +223,15 @@ def _preprocessing_by_tag(name: str) -> dict[str, dict[str, Any]]:
 def _need_transformers(what: str) -> None:
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(f"{what} needs the package transformers, which is not installed; pip install 'drl-fast[hf]'")
+
+
+def _warn_of_precision(pretrained: str) -> None:
+    warnings.warn(
+        f"drl_fast: {pretrained} has float16 matrices beside float32 vectors, as OpenAI's weights have, so its towers "
+        "get QuickGELU. If the weights are not OpenAI's, convert the file to float32.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_of_activation(name: str, pretrained: str) -> None:

@@ -103,9 +103,9 @@ class Transformer(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int) -> None:
         super().__init__()
-        validation.positive_int("dim", dim)
-        validation.positive_int("layers", layers)
-        if dim % validation.positive_int("heads", heads):
+        dim, layers = validation.positive_int("dim", dim), validation.positive_int("layers", layers)
+        heads = validation.positive_int("heads", heads)
+        if dim % heads:
             raise ValueError(f"dim must be a multiple of heads = {heads}, got {dim}; choose another width")
         self.resblocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
 

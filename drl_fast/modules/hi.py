@@ -45,7 +45,7 @@ class HI(nn.Module):
 
     def __init__(self, dim: int = 512, *, masking: str = "drl") -> None:
         super().__init__()
-        self.dim = validation.positive_int("dim", dim)
+        self.dim = dim = validation.positive_int("dim", dim)
         validation.option("masking", masking, validation.MASKINGS)
         self.masking = masking
         self.text_weight_fc = weight_head(dim, dim, arch=2)

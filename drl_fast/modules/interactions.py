@@ -41,7 +41,7 @@ def build_interaction(name: str, dim: int, **options: Any) -> nn.Module:
     """
     validation.option("interaction", name, tuple(INTERACTIONS))
     layer = INTERACTIONS[name]
-    validation.positive_int("dim", dim)
+    dim = validation.positive_int("dim", dim)
     known = list(inspect.signature(layer.__init__).parameters)[1:] if layer.__init__ is not nn.Module.__init__ else []
     for option in options:
         if option not in known:

@@ -59,12 +59,12 @@ class MeanMaxSim(nn.Module):
 
     def __init__(self, dim: int = 512, layers: int = 4, max_positions: int = 77, *, expansion: int = 2) -> None:
         super().__init__()
-        self.dim = validation.positive_int("dim", dim)
+        self.dim = dim = validation.positive_int("dim", dim)
         self.max_positions = validation.positive_int("max_positions", max_positions)
-        validation.non_negative_int("expansion", expansion)
+        expansion = validation.non_negative_int("expansion", expansion)
         self.expansion_tokens = nn.Parameter(torch.empty(expansion, dim))
         nn.init.normal_(self.expansion_tokens, std=INIT_STD)
-        self.temporal = SeqTransf(dim, layers, expansion + max_positions)
+        self.temporal = SeqTransf(dim, layers, expansion + self.max_positions)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, max_positions={self.max_positions}, expansion={len(self.expansion_tokens)}"

@@ -39,7 +39,7 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int = 512, *, chunk: int | None = None) -> None:
         super().__init__()
-        self.dim = validation.positive_int("dim", dim)
+        self.dim = dim = validation.positive_int("dim", dim)
         self.chunk = None if chunk is None else validation.positive_int("chunk", chunk)
         self.hidden = nn.Linear(2 * dim, dim)
         self.similarity_dense = nn.Linear(dim, 1)

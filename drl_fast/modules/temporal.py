@@ -37,7 +37,7 @@ class SeqTransf(nn.Module):
 
     def __init__(self, dim: int = 512, layers: int = 4, max_positions: int = 77) -> None:
         super().__init__()
-        self.dim = validation.positive_int("dim", dim)
+        self.dim = dim = validation.positive_int("dim", dim)
         self.frame_position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)
         self.transformer = Transformer(dim, layers, max(1, dim // HEAD_WIDTH))
         self.apply(start_new)
@@ -87,7 +87,7 @@ class SeqLSTM(nn.Module):
 
     def __init__(self, dim: int = 512, max_positions: int | None = None) -> None:
         super().__init__()
-        self.dim = validation.positive_int("dim", dim)
+        self.dim = dim = validation.positive_int("dim", dim)
         self.lstm = nn.LSTM(dim, dim, batch_first=True)
         if max_positions is not None:
             self.frame_position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)

@@ -57,8 +57,8 @@ class WTI(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        validation.positive_int("dim", dim)
-        validation.option("arch", validation.positive_int("arch", arch), (1, 2, 3))
+        dim, arch = validation.positive_int("dim", dim), validation.positive_int("arch", arch)
+        validation.option("arch", arch, (1, 2, 3))
         validation.option("masking", masking, validation.MASKINGS)
         validation.flag("normalize", normalize)
         validation.flag("bidirectional", bidirectional)

@@ -70,7 +70,7 @@ class XTI(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.dim = validation.positive_int("dim", dim)
+        self.dim = dim = validation.positive_int("dim", dim)
         self.dropout = validation.fraction("dropout", dropout, one=False)
         self.chunk = None if chunk is None else validation.positive_int("chunk", chunk)
         self.position_embeddings = nn.Embedding(validation.positive_int("max_positions", max_positions), dim)

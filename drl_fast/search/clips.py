@@ -46,7 +46,7 @@ def export(hits: Sequence[Hit], folder: Path, padding: float = 0.0) -> Iterator[
     folder.mkdir(parents=True, exist_ok=True)
     for rank, hit in enumerate(hits, start=1):
         if not hit.path.is_file():
-            raise ValueError(f"video not found: {hit.path}; if its folder was moved, name the new one with --root")
+            raise ValueError(f"video not found: {hit.path}; if the videos were moved, --root says where they are now")
         start, end = max(hit.start - padding, 0.0), hit.end + padding
         stem = re.sub(r"[^\w.-]+", "_", os.path.splitext(hit.video)[0])[-KEPT:]
         path = folder / f"{rank:03}_{stem}_{start:.1f}-{end:.1f}s.mp4"

@@ -218,8 +218,8 @@ class Retriever:
                 columns that do not fit.
             OSError: an index that cannot be written, because the disk is full for example; what was committed stays.
         """
-        validation.positive_int("batch_size", batch_size)
-        validation.non_negative_int("workers", workers)
+        batch_size = validation.positive_int("batch_size", batch_size)
+        workers = validation.non_negative_int("workers", workers)
         videos = [videos] if isinstance(videos, str | os.PathLike) else list(videos)
         own = None if columns is None else Columns(columns)
         base = _known_root(self._known(), videos) if root is None else Path(root)
@@ -276,7 +276,7 @@ class Retriever:
             k: hits; fewer if the index holds fewer.
             where: an SQL expression of your columns, ``path``, ``start`` and ``end``: ``"year >= 2020"``.
             per_video: hits of one video at most; 1 ranks videos by their best moments. None: no limit. Beyond 100,000
-                windows, more candidates are chosen until ``k`` hits are found.
+                windows, more candidates, at most 100,000, are chosen until ``k`` hits are found.
             root: the folder that the videos' root has been moved to.
             thumbnails: also return the hits' thumbnails.
 
@@ -453,14 +453,16 @@ class Retriever:
         if table.count(where) <= tables.EXACT:
             return _merge(self._scores(query, self._windows(table, where)), k, per_video)
         self._kept = None  # The index has outgrown exact search: free the windows kept for it.
-        count = max(CANDIDATES, 10 * k)
+        wanted, count = k, max(CANDIDATES, 10 * k)
+        if per_video is not None and where is None:
+            wanted = min(k, per_video * table.count("start = 0"))  # every video has a window that starts at 0
         while True:
             ids = table.nearest(query.vector, where, count)
             found = _merge(self._scores(query, self._ready(_taken(table, ids))), k, per_video)
-            # Many candidates may be of few videos.
-            if len(found) == k or per_video is None or len(ids) < count:
+            # All candidates may be of a few long videos.
+            if per_video is None or len(found) >= wanted or len(ids) < count or count >= tables.EXACT:
                 return found
-            count *= 4
+            count = min(4 * count, tables.EXACT)
 
     def _ready(self, blocks: Iterator[tables.Block]) -> Iterator[Windows]:
         return (ready(self.model, block) for block in blocks)

@@ -213,8 +213,8 @@ class WindowTable:
         query = self.table.search(vector.numpy(), vector_column_name="vector").distance_type("cosine")
         if where is not None:
             query = query.where(where, prefilter=True)
-        # More of an index's cells, and the stored vectors instead of their codes.
-        query = query.nprobes(64).refine_factor(2)
+        # At least 64 of an index's cells, more where these hold too few; and the stored vectors instead of their codes.
+        query = query.minimum_nprobes(64).maximum_nprobes(0).refine_factor(2)
         return (
             self._arrow(query.select(["frames", "_distance"]).with_row_id(True).limit(count))
             .column("_rowid")

@@ -124,6 +124,11 @@ def test_half_precision_is_a_sign_of_openais_weights(tiny_clip: str, tmp_path: P
     with pytest.warns(RuntimeWarning, match=r"float16 matrices .*get QuickGELU\. If .* convert the file to float32"):
         clip, _ = load_clip(tiny_clip, str(tmp_path / "clip.pt"))
     assert uses_quick_gelu(clip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save({name: x for name, x in state.items() if name != "logit_scale"}, tmp_path / "clip.pt")
+        with pytest.raises(ValueError, match=r"clip\.pt"):
+            load_clip(tiny_clip, str(tmp_path / "clip.pt"))
     torch.save({name: x.float() for name, x in state.items()}, tmp_path / "clip.pt")
     assert not uses_quick_gelu(load_clip(tiny_clip, str(tmp_path / "clip.pt"))[0])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import drl_fast
-from drl_fast.modules import INTERACTIONS, build_interaction
+from drl_fast.modules import INTERACTIONS, SeqLSTM, SeqTransf, build_interaction
 from tests.modules.plain import scramble
 from tests.oracle import Problem, make
 
@@ -51,6 +54,16 @@ def test_names() -> None:
     assert build_interaction("wti", 8, arch=1).text_weight_fc.weight.shape == (1, 8)
     assert build_interaction("ti", 8, masking="none").masking == "none"
     assert build_interaction("xti", 16, layers=1).dim == 16
+
+
+@pytest.mark.parametrize("layer", [*INTERACTIONS.values(), SeqLSTM, SeqTransf])
+def test_numpy_sizes(layer: Any) -> None:
+    """They would reach torch's own layers, of which some refuse them."""
+    sizes = {"dim": np.int64(64), "max_positions": np.int64(8), "hidden_dim": np.int64(8), "layers": np.int64(1)}
+    known = inspect.signature(layer).parameters
+    made = layer(**{name: size for name, size in sizes.items() if name in known})
+    held = [value for module in made.modules() for value in vars(module).values()]
+    assert not [value for value in held if isinstance(value, np.generic)]
 
 
 def test_unknown_names_and_options() -> None:

@@ -86,7 +86,7 @@ def test_odd_sides_and_sound(tmp_path: Path) -> None:
 
 
 def test_clips_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"video not found: .*name the new one with --root"):
+    with pytest.raises(ValueError, match=r"video not found: .*--root says where they are now"):
         list(clips.export([hit(tmp_path / "gone.mp4", 0, 1)], tmp_path / "out"))
     source = write_video(tmp_path / "v.mp4", greys(8), rate=8)
     with pytest.raises(ValueError, match=r"must show pictures from 5\.0 to 6\.0 s"):

@@ -285,11 +285,36 @@ def test_a_vector_index_is_made_beyond_the_limit(model: Path, tmp_path: Path, mo
     assert table.count() > 256
     assert retriever._kept is not None
     assert {hit.video for hit in retriever.search(QUERY, k=200)} == {"a.mp4", "b.mp4"}
-    monkeypatch.setattr(retriever_module, "CANDIDATES", 10)
-    found = retriever.search(QUERY, k=2, per_video=1)
-    assert {hit.video for hit in found} == {"a.mp4", "b.mp4"}
-    assert found[0].score >= retriever.search(QUERY, k=1)[0].score  # it had more candidates
     assert retriever._kept is None  # memory is released once the index is searched by vectors
+
+
+def test_hits_of_several_videos_among_candidates(indexed: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One video may hold all the first candidates; then more are chosen, up to a limit."""
+    rows = indexed._filled().table.search().select(["path"]).with_row_id(True).to_arrow().to_pylist()
+    ids = np.array([row["_rowid"] for row in sorted(rows, key=lambda row: row["path"] != "long.mp4")])
+    asked: list[int] = []
+
+    def nearest(table: tables.WindowTable, vector: torch.Tensor, where: str | None, count: int) -> np.ndarray:
+        asked.append(count)
+        held = {20: WINDOWS["long.mp4"], 50: WINDOWS["long.mp4"]}.get(count, len(ids))
+        return np.resize(ids[:held], count)
+
+    videos = [hit.video for hit in indexed.search(QUERY, k=5, per_video=1)]
+    assert set(videos) == set(WINDOWS)
+    monkeypatch.setattr(tables.WindowTable, "nearest", nearest)
+    monkeypatch.setattr(tables.WindowTable, "count", lambda table, where=None: 3 if where == "start = 0" else 1000)
+    monkeypatch.setattr(retriever_module, "CANDIDATES", 20)
+    monkeypatch.setattr(tables, "EXACT", 100)
+    assert [hit.video for hit in indexed.search(QUERY, k=2, per_video=1)] == videos[:2]
+    assert asked == [20, 80]
+    # There are three videos, so three hits are all.
+    assert [hit.video for hit in indexed.search(QUERY, k=5, per_video=1)] == videos
+    assert asked == [20, 80, 50, 100]
+    # How many videos an expression selects is not known.
+    assert [hit.video for hit in indexed.search(QUERY, k=5, per_video=1, where="start < 99")] == videos
+    assert asked == [20, 80, 50, 100, 50, 100]
+    assert len(indexed.search(QUERY, k=2)) == 2
+    assert asked[6:] == [20]
 
 
 @pytest.mark.parametrize("sorted_first", [1, 1000])

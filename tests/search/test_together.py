@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,10 +78,13 @@ def test_two_processes_share_the_work(model: Path, tmp_path: Path, command_file:
         make_video(videos / f"{number}.mp4", 2 + number % 3, number)
     (videos / "bad.mp4").write_bytes(b"no video")
     script, index = command_file(), tmp_path / "index"
-    done = torchrun(script, "index", videos, "--out", index, "--model", model, "--device", "cpu")
+    done = torchrun(script, "index", videos, "--out", index, "--model", model, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
-    assert f"{index}: 6 videos" in done.stdout
-    assert "unreadable videos, left out: 1" in done.stdout
+    assert f"{index}: 6 videos" in done.stderr
+    assert "unreadable videos, left out: 1" in done.stderr
+    report = json.loads(done.stdout)
+    assert sorted(report["added"]) == [f"{number}.mp4" for number in range(6)]
+    assert [video["name"] for video in report["unreadable"]] == ["bad.mp4"]
     alone = Retriever.from_run(model, tmp_path / "alone", "cpu")
     alone.index([videos])
     together = Retriever.open(index, "cpu")
