@@ -337,7 +337,7 @@ PLANS: dict[str, dict[str, tuple[int, ...]]] = {
         "tokens": (1000, 4000, 20_000),
     },
 }
-MINUTES = {"quick": 1, "default": 4, "full": 45}
+MINUTES = {"quick": 1, "default": 4, "full": 10}
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def draw_search(result: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for scale in (axes.xaxis, axes.yaxis):
-        scale.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        scale.set_major_formatter(StrMethodFormatter("{x:,.9g}"))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
