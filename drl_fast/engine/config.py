@@ -73,12 +73,11 @@ CHECKS: dict[str, Callable[[str, object, str], object]] = {
 @dataclass(frozen=True)
 class RunConfig:
     """The configuration of a run. Defaults are the paper's recipe (arXiv 2203.07111, section 4.1, and the public code's
-    scripts).
+    scripts). ``pathlib`` paths are kept as strings, NumPy numbers as Python's.
 
     Args:
         dataset: a name of :data:`drl_fast.data.datasets.DATASETS`.
-        videos, annotations: folders of the video files and of the public annotation files. Paths and NumPy numbers
-            become strings and numbers.
+        videos, annotations: folders of the video files and of the public annotation files.
         features: train on the tokens in this folder, which ``drl-fast features`` wrote, instead of on videos.
         clip, pretrained: see :class:`drl_fast.DRL`. ``drl-small`` is a toy that trains on a CPU. On features they are
             those that encoded them; None: imported tokens.

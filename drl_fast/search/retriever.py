@@ -184,7 +184,7 @@ class Retriever:
         if self._table is None:
             return 0, 0
         self._table.refresh()
-        return self._table.count("start = 0"), self._table.count()
+        return self._table.count_videos(), self._table.count()
 
     def index(
         self,
@@ -455,7 +455,7 @@ class Retriever:
         self._kept = None  # The index has outgrown exact search: free the windows kept for it.
         wanted, count = k, max(CANDIDATES, 10 * k)
         if per_video is not None and where is None:
-            wanted = min(k, per_video * table.count("start = 0"))  # every video has a window that starts at 0
+            wanted = min(k, per_video * table.count_videos())
         while True:
             ids = table.nearest(query.vector, where, count)
             found = _merge(self._scores(query, self._ready(_taken(table, ids))), k, per_video)

@@ -26,6 +26,8 @@ KEY = b"drl_fast"
 BLOCK = 4096
 # Above so many windows, vectors are indexed and a search rescores the nearest ones only.
 EXACT = 100_000
+# Selects one window of each video.
+FIRST = "start = 0"
 # Small files, of one commit each, that are left as they are.
 FILES = 64
 # Commits that meet another process's are repeated this often; LanceDB itself repeats them, too.
@@ -166,17 +168,21 @@ class WindowTable:
                 f"{where!r}: {first_sentence(error).partition('. Valid fields')[0]}"
             ) from error
 
+    def count_videos(self) -> int:
+        """Count videos; each has one window that starts at 0."""
+        return self.count(FIRST)
+
     def videos(self) -> dict[str, Known]:
         """Return the videos by path."""
         names = ["path", "root", "hash", "size", "modified"]
-        rows = self._arrow(self.table.search().where("start = 0").select(names)).to_pylist()
+        rows = self._arrow(self.table.search().where(FIRST).select(names)).to_pylist()
         return {row["path"]: Known(row["root"], State(row["size"], row["modified"], row["hash"])) for row in rows}
 
     def values(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the values of the user's columns of some videos, by path."""
         found = {}
         for part in _parts(names if self.columns.names else ()):
-            query = self.table.search().where(f"start = 0 AND {_among('path', part)}")
+            query = self.table.search().where(f"{FIRST} AND {_among('path', part)}")
             rows = self._arrow(query.select(["path", *self.columns.names])).to_pylist()
             found.update({row.pop("path"): row for row in rows})
         return found
